@@ -1,0 +1,37 @@
+# `make demo` and `make test` are all a newcomer needs; both set up .venv when it is missing.
+PYTHON ?= python3
+BIN = .venv/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+DEMO = outputs/demo
+
+.PHONY: demo test test-slow lint format clean
+
+demo: .venv/demo.installed
+	$(BIN)/python training/demo.py data
+	$(BIN)/accelerate launch --num_machines 1 --num_processes 1 --dynamo_backend no --mixed_precision no \
+	  training/train_dtr.py --config training/presets/dtr_digits.yaml --output_dir $(DEMO)
+	$(BIN)/python training/demo.py report
+
+test: .venv/test.installed
+	$(BIN)/python -m pytest -q
+
+test-slow: .venv/test.installed
+	$(BIN)/python -m pytest -q -m slow
+
+lint: .venv/test.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/test.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/%.installed: setup.py constraints.txt | .venv/bin/python
+	$(INSTALL) -e ".[$*]"
+	touch $@
+
+clean:
+	rm -rf .venv outputs

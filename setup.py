@@ -1,0 +1,38 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "src/diffusers_dmp/__init__.py").read_text()).group(1)
+
+DEMO = ["matplotlib>=3.8", "scikit-learn>=1.4"]
+
+setup(
+    name="diffusers-dmp",
+    version=VERSION,
+    description="Diffusion models whose parts are specialised by noise level, for Diffusers",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    python_requires=">=3.10",
+    install_requires=[
+        "accelerate>=1.10,<2",
+        "datasets>=4.0,<6",
+        "diffusers>=0.42,<0.43",  # registration.py relies on its loading tables
+        "huggingface-hub>=1.0,<3",
+        "numpy>=1.26",
+        "pillow>=10.0",
+        "pyyaml>=6.0",
+        "safetensors>=0.5",
+        "torch>=2.6",
+        "transformers>=5.0,<6",
+    ],
+    extras_require={
+        "demo": DEMO,
+        "space": ["gradio>=6.0,<7", *DEMO],
+        "test": ["hypothesis>=6.100", "pytest>=8.0", "ruff>=0.9", "tensorboard>=2.16", *DEMO],
+    },
+)

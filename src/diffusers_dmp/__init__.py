@@ -1,0 +1,23 @@
+"""Diffusion models whose parts are specialised by noise level, for Diffusers.
+
+Importing this package registers its classes, so that `DiffusionPipeline.from_pretrained` finds them.
+"""
+
+from .conversion import convert_checkpoint, load_original_state_dict
+from .intervals import NoiseIntervals
+from .models import DiTModel, DTRTransformer2DModel
+from .pipelines import ClassConditionalPipeline, respaced_timesteps
+from .registration import register
+
+__version__ = "0.1.0"
+__all__ = [
+    "ClassConditionalPipeline",
+    "DTRTransformer2DModel",
+    "DiTModel",
+    "NoiseIntervals",
+    "convert_checkpoint",
+    "load_original_state_dict",
+    "respaced_timesteps",
+]
+
+register(DiTModel, DTRTransformer2DModel, ClassConditionalPipeline)

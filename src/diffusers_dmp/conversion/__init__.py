@@ -1,0 +1,3 @@
+from .original import convert_checkpoint, load_original_state_dict
+
+__all__ = ["convert_checkpoint", "load_original_state_dict"]

@@ -1,0 +1,182 @@
+"""Checkpoints of the published implementations in.
+
+DiT: https://github.com/facebookresearch/DiT (`dit`), DTR: https://github.com/byeongjun-park/DTR (`dtr`). What the shapes
+of the weights tell (width, depth, patch size, channels, classes, learned variance, image size) need not be given.
+"""
+
+import argparse
+import math
+import os
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from ..models.dit import DIT_SIZES, DiTModel
+from ..models.dtr_transformer_2d import DTRTransformer2DModel
+
+_RENAMED = (  # original → ours
+    ("x_embedder.", "pos_embed."),
+    ("t_embedder.mlp.0.", "time_label_embed.timestep_embedder.linear_1."),
+    ("t_embedder.mlp.2.", "time_label_embed.timestep_embedder.linear_2."),
+    ("y_embedder.embedding_table.", "time_label_embed.class_embedder."),
+    ("blocks.", "transformer_blocks."),
+    ("adaLN_modulation.1.", "norm1.linear."),
+    ("attn.qkv.", "attn.to_qkv."),
+    ("attn.proj.", "attn.to_out."),
+    ("mlp.fc1.", "ff.net.0.proj."),
+    ("mlp.fc2.", "ff.net.2."),
+    ("final_layer.norm1.linear.", "proj_out_1."),  # adaLN_modulation.1 by its new name
+    ("final_layer.linear.", "proj_out_2."),
+)
+_ROUTING_MASK = ".routing._unit_mapping"  # (T, D) per block, derived from the configuration unless it is random
+_DTR_ROUTINGS = {"DTR": "window", "random": "random"}  # the original's `init_method`
+
+
+def convert_checkpoint(
+    system: str, state_dict: dict[str, torch.Tensor], config: dict[str, Any] | None = None
+) -> DiTModel:
+    """
+    Turn the state dict of a published implementation into this library's model.
+
+    Args:
+        system (`str`): 'dit' or 'dtr'.
+        state_dict (`dict[str, torch.Tensor]`): Under the original's parameter names
+            ([`load_original_state_dict`] reads it from a file).
+        config (`dict`, *optional*): The original constructor's arguments under their own names: `num_heads` (needed for
+            a width of no published size), `num_classes`, `class_dropout_prob`, `learn_sigma`, …, and for DTR
+            `sharing_ratio`, `alpha`, `taskcount` and `init_method`. Where the weights contradict it they are refused.
+
+    Returns:
+        [`DiTModel`] or [`DTRTransformer2DModel`] in eval mode and float32.
+
+    Raises:
+        ValueError: if `system` or an argument in `config` is unknown, `num_heads` is needed, or a weight is missing,
+            unknown or of another shape than `config` says (the first such key is named).
+    """
+    builders = {"dit": _build_dit, "dtr": _build_dtr}
+    if system not in builders:
+        raise ValueError(f"Expected `system` to be one of {', '.join(builders)}, but got {system!r}.")
+    config = dict(config or {})
+    weights = {key: tensor.float() for key, tensor in state_dict.items()}
+    model = builders[system](weights, config)
+    if config:
+        raise ValueError(
+            f"Expected `config` to hold arguments of the original {system!r} model, but got {list(config)}."
+        )
+    _load(model, weights)
+    return model.eval()
+
+
+def load_original_state_dict(path: "str | os.PathLike", use_ema: bool = True) -> dict[str, torch.Tensor]:
+    """
+    Read a published `.pt` (never executing code in it) or `.safetensors` file.
+
+    Args:
+        path: The file; a training checkpoint with `model` and `ema` entries, or bare weights.
+        use_ema (`bool`): Which of the two to take from a training checkpoint.
+
+    Raises:
+        ValueError: if the file holds no state dict.
+    """
+    if str(path).endswith(".safetensors"):
+        return load_file(path)
+    with torch.serialization.safe_globals([argparse.Namespace]):  # the training arguments lie in the same file
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    for entry in ("ema", "model") if use_ema else ("model",):
+        if entry in checkpoint:
+            checkpoint = checkpoint[entry]
+            break
+    if not all(isinstance(tensor, torch.Tensor) for tensor in checkpoint.values()):
+        raise ValueError(f"Expected `path` to hold a state dict, but got the entries {list(checkpoint)} in {path}.")
+    return {key.removeprefix("module."): tensor for key, tensor in checkpoint.items()}
+
+
+def _build_dit(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> DiTModel:
+    return DiTModel(**_dit_config(weights, config))
+
+
+def _build_dtr(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> DTRTransformer2DModel:
+    init_method = config.pop("init_method", "DTR")
+    if init_method not in _DTR_ROUTINGS:
+        raise ValueError(f"Expected `init_method` to be one of {', '.join(_DTR_ROUTINGS)}, but got {init_method!r}.")
+    masks = [weights.pop(key) for key in list(weights) if key.endswith(_ROUTING_MASK)]
+    if init_method == "random":
+        if not masks or any(not torch.equal(mask, masks[0]) for mask in masks):
+            raise ValueError(
+                f"Expected one random mask for all blocks in `*{_ROUTING_MASK}`, but got {len(masks)} masks."
+            )
+        weights["task_routing.random_masks"] = masks[0].bool()
+    return DTRTransformer2DModel(
+        sharing_ratio=config.pop("sharing_ratio", 0.8),
+        routing_alpha=config.pop("alpha", 4.0),
+        num_train_timesteps=config.pop("taskcount", 1000),
+        routing=_DTR_ROUTINGS[init_method],
+        **_dit_config(weights, config),
+    )
+
+
+def _dit_config(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, Any]:
+    """Our configuration, from the shapes and from what `config` (whose entries are consumed) adds to them."""
+    try:
+        width, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
+        num_label_rows = len(weights["y_embedder.embedding_table.weight"])
+        out_channels = len(weights["final_layer.linear.weight"]) // patch_size**2
+    except KeyError as missing:
+        raise ValueError(f"Expected `state_dict` to hold the key {missing}, but it does not.") from None
+    depth = 1 + max((int(key.split(".")[1]) for key in weights if key.startswith("blocks.")), default=-1)
+
+    # the position table is fixed, so dropped: only its length, that of a square image, is of use
+    num_tokens = weights.pop("pos_embed").shape[1] if "pos_embed" in weights else (32 // patch_size) ** 2
+    width = config.pop("hidden_size", width)
+    in_channels = config.pop("in_channels", in_channels)
+    learn_sigma = config.pop("learn_sigma", out_channels == 2 * in_channels)
+    num_heads = config.pop("num_heads", {size[1]: size[2] for size in DIT_SIZES.values()}.get(width))
+    if num_heads is None or width % num_heads:
+        raise ValueError(
+            f"Expected `config` to give a `num_heads` that divides the width {width}, but got {num_heads}."
+        )
+    if config.pop("mlp_ratio", 4.0) != 4:
+        raise ValueError("Expected `mlp_ratio` to be 4, as in every published DiT, but got another value.")
+
+    # one row more than classes, if labels were dropped in training; the published default is that they were
+    num_classes = config.pop("num_classes", None)
+    if num_classes is None:
+        class_dropout_prob = config.pop("class_dropout_prob", 0.1)
+        num_classes = num_label_rows - (class_dropout_prob > 0)
+    else:
+        class_dropout_prob = config.pop("class_dropout_prob", 0.1 if num_label_rows > num_classes else 0.0)
+    return {
+        "num_attention_heads": num_heads,
+        "attention_head_dim": width // num_heads,
+        "in_channels": in_channels,
+        "out_channels": in_channels * (2 if learn_sigma else 1),
+        "num_layers": config.pop("depth", depth),
+        "sample_size": config.pop("input_size", patch_size * math.isqrt(num_tokens)),
+        "patch_size": config.pop("patch_size", patch_size),
+        "num_classes": num_classes,
+        "class_dropout_prob": class_dropout_prob,
+    }
+
+
+def _load(model: DiTModel, weights: dict[str, torch.Tensor]) -> None:
+    expected = model.state_dict()
+    renamed = {}
+    for original_key, tensor in weights.items():
+        key = original_key
+        for original_part, part in _RENAMED:
+            key = key.replace(original_part, part)
+        if key not in expected:
+            raise ValueError(
+                f"Expected `state_dict` to hold the keys of a {type(model).__name__}, but got {original_key!r}."
+            )
+        if tensor.shape != expected[key].shape:
+            raise ValueError(
+                f"Expected {original_key!r} in `state_dict` to have the shape {tuple(expected[key].shape)}, "
+                f"but got {tuple(tensor.shape)}."
+            )
+        renamed[key] = tensor
+    missing = [key for key in expected if key not in renamed]
+    if missing:
+        raise ValueError(f"Expected `state_dict` to hold the weights of {missing[0]!r}, but they are missing.")
+    model.load_state_dict(renamed)

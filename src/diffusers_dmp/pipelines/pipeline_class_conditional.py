@@ -1,0 +1,332 @@
+"""One denoiser, any Diffusers scheduler, in pixel or latent space, with or without classes.
+Guidance: https://arxiv.org/abs/2207.12598, learned variance: https://arxiv.org/abs/2102.09672
+
+Legend: B batch, C channels, H and W height and width, in pixels or latent pixels.
+"""
+
+import inspect
+import os
+from collections.abc import Callable
+
+import torch
+from diffusers import AutoencoderKL, DDPMParallelScheduler, DDPMScheduler
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..intervals import check_timesteps, check_train_timesteps
+
+LEARNED_VARIANCES = ("learned", "learned_range")
+
+
+def classifier_free_guidance(
+    model_output: torch.Tensor,
+    guidance_scale: "float | torch.Tensor",
+    sample_channels: int,
+    guidance_channels: int | None = None,
+) -> torch.Tensor:
+    """
+    Combine conditional and unconditional predictions (https://arxiv.org/abs/2207.12598, equation 6).
+
+    Args:
+        model_output (`torch.Tensor` of shape (2B, C or 2C, H, W)): The conditional half first.
+        guidance_scale (`float`, or `torch.Tensor` of shape (B, 1, 1, 1)): w; 1 is the conditional prediction.
+        sample_channels (`int`): C. The channels after them, a learned variance, stay the conditional ones.
+        guidance_channels (`int`, *optional*): Guide the first of the C channels only. The published DiT, Remix-DiT and
+            DMP guide 3 of 4; DTR all, as is the default here.
+
+    Returns:
+        `torch.Tensor` of shape (B, C or 2C, H, W).
+    """
+    conditional, unconditional = model_output.chunk(2)
+    guided = sample_channels if guidance_channels is None else guidance_channels
+    # ε = ε(∅) + w·(ε(y) - ε(∅))
+    prediction = unconditional[:, :guided] + guidance_scale * (conditional - unconditional)[:, :guided]
+    return torch.cat([prediction, conditional[:, guided:]], dim=1)
+
+
+class ClassConditionalPipeline(DiffusionPipeline):
+    """
+    Generate images with one denoiser.
+
+    Args:
+        transformer ([`DiTModel`], [`DTRTransformer2DModel`] or any model of Diffusers' calling convention):
+            Called as `transformer(sample, timestep, class_labels=…)`; without labels if its configuration has neither
+            `num_classes` nor `num_embeds_ada_norm`.
+        scheduler ([`SchedulerMixin`]): Any of Diffusers'. With a learned variance the DDPM ones use it, the others
+            leave it.
+        vae ([`AutoencoderKL`], *optional*): For a denoiser of latents.
+        id2label (`dict[str, str]`, *optional*): The names of the classes by index (a string, as JSON will have it).
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        scheduler: SchedulerMixin,
+        vae: AutoencoderKL | None = None,
+        id2label: dict[str, str] | None = None,
+    ):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        self.register_to_config(id2label=id2label and {str(index): name for index, name in id2label.items()})
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: "str | os.PathLike", **kwargs
+    ) -> "ClassConditionalPipeline":
+        """
+        See [`DiffusionPipeline.from_pretrained`].
+
+        Raises:
+            ValueError: if a local folder holds no pipeline.
+        """
+        folder = str(pretrained_model_name_or_path)
+        if os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, cls.config_name)):
+            raise ValueError(
+                f"Expected `pretrained_model_name_or_path` to be a pipeline folder with a {cls.config_name}, "
+                f"but got {folder!r}, which has none."
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes the denoiser knows; None for one that takes no labels."""
+        config = self.transformer.config
+        return config.get("num_classes", config.get("num_embeds_ada_norm"))
+
+    @property
+    def has_null_class(self) -> bool:
+        """Whether the denoiser learned to go without a label, as guidance needs it."""
+        return self.num_classes is not None and self.transformer.config.get("class_dropout_prob", 0.1) > 0
+
+    def get_label_ids(self, labels: "str | list[str]") -> list[int]:
+        """
+        Class indices of the names in `id2label` (a name may list synonyms between commas).
+
+        Raises:
+            ValueError: if a name is unknown; the message lists the known ones.
+        """
+        label2id = {
+            name.strip(): int(index)
+            for index, names in (self.config.id2label or {}).items()
+            for name in names.split(",")
+        }
+        labels = [labels] if isinstance(labels, str) else labels
+        for label in labels:
+            if label not in label2id:
+                raise ValueError(f"Expected `class_labels` to be among {list(label2id)}, but got {label!r}.")
+        return [label2id[label] for label in labels]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: "int | str | list[int] | list[str] | torch.LongTensor | None" = None,
+        batch_size: int = 1,
+        guidance_scale: "float | list[float]" = 1.0,
+        guidance_channels: int | None = None,
+        num_inference_steps: int = 50,
+        timesteps: list[int] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        eta: float = 0.0,
+        generator: "torch.Generator | list[torch.Generator] | None" = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: "Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None" = None,
+        callback_on_step_end_tensor_inputs: "list[str]" = ["latents"],  # noqa: B006  Diffusers' own default
+    ) -> "ImagePipelineOutput | tuple":
+        """
+        Args:
+            class_labels (`int`, `str`, a list of either, or `torch.LongTensor` of shape (B,), *optional*):
+                What to generate, as indices or as names of `id2label`; one image for each. Without it, `batch_size`
+                unconditional images.
+            batch_size (`int`): B, if there are no `class_labels`.
+            guidance_scale (`float` or list of B `float`): w of classifier-free guidance; 1 is none.
+            guidance_channels (`int`, *optional*): Guide the first channels only; see [`classifier_free_guidance`].
+            num_inference_steps (`int`): Denoising steps.
+            timesteps (`list[int]`, *optional*): Descending timesteps instead, for schedulers that take them
+                ([`respaced_timesteps`] gives the published choices).
+            height, width (`int`, *optional*): In pixels; the trained size by default.
+            eta (`float`): η of DDIM.
+            generator (`torch.Generator` or a list of B, *optional*): With one for each sample, a sample does not depend
+                on its batch.
+            latents (`torch.Tensor` of shape (B, C, H, W), *optional*): The initial noise, of unit variance.
+            output_type (`str`): 'pil', 'np', 'pt' (in [0, 1]) or 'latent'.
+            return_dict (`bool`): Whether to return an [`ImagePipelineOutput`] or a tuple.
+            callback_on_step_end (`Callable`, *optional*): Called after each step as in every Diffusers pipeline.
+            callback_on_step_end_tensor_inputs (`list[str]`): What it is handed: 'latents'.
+
+        Returns:
+            [`ImagePipelineOutput`] with `images`.
+
+        Raises:
+            ValueError: if a label, name, size, scale or timestep does not fit the model, or the scheduler was made
+                for another number of training timesteps.
+        """
+        device = self._execution_device
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"Expected `output_type` to be 'pil', 'np', 'pt' or 'latent', but got {output_type!r}.")
+        unknown_inputs = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown_inputs:
+            raise ValueError(
+                f"Expected `callback_on_step_end_tensor_inputs` to be among {self._callback_tensor_inputs}, "
+                f"but got {sorted(unknown_inputs)}."
+            )
+
+        # 1. What is asked for
+        class_labels = self._prepare_labels(class_labels, batch_size)
+        batch_size = batch_size if class_labels is None else len(class_labels)
+        guidance_scale, guided = self._prepare_guidance(guidance_scale, batch_size)
+        if class_labels is not None:
+            if guided:
+                class_labels = torch.cat([class_labels, torch.full_like(class_labels, self.num_classes)])
+            class_labels = class_labels.to(device)
+        label_kwargs = {} if class_labels is None else {"class_labels": class_labels}
+
+        # 2. When
+        self._prepare_timesteps(num_inference_steps, timesteps, device)
+        step_parameters = inspect.signature(self.scheduler.step).parameters
+        step_kwargs = {"generator": generator, "eta": eta}
+        step_kwargs = {name: value for name, value in step_kwargs.items() if name in step_parameters}
+        scale_model_input = getattr(
+            self.scheduler, "scale_model_input", lambda sample, _: sample
+        )  # flow matching has none
+        keeps_variance = self._prepare_variance()
+
+        # 3. From what
+        latents = self._prepare_latents(batch_size, height, width, generator, latents, device)
+        channels = latents.shape[1]
+
+        # 4. Denoise
+        self._num_timesteps = len(self.scheduler.timesteps)
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            model_input = scale_model_input(latents, t)
+            if guided:
+                model_input = torch.cat([model_input, model_input])
+            # expanded, not copied, so that the model sees that the batch shares its timestep
+            model_output = self.transformer(model_input, t.expand(len(model_input)), **label_kwargs).sample
+            if guided:
+                model_output = classifier_free_guidance(model_output, guidance_scale, channels, guidance_channels)
+            if not keeps_variance:
+                model_output = model_output[:, :channels]
+            latents = self.scheduler.step(model_output, t, latents, **step_kwargs).prev_sample
+
+            if callback_on_step_end is not None:
+                latents = callback_on_step_end(self, i, t, {"latents": latents}).pop("latents", latents)
+
+        # 5. To images
+        if output_type != "latent":
+            images = self.image_processor.postprocess(self._decode(latents), output_type=output_type)
+        else:
+            images = latents
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @property
+    def num_timesteps(self) -> int:
+        """The number of denoising steps of the call under way."""
+        return self._num_timesteps
+
+    def _prepare_labels(self, class_labels, batch_size: int) -> torch.LongTensor | None:
+        if self.num_classes is None:
+            if class_labels is not None:
+                raise ValueError(f"Expected no `class_labels` for a model without classes, but got {class_labels}.")
+            return None
+        if class_labels is None:
+            if not self.has_null_class and self.num_classes > 1:
+                raise ValueError(
+                    f"Expected `class_labels` for a model of {self.num_classes} classes and no null class, but got None."
+                )
+            return torch.full((batch_size,), self.num_classes if self.has_null_class else 0)
+        if not isinstance(class_labels, torch.Tensor):
+            class_labels = [class_labels] if isinstance(class_labels, (int, str)) else list(class_labels)
+            if class_labels and isinstance(class_labels[0], str):
+                class_labels = self.get_label_ids(class_labels)
+        class_labels = torch.as_tensor(class_labels, device="cpu", dtype=torch.long).reshape(-1)
+        last = self.num_classes - (not self.has_null_class)
+        if len(class_labels) == 0 or class_labels.min() < 0 or class_labels.max() > last:
+            raise ValueError(f"Expected `class_labels` to be in [0, {last}], but got {class_labels.tolist()}.")
+        return class_labels
+
+    def _prepare_guidance(self, guidance_scale, batch_size: int) -> tuple["float | torch.Tensor", bool]:
+        """The scale, a tensor (B, 1, 1, 1) if it was given per sample, and whether it guides at all."""
+        scales = guidance_scale if isinstance(guidance_scale, (list, tuple)) else [guidance_scale]
+        if len(scales) not in (1, batch_size):
+            raise ValueError(
+                f"Expected `guidance_scale` to be a number or {batch_size} of them, but got {len(scales)}."
+            )
+        if all(scale == 1 for scale in scales):
+            return 1.0, False
+        if not self.has_null_class:
+            raise ValueError(
+                f"Expected `guidance_scale` to be 1 for a model without a null class, but got {guidance_scale}."
+            )
+        if len(scales) == 1:
+            return scales[0], True
+        scales = torch.tensor(scales, device=self._execution_device, dtype=self.transformer.dtype)
+        return scales.view(-1, 1, 1, 1), True
+
+    def _prepare_timesteps(self, num_inference_steps: int, timesteps: list[int] | None, device) -> None:
+        num_train_timesteps = self.transformer.config.get("num_train_timesteps")
+        if num_train_timesteps is not None:
+            check_train_timesteps(self.scheduler, num_train_timesteps)
+        if timesteps is None:
+            self.scheduler.set_timesteps(num_inference_steps, device=device)
+        elif "timesteps" in inspect.signature(self.scheduler.set_timesteps).parameters:
+            self.scheduler.set_timesteps(timesteps=timesteps, device=device)
+        else:
+            raise ValueError(
+                f"Expected a scheduler that takes `timesteps`, but got a {type(self.scheduler).__name__}, which does not."
+            )
+        if num_train_timesteps is not None:
+            check_timesteps(self.scheduler.timesteps.cpu(), num_train_timesteps)  # once, not at every step
+
+    def _prepare_variance(self) -> bool:
+        """Whether the scheduler is handed the variance channels."""
+        if self.scheduler.config.get("variance_type") not in LEARNED_VARIANCES:
+            return False
+        if isinstance(self.scheduler, (DDPMScheduler, DDPMParallelScheduler)):
+            config = self.transformer.config
+            if config.out_channels != 2 * config.in_channels:
+                raise ValueError(
+                    f"Expected the scheduler's `variance_type` to be a fixed one for a model of {config.in_channels} input "
+                    f"and {config.out_channels} output channels, but got {self.scheduler.config.variance_type!r}."
+                )
+            return True
+        # the DPM-Solver family would cut the prediction to its first 3 channels, as if they were not all that it gets
+        self.scheduler.register_to_config(variance_type=None)
+        return False
+
+    def _prepare_latents(self, batch_size: int, height, width, generator, latents, device) -> torch.Tensor:
+        config = self.transformer.config
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"Expected `generator` to be one or a list of {batch_size}, but got {len(generator)}.")
+        default_size = config.sample_size * self.vae_scale_factor
+        sizes = [default_size if size is None else size for size in (height, width)]
+        multiple = self.vae_scale_factor * config.get("patch_size", 1)
+        if any(size < multiple or size % multiple for size in sizes):
+            raise ValueError(
+                f"Expected `height` and `width` to be divisible by {multiple}, but got {sizes[0]} x {sizes[1]}."
+            )
+        shape = (batch_size, config.in_channels, *(size // self.vae_scale_factor for size in sizes))
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
+        elif latents.shape != shape:
+            raise ValueError(f"Expected `latents` to have the shape {shape}, but got {tuple(latents.shape)}.")
+        return latents.to(device) * getattr(self.scheduler, "init_noise_sigma", 1.0)  # flow matching has none
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) latents → images in [-1, 1]."""
+        if self.vae is None:
+            return latents
+        config = self.vae.config
+        return self.vae.decode(latents / config.scaling_factor + (config.get("shift_factor") or 0)).sample

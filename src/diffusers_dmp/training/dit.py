@@ -1,0 +1,72 @@
+"""What the entry points of the DiT family share: data, model, and off to the trainer."""
+
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKL, DiffusionPipeline
+
+from ..models import DiTModel
+from .arguments import DiTTrainingArguments
+from .data import class_names, load_images
+from .trainer import train
+
+
+def train_dit(model_class: type[DiTModel], args: DiTTrainingArguments, **config: Any) -> None:
+    """
+    Train a new model of `model_class`, or `args.pretrained_model_name_or_path` further.
+
+    Args:
+        model_class: [`DiTModel`] or a subclass.
+        args ([`DiTTrainingArguments`]): Everything that can be set.
+        config: The subclass's own arguments of the constructor.
+
+    Raises:
+        ValueError: if the data set cannot be read, or the arguments do not fit it or one another.
+    """
+    set_seed(args.seed)  # of the weights, and of the model's own dropout
+    with PartialState().main_process_first():  # the others then find its cache
+        dataset = load_images(args.dataset, args.image_column, args.dataset_split)
+    label_names = class_names(dataset, args.label_column)
+    vae = None
+    if args.vae is not None:
+        vae = AutoencoderKL.from_pretrained(args.vae).requires_grad_(False).eval()
+    if args.pretrained_model_name_or_path is not None:
+        model = load_pretrained(model_class, args.pretrained_model_name_or_path)
+    else:
+        model = new_model(model_class, args, label_names, vae, config)
+    train(args, model, dataset, label_names, vae)
+
+
+def load_pretrained(model_class: type[DiTModel], name_or_path: str) -> DiTModel:
+    """The model in a folder or Hub repository of its own, or in that of a pipeline."""
+    try:
+        is_pipeline = "transformer" in DiffusionPipeline.load_config(name_or_path)
+    except OSError:  # no model_index.json
+        is_pipeline = False
+    return model_class.from_pretrained(name_or_path, subfolder="transformer" if is_pipeline else None)
+
+
+def new_model(
+    model_class: type[DiTModel],
+    args: DiTTrainingArguments,
+    label_names: list[str] | None,
+    vae: AutoencoderKL | None,
+    config: dict[str, Any],
+) -> DiTModel:
+    """A model of the size asked for, with as many channels, pixels and classes as the data have."""
+    channels, downsampling = args.image_channels, 1
+    if vae is not None:
+        channels, downsampling = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+    config = config | {
+        "in_channels": channels,
+        "out_channels": channels * (2 if args.learn_sigma else 1),
+        "sample_size": args.image_size // downsampling,
+        "num_train_timesteps": args.num_train_timesteps,
+        "num_classes": len(label_names) if label_names else 1,
+        "class_dropout_prob": args.class_dropout_prob if label_names else 0.0,
+    }
+    if args.preset is not None:
+        return model_class.from_preset(args.preset, **config)
+    sizes = ("num_layers", "num_attention_heads", "attention_head_dim", "patch_size")
+    return model_class(**{name: getattr(args, name) for name in sizes}, **config)

@@ -1,0 +1,179 @@
+"""The one training loop: a generator of optimiser steps that leaves logging, averaging and saving to its caller.
+
+Every random number of a step (which images, flips, latents' noise, timesteps, noise, dropped labels) is drawn for the
+whole batch from (seed, step) alone, and each process takes its slice. So a run can be cut anywhere and resumed, and any
+number of processes and accumulation steps trains on the same batches.
+
+Legend: B batch size of one optimiser step over all processes, b that of one micro-batch, C channels, S sample size.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from torch import nn
+
+from .objective import DiffusionObjective
+from .timesteps import balanced_timesteps
+
+
+@dataclass
+class TrainingStep:
+    """
+    What one optimiser step did.
+
+    Args:
+        step (`int`): How many steps are done.
+        loss (`torch.Tensor` of shape ()): This process's part of the batch.
+        sample_losses (`torch.Tensor`), timesteps (`torch.LongTensor`): Of shape (B / processes,): sample by sample.
+        grad_norm (`torch.Tensor` of shape (), *optional*): Before clipping.
+    """
+
+    step: int
+    loss: torch.Tensor
+    sample_losses: torch.Tensor
+    timesteps: torch.LongTensor
+    grad_norm: torch.Tensor | None
+
+
+@dataclass
+class StepRandomness:
+    """The random numbers of one optimiser step, for all B samples; [`take`] cuts out a micro-batch's."""
+
+    timesteps: torch.LongTensor  # (B,)
+    noise: torch.Tensor  # (B, C, S, S)
+    latent_noise: torch.Tensor | None  # (B, C, S, S), for the VAE's posterior
+    drop_ids: torch.BoolTensor  # (B,)
+    flips: torch.BoolTensor  # (B,)
+
+    def take(self, index: int, count: int) -> "StepRandomness":
+        """The `index`-th of `count` equal slices."""
+        return StepRandomness(
+            **{name: value if value is None else value.chunk(count)[index] for name, value in vars(self).items()}
+        )
+
+
+def draw_step(
+    seed: int,
+    step: int,
+    batch_size: int,
+    sample_shape: tuple[int, int, int],
+    objective: DiffusionObjective,
+    class_dropout_prob: float,
+    flip_prob: float,
+    with_latents: bool,
+    device: torch.device,
+) -> StepRandomness:
+    """
+    Args:
+        seed (`int`), step (`int`): What alone decides the outcome (on one kind of device).
+        batch_size (`int`): B.
+        sample_shape (`tuple[int, int, int]`): (C, S, S).
+        objective ([`DiffusionObjective`]): Whose `train_intervals` the timesteps are balanced over.
+        class_dropout_prob (`float`), flip_prob (`float`): How often a label is dropped, an image mirrored.
+        with_latents (`bool`): Whether a VAE's posterior is to be sampled.
+        device (`torch.device`): Where to draw, and where the result lies.
+    """
+    (state,) = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)
+    generator = torch.Generator(device).manual_seed(int(state))
+    shape = (batch_size, *sample_shape)
+    return StepRandomness(
+        timesteps=balanced_timesteps(objective.train_intervals, batch_size, generator),
+        noise=torch.randn(shape, generator=generator, device=device),
+        latent_noise=torch.randn(shape, generator=generator, device=device) if with_latents else None,
+        drop_ids=torch.rand(batch_size, generator=generator, device=device) < class_dropout_prob,
+        flips=torch.rand(batch_size, generator=generator, device=device) < flip_prob,
+    )
+
+
+def training_steps(
+    accelerator: Accelerator,
+    model: nn.Module,
+    objective: DiffusionObjective,
+    scheduler,
+    optimizer: torch.optim.Optimizer,
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
+    batches: Iterator[dict],
+    *,
+    first_step: int,
+    last_step: int,
+    batch_size: int,
+    seed: int,
+    random_flip: bool,
+    max_grad_norm: float | None,
+    vae: AutoencoderKL | None = None,
+) -> Iterator[TrainingStep]:
+    """
+    Train, one optimiser step for each item that is asked for.
+
+    Args:
+        accelerator, model, objective, optimizer: As `accelerator.prepare` returned them.
+        scheduler: Adds the noise.
+        batches (`Iterator[dict]`): This process's micro-batches: `images` (b, C, S, S) and, optionally, `class_labels` (b,).
+        first_step (`int`), last_step (`int`): The steps to do, the last exclusive.
+        batch_size (`int`): B.
+        random_flip (`bool`): Mirror half of the images.
+        max_grad_norm (`float`, *optional*): Clip the gradients' global norm to this.
+        vae ([`AutoencoderKL`], *optional*): Frozen, to train on its latents.
+    """
+    config = accelerator.unwrap_model(model).config
+    plain_objective = accelerator.unwrap_model(objective)
+    num_accumulated = accelerator.gradient_accumulation_steps
+    num_slices = accelerator.num_processes * num_accumulated
+    model.train()
+
+    for step in range(first_step, last_step):
+        randomness = draw_step(
+            seed,
+            step,
+            batch_size,
+            (config.in_channels, config.sample_size, config.sample_size),
+            plain_objective,
+            config.class_dropout_prob,
+            0.5 if random_flip else 0.0,
+            vae is not None,
+            accelerator.device,
+        )
+        losses, sample_losses, timesteps, grad_norm = [], [], [], None
+        for micro_step in range(num_accumulated):
+            batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in next(batches).items()}
+            own = randomness.take(accelerator.process_index * num_accumulated + micro_step, num_slices)
+
+            with accelerator.accumulate(model, objective):
+                x0 = clean_samples(batch["images"], own, vae)
+                x_t = scheduler.add_noise(x0, own.noise, own.timesteps)  # √ᾱ·x0 + √(1-ᾱ)·ε
+                model_output = model(
+                    x_t, own.timesteps, class_labels=batch.get("class_labels"), force_drop_ids=own.drop_ids
+                ).sample
+                objective_output = objective(model_output, x0, own.noise, own.timesteps)
+                accelerator.backward(objective_output.loss)
+                if accelerator.sync_gradients and max_grad_norm is not None:
+                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+
+            losses.append(objective_output.loss.detach())
+            sample_losses.append(objective_output.sample_losses.detach())
+            timesteps.append(own.timesteps)
+        lr_scheduler.step()
+        yield TrainingStep(
+            step=step + 1,
+            loss=torch.stack(losses).mean(),
+            sample_losses=torch.cat(sample_losses),
+            timesteps=torch.cat(timesteps),
+            grad_norm=grad_norm,
+        )
+
+
+@torch.no_grad()
+def clean_samples(images: torch.Tensor, randomness: StepRandomness, vae: AutoencoderKL | None) -> torch.Tensor:
+    """Images (b, C, H, W) in [-1, 1] → x0 (b, C, S, S): mirrored, and with a VAE, encoded."""
+    images = torch.where(randomness.flips[:, None, None, None], images.flip(-1), images)
+    if vae is None:
+        return images
+    posterior = vae.encode(images.to(vae.dtype)).latent_dist
+    latents = posterior.mean + posterior.std * randomness.latent_noise.to(vae.dtype)
+    return ((latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor).float()

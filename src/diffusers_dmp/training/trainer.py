@@ -1,0 +1,225 @@
+"""What surrounds the training loop: processes, averaged weights, checkpoints, logs, samples, and the finished pipeline."""
+
+import dataclasses
+import json
+import os
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid
+
+from ..pipelines import ClassConditionalPipeline
+from .arguments import TrainingArguments
+from .checkpoints import resume, save_checkpoint
+from .data import GlobalBatchSampler, endless_batches, to_tensors
+from .loop import training_steps
+from .loss_log import LossLog, trackable
+from .objective import DiffusionObjective
+
+
+def train(
+    args: TrainingArguments,
+    model: ModelMixin,
+    dataset: datasets.Dataset,
+    label_names: list[str] | None,
+    vae: AutoencoderKL | None = None,
+) -> None:
+    """
+    Train `model` and save it as a pipeline in `args.output_dir/pipeline`.
+
+    Args:
+        args ([`TrainingArguments`]): Everything that can be set.
+        model ([`ModelMixin`]): A DiT, on the CPU.
+        dataset (`datasets.Dataset`): As [`load_images`] returns it.
+        label_names (`list[str]`, *optional*): The classes' names; None for unconditional training.
+        vae ([`AutoencoderKL`], *optional*): To train on its latents.
+
+    Raises:
+        ValueError: if the batch does not divide among processes, accumulation steps and timestep clusters, or an
+            argument is unknown.
+    """
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")
+        ),
+    )
+
+    # 1. Objective and process
+    scheduler = make_scheduler(args, in_latents=vae is not None)
+    objective = DiffusionObjective(scheduler, args.weighting, "learned_range" if args.learn_sigma else None)
+    num_slices = accelerator.num_processes * args.gradient_accumulation_steps
+    num_clusters = objective.train_intervals.num_experts
+    if args.batch_size % (num_slices * num_clusters):
+        raise ValueError(
+            f"Expected `batch_size` to be divisible by {num_slices} (processes times accumulation steps) times "
+            f"{num_clusters} (timestep clusters), but got {args.batch_size}."
+        )
+
+    # 2. Model and optimiser
+    if args.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if vae is not None:
+        vae.to(accelerator.device)
+    parameter_groups = [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
+    if objective.uncertainty is not None:
+        parameter_groups.append(
+            {"params": list(objective.parameters()), "lr": args.uncertainty_learning_rate, "weight_decay": 0.0}
+        )
+    optimizer = torch.optim.AdamW(
+        parameter_groups,
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+    )
+    model, objective, optimizer = accelerator.prepare(model, objective, optimizer)
+    accelerator.register_for_checkpointing(lr_scheduler)
+    ema = None
+    if args.ema_decay is not None:
+        ema = EMAModel(accelerator.unwrap_model(model).parameters(), decay=args.ema_decay, foreach=True)
+        accelerator.register_for_checkpointing(ema)
+
+    # 3. Where to begin
+    first_step = resume(accelerator, args)
+    if ema is not None:
+        ema.to(accelerator.device)
+    if accelerator.is_main_process:
+        os.makedirs(args.output_dir, exist_ok=True)
+        Path(args.output_dir, "training_arguments.yaml").write_text(
+            yaml.safe_dump(dataclasses.asdict(args), sort_keys=False)
+        )
+    if args.report_to != "none":
+        accelerator.init_trackers(Path(args.output_dir).name, config=trackable(args))
+
+    # 4. Data
+    first_slice = accelerator.process_index * args.gradient_accumulation_steps
+    sampler = GlobalBatchSampler(
+        len(dataset),
+        args.batch_size,
+        args.seed,
+        num_slices,
+        own_slices=range(first_slice, first_slice + args.gradient_accumulation_steps),
+        first_step=first_step,
+    )
+    items = to_tensors(dataset, args.image_size, args.image_channels, args.image_column, args.label_column)
+    batches = endless_batches(
+        items, sampler, args.dataloader_num_workers, pin_memory=accelerator.device.type == "cuda"
+    )
+
+    # 5. Train
+    steps = training_steps(
+        accelerator,
+        model,
+        objective,
+        scheduler,
+        optimizer,
+        lr_scheduler,
+        batches,
+        first_step=first_step,
+        last_step=args.max_train_steps,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        random_flip=args.random_flip,
+        max_grad_norm=args.max_grad_norm,
+        vae=vae,
+    )
+    log = LossLog(accelerator, args, first_step)
+
+    def finished_pipeline() -> ClassConditionalPipeline:
+        id2label = label_names and dict(enumerate(label_names))
+        pipeline_scheduler = DDPMScheduler.from_config(scheduler.config)  # sampling sets its timesteps
+        return ClassConditionalPipeline(accelerator.unwrap_model(model), pipeline_scheduler, vae, id2label)
+
+    started = time.perf_counter()
+    for done in steps:
+        if ema is not None:
+            ema.step(accelerator.unwrap_model(model).parameters())
+        log(done, lr_scheduler.get_last_lr()[0])
+        if done.step % args.checkpointing_steps == 0:
+            save_checkpoint(accelerator, args, done.step)
+        if args.sample_steps and done.step % args.sample_steps == 0 and accelerator.is_main_process:
+            with averaged_weights(accelerator.unwrap_model(model), ema):
+                draw_samples(accelerator, finished_pipeline(), args, done.step)
+    log.close()
+    train_seconds = time.perf_counter() - started
+
+    # 6. Save
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        with averaged_weights(accelerator.unwrap_model(model), ema):
+            finished_pipeline().save_pretrained(os.path.join(args.output_dir, "pipeline"))
+        summary = {"steps": args.max_train_steps - first_step, "train_seconds": round(train_seconds, 1)}
+        Path(args.output_dir, "training_summary.json").write_text(json.dumps(summary) + "\n")
+    accelerator.end_training()
+
+
+def make_scheduler(args: TrainingArguments, in_latents: bool) -> DDPMScheduler:
+    """The diffusion process, sampled ancestrally at evenly respaced timesteps, as published."""
+    return DDPMScheduler(
+        num_train_timesteps=args.num_train_timesteps,
+        beta_schedule=args.beta_schedule,
+        beta_start=args.beta_start,
+        beta_end=args.beta_end,
+        prediction_type=args.prediction_type,
+        variance_type="learned_range" if args.learn_sigma else "fixed_small",
+        clip_sample=not in_latents,  # pixels end at ±1, latents nowhere
+        timestep_spacing="linspace",
+    )
+
+
+@contextmanager
+def averaged_weights(model: ModelMixin, ema: EMAModel | None):
+    """The model in eval mode with its averaged weights, and afterwards as it was."""
+    if ema is not None:
+        ema.store(model.parameters())
+        ema.copy_to(model.parameters())
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+        if ema is not None:
+            ema.restore(model.parameters())
+
+
+def draw_samples(
+    accelerator: Accelerator, pipeline: ClassConditionalPipeline, args: TrainingArguments, step: int
+) -> None:
+    """Write `samples/step-<step>.png`, up to ten classes in columns, four rows; also to the tracker."""
+    pipeline.set_progress_bar_config(disable=True)
+    rows, columns = 4, min(pipeline.num_classes, 10)
+    generator = torch.Generator(accelerator.device).manual_seed(args.seed)
+    images = pipeline(
+        [label for _ in range(rows) for label in range(columns)],
+        num_inference_steps=args.sample_inference_steps,
+        generator=generator,
+    ).images
+    path = Path(args.output_dir, "samples", f"step-{step}.png")
+    path.parent.mkdir(exist_ok=True)
+    grid = make_image_grid(images, rows, columns)
+    grid.save(path)
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            pixels = torch.frombuffer(bytearray(grid.convert("RGB").tobytes()), dtype=torch.uint8)
+            tracker.writer.add_image("samples", pixels.view(grid.height, grid.width, 3), step, dataformats="HWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({"samples": [grid]}, step=step)

@@ -1,0 +1,83 @@
+import json
+import os
+import tempfile
+from pathlib import Path
+
+# before any Hugging Face library reads them: no network, and no trace in the user's caches
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="diffusers-dmp-tests-")
+
+import pytest
+import torch
+from hypothesis import settings
+from safetensors import safe_open
+
+from diffusers_dmp import DiTModel, DTRTransformer2DModel
+
+FIXTURES = Path(__file__).parent / "fixtures"
+REPOSITORY = Path(__file__).parent.parent
+
+# timings on shared machines vary too much for a deadline; the same examples in every run
+settings.register_profile("default", deadline=None, derandomize=True)
+settings.load_profile("default")
+
+TINY_CONFIG = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 2,
+    "sample_size": 8,
+    "num_classes": 10,
+}
+
+
+class Vectors:
+    """Numbers that the published implementations computed: see tests/fixtures/README.md."""
+
+    def __init__(self, name: str):
+        with safe_open(FIXTURES / f"{name}.safetensors", "pt") as file:
+            self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+        self.config = json.loads(metadata.get("config", "{}"))
+        self.state_dict = {
+            key.removeprefix("state."): tensor for key, tensor in self.tensors.items() if key.startswith("state.")
+        }
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self.tensors[key]
+
+
+def assert_matches(actual: torch.Tensor, published: torch.Tensor) -> None:
+    """The tolerance that the vectors are meant for."""
+    torch.testing.assert_close(actual.detach(), published, atol=2e-5, rtol=1e-4)
+
+
+def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """No layer left at its zero initialisation, where it would hide what it does."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1, generator=generator)
+    return model.eval()
+
+
+@pytest.fixture
+def tiny_dit() -> DiTModel:
+    return randomised(DiTModel(**TINY_CONFIG))
+
+
+@pytest.fixture
+def tiny_dtr() -> DTRTransformer2DModel:
+    return randomised(DTRTransformer2DModel(**TINY_CONFIG))
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    """Four samples of different timesteps and classes, the last without a label."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "hidden_states": torch.randn(4, 4, 8, 8, generator=generator),
+        "timestep": torch.tensor([3, 250, 600, 999]),
+        "class_labels": torch.tensor([0, 4, 9, 10]),
+    }

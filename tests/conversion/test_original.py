@@ -1,0 +1,103 @@
+"""Published checkpoints come in, with as little said about them as their shapes allow, or are refused by name."""
+
+import argparse
+
+import pytest
+import torch
+from conftest import Vectors, assert_matches
+from safetensors.torch import save_file
+
+from diffusers_dmp import convert_checkpoint, load_original_state_dict
+
+
+@pytest.fixture(params=["dit", "dtr"])
+def system(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def vectors(system) -> Vectors:
+    return Vectors(f"{system}_tiny")
+
+
+def test_shapes_tell_all_but_the_number_of_heads(system, vectors):
+    model = convert_checkpoint(system, vectors.state_dict, {"num_heads": 4})
+    expected = convert_checkpoint(system, vectors.state_dict, vectors.config)
+    assert {k: v for k, v in model.config.items() if k != "_use_default_values"} == {
+        k: v for k, v in expected.config.items() if k != "_use_default_values"
+    }
+    assert model.config.sample_size == 8
+    assert model.config.num_classes == 10
+    assert_matches(
+        model(vectors["case.mixed_t.x"], vectors["case.mixed_t.t"], vectors["case.mixed_t.y"]).sample,
+        vectors["case.mixed_t.out"],
+    )
+
+
+def test_derived_masks_of_real_dtr_checkpoints_are_dropped():
+    vectors = Vectors("dtr_tiny")
+    masks = {f"blocks.{i}.routing._unit_mapping": torch.zeros(1000, 48) for i in range(3)}
+    model = convert_checkpoint("dtr", vectors.state_dict | masks, vectors.config)
+    assert torch.equal(model.task_routing.masks().int().argmax(1), vectors["mask_start"])
+
+
+def test_random_masks_of_dtr_checkpoints_are_kept():
+    vectors = Vectors("dtr_tiny")
+    mask = torch.rand(1000, 48) < 0.5
+    masks = {f"blocks.{i}.routing._unit_mapping": mask.float() for i in range(3)}
+    config = vectors.config | {"init_method": "random"}
+    assert torch.equal(convert_checkpoint("dtr", vectors.state_dict | masks, config).task_routing.masks(), mask)
+    with pytest.raises(ValueError, match="one random mask"):
+        convert_checkpoint("dtr", vectors.state_dict, config)
+
+
+def test_reads_training_checkpoints_without_running_code(tmp_path, vectors):
+    averaged = {f"module.{name}": tensor for name, tensor in vectors.state_dict.items()}
+    raw = {name: tensor + 1 for name, tensor in vectors.state_dict.items()}
+    torch.save({"model": raw, "ema": averaged, "opt": {}, "args": argparse.Namespace(lr=1e-4)}, tmp_path / "a.pt")
+    save_file(vectors.state_dict, tmp_path / "a.safetensors")
+    for state_dict in (
+        load_original_state_dict(tmp_path / "a.pt"),
+        load_original_state_dict(tmp_path / "a.safetensors"),
+    ):
+        assert state_dict.keys() == vectors.state_dict.keys()
+        assert all(torch.equal(state_dict[name], tensor) for name, tensor in vectors.state_dict.items())
+    not_averaged = load_original_state_dict(tmp_path / "a.pt", use_ema=False)
+    assert torch.equal(not_averaged["x_embedder.proj.bias"], raw["x_embedder.proj.bias"])
+
+    torch.save({"epoch": 3}, tmp_path / "b.pt")
+    with pytest.raises(ValueError, match="epoch"):
+        load_original_state_dict(tmp_path / "b.pt")
+
+
+def test_names_the_first_weight_that_does_not_fit(system, vectors):
+    broken = dict(vectors.state_dict)
+    broken["blocks.1.attn.qkv.weight"] = torch.zeros(100, 48)
+    with pytest.raises(ValueError, match=r"'blocks.1.attn.qkv.weight'.*\(144, 48\).*\(100, 48\)"):
+        convert_checkpoint(system, broken, vectors.config)
+
+    broken = dict(vectors.state_dict)
+    del broken["blocks.1.mlp.fc1.bias"]
+    with pytest.raises(ValueError, match="transformer_blocks.1.ff.net.0.proj.bias"):
+        convert_checkpoint(system, broken, vectors.config)
+
+    with pytest.raises(ValueError, match="extra.weight"):
+        convert_checkpoint(system, vectors.state_dict | {"extra.weight": torch.zeros(1)}, vectors.config)
+    with pytest.raises(ValueError, match="y_embedder"):
+        convert_checkpoint(system, {"x_embedder.proj.weight": torch.zeros(48, 4, 2, 2)}, {"num_heads": 4})
+
+
+def test_refuses_a_configuration_that_the_weights_contradict(system, vectors):
+    with pytest.raises(ValueError, match="`state_dict` to have the shape"):
+        convert_checkpoint(system, vectors.state_dict, vectors.config | {"hidden_size": 96})
+    with pytest.raises(ValueError, match="'final_layer.linear"):
+        convert_checkpoint(system, vectors.state_dict, vectors.config | {"learn_sigma": False})
+    with pytest.raises(ValueError, match="num_heads.*48.*None"):
+        convert_checkpoint(system, vectors.state_dict)
+    with pytest.raises(ValueError, match="colour"):
+        convert_checkpoint(system, vectors.state_dict, vectors.config | {"colour": "red"})
+
+
+def test_unknown_system_lists_the_known_ones(vectors):
+    with pytest.raises(ValueError, match="dit, dtr.*'vit'"):
+        convert_checkpoint("vit", vectors.state_dict)

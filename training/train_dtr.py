@@ -1,0 +1,28 @@
+"""Train a DiT with Denoising Task Routing (https://arxiv.org/abs/2310.07138).
+
+accelerate launch training/train_dtr.py --config training/presets/dtr_digits.yaml [--any_field value]
+"""
+
+from dataclasses import dataclass
+
+from diffusers_dmp import DTRTransformer2DModel
+from diffusers_dmp.training.arguments import DiTTrainingArguments, option, parse_arguments
+from diffusers_dmp.training.dit import train_dit
+
+
+@dataclass(kw_only=True)
+class DTRTrainingArguments(DiTTrainingArguments):
+    sharing_ratio: float = option(0.8, "Share of the channels that a timestep uses, in (0, 1].")
+    routing_alpha: float = option(4.0, "How the channel windows crowd towards the clean timesteps.")
+    routing: str = option("window", "window, or random for the paper's baseline.")
+
+
+if __name__ == "__main__":
+    args = parse_arguments(DTRTrainingArguments)
+    train_dit(
+        DTRTransformer2DModel,
+        args,
+        sharing_ratio=args.sharing_ratio,
+        routing_alpha=args.routing_alpha,
+        routing=args.routing,
+    )
