@@ -219,7 +219,8 @@ class DiTModel(ModelMixin, ConfigMixin, AttentionMixin):
         class_labels = self._check_labels(class_labels, hidden_states)
 
         # 1. Input
-        hidden_states = self.pos_embed(hidden_states)  # (B, C, H, W) → (B, N, D)
+        # (B, C, H, W) → (B, N, D); the embedding's transposed memory layout would spread through every block
+        hidden_states = self.pos_embed(hidden_states).contiguous()
         conditioning = self.time_label_embed(timestep, class_labels, force_drop_ids)  # (B, D)
         block_inputs = self.block_inputs(timestep, hidden_states.dtype)
 

@@ -87,8 +87,8 @@ class DTRBlock(DiTBlock):
             hidden_states (`torch.Tensor` of shape (B, N, D)), conditioning (`torch.Tensor` of shape (B, D)).
             active, inactive (`torch.Tensor` of shape (B, 1, D) or (1, 1, D)): m and 1 - m.
         """
-        # out = block(m ⊙ x) + (1 - m) ⊙ x
-        return torch.addcmul(super().forward(active * hidden_states, conditioning), inactive, hidden_states)
+        # out = block(m ⊙ x) + (1 - m) ⊙ x, the sum in place, as no gradient needs the block's output
+        return super().forward(active * hidden_states, conditioning).addcmul_(inactive, hidden_states)
 
 
 class DTRTransformer2DModel(DiTModel):

@@ -2,14 +2,13 @@
 
 from typing import Any
 
-from accelerate import PartialState
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 from ..models import DiTModel
 from .arguments import DiTTrainingArguments
 from .data import class_names, load_images
-from .trainer import train
+from .trainer import make_accelerator, train
 
 
 def train_dit(model_class: type[DiTModel], args: DiTTrainingArguments, **config: Any) -> None:
@@ -24,8 +23,9 @@ def train_dit(model_class: type[DiTModel], args: DiTTrainingArguments, **config:
     Raises:
         ValueError: if the data set cannot be read, or the arguments do not fit it or one another.
     """
+    accelerator = make_accelerator(args)
     set_seed(args.seed)  # of the weights, and of the model's own dropout
-    with PartialState().main_process_first():  # the others then find its cache
+    with accelerator.main_process_first():  # the others then find its cache
         dataset = load_images(args.dataset, args.image_column, args.dataset_split)
     label_names = class_names(dataset, args.label_column)
     vae = None
@@ -35,7 +35,7 @@ def train_dit(model_class: type[DiTModel], args: DiTTrainingArguments, **config:
         model = load_pretrained(model_class, args.pretrained_model_name_or_path)
     else:
         model = new_model(model_class, args, label_names, vae, config)
-    train(args, model, dataset, label_names, vae)
+    train(accelerator, args, model, dataset, label_names, vae)
 
 
 def load_pretrained(model_class: type[DiTModel], name_or_path: str) -> DiTModel:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
@@ -27,7 +28,20 @@ from .loss_log import LossLog, trackable
 from .objective import DiffusionObjective
 
 
+def make_accelerator(args: TrainingArguments) -> Accelerator:
+    """The processes, devices and trackers of a training."""
+    return Accelerator(
+        # without this, several processes on CPUs would each train alone
+        cpu=not torch.accelerator.is_available(),
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")),
+    )
+
+
 def train(
+    accelerator: Accelerator,
     args: TrainingArguments,
     model: ModelMixin,
     dataset: datasets.Dataset,
@@ -38,6 +52,7 @@ def train(
     Train `model` and save it as a pipeline in `args.output_dir/pipeline`.
 
     Args:
+        accelerator (`Accelerator`): As [`make_accelerator`] returns it.
         args ([`TrainingArguments`]): Everything that can be set.
         model ([`ModelMixin`]): A DiT, on the CPU.
         dataset (`datasets.Dataset`): As [`load_images`] returns it.
@@ -48,15 +63,6 @@ def train(
         ValueError: if the batch does not divide among processes, accumulation steps and timestep clusters, or an
             argument is unknown.
     """
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(
-            project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")
-        ),
-    )
-
     # 1. Objective and process
     scheduler = make_scheduler(args, in_latents=vae is not None)
     objective = DiffusionObjective(scheduler, args.weighting, "learned_range" if args.learn_sigma else None)
@@ -91,7 +97,11 @@ def train(
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=args.max_train_steps,
     )
-    model, objective, optimizer = accelerator.prepare(model, objective, optimizer)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if objective.uncertainty is None:
+        objective.to(accelerator.device)
+    else:  # it learns, too
+        objective = accelerator.prepare(objective)
     accelerator.register_for_checkpointing(lr_scheduler)
     ema = None
     if args.ema_decay is not None:
@@ -217,9 +227,7 @@ def draw_samples(
     path.parent.mkdir(exist_ok=True)
     grid = make_image_grid(images, rows, columns)
     grid.save(path)
+    pixels = np.asarray(grid.convert("RGB"))[None]  # (1, H, W, 3)
     for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            pixels = torch.frombuffer(bytearray(grid.convert("RGB").tobytes()), dtype=torch.uint8)
-            tracker.writer.add_image("samples", pixels.view(grid.height, grid.width, 3), step, dataformats="HWC")
-        elif tracker.name == "wandb":
-            tracker.log_images({"samples": [grid]}, step=step)
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({"samples": pixels}, step=step, **layout)

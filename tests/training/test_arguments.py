@@ -1,0 +1,39 @@
+"""A preset, and a command line that overrides it."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPOSITORY
+
+from diffusers_dmp.training.arguments import DiTTrainingArguments, parse_arguments
+
+
+def test_the_command_line_overrides_the_preset(tmp_path):
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("learning_rate: 2e-3\nbatch_size: 8\nvae: some/vae\nrandom_flip: false\n")
+    args = parse_arguments(
+        DiTTrainingArguments, ["--config", str(preset), "--batch_size", "16", "--random_flip", "true"]
+    )
+    assert (args.learning_rate, args.batch_size, args.vae, args.random_flip) == (2e-3, 16, "some/vae", True)
+    assert args.weight_decay == 0.0  # neither
+
+
+def test_an_unknown_argument_lists_the_valid_ones(tmp_path):
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("learning_rat: 2e-3\n")
+    with pytest.raises(ValueError, match="learning_rate, .*got learning_rat"):
+        parse_arguments(DiTTrainingArguments, ["--config", str(preset)])
+
+
+@pytest.mark.parametrize(
+    "preset", sorted(Path(REPOSITORY, "training", "presets").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_every_preset_parses(preset, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "training"))
+    from train_dtr import DTRTrainingArguments
+
+    arguments_class = DTRTrainingArguments if preset.stem.startswith("dtr") else DiTTrainingArguments
+    args = parse_arguments(arguments_class, ["--config", str(preset)])
+    for name, value in yaml.safe_load(preset.read_text()).items():
+        assert getattr(args, name) == value
