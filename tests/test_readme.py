@@ -33,5 +33,5 @@ def test_links_lead_somewhere(page):
     path = REPOSITORY / page
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text()):
         assert (path.parent / link).exists(), link
-    for command in re.findall(r"(?:training|training/presets)/\w+\.(?:py|yaml)", path.read_text()):
+    for command in re.findall(r"(?<![\w/])(?:training|training/presets)/\w+\.(?:py|yaml)", path.read_text()):
         assert (REPOSITORY / command).exists(), command

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -66,31 +67,14 @@ def train(
     # 1. Objective and process
     scheduler = make_scheduler(args, in_latents=vae is not None)
     objective = DiffusionObjective(scheduler, args.weighting, "learned_range" if args.learn_sigma else None)
-    num_slices = accelerator.num_processes * args.gradient_accumulation_steps
-    num_clusters = objective.train_intervals.num_experts
-    if args.batch_size % (num_slices * num_clusters):
-        raise ValueError(
-            f"Expected `batch_size` to be divisible by {num_slices} (processes times accumulation steps) times "
-            f"{num_clusters} (timestep clusters), but got {args.batch_size}."
-        )
+    check_batch_size(accelerator, args, objective)
 
     # 2. Model and optimiser
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if vae is not None:
         vae.to(accelerator.device)
-    parameter_groups = [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
-    if objective.uncertainty is not None:
-        parameter_groups.append(
-            {"params": list(objective.parameters()), "lr": args.uncertainty_learning_rate, "weight_decay": 0.0}
-        )
-    optimizer = torch.optim.AdamW(
-        parameter_groups,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.weight_decay,
-        fused=True,
-    )
+    optimizer = make_optimizer(args, model, objective)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -114,28 +98,12 @@ def train(
         ema.to(accelerator.device)
     if accelerator.is_main_process:
         os.makedirs(args.output_dir, exist_ok=True)
-        Path(args.output_dir, "training_arguments.yaml").write_text(
-            yaml.safe_dump(dataclasses.asdict(args), sort_keys=False)
-        )
+        resolved = yaml.safe_dump(dataclasses.asdict(args), sort_keys=False)
+        Path(args.output_dir, "training_arguments.yaml").write_text(resolved)
     if args.report_to != "none":
         accelerator.init_trackers(Path(args.output_dir).name, config=trackable(args))
 
-    # 4. Data
-    first_slice = accelerator.process_index * args.gradient_accumulation_steps
-    sampler = GlobalBatchSampler(
-        len(dataset),
-        args.batch_size,
-        args.seed,
-        num_slices,
-        own_slices=range(first_slice, first_slice + args.gradient_accumulation_steps),
-        first_step=first_step,
-    )
-    items = to_tensors(dataset, args.image_size, args.image_channels, args.image_column, args.label_column)
-    batches = endless_batches(
-        items, sampler, args.dataloader_num_workers, pin_memory=accelerator.device.type == "cuda"
-    )
-
-    # 5. Train
+    # 4. Train
     steps = training_steps(
         accelerator,
         model,
@@ -143,7 +111,7 @@ def train(
         scheduler,
         optimizer,
         lr_scheduler,
-        batches,
+        make_batches(accelerator, args, dataset, first_step),
         first_step=first_step,
         last_step=args.max_train_steps,
         batch_size=args.batch_size,
@@ -172,7 +140,7 @@ def train(
     log.close()
     train_seconds = time.perf_counter() - started
 
-    # 6. Save
+    # 5. Save
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         with averaged_weights(accelerator.unwrap_model(model), ema):
@@ -180,6 +148,45 @@ def train(
         summary = {"steps": args.max_train_steps - first_step, "train_seconds": round(train_seconds, 1)}
         Path(args.output_dir, "training_summary.json").write_text(json.dumps(summary) + "\n")
     accelerator.end_training()
+
+
+def check_batch_size(accelerator: Accelerator, args: TrainingArguments, objective: DiffusionObjective) -> None:
+    num_slices = accelerator.num_processes * args.gradient_accumulation_steps
+    num_clusters = objective.train_intervals.num_experts
+    if args.batch_size % (num_slices * num_clusters):
+        raise ValueError(
+            f"Expected `batch_size` to be divisible by {num_slices} (processes times accumulation steps) times "
+            f"{num_clusters} (timestep clusters), but got {args.batch_size}."
+        )
+
+
+def make_optimizer(args: TrainingArguments, model: ModelMixin, objective: DiffusionObjective) -> torch.optim.Optimizer:
+    """AdamW, with a group of its own for what the objective learns."""
+    parameter_groups = [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
+    if objective.uncertainty is not None:
+        parameter_groups.append(
+            {"params": list(objective.parameters()), "lr": args.uncertainty_learning_rate, "weight_decay": 0.0}
+        )
+    return torch.optim.AdamW(
+        parameter_groups,
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
+
+
+def make_batches(
+    accelerator: Accelerator, args: TrainingArguments, dataset: datasets.Dataset, first_step: int
+) -> Iterator[dict]:
+    """This process's micro-batches, from `first_step` on."""
+    num_slices = accelerator.num_processes * args.gradient_accumulation_steps
+    first_slice = accelerator.process_index * args.gradient_accumulation_steps
+    own_slices = range(first_slice, first_slice + args.gradient_accumulation_steps)
+    sampler = GlobalBatchSampler(len(dataset), args.batch_size, args.seed, num_slices, own_slices, first_step)
+    items = to_tensors(dataset, args.image_size, args.image_channels, args.image_column, args.label_column)
+    pin_memory = accelerator.device.type == "cuda"
+    return endless_batches(items, sampler, args.dataloader_num_workers, pin_memory)
 
 
 def make_scheduler(args: TrainingArguments, in_latents: bool) -> DDPMScheduler:
