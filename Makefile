@@ -11,6 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 demo: .venv/demo.installed
 	$(BIN)/python training/demo.py data
+	rm -rf $(DEMO)/checkpoint-*
 	$(BIN)/accelerate launch --num_machines 1 --num_processes 1 --dynamo_backend no --mixed_precision no \
 	  --num_cpu_threads_per_process $(CPU_THREADS) training/train_dtr.py --config training/presets/dtr_digits.yaml --output_dir $(DEMO)
 	$(BIN)/python training/demo.py report
@@ -30,6 +31,7 @@ format: .venv/test.installed
 	$(BIN)/ruff format .
 
 .venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Expected Python 3.11 or newer, but got " + sys.version)'
 	$(PYTHON) -m venv .venv
 
 .venv/%.installed: setup.py constraints.txt | .venv/bin/python

@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     install_requires=[
         "accelerate>=1.10,<2",
         "datasets>=4.0,<6",
@@ -27,12 +27,13 @@ setup(
         "pillow>=10.0",
         "pyyaml>=6.0",
         "safetensors>=0.5",
+        "tensorboard>=2.16",
         "torch>=2.6",
         "transformers>=5.0,<6",
     ],
     extras_require={
         "demo": DEMO,
         "space": ["gradio>=6.0,<7", *DEMO],
-        "test": ["hypothesis>=6.100", "pytest>=8.0", "ruff>=0.9", "tensorboard>=2.16", *DEMO],
+        "test": ["hypothesis>=6.100", "pytest>=8.0", "ruff>=0.9", *DEMO],
     },
 )

@@ -145,5 +145,6 @@ def test_refuses_a_scheduler_without_snr():
 def test_refuses_to_draw_from_an_interval_without_integers():
     with pytest.raises(ValueError, match="integer timestep"):
         NoiseIntervals((0, 0.2, 0.4, 10)).sample(1, 4)
-    with pytest.raises(ValueError, match="expert"):
-        NoiseIntervals.uniform(5).sample(5, 4)
+    for expert in (5, -1, torch.tensor([0, 5]), torch.tensor([-1, 0])):
+        with pytest.raises(ValueError, match="expert"):
+            NoiseIntervals.uniform(5).sample(expert, 2)

@@ -1,7 +1,9 @@
 """What the README says runs, runs."""
 
+import json
 import re
 
+import PIL.Image
 import pytest
 from conftest import REPOSITORY, TINY_CONFIG, randomised
 
@@ -26,6 +28,22 @@ def test_the_eight_lines_run(demo_folder):
     (code,) = re.findall(r"```python\n(.+?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
     exec(compile(code, "README.md", "exec"), {})
     assert (demo_folder / "three.png").exists()
+
+
+def test_the_demos_report(demo_folder, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "training"))
+    import demo
+
+    (demo_folder / "outputs" / "demo" / "training_summary.json").write_text('{"steps": 1, "train_seconds": 2.0}')
+    monkeypatch.setattr(demo, "SAMPLES_PER_CLASS", 2)
+    demo.report()
+    folder = demo_folder / "outputs" / "demo"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["samples"] == 20 and report["steps"] == 1 and report["parameters"] > 0
+    assert 0 <= report["recognised"] <= 1
+    # ten columns and two rows of 8 x 8 pixels, six times enlarged, with gaps of one pixel
+    assert PIL.Image.open(folder / "samples.png").size == (6 * (10 * 9 + 1), 6 * (2 * 9 + 1))
+    assert PIL.Image.open(folder / "routing.png").size[0] > 500
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/training.md", "docs/weights.md"])

@@ -27,7 +27,7 @@ def report() -> None:
     generator = torch.Generator(pipeline.device).manual_seed(0)
     images = pipeline(labels, guidance_scale=GUIDANCE_SCALE, num_inference_steps=50, generator=generator).images
 
-    columns = [images[label * SAMPLES_PER_CLASS :][:8] for label in range(NUM_CLASSES)]
+    columns = [images[label * SAMPLES_PER_CLASS :][: min(8, SAMPLES_PER_CLASS)] for label in range(NUM_CLASSES)]
     sample_grid(columns, pixel_size=6).save(OUTPUT / "samples.png")
     routing_figure(pipeline.transformer).savefig(OUTPUT / "routing.png", dpi=120)
 

@@ -3,6 +3,7 @@
 Legend: T counts diffusion timesteps (t = 0 is almost clean, T - 1 almost pure noise), E experts, B the batch.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -116,14 +117,9 @@ class NoiseIntervals:
             ValueError: if a timestep lies outside the range (see [`check_timesteps`]).
         """
         check_timesteps(timesteps, self.num_train_timesteps)
-        inner = self.edges[1:-1]
         if timesteps.is_floating_point():
             timesteps = timesteps.float()
-        else:
-            inner = [math.ceil(edge) for edge in inner]  # for an integer, t >= edge ⇔ t >= ⌈edge⌉
-        return torch.bucketize(
-            timesteps, torch.tensor(inner, dtype=timesteps.dtype, device=timesteps.device), right=True
-        )
+        return torch.bucketize(timesteps, _edges_on(self.edges, timesteps.dtype, timesteps.device)[1:-1], right=True)
 
     def sample(
         self,
@@ -148,15 +144,16 @@ class NoiseIntervals:
             ValueError: if `expert` is out of range, or its interval holds no integer timestep.
         """
         device = device or (generator.device if generator is not None else "cpu")
-        # the integers of [low, high) are those of [⌈low⌉, ⌈high⌉)
-        integer_edges = torch.tensor([math.ceil(edge) for edge in self.edges])
-        if bool((integer_edges.diff() == 0).any()):
+        if not all(math.ceil(low) < math.ceil(high) for low, high in zip(self.edges, self.edges[1:])):
             raise ValueError(f"Expected every interval to hold an integer timestep, but got the edges {self.edges}.")
-        if isinstance(expert, int) and not 0 <= expert < self.num_experts:
-            raise ValueError(f"Expected `expert` to be in [0, {self.num_experts}), but got {expert}.")
-
-        expert = torch.as_tensor(expert, device=device).expand(batch_size)
-        integer_edges = integer_edges.to(device)
+        if not isinstance(expert, torch.Tensor):
+            if not 0 <= expert < self.num_experts:
+                raise ValueError(f"Expected `expert` to be in [0, {self.num_experts}), but got {expert}.")
+            expert = torch.full((batch_size,), int(expert), device=device)
+        elif expert.is_cpu and expert.numel() and (expert.min() < 0 or expert.max() >= self.num_experts):
+            raise ValueError(f"Expected `expert` to be in [0, {self.num_experts}), but got {expert.tolist()}.")
+        expert = expert.to(device)
+        integer_edges = _edges_on(self.edges, torch.long, torch.device(device))
         low, high = integer_edges[expert], integer_edges[expert + 1]  # (B,)
         fraction = torch.rand(batch_size, generator=generator, device=device)
         # rounding may lift fraction·(high - low) to its upper end
@@ -172,6 +169,14 @@ class NoiseIntervals:
     def to_config(self) -> list[float]:
         """JSON-serialisable; `NoiseIntervals(config)` is its inverse."""
         return list(self.edges)
+
+
+@functools.lru_cache(maxsize=64)
+def _edges_on(edges: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The edges as a tensor, copied to a device once: each copy would make an accelerator wait for the host."""
+    if not dtype.is_floating_point:
+        edges = tuple(math.ceil(edge) for edge in edges)  # for an integer t, t >= edge ⇔ t >= ⌈edge⌉
+    return torch.tensor(edges, dtype=dtype, device=device)
 
 
 def check_timesteps(timesteps: torch.Tensor, num_train_timesteps: int) -> None:

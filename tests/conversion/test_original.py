@@ -36,9 +36,14 @@ def test_shapes_tell_all_but_the_number_of_heads(system, vectors):
 
 def test_derived_masks_of_real_dtr_checkpoints_are_dropped():
     vectors = Vectors("dtr_tiny")
-    masks = {f"blocks.{i}.routing._unit_mapping": torch.zeros(1000, 48) for i in range(3)}
+    channel, start = torch.arange(48), vectors["mask_start"][:, None]
+    window = ((channel >= start) & (channel < start + vectors["mask_width"][:, None])).float()
+    masks = {f"blocks.{i}.routing._unit_mapping": window for i in range(3)}
     model = convert_checkpoint("dtr", vectors.state_dict | masks, vectors.config)
-    assert torch.equal(model.task_routing.masks().int().argmax(1), vectors["mask_start"])
+    assert torch.equal(model.task_routing.masks().float(), window)
+    # they tell when the configuration is not theirs
+    with pytest.raises(ValueError, match="blocks.0.routing._unit_mapping.*sharing_ratio. 0.5"):
+        convert_checkpoint("dtr", vectors.state_dict | masks, vectors.config | {"sharing_ratio": 0.5})
 
 
 def test_random_masks_of_dtr_checkpoints_are_kept():
@@ -78,13 +83,15 @@ def test_names_the_first_weight_that_does_not_fit(system, vectors):
 
     broken = dict(vectors.state_dict)
     del broken["blocks.1.mlp.fc1.bias"]
-    with pytest.raises(ValueError, match="transformer_blocks.1.ff.net.0.proj.bias"):
+    with pytest.raises(ValueError, match="blocks.1.mlp.fc1.bias.*missing"):
         convert_checkpoint(system, broken, vectors.config)
 
     with pytest.raises(ValueError, match="extra.weight"):
         convert_checkpoint(system, vectors.state_dict | {"extra.weight": torch.zeros(1)}, vectors.config)
     with pytest.raises(ValueError, match="y_embedder"):
         convert_checkpoint(system, {"x_embedder.proj.weight": torch.zeros(48, 4, 2, 2)}, {"num_heads": 4})
+    with pytest.raises(ValueError, match=r"x_embedder.proj.weight.*4 dimensions.*\(48, 16\)"):
+        convert_checkpoint(system, vectors.state_dict | {"x_embedder.proj.weight": torch.zeros(48, 16)})
 
 
 def test_refuses_a_configuration_that_the_weights_contradict(system, vectors):
@@ -92,6 +99,8 @@ def test_refuses_a_configuration_that_the_weights_contradict(system, vectors):
         convert_checkpoint(system, vectors.state_dict, vectors.config | {"hidden_size": 96})
     with pytest.raises(ValueError, match="'final_layer.linear"):
         convert_checkpoint(system, vectors.state_dict, vectors.config | {"learn_sigma": False})
+    with pytest.raises(ValueError, match="64 tokens.*input_size. 16.*16"):
+        convert_checkpoint(system, vectors.state_dict, vectors.config | {"input_size": 16})
     with pytest.raises(ValueError, match="num_heads.*48.*None"):
         convert_checkpoint(system, vectors.state_dict)
     with pytest.raises(ValueError, match="colour"):

@@ -81,6 +81,31 @@ def test_stock_checkpoint_comes_in_from_a_folder_and_goes_out_exactly(stock, bat
     assert torch.equal(exported(**batch).sample, stock(**batch).sample)
 
 
+def test_from_pretrained_knows_a_stock_checkpoint(stock, batch, tmp_path):
+    stock.save_pretrained(tmp_path / "transformer")
+    model = DiTModel.from_pretrained(tmp_path, subfolder="transformer")
+    torch.testing.assert_close(model(**batch).sample, stock(**batch).sample, atol=2e-5, rtol=1e-4)
+
+
+def test_a_stock_model_keeps_its_own_eps(batch):
+    stock = randomised(
+        DiTTransformer2DModel(4, 12, out_channels=8, num_layers=1, sample_size=8, num_embeds_ada_norm=10, norm_eps=0.1)
+    )
+    model = DiTModel.from_diffusers(stock)
+    torch.testing.assert_close(model(**batch).sample, stock(**batch).sample, atol=2e-5, rtol=1e-4)
+    assert model.to_diffusers().config.norm_eps == 0.1
+
+
+def test_the_residual_stream_keeps_float32_under_autocast(tiny_dit, batch):
+    dtypes = []
+    for block in tiny_dit.transformer_blocks:
+        block.register_forward_hook(lambda block, args, output: dtypes.append(output.dtype))
+        block.attn.register_forward_hook(lambda block, args, output: dtypes.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        tiny_dit(**batch)
+    assert dtypes == [torch.bfloat16, torch.float32] * 2  # attention computes in half precision, the sum does not
+
+
 def test_semantics_differ_at_equal_weights(stock, batch):
     stock_semantics = DiTModel.from_diffusers(stock)
     published = DiTModel(**TINY_CONFIG).eval()

@@ -62,6 +62,15 @@ def test_full_sharing_is_the_plain_dit(batch):
     assert torch.equal(routed(**batch).sample, plain(**batch).sample)
 
 
+@pytest.mark.parametrize("routing", ["window", "random"])
+def test_routing_does_not_export_to_the_stock_class(routing):
+    routed = DTRTransformer2DModel(**TINY_CONFIG, routing=routing, downscale_freq_shift=1.0, sharing_ratio=0.5)
+    with pytest.raises(ValueError, match="without routing.*sharing_ratio. 0.5"):
+        routed.to_diffusers()
+    everything = DTRTransformer2DModel(**TINY_CONFIG, routing=routing, downscale_freq_shift=1.0, sharing_ratio=1.0)
+    assert everything.to_diffusers().num_parameters() > 0
+
+
 def test_adds_no_parameters_and_no_masks(tiny_dit, tiny_dtr):
     assert tiny_dtr.num_parameters() == tiny_dit.num_parameters()
     assert tiny_dtr.state_dict().keys() == tiny_dit.state_dict().keys()
@@ -117,15 +126,18 @@ def test_round_trip(tiny_dtr, batch, tmp_path, loader):
 
 
 def test_gradient_checkpointing_changes_no_gradient(tiny_dtr, batch):
-    gradients = []
+    gradients, calls = [], []
     for model in (tiny_dtr, copy.deepcopy(tiny_dtr)):
         if gradients:
             model.enable_gradient_checkpointing()
+        name = "checkpointed" if gradients else "plain"
+        model.transformer_blocks[0].attn.register_forward_hook(lambda *_, name=name: calls.append(name))
         model.train()
         model(**batch, force_drop_ids=torch.zeros(4, dtype=torch.bool)).sample.pow(2).mean().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for plain, checkpointed in zip(*gradients):
         torch.testing.assert_close(checkpointed, plain, atol=1e-7, rtol=1e-5)
+    assert calls == ["plain", "checkpointed", "checkpointed"]  # computed again on the way back
 
 
 @pytest.mark.parametrize("shared", [False, True])

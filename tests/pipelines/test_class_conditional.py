@@ -132,6 +132,15 @@ def test_learned_variance_reaches_ancestral_schedulers_alone(pipeline):
     assert torch.equal(sample(), deterministic)
 
 
+def test_the_users_scheduler_stays_as_it_is(pipeline):
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    before = dict(pipeline.scheduler.config)
+    pipeline([0], num_inference_steps=2)
+    assert dict(pipeline.scheduler.config) == before
+    # so that going back to an ancestral one finds the learned variance again
+    assert DDPMScheduler.from_config(pipeline.scheduler.config).variance_type == "learned_range"
+
+
 def test_ancestral_step_has_the_published_mean_and_variance():
     # Diffusers' own step, fed by a denoiser that returns what the vectors' did
     vectors = Vectors("diffusion")
@@ -175,6 +184,22 @@ def test_unconditional_models(model):
     assert pipeline(batch_size=3, num_inference_steps=2, output_type="latent").images.shape == (3, 4, 8, 8)
     with pytest.raises(ValueError, match="guidance_scale.*null class"):
         pipeline(guidance_scale=2.0)
+
+
+def test_class_conditional_unet():
+    unet = UNet2DModel((8, 16), 4, 4, block_out_channels=(8, 8), down_block_types=("DownBlock2D",) * 2,
+                       up_block_types=("UpBlock2D",) * 2, norm_num_groups=4, layers_per_block=1,
+                       num_class_embeds=3)  # fmt: skip
+    pipeline = make_pipeline(randomised(unet), DDIMScheduler())
+    assert pipeline([0, 2], num_inference_steps=2, output_type="latent").images.shape == (2, 4, 8, 16)
+    with pytest.raises(ValueError, match=r"class_labels.*\[0, 2\]"):
+        pipeline([3])
+
+
+def test_labels_may_be_numpy(pipeline):
+    images = pipeline(np.array([1, 2]), num_inference_steps=1, output_type="latent").images
+    assert len(images) == 2
+    assert len(pipeline(np.int64(1), num_inference_steps=1, output_type="latent").images) == 1
 
 
 def test_the_stock_dit_has_its_own_null_class(batch):
@@ -245,9 +270,19 @@ def test_initial_latents_decide_a_deterministic_sample(pipeline):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(pipeline, dtype):
-    images = pipeline.to(dtype)([0], guidance_scale=[2.0], num_inference_steps=2, output_type="latent").images
+    arguments = {"guidance_scale": [2.3], "num_inference_steps": 2, "output_type": "latent"}
+    latents = torch.randn(1, 4, 8, 8)  # in float32, as users keep them
+    images = pipeline.to(dtype)([0], latents=latents, generator=generators(0), **arguments).images
     assert images.dtype == dtype
     assert images.isfinite().all()
+    scalar = pipeline([0], latents=latents, generator=generators(0), **arguments | {"guidance_scale": 2.3}).images
+    assert torch.equal(scalar, images)
+
+
+def test_the_vae_may_have_a_dtype_of_its_own(latent_pipeline):
+    latent_pipeline.transformer.to(torch.bfloat16)
+    images = latent_pipeline([0], num_inference_steps=2, output_type="pt").images
+    assert images.dtype == torch.float32
 
 
 def test_offloading_hooks_change_nothing(latent_pipeline):
@@ -314,6 +349,10 @@ def test_refuses_a_folder_that_is_no_pipeline(tmp_path):
         ({"class_labels": [11]}, r"class_labels.*\[0, 10\].*\[11\]"),
         ({"class_labels": [-1]}, "class_labels"),
         ({"class_labels": []}, "class_labels"),
+        ({"class_labels": [1.7]}, r"class_labels.*integers or names.*\[1.7"),
+        ({"class_labels": None, "batch_size": 0}, "batch_size"),
+        ({"guidance_scale": 2.0, "guidance_channels": 5}, r"guidance_channels.*\[1, 4\].*5"),
+        ({"guidance_scale": 2.0, "guidance_channels": 0}, "guidance_channels"),
         ({"class_labels": ["zehn"]}, "class_labels.*'class 0'.*'neun'.*'zehn'"),
         ({"guidance_scale": [1.0, 2.0]}, "guidance_scale.*1 of them.*2"),
         ({"height": 7}, "height.*divisible by 2.*7 x 8"),

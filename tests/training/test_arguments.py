@@ -19,6 +19,31 @@ def test_the_command_line_overrides_the_preset(tmp_path):
     assert args.weight_decay == 0.0  # neither
 
 
+def test_what_yaml_makes_of_no(tmp_path):
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("mixed_precision: no\n")
+    assert parse_arguments(DiTTrainingArguments, ["--config", str(preset)]).mixed_precision == "no"
+    preset.write_text("# nothing\n")
+    assert parse_arguments(DiTTrainingArguments, ["--config", str(preset)]) == DiTTrainingArguments()
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("batch_size", 0),
+        ("logging_steps", 0),
+        ("checkpointing_steps", 0),
+        ("checkpoints_total_limit", 0),
+        ("num_train_timesteps", 1),
+        ("ema_decay", 1.0),
+        ("report_to", "paper"),
+    ],
+)
+def test_refuses_values_out_of_range(name, value):
+    with pytest.raises(ValueError, match=f"`{name}`.*{value}"):
+        DiTTrainingArguments(**{name: value})
+
+
 def test_an_unknown_argument_lists_the_valid_ones(tmp_path):
     preset = tmp_path / "preset.yaml"
     preset.write_text("learning_rat: 2e-3\n")

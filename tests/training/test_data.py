@@ -1,7 +1,11 @@
 """Real images through the ordinary path, in an order that (seed, step) alone decides."""
 
+import io
 import itertools
+import pickle
+from multiprocessing.reduction import ForkingPickler
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
@@ -93,11 +97,39 @@ def test_an_unreadable_image_is_named(tmp_path):
         items[:]
 
 
+def test_an_unreadable_image_without_a_name(tmp_path):
+    table = {"image": [{"bytes": b"not an image", "path": None}], "label": [0]}
+    datasets.Dataset.from_dict(table).to_parquet(tmp_path / "part.parquet")
+    with pytest.raises(ValueError, match="12 bytes without a name"):
+        to_tensors(load_images(str(tmp_path)), 8, 1)[0]
+
+
+def test_labels_must_be_classes(tmp_path):
+    png = io.BytesIO()
+    PIL.Image.new("L", (8, 8)).save(png, "png")
+    table = {"image": [{"bytes": png.getvalue(), "path": None}] * 2, "label": [0, 3], "name": ["cat", "dog"]}
+    datasets.Dataset.from_dict(table).to_parquet(tmp_path / "part.parquet")
+    dataset = load_images(str(tmp_path))
+    assert class_names(dataset) == ["0", "1", "2", "3"]
+    with pytest.raises(ValueError, match="label_column.*'name'.*class_encode_column"):
+        class_names(dataset, "name")
+
+
+def test_worker_processes_of_any_kind_can_read(digits):
+    items = to_tensors(load_images(str(digits)), 8, 1)
+    assert len(pickle.loads(ForkingPickler.dumps(items))[0]["images"]) == 1
+
+
 def test_an_empty_folder_is_named(tmp_path):
     with pytest.raises(ValueError, match=f"folder with images.*{tmp_path}"):
         load_images(str(tmp_path))
     with pytest.raises(ValueError, match="nowhere"):
         load_images(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="dataset.*nothing"):
+        load_images("")
+    (tmp_path / "not.parquet").write_text("text")
+    with pytest.raises(ValueError, match="not.parquet"):
+        load_images(str(tmp_path / "not.parquet"))
 
 
 def test_an_unknown_column_is_named(digits):

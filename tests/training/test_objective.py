@@ -146,7 +146,9 @@ def test_refuses_a_batch_that_is_not_divisible_by_the_clusters():
         balanced_timesteps(NoiseIntervals.uniform(8), 12)
 
 
-@pytest.mark.parametrize("weighting", ["min_snr", "p2_1", "snr_5", "min_snr_five", "", "constant_1"])
+@pytest.mark.parametrize(
+    "weighting", ["min_snr", "p2_1", "snr_5", "min_snr_five", "min_snr_-5", "p2_0_1", "", "constant_1"]
+)
 def test_unknown_weighting_lists_the_known_ones(weighting):
     with pytest.raises(ValueError, match="constant.*p2_<gamma>_<k>.*min_snr_<gamma>.*truncated_snr"):
         DiffusionObjective(scheduler("linear"), weighting)
@@ -164,5 +166,5 @@ def test_refuses_what_it_does_not_know(vectors):
 
 def test_refuses_a_weight_that_is_infinite_at_the_last_timestep():
     zero_snr = scheduler("linear", rescale_betas_zero_snr=True)
-    with pytest.raises(ValueError, match="sqrt_snr.*final SNR is 0"):
+    with pytest.raises(ValueError, match="sqrt_snr.*where the SNR is 0"):
         DiffusionObjective(zero_snr, "sqrt_snr")

@@ -12,13 +12,17 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 from conftest import REPOSITORY
 from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn.modules.module import register_module_forward_hook
 
 from diffusers_dmp import DiTModel, DTRTransformer2DModel
 from diffusers_dmp.digits import write_image_folder
+from diffusers_dmp.models.dit_layers import DiTAttention
 from diffusers_dmp.training.arguments import DiTTrainingArguments
 from diffusers_dmp.training.dit import train_dit
 
@@ -177,7 +181,16 @@ def test_every_prediction_type_trains_and_samples(digits, tmp_path, prediction_t
 
 
 def test_mixed_precision(digits, tmp_path):
-    train_here(DTRTransformer2DModel, digits, tmp_path, mixed_precision="bf16", max_train_steps=2)
+    dtypes = set()
+
+    def remember(attention, args, output):
+        dtypes.add(output.dtype)
+
+    with register_module_forward_hook(
+        lambda module, args, output: remember(module, args, output) if isinstance(module, DiTAttention) else None
+    ):
+        train_here(DTRTransformer2DModel, digits, tmp_path, mixed_precision="bf16", max_train_steps=2)
+    assert dtypes == {torch.bfloat16}
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in weights(tmp_path).values())
 
 
@@ -212,7 +225,7 @@ def test_the_averaged_weights_are_the_ones_saved(digits, tmp_path):
         torch.testing.assert_close(tensor, torch.lerp(second[name], first[name], 2 / 11))
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    train_here(DiTModel, digits, tmp_path / "raw", ema_decay=None, max_train_steps=2)
+    train_here(DiTModel, digits, tmp_path / "raw", ema_decay=0.0, max_train_steps=2)
     raw = load_file(tmp_path / "raw" / "checkpoint-2" / "model.safetensors")
     assert all(torch.equal(raw[name], tensor) for name, tensor in weights(tmp_path / "raw").items())
 
@@ -220,10 +233,42 @@ def test_the_averaged_weights_are_the_ones_saved(digits, tmp_path):
 def test_goes_on_from_a_pretrained_pipeline(reference_run, digits, tmp_path):
     train_here(
         DTRTransformer2DModel, digits, tmp_path, pretrained_model_name_or_path=str(reference_run / "pipeline"),
-        max_train_steps=1, learning_rate=0.0, ema_decay=None,
+        max_train_steps=1, learning_rate=0.0, ema_decay=0.0,
     )  # fmt: skip
     expected = weights(reference_run)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path).items())
+
+
+@pytest.mark.parametrize(
+    "model_class, arguments, message",
+    [
+        (DTRTransformer2DModel, {"num_train_timesteps": 500}, "num_train_timesteps. 500.*1000"),
+        (DTRTransformer2DModel, {"image_size": 16}, "sample_size. 16.*8"),
+        (DTRTransformer2DModel, {"learn_sigma": False}, "out_channels. 1.*2"),
+        (DiTModel, {}, "to be a DiTModel, but got a DTRTransformer2DModel"),
+    ],
+)
+def test_refuses_a_pretrained_model_that_does_not_fit(
+    reference_run, digits, tmp_path, model_class, arguments, message
+):
+    with pytest.raises(ValueError, match=message):
+        train_here(
+            model_class, digits, tmp_path, pretrained_model_name_or_path=str(reference_run / "pipeline"), **arguments
+        )
+
+
+def test_refuses_to_mix_with_the_checkpoints_of_an_earlier_run(reference_run, digits):
+    with pytest.raises(ValueError, match="output_dir.*no checkpoints.*checkpoint-4"):
+        train_here(DTRTransformer2DModel, digits, reference_run)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match="max_train_steps. 2.*checkpoint-4"):
+        train_here(DTRTransformer2DModel, digits, reference_run, resume_from_checkpoint="latest", max_train_steps=2)
+
+
+def test_refuses_a_tracker_that_is_not_there(digits, tmp_path):
+    if LoggerType.WANDB not in get_available_trackers():
+        with pytest.raises(ValueError, match="report_to.*'wandb'"):
+            train_here(DiTModel, digits, tmp_path, report_to="wandb")
 
 
 def test_old_checkpoints_give_way(digits, tmp_path):

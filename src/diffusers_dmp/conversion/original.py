@@ -7,6 +7,7 @@ of the weights tell (width, depth, patch size, channels, classes, learned varian
 import argparse
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,11 @@ _RENAMED = (  # original → ours
     ("final_layer.linear.", "proj_out_2."),
 )
 _ROUTING_MASK = ".routing._unit_mapping"  # (T, D) per block, derived from the configuration unless it is random
+_TELLING_SHAPES = {  # the weights that the configuration is read from, and their number of dimensions
+    "x_embedder.proj.weight": 4,
+    "y_embedder.embedding_table.weight": 2,
+    "final_layer.linear.weight": 2,
+}
 _DTR_ROUTINGS = {"DTR": "window", "random": "random"}  # the original's `init_method`
 
 
@@ -100,34 +106,51 @@ def _build_dtr(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> DTRT
     init_method = config.pop("init_method", "DTR")
     if init_method not in _DTR_ROUTINGS:
         raise ValueError(f"Expected `init_method` to be one of {', '.join(_DTR_ROUTINGS)}, but got {init_method!r}.")
-    masks = [weights.pop(key) for key in list(weights) if key.endswith(_ROUTING_MASK)]
+    masks = {key: weights.pop(key).bool() for key in list(weights) if key.endswith(_ROUTING_MASK)}
+    first_mask = next(iter(masks.values()), None)
     if init_method == "random":
-        if not masks or any(not torch.equal(mask, masks[0]) for mask in masks):
+        if first_mask is None or any(not torch.equal(mask, first_mask) for mask in masks.values()):
             raise ValueError(
                 f"Expected one random mask for all blocks in `*{_ROUTING_MASK}`, but got {len(masks)} masks."
             )
-        weights["task_routing.random_masks"] = masks[0].bool()
-    return DTRTransformer2DModel(
+        weights["task_routing.random_masks"] = first_mask
+    model = DTRTransformer2DModel(
         sharing_ratio=config.pop("sharing_ratio", 0.8),
         routing_alpha=config.pop("alpha", 4.0),
         num_train_timesteps=config.pop("taskcount", 1000),
         routing=_DTR_ROUTINGS[init_method],
         **_dit_config(weights, config),
     )
+    if init_method != "random":
+        for key, mask in masks.items():
+            if not torch.equal(mask, model.task_routing.masks()):
+                raise ValueError(
+                    f"Expected {key!r} in `state_dict` to hold the windows of `sharing_ratio` {model.config.sharing_ratio} "
+                    f"and `alpha` {model.config.routing_alpha}, but got others; name the right ones in `config`."
+                )
+    return model
 
 
 def _dit_config(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, Any]:
     """Our configuration, from the shapes and from what `config` (whose entries are consumed) adds to them."""
-    try:
-        width, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
-        num_label_rows = len(weights["y_embedder.embedding_table.weight"])
-        out_channels = len(weights["final_layer.linear.weight"]) // patch_size**2
-    except KeyError as missing:
-        raise ValueError(f"Expected `state_dict` to hold the key {missing}, but it does not.") from None
+    for key, ndim in _TELLING_SHAPES.items():
+        shape = tuple(weights[key].shape) if key in weights else None
+        if shape is None or len(shape) != ndim:
+            raise ValueError(f"Expected {key!r} in `state_dict` to have {ndim} dimensions, but got the shape {shape}.")
+    width, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
+    num_label_rows = len(weights["y_embedder.embedding_table.weight"])
+    out_channels = len(weights["final_layer.linear.weight"]) // patch_size**2
     depth = 1 + max((int(key.split(".")[1]) for key in weights if key.startswith("blocks.")), default=-1)
 
-    # the position table is fixed, so dropped: only its length, that of a square image, is of use
-    num_tokens = weights.pop("pos_embed").shape[1] if "pos_embed" in weights else (32 // patch_size) ** 2
+    input_size = config.pop("input_size", None)
+    if "pos_embed" in weights:  # the table is fixed, so dropped: only its length, that of a square image, is of use
+        num_tokens = weights.pop("pos_embed").shape[1]
+        input_size = input_size or patch_size * math.isqrt(num_tokens)
+        if num_tokens != (input_size // patch_size) ** 2:
+            raise ValueError(
+                f"Expected 'pos_embed' in `state_dict` to have {(input_size // patch_size) ** 2} tokens, as `input_size` "
+                f"{input_size} says, but got {num_tokens}."
+            )
     width = config.pop("hidden_size", width)
     in_channels = config.pop("in_channels", in_channels)
     learn_sigma = config.pop("learn_sigma", out_channels == 2 * in_channels)
@@ -152,7 +175,7 @@ def _dit_config(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> dic
         "in_channels": in_channels,
         "out_channels": in_channels * (2 if learn_sigma else 1),
         "num_layers": config.pop("depth", depth),
-        "sample_size": config.pop("input_size", patch_size * math.isqrt(num_tokens)),
+        "sample_size": input_size or 32,
         "patch_size": config.pop("patch_size", patch_size),
         "num_classes": num_classes,
         "class_dropout_prob": class_dropout_prob,
@@ -163,9 +186,7 @@ def _load(model: DiTModel, weights: dict[str, torch.Tensor]) -> None:
     expected = model.state_dict()
     renamed = {}
     for original_key, tensor in weights.items():
-        key = original_key
-        for original_part, part in _RENAMED:
-            key = key.replace(original_part, part)
+        key = _rename(original_key, _RENAMED)
         if key not in expected:
             raise ValueError(
                 f"Expected `state_dict` to hold the keys of a {type(model).__name__}, but got {original_key!r}."
@@ -176,7 +197,14 @@ def _load(model: DiTModel, weights: dict[str, torch.Tensor]) -> None:
                 f"but got {tuple(tensor.shape)}."
             )
         renamed[key] = tensor
-    missing = [key for key in expected if key not in renamed]
-    if missing:
-        raise ValueError(f"Expected `state_dict` to hold the weights of {missing[0]!r}, but they are missing.")
+    for key in expected:
+        if key not in renamed:
+            original_key = _rename(key, [(part, original_part) for original_part, part in reversed(_RENAMED)])
+            raise ValueError(f"Expected `state_dict` to hold {original_key!r}, but it is missing.")
     model.load_state_dict(renamed)
+
+
+def _rename(key: str, parts: "Sequence[tuple[str, str]]") -> str:
+    for old, new in parts:
+        key = key.replace(old, new)
+    return key

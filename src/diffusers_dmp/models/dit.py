@@ -17,7 +17,14 @@ from torch import nn
 
 from ..intervals import check_timesteps
 from .dit_layers import DiTBlock, TimestepLabelEmbedding
-from .stock_layout import STOCK_SEMANTICS, config_from_stock, load_stock, stock_from_dit, weights_from_stock
+from .stock_layout import (
+    STOCK_CLASSES,
+    config_from_stock,
+    in_dtype,
+    load_stock,
+    stock_from_dit,
+    weights_from_stock,
+)
 
 # (layers, width, heads) of Table 1; the number behind the slash is the patch size
 DIT_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -143,9 +150,17 @@ class DiTModel(ModelMixin, ConfigMixin, AttentionMixin):
                 checkpoint), so that one shared embedder cannot stand for them.
         """
         stock = load_stock(stock_model_or_path, **kwargs)
-        model = cls(**config_from_stock(stock.config), **STOCK_SEMANTICS)
+        model = cls(**config_from_stock(stock.config))
         model.load_state_dict(weights_from_stock(stock.state_dict()))
-        return model.to(stock.dtype).eval()
+        return in_dtype(model, stock.dtype).eval()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: "str | os.PathLike", **kwargs) -> "DiTModel":
+        """As every Diffusers model's; a checkpoint of the stock class goes through [`~DiTModel.from_diffusers`]."""
+        where = {name: kwargs[name] for name in ("cache_dir", "revision", "subfolder", "token") if name in kwargs}
+        if cls.load_config(pretrained_model_name_or_path, **where).get("_class_name") in STOCK_CLASSES:
+            return cls.from_diffusers(pretrained_model_name_or_path, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def to_diffusers(self, approximate: bool = False) -> nn.Module:
         """
@@ -214,13 +229,15 @@ class DiTModel(ModelMixin, ConfigMixin, AttentionMixin):
                 timestep or label is out of range.
         """
         height, width = self._check_input(hidden_states)
-        timestep = shared_or_per_sample(timestep, hidden_states)
+        timestep = torch.as_tensor(timestep)
         check_timesteps(timestep, self.config.num_train_timesteps)
+        timestep = shared_or_per_sample(timestep.to(hidden_states.device))
         class_labels = self._check_labels(class_labels, hidden_states)
 
         # 1. Input
-        # (B, C, H, W) → (B, N, D); the embedding's transposed memory layout would spread through every block
-        hidden_states = self.pos_embed(hidden_states).contiguous()
+        # (B, C, H, W) → (B, N, D), in the position table's precision, so that under autocast the residual stream keeps
+        # float32; the embedding's transposed memory layout would spread through every block
+        hidden_states = self.pos_embed(hidden_states).to(self.pos_embed.pos_embed.dtype).contiguous()
         conditioning = self.time_label_embed(timestep, class_labels, force_drop_ids)  # (B, D)
         block_inputs = self.block_inputs(timestep, hidden_states.dtype)
 
@@ -268,12 +285,11 @@ class DiTModel(ModelMixin, ConfigMixin, AttentionMixin):
         return class_labels
 
 
-def shared_or_per_sample(timestep: torch.Tensor | float | int, hidden_states: torch.Tensor) -> torch.Tensor:
+def shared_or_per_sample(timestep: torch.Tensor) -> torch.Tensor:
     """
     One timestep (1,) for a batch that shares it, else (B,). Whether it is shared is read from the tensor's shape and
     strides (`t.expand(B)` has stride 0), never from its values, which would stall an accelerator.
     """
-    timestep = torch.as_tensor(timestep, device=hidden_states.device)
     if timestep.ndim == 0:
         return timestep[None]
     return timestep[:1] if timestep.stride(0) == 0 else timestep

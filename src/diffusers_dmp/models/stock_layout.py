@@ -11,12 +11,12 @@ import torch
 from diffusers import DiTTransformer2DModel
 from torch import nn
 
-# The two constants in which the stock class departs from the published DiT, and which its users' checkpoints expect
-STOCK_SEMANTICS = {"downscale_freq_shift": 1.0, "norm_eps": 1e-5}
+STOCK_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second in the first published checkpoints
+STOCK_FREQ_SHIFT = 1.0  # of the timestep frequencies; fixed in the stock class, where the published DiT has 0
 
 _SHARED_CONFIG = (
     "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "num_layers", "dropout", "sample_size",
-    "patch_size",
+    "patch_size", "norm_eps",
 )  # fmt: skip
 _EMBEDDER = "norm1.emb."
 _RENAMED = {"attn1.to_out.0.": "attn.to_out."}  # stock → ours, inside a block
@@ -34,7 +34,7 @@ def load_stock(stock_model_or_path: "nn.Module | str | os.PathLike", **kwargs) -
 
 
 def config_from_stock(stock_config) -> dict:
-    """Our constructor's arguments, but for the semantics."""
+    """Our constructor's arguments, with the stock semantics."""
     required = {"activation_fn": "gelu-approximate", "attention_bias": True, "norm_elementwise_affine": False}
     for name, value in required.items():
         if stock_config[name] != value:
@@ -42,6 +42,7 @@ def config_from_stock(stock_config) -> dict:
     return {name: stock_config[name] for name in _SHARED_CONFIG} | {
         "num_classes": stock_config.num_embeds_ada_norm,
         "class_dropout_prob": 0.1,  # the stock class always has a null class
+        "downscale_freq_shift": STOCK_FREQ_SHIFT,
     }
 
 
@@ -91,18 +92,26 @@ def weights_to_stock(weights: dict[str, torch.Tensor], num_layers: int, num_clas
 def stock_from_dit(model: nn.Module, approximate: bool) -> DiTTransformer2DModel:
     """See [`DiTModel.to_diffusers`]."""
     config = model.config
-    if config.downscale_freq_shift != STOCK_SEMANTICS["downscale_freq_shift"] and not approximate:
+    if config.get("sharing_ratio", 1) != 1:
         raise ValueError(
-            f"Expected `downscale_freq_shift` to be {STOCK_SEMANTICS['downscale_freq_shift']}, the stock semantics, but got "
+            f"Expected a model without routing, which the stock class cannot express, but got `sharing_ratio` "
+            f"{config.sharing_ratio}."
+        )
+    if config.downscale_freq_shift != STOCK_FREQ_SHIFT and not approximate:
+        raise ValueError(
+            f"Expected `downscale_freq_shift` to be {STOCK_FREQ_SHIFT}, the stock semantics, but got "
             f"{config.downscale_freq_shift}. Pass `approximate=True` to export all the same; the stock model equals this "
             f"one once `block.norm1.emb.time_proj.downscale_freq_shift = {config.downscale_freq_shift:g}` is set on each "
             "of its `transformer_blocks` after loading."
         )
     stock = DiTTransformer2DModel(
-        **{name: config[name] for name in _SHARED_CONFIG},
-        num_embeds_ada_norm=config.num_classes,
-        norm_eps=config.norm_eps,
+        **{name: config[name] for name in _SHARED_CONFIG}, num_embeds_ada_norm=config.num_classes
     )
-    weights = weights_to_stock(model.state_dict(), config.num_layers, config.num_classes)
-    stock.load_state_dict(weights)
-    return stock.to(model.dtype).eval()
+    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("task_routing.")}
+    stock.load_state_dict(weights_to_stock(weights, config.num_layers, config.num_classes))
+    return in_dtype(stock, model.dtype).eval()
+
+
+def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model in that dtype; Diffusers warns of a cast even where there is none."""
+    return model if model.dtype == dtype else model.to(dtype)

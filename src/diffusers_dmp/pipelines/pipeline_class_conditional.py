@@ -8,6 +8,7 @@ import inspect
 import os
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMParallelScheduler, DDPMScheduler
 from diffusers.image_processor import VaeImageProcessor
@@ -42,9 +43,11 @@ def classifier_free_guidance(
     """
     conditional, unconditional = model_output.chunk(2)
     guided = sample_channels if guidance_channels is None else guidance_channels
+    if not 1 <= guided <= sample_channels:
+        raise ValueError(f"Expected `guidance_channels` to be in [1, {sample_channels}], but got {guidance_channels}.")
     # ε = ε(∅) + w·(ε(y) - ε(∅))
     prediction = unconditional[:, :guided] + guidance_scale * (conditional - unconditional)[:, :guided]
-    return torch.cat([prediction, conditional[:, guided:]], dim=1)
+    return torch.cat([prediction.to(model_output.dtype), conditional[:, guided:]], dim=1)
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
@@ -52,9 +55,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
     Generate images with one denoiser.
 
     Args:
-        transformer ([`DiTModel`], [`DTRTransformer2DModel`] or any model of Diffusers' calling convention):
-            Called as `transformer(sample, timestep, class_labels=…)`; without labels if its configuration has neither
-            `num_classes` nor `num_embeds_ada_norm`.
+        transformer ([`DiTModel`], [`DTRTransformer2DModel`], or Diffusers' own DiT or `UNet2DModel`):
+            Called as `transformer(sample, timestep, class_labels=…)`; without labels if its configuration has none of
+            `num_classes`, `num_embeds_ada_norm` and `num_class_embeds`.
         scheduler ([`SchedulerMixin`]): Any of Diffusers'. With a learned variance the DDPM ones use it, the others
             leave it.
         vae ([`AutoencoderKL`], *optional*): For a denoiser of latents.
@@ -100,12 +103,15 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def num_classes(self) -> int | None:
         """How many classes the denoiser knows; None for one that takes no labels."""
         config = self.transformer.config
-        return config.get("num_classes", config.get("num_embeds_ada_norm"))
+        names = ("num_classes", "num_embeds_ada_norm", "num_class_embeds")
+        return next((config[name] for name in names if config.get(name) is not None), None)
 
     @property
     def has_null_class(self) -> bool:
         """Whether the denoiser learned to go without a label, as guidance needs it."""
-        return self.num_classes is not None and self.transformer.config.get("class_dropout_prob", 0.1) > 0
+        config = self.transformer.config
+        # Diffusers' own DiT always has; it is the one that counts its classes as `num_embeds_ada_norm`
+        return config.get("class_dropout_prob", 0) > 0 or "num_embeds_ada_norm" in config
 
     def get_label_ids(self, labels: "str | list[str]") -> list[int]:
         """
@@ -185,6 +191,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         # 1. What is asked for
         class_labels = self._prepare_labels(class_labels, batch_size)
         batch_size = batch_size if class_labels is None else len(class_labels)
+        if batch_size < 1:
+            raise ValueError(f"Expected `batch_size` to be at least 1, but got {batch_size}.")
         guidance_scale, guided = self._prepare_guidance(guidance_scale, batch_size)
         if class_labels is not None:
             if guided:
@@ -193,23 +201,23 @@ class ClassConditionalPipeline(DiffusionPipeline):
         label_kwargs = {} if class_labels is None else {"class_labels": class_labels}
 
         # 2. When
-        self._prepare_timesteps(num_inference_steps, timesteps, device)
-        step_parameters = inspect.signature(self.scheduler.step).parameters
+        scheduler, keeps_variance = self._prepare_scheduler()
+        self._prepare_timesteps(scheduler, num_inference_steps, timesteps, device)
+        step_parameters = inspect.signature(scheduler.step).parameters
         step_kwargs = {"generator": generator, "eta": eta}
         step_kwargs = {name: value for name, value in step_kwargs.items() if name in step_parameters}
-        scale_model_input = getattr(
-            self.scheduler, "scale_model_input", lambda sample, _: sample
-        )  # flow matching has none
-        keeps_variance = self._prepare_variance()
 
         # 3. From what
         latents = self._prepare_latents(batch_size, height, width, generator, latents, device)
+        latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)  # flow-matching ones do without
         channels = latents.shape[1]
 
         # 4. Denoise
-        self._num_timesteps = len(self.scheduler.timesteps)
-        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            model_input = scale_model_input(latents, t)
+        self._num_timesteps = len(scheduler.timesteps)
+        for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
+            model_input = latents
+            if hasattr(scheduler, "scale_model_input"):  # flow-matching ones do without
+                model_input = scheduler.scale_model_input(latents, t)
             if guided:
                 model_input = torch.cat([model_input, model_input])
             # expanded, not copied, so that the model sees that the batch shares its timestep
@@ -218,7 +226,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 model_output = classifier_free_guidance(model_output, guidance_scale, channels, guidance_channels)
             if not keeps_variance:
                 model_output = model_output[:, :channels]
-            latents = self.scheduler.step(model_output, t, latents, **step_kwargs).prev_sample
+            latents = scheduler.step(model_output, t, latents, **step_kwargs).prev_sample
 
             if callback_on_step_end is not None:
                 latents = callback_on_step_end(self, i, t, {"latents": latents}).pop("latents", latents)
@@ -248,70 +256,74 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 )
             return torch.full((batch_size,), self.num_classes if self.has_null_class else 0)
         if not isinstance(class_labels, torch.Tensor):
-            class_labels = [class_labels] if isinstance(class_labels, (int, str)) else list(class_labels)
-            if class_labels and isinstance(class_labels[0], str):
+            class_labels = (
+                list(class_labels) if isinstance(class_labels, (list, tuple, np.ndarray)) else [class_labels]
+            )
+            if any(isinstance(label, str) for label in class_labels):
                 class_labels = self.get_label_ids(class_labels)
-        class_labels = torch.as_tensor(class_labels, device="cpu", dtype=torch.long).reshape(-1)
+            class_labels = torch.as_tensor(np.asarray(class_labels, dtype=None if class_labels else np.int64))
+        if class_labels.is_floating_point():
+            raise ValueError(f"Expected `class_labels` to be integers or names, but got {class_labels.tolist()}.")
+        class_labels = class_labels.long().cpu().reshape(-1)
         last = self.num_classes - (not self.has_null_class)
         if len(class_labels) == 0 or class_labels.min() < 0 or class_labels.max() > last:
             raise ValueError(f"Expected `class_labels` to be in [0, {last}], but got {class_labels.tolist()}.")
         return class_labels
 
     def _prepare_guidance(self, guidance_scale, batch_size: int) -> tuple["float | torch.Tensor", bool]:
-        """The scale, a tensor (B, 1, 1, 1) if it was given per sample, and whether it guides at all."""
-        scales = guidance_scale if isinstance(guidance_scale, (list, tuple)) else [guidance_scale]
+        """The scale (B or 1, 1, 1, 1), in float32 whatever the model's dtype, and whether it guides at all."""
+        scales = torch.as_tensor(guidance_scale, dtype=torch.float32, device="cpu").reshape(-1)
         if len(scales) not in (1, batch_size):
             raise ValueError(
                 f"Expected `guidance_scale` to be a number or {batch_size} of them, but got {len(scales)}."
             )
-        if all(scale == 1 for scale in scales):
+        if (scales == 1).all():
             return 1.0, False
         if not self.has_null_class:
             raise ValueError(
                 f"Expected `guidance_scale` to be 1 for a model without a null class, but got {guidance_scale}."
             )
-        if len(scales) == 1:
-            return scales[0], True
-        scales = torch.tensor(scales, device=self._execution_device, dtype=self.transformer.dtype)
-        return scales.view(-1, 1, 1, 1), True
+        return scales.to(self._execution_device).view(-1, 1, 1, 1), True
 
-    def _prepare_timesteps(self, num_inference_steps: int, timesteps: list[int] | None, device) -> None:
+    def _prepare_timesteps(self, scheduler, num_inference_steps: int, timesteps: list[int] | None, device) -> None:
         num_train_timesteps = self.transformer.config.get("num_train_timesteps")
         if num_train_timesteps is not None:
-            check_train_timesteps(self.scheduler, num_train_timesteps)
+            check_train_timesteps(scheduler, num_train_timesteps)
         if timesteps is None:
-            self.scheduler.set_timesteps(num_inference_steps, device=device)
-        elif "timesteps" in inspect.signature(self.scheduler.set_timesteps).parameters:
-            self.scheduler.set_timesteps(timesteps=timesteps, device=device)
+            scheduler.set_timesteps(num_inference_steps, device=device)
+        elif "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
+            scheduler.set_timesteps(timesteps=timesteps, device=device)
         else:
             raise ValueError(
-                f"Expected a scheduler that takes `timesteps`, but got a {type(self.scheduler).__name__}, which does not."
+                f"Expected a scheduler that takes `timesteps`, but got a {type(scheduler).__name__}, which does not."
             )
         if num_train_timesteps is not None:
-            check_timesteps(self.scheduler.timesteps.cpu(), num_train_timesteps)  # once, not at every step
+            check_timesteps(scheduler.timesteps.cpu(), num_train_timesteps)  # once, not at every step
 
-    def _prepare_variance(self) -> bool:
-        """Whether the scheduler is handed the variance channels."""
+    def _prepare_scheduler(self) -> tuple[SchedulerMixin, bool]:
+        """The scheduler to step, and whether it is handed the variance channels."""
         if self.scheduler.config.get("variance_type") not in LEARNED_VARIANCES:
-            return False
-        if isinstance(self.scheduler, (DDPMScheduler, DDPMParallelScheduler)):
-            config = self.transformer.config
-            if config.out_channels != 2 * config.in_channels:
-                raise ValueError(
-                    f"Expected the scheduler's `variance_type` to be a fixed one for a model of {config.in_channels} input "
-                    f"and {config.out_channels} output channels, but got {self.scheduler.config.variance_type!r}."
-                )
-            return True
-        # the DPM-Solver family would cut the prediction to its first 3 channels, as if they were not all that it gets
-        self.scheduler.register_to_config(variance_type=None)
-        return False
+            return self.scheduler, False
+        config = self.transformer.config
+        if not isinstance(self.scheduler, (DDPMScheduler, DDPMParallelScheduler)):
+            # the DPM-Solver family would cut the prediction, which is all that it gets, to its first 3 channels
+            return type(self.scheduler).from_config(self.scheduler.config, variance_type=None), False
+        if config.out_channels != 2 * config.in_channels:
+            raise ValueError(
+                f"Expected the scheduler's `variance_type` to be a fixed one for a model of {config.in_channels} input "
+                f"and {config.out_channels} output channels, but got {self.scheduler.config.variance_type!r}."
+            )
+        return self.scheduler, True
 
     def _prepare_latents(self, batch_size: int, height, width, generator, latents, device) -> torch.Tensor:
         config = self.transformer.config
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"Expected `generator` to be one or a list of {batch_size}, but got {len(generator)}.")
-        default_size = config.sample_size * self.vae_scale_factor
-        sizes = [default_size if size is None else size for size in (height, width)]
+        trained = config.sample_size if isinstance(config.sample_size, (list, tuple)) else [config.sample_size] * 2
+        sizes = [
+            own * self.vae_scale_factor if asked is None else asked
+            for own, asked in zip(trained, (height, width), strict=True)
+        ]
         multiple = self.vae_scale_factor * config.get("patch_size", 1)
         if any(size < multiple or size % multiple for size in sizes):
             raise ValueError(
@@ -319,14 +331,15 @@ class ClassConditionalPipeline(DiffusionPipeline):
             )
         shape = (batch_size, config.in_channels, *(size // self.vae_scale_factor for size in sizes))
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
-        elif latents.shape != shape:
+            return randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
+        if latents.shape != shape:
             raise ValueError(f"Expected `latents` to have the shape {shape}, but got {tuple(latents.shape)}.")
-        return latents.to(device) * getattr(self.scheduler, "init_noise_sigma", 1.0)  # flow matching has none
+        return latents.to(device, self.transformer.dtype)
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) latents → images in [-1, 1]."""
         if self.vae is None:
             return latents
         config = self.vae.config
-        return self.vae.decode(latents / config.scaling_factor + (config.get("shift_factor") or 0)).sample
+        latents = latents / config.scaling_factor + (config.get("shift_factor") or 0)
+        return self.vae.decode(latents.to(self.vae.dtype)).sample

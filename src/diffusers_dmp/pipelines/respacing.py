@@ -29,14 +29,11 @@ def respaced_timesteps(num_train_timesteps: int, respacing: "int | str | list[in
             f"Expected `respacing` to have an integer stride through {num_train_timesteps}, but got {respacing!r}."
         )
 
-    counts = (
-        respacing.split(",")
-        if isinstance(respacing, str)
-        else respacing
-        if isinstance(respacing, list)
-        else [respacing]
-    )
-    counts = [int(count) for count in counts]
+    if isinstance(respacing, int):
+        respacing = [respacing]
+    elif isinstance(respacing, str):
+        respacing = respacing.split(",")
+    counts = [int(count) for count in respacing]
     timesteps, start = [], 0
     for section, count in enumerate(counts):
         # the first sections take what does not divide evenly

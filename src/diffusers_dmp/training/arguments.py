@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
+TRACKERS = ("tensorboard", "wandb", "none")
+
 Arguments = TypeVar("Arguments", bound="TrainingArguments")
 
 
@@ -57,9 +59,7 @@ class TrainingArguments:
     lr_scheduler: str = option("constant", "Of diffusers.optimization: constant, cosine, constant_with_warmup, …")
     lr_warmup_steps: int = option(0, "Steps of linear warm-up, for the schedules that have one.")
     max_grad_norm: float | None = option(None, "Clip the gradients' norm to this.")
-    ema_decay: float | None = option(
-        0.9999, "Of the averaged weights, which are the ones saved; none for no averaging."
-    )
+    ema_decay: float = option(0.9999, "Of the averaged weights, which are the ones saved; 0 for no averaging.")
     mixed_precision: str | None = option(None, "no, fp16 or bf16; what `accelerate launch` says by default.")
     gradient_checkpointing: bool = option(False, "Trade time for memory.")
     resume_from_checkpoint: str | None = option(None, "A checkpoint's folder, or `latest` in `output_dir`.")
@@ -71,6 +71,24 @@ class TrainingArguments:
     checkpoints_total_limit: int | None = option(2, "Keep this many.")
     sample_steps: int = option(0, "Draw a grid of samples this often; 0 for never.")
     sample_inference_steps: int = option(50, "Denoising steps of those samples.")
+
+    def __post_init__(self):
+        if self.mixed_precision is False:
+            self.mixed_precision = "no"  # as YAML reads a bare `no`
+        for name in ("image_size", "batch_size", "gradient_accumulation_steps", "max_train_steps", "logging_steps",
+                     "checkpointing_steps", "sample_inference_steps"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"Expected `{name}` to be at least 1, but got {getattr(self, name)}.")
+        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
+            raise ValueError(
+                f"Expected `checkpoints_total_limit` to be at least 1, but got {self.checkpoints_total_limit}."
+            )
+        if self.num_train_timesteps < 2:
+            raise ValueError(f"Expected `num_train_timesteps` to be at least 2, but got {self.num_train_timesteps}.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"Expected `ema_decay` to be in [0, 1), but got {self.ema_decay}.")
+        if self.report_to not in TRACKERS:
+            raise ValueError(f"Expected `report_to` to be one of {', '.join(TRACKERS)}, but got {self.report_to!r}.")
 
 
 @dataclass(kw_only=True)
@@ -106,7 +124,7 @@ def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None = N
     config_path = config_parser.parse_known_args(argv)[0].config
     if config_path is not None:
         with open(config_path) as file:
-            preset = yaml.safe_load(file)
+            preset = yaml.safe_load(file) or {}
         valid = [field.name for field in dataclasses.fields(arguments_class)]
         unknown = [name for name in preset if name not in valid]
         if unknown:

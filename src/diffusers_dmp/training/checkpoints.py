@@ -30,9 +30,15 @@ def resume(accelerator: Accelerator, args: TrainingArguments) -> int:
     Load what `resume_from_checkpoint` asks for, and return how many steps it has done.
 
     Raises:
-        ValueError: if it is not there.
+        ValueError: if it is not there, or beyond `max_train_steps`, or if checkpoints are there and none was asked for.
     """
     if args.resume_from_checkpoint is None:
+        found = checkpoints(args.output_dir)
+        if found:  # a later run would resume from them by mistake
+            raise ValueError(
+                "Expected `output_dir` to hold no checkpoints of an earlier run, or `resume_from_checkpoint` to be "
+                f"'latest', but got {found[-1]}."
+            )
         return 0
     if args.resume_from_checkpoint == "latest":
         found = checkpoints(args.output_dir)
@@ -47,6 +53,10 @@ def resume(accelerator: Accelerator, args: TrainingArguments) -> int:
                 f"Expected `resume_from_checkpoint` to be 'latest' or a folder {PREFIX}<step>, "
                 f"but got {args.resume_from_checkpoint!r}."
             )
+    if checkpoint_step(path) > args.max_train_steps:
+        raise ValueError(
+            f"Expected `resume_from_checkpoint` to be within `max_train_steps` {args.max_train_steps}, but got {path}."
+        )
     accelerator.load_state(str(path))
     return checkpoint_step(path)
 
@@ -58,7 +68,6 @@ def save_checkpoint(accelerator: Accelerator, args: TrainingArguments, step: int
     accelerator.save_state(str(unfinished))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        shutil.rmtree(path, ignore_errors=True)  # of an earlier run in the same folder
         unfinished.rename(path)
         if args.checkpoints_total_limit is not None:
             for surplus in checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:

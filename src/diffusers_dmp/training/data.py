@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import datasets
 import numpy as np
 import PIL.Image
+import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, Sampler
 
@@ -31,21 +32,23 @@ def load_images(source: str, image_column: str = "image", split: str = "train") 
     Raises:
         ValueError: if `source` is a folder without images, or has no such column.
     """
+    if not source:
+        raise ValueError("Expected `dataset` to be a folder, a parquet file or a Hub data set id, but got nothing.")
     try:
         if os.path.isfile(source):
             dataset = datasets.load_dataset("parquet", data_files=source, split=split)
         else:
             dataset = datasets.load_dataset(source, split=split)
-    except (
-        datasets.data_files.EmptyDatasetError,
-        FileNotFoundError,
-        datasets.exceptions.DataFilesNotFoundError,
-    ) as error:
+    except (FileNotFoundError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
-            f"Expected `dataset` to be a folder with images, parquet, or a data set on the Hub, but got {source!r}: {error}"
+            f"Expected `dataset` to be a folder with images, parquet, or a data set on the Hub, but got {source!r}: "
+            f"{error}"
         ) from error
     if image_column not in dataset.column_names:
-        raise ValueError(f"Expected `image_column` to be one of {dataset.column_names}, but got {image_column!r}.")
+        raise ValueError(
+            f"Expected `image_column` to be one of {dataset.column_names}, the columns of {source!r}, "
+            f"but got {image_column!r}."
+        )
     # decoded by ourselves, so that a broken file can be named
     return dataset.cast_column(image_column, datasets.Image(decode=False))
 
@@ -53,12 +56,20 @@ def load_images(source: str, image_column: str = "image", split: str = "train") 
 def class_names(dataset: datasets.Dataset, label_column: str = "label") -> list[str] | None:
     """
     The names of the classes, by index; None for a data set without labels.
+
+    Raises:
+        ValueError: if the labels are neither classes nor integers.
     """
     if label_column not in dataset.column_names:
         return None
     feature = dataset.features[label_column]
     if isinstance(feature, datasets.ClassLabel):
         return feature.names
+    if not pa.types.is_integer(feature.pa_type):
+        raise ValueError(
+            f"Expected `label_column` {label_column!r} to hold class indices, but got {feature.dtype}; "
+            f"`dataset.class_encode_column({label_column!r})` makes indices of names."
+        )
     return [str(label) for label in range(max(dataset[label_column]) + 1)]
 
 
@@ -78,14 +89,21 @@ def to_tensors(
     if channels not in PIL_MODES:
         raise ValueError(f"Expected the number of channels to be one of {list(PIL_MODES)}, but got {channels}.")
 
-    def transform(columns: dict[str, list]) -> dict[str, list]:
-        images = (open_image(encoded).convert(PIL_MODES[channels]) for encoded in columns[image_column])
-        items = {"images": [to_tensor(center_crop(image, image_size)) for image in images]}
-        if label_column in columns:
-            items["class_labels"] = columns[label_column]
-        return items
+    return dataset.with_transform(
+        functools.partial(
+            _read_items, image_size=image_size, channels=channels, image_column=image_column, label_column=label_column
+        )
+    )
 
-    return dataset.with_transform(transform)
+
+def _read_items(
+    columns: dict[str, list], image_size: int, channels: int, image_column: str, label_column: str
+) -> dict[str, list]:
+    images = (open_image(encoded).convert(PIL_MODES[channels]) for encoded in columns[image_column])
+    items = {"images": [to_tensor(center_crop(image, image_size)) for image in images]}
+    if label_column in columns:
+        items["class_labels"] = columns[label_column]
+    return items
 
 
 def open_image(encoded: dict) -> PIL.Image.Image:
@@ -94,10 +112,9 @@ def open_image(encoded: dict) -> PIL.Image.Image:
     try:
         image = PIL.Image.open(file)
         image.load()
-    except OSError as error:
-        raise ValueError(
-            f"Expected `dataset` to hold readable images, but got {encoded['path']!r}: {error}"
-        ) from error
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three
+        where = encoded["path"] or f"{len(encoded['bytes'])} bytes without a name"
+        raise ValueError(f"Expected `dataset` to hold readable images, but got {where}: {error}") from error
     return image
 
 

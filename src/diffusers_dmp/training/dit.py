@@ -6,6 +6,7 @@ from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 from ..models import DiTModel
+from ..models.stock_layout import STOCK_CLASSES
 from .arguments import DiTTrainingArguments
 from .data import class_names, load_images
 from .trainer import make_accelerator, train
@@ -31,41 +32,62 @@ def train_dit(model_class: type[DiTModel], args: DiTTrainingArguments, **config:
     vae = None
     if args.vae is not None:
         vae = AutoencoderKL.from_pretrained(args.vae).requires_grad_(False).eval()
+    config |= data_config(args, label_names, vae)
     if args.pretrained_model_name_or_path is not None:
-        model = load_pretrained(model_class, args.pretrained_model_name_or_path)
+        model = load_pretrained(model_class, args.pretrained_model_name_or_path, config)
     else:
-        model = new_model(model_class, args, label_names, vae, config)
+        model = new_model(model_class, args, config)
     train(accelerator, args, model, dataset, label_names, vae)
 
 
-def load_pretrained(model_class: type[DiTModel], name_or_path: str) -> DiTModel:
-    """The model in a folder or Hub repository of its own, or in that of a pipeline."""
-    try:
-        is_pipeline = "transformer" in DiffusionPipeline.load_config(name_or_path)
-    except OSError:  # no model_index.json
-        is_pipeline = False
-    return model_class.from_pretrained(name_or_path, subfolder="transformer" if is_pipeline else None)
-
-
-def new_model(
-    model_class: type[DiTModel],
-    args: DiTTrainingArguments,
-    label_names: list[str] | None,
-    vae: AutoencoderKL | None,
-    config: dict[str, Any],
-) -> DiTModel:
-    """A model of the size asked for, with as many channels, pixels and classes as the data have."""
+def data_config(
+    args: DiTTrainingArguments, label_names: list[str] | None, vae: AutoencoderKL | None
+) -> dict[str, Any]:
+    """The model's arguments that the data and the diffusion process decide: channels, pixels, classes, timesteps."""
     channels, downsampling = args.image_channels, 1
     if vae is not None:
         channels, downsampling = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
-    config = config | {
+    return {
         "in_channels": channels,
         "out_channels": channels * (2 if args.learn_sigma else 1),
         "sample_size": args.image_size // downsampling,
         "num_train_timesteps": args.num_train_timesteps,
         "num_classes": len(label_names) if label_names else 1,
-        "class_dropout_prob": args.class_dropout_prob if label_names else 0.0,
     }
+
+
+def load_pretrained(model_class: type[DiTModel], name_or_path: str, config: dict[str, Any]) -> DiTModel:
+    """
+    The model in a folder or Hub repository of its own, or in that of a pipeline.
+
+    Raises:
+        ValueError: if it is of another class, or its configuration is not what `config` asks for.
+    """
+    try:
+        is_pipeline = "transformer" in DiffusionPipeline.load_config(name_or_path)
+    except OSError:  # no model_index.json
+        is_pipeline = False
+    subfolder = "transformer" if is_pipeline else None
+    saved_config = model_class.load_config(name_or_path, subfolder=subfolder)
+    if saved_config["_class_name"] not in (model_class.__name__, *(STOCK_CLASSES if model_class is DiTModel else ())):
+        raise ValueError(
+            f"Expected `pretrained_model_name_or_path` to be a {model_class.__name__}, "
+            f"but got a {saved_config['_class_name']} in {name_or_path!r}."
+        )
+    model = model_class.from_pretrained(name_or_path, subfolder=subfolder)
+    for name, value in config.items():
+        own = model.out_channels if name == "out_channels" else model.config[name]
+        if own != value:
+            raise ValueError(
+                f"Expected `pretrained_model_name_or_path` to have the `{name}` {value} of data and arguments, "
+                f"but got {own} in {name_or_path!r}."
+            )
+    return model
+
+
+def new_model(model_class: type[DiTModel], args: DiTTrainingArguments, config: dict[str, Any]) -> DiTModel:
+    """A model of the size asked for."""
+    config = config | {"class_dropout_prob": args.class_dropout_prob if config["num_classes"] > 1 else 0.0}
     if args.preset is not None:
         return model_class.from_preset(args.preset, **config)
     sizes = ("num_layers", "num_attention_heads", "attention_head_dim", "patch_size")

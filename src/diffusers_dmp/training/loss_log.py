@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import time
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -46,17 +47,26 @@ class LossLog:
         self._reset()
 
     def _reset(self) -> None:
+        device = self.accelerator.device
         self.num_steps = 0
+        self.seconds_paused = 0.0
         self.started = time.perf_counter()
-        # sum of losses and number of samples of each band, and the sum of the batches' losses
-        self.sums = torch.zeros(2 * self.bands.num_experts + 1, device=self.accelerator.device)
+        self.loss = torch.zeros((), device=device)
+        self.band_losses = torch.zeros(self.bands.num_experts, device=device)
+        self.band_counts = torch.zeros(self.bands.num_experts, device=device)
+
+    @contextmanager
+    def paused(self):
+        """What is done meanwhile does not count as training time."""
+        start = time.perf_counter()
+        yield
+        self.seconds_paused += time.perf_counter() - start
 
     def __call__(self, done: TrainingStep, learning_rate: float) -> None:
-        num_bands = self.bands.num_experts
         band = self.bands.index(done.timesteps)
-        self.sums.index_add_(0, band, done.sample_losses)
-        self.sums.index_add_(0, band + num_bands, torch.ones_like(done.sample_losses))
-        self.sums[-1] += done.loss
+        self.band_losses.index_add_(0, band, done.sample_losses)
+        self.band_counts.index_add_(0, band, torch.ones_like(done.sample_losses))
+        self.loss += done.loss
         self.num_steps += 1
         self.progress.update()
         if done.step % self.args.logging_steps == 0 or done.step == self.args.max_train_steps:
@@ -64,22 +74,23 @@ class LossLog:
             self._reset()
 
     def _write(self, done: TrainingStep, learning_rate: float) -> None:
-        sums = self.accelerator.reduce(self.sums, "sum").tolist()
-        num_bands = self.bands.num_experts
+        loss = self.accelerator.reduce(self.loss, "mean").item() / self.num_steps
+        band_losses, band_counts = self.accelerator.reduce((self.band_losses, self.band_counts), "sum")
+        seconds = time.perf_counter() - self.started - self.seconds_paused
         values = {
-            "loss": sums[-1] / (self.num_steps * self.accelerator.num_processes),
+            "loss": loss,
             "lr": learning_rate,
-            "images_per_second": self.num_steps * self.args.batch_size / (time.perf_counter() - self.started),
+            "images_per_second": self.num_steps * self.args.batch_size / seconds,
         }
         if done.grad_norm is not None:
             values["grad_norm"] = done.grad_norm.item()
-        for band, (total, count) in enumerate(zip(sums[:num_bands], sums[num_bands:-1])):
+        edges = self.bands.edges
+        for low, high, total, count in zip(edges, edges[1:], band_losses.tolist(), band_counts.tolist()):
             if count:
-                low, high = self.bands.edges[band], self.bands.edges[band + 1]
                 values[f"loss_by_timestep/{low:04d}-{high - 1:04d}"] = total / count
-        if not math.isfinite(values["loss"]):
-            logger.warning("The loss is %s at step %d.", values["loss"], done.step)
-        self.progress.set_postfix(loss=f"{values['loss']:.4f}", images_per_second=f"{values['images_per_second']:.0f}")
+        if not math.isfinite(loss):
+            logger.warning("The loss is %s at step %d.", loss, done.step)
+        self.progress.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{values['images_per_second']:.0f}")
         self.accelerator.log(values, step=done.step)
 
     def close(self) -> None:

@@ -29,4 +29,6 @@ def balanced_timesteps(
         raise ValueError(
             f"Expected `batch_size` to be divisible by the {intervals.num_experts} timestep clusters, but got {batch_size}."
         )
-    return intervals.sample(torch.arange(batch_size) % intervals.num_experts, batch_size, generator)
+    device = generator.device if generator is not None else None
+    experts = torch.arange(batch_size, device=device) % intervals.num_experts
+    return intervals.sample(experts, batch_size, generator)

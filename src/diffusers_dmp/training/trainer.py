@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, LoggerType, ProjectConfiguration
 from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.optimization import get_scheduler
@@ -28,17 +30,35 @@ from .loop import training_steps
 from .loss_log import LossLog, trackable
 from .objective import DiffusionObjective
 
+logger = logging.getLogger(__name__)
+
 
 def make_accelerator(args: TrainingArguments) -> Accelerator:
-    """The processes, devices and trackers of a training."""
-    return Accelerator(
+    """
+    The processes, devices and trackers of a training.
+
+    Raises:
+        ValueError: if the tracker that `report_to` names is not installed.
+    """
+    if args.report_to != "none" and LoggerType(args.report_to) not in get_available_trackers():
+        raise ValueError(f"Expected `report_to` to be an installed tracker, but got {args.report_to!r}, which is not.")
+    accelerator = Accelerator(
         # without this, several processes on CPUs would each train alone
         cpu=not torch.accelerator.is_available(),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False)
+        ],  # they are the same tables everywhere
     )
+    if accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        logger.warning(
+            "The launcher prepared for several processes, but started one: on CPUs, `accelerate launch` wants "
+            "`--multi_gpu` beside `--num_processes`."
+        )
+    return accelerator
 
 
 def train(
@@ -88,7 +108,7 @@ def train(
         objective = accelerator.prepare(objective)
     accelerator.register_for_checkpointing(lr_scheduler)
     ema = None
-    if args.ema_decay is not None:
+    if args.ema_decay:
         ema = EMAModel(accelerator.unwrap_model(model).parameters(), decay=args.ema_decay, foreach=True)
         accelerator.register_for_checkpointing(ema)
 
@@ -132,11 +152,12 @@ def train(
         if ema is not None:
             ema.step(accelerator.unwrap_model(model).parameters())
         log(done, lr_scheduler.get_last_lr()[0])
-        if done.step % args.checkpointing_steps == 0:
-            save_checkpoint(accelerator, args, done.step)
-        if args.sample_steps and done.step % args.sample_steps == 0 and accelerator.is_main_process:
-            with averaged_weights(accelerator.unwrap_model(model), ema):
-                draw_samples(accelerator, finished_pipeline(), args, done.step)
+        with log.paused():
+            if done.step % args.checkpointing_steps == 0:
+                save_checkpoint(accelerator, args, done.step)
+            if args.sample_steps and done.step % args.sample_steps == 0 and accelerator.is_main_process:
+                with averaged_weights(accelerator.unwrap_model(model), ema):
+                    draw_samples(accelerator, finished_pipeline(), args, done.step)
     log.close()
     train_seconds = time.perf_counter() - started
 

@@ -12,6 +12,8 @@ Legend: T training timesteps, E clusters, B batch; SNR(t) = ᾱ_t / (1 - ᾱ_t).
 | `uw` | learned, see [`UncertaintyWeighting`] | prediction | ANT, https://arxiv.org/abs/2306.00354 |
 """
 
+import math
+
 import torch
 from torch import nn
 
@@ -71,8 +73,8 @@ def loss_weights(name: str, alphas_cumprod: torch.Tensor, prediction_type: str =
         weights = _ON_X0[pattern](snr, *numbers) * _X0_ERROR[prediction_type](snr)
     if not bool(weights.isfinite().all()):
         raise ValueError(
-            f"Expected the weighting {name!r} to be finite at every timestep, but got {weights.tolist()[-1]} at the last: "
-            "the schedule's final SNR is 0."
+            f"Expected the weighting {name!r} to be finite at every timestep, but got {weights.tolist()[-1]} at the last, "
+            f"where the SNR is {snr.tolist()[-1]}."
         )
     return weights
 
@@ -84,10 +86,14 @@ def _parse(name: str) -> tuple[str, list[float]]:
         values = name.removeprefix(stem + "_").split("_") if parameters else []
         if name == "_".join([stem, *values]) and len(values) == len(parameters):
             try:
-                return pattern, [float(value) for value in values]
+                numbers = [float(value) for value in values]
             except ValueError:
                 continue
-    raise ValueError(f"Expected `weighting` to be one of {', '.join(WEIGHTINGS)}, but got {name!r}.")
+            if all(0 < number < math.inf for number in numbers):
+                return pattern, numbers
+    raise ValueError(
+        f"Expected `weighting` to be one of {', '.join(WEIGHTINGS)}, of positive numbers, but got {name!r}."
+    )
 
 
 class UncertaintyWeighting(nn.Module):
