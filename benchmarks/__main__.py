@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--seconds", type=float, default=40.0, help="per comparison")
     args = parser.parse_args()
 
     device = torch.device(args.device)
@@ -25,7 +25,7 @@ def main() -> None:
     keep_freed_memory()
     print(f"{hardware(device)}\n\n{HEADER}")
     dtypes = [getattr(torch, name) for name in args.dtypes]
-    for ratio in SYSTEMS[args.system](args.preset, device, dtypes, args.compile, args.rounds):
+    for ratio in SYSTEMS[args.system](args.preset, device, dtypes, args.compile, args.seconds):
         print(ratio.row(), flush=True)
 
 

@@ -16,11 +16,12 @@ def stock_dit(preset: str) -> DiTTransformer2DModel:
     return DiTTransformer2DModel(**DIT_PRESETS[preset], in_channels=4, out_channels=8, sample_size=32)
 
 
-def run(preset: str, device: torch.device, dtypes: list[torch.dtype], compile: bool, rounds: int) -> Iterator[Ratio]:
+def run(preset: str, device: torch.device, dtypes: list[torch.dtype], compile: bool, budget: float) -> Iterator[Ratio]:
     """
     Args:
         preset (`str`): 'DiT-S/2' and so on, on 32 x 32 latents of 4 channels.
         compile (`bool`): Compile the models first.
+        budget (`float`): Seconds per comparison.
     """
     for dtype in dtypes:
         models = [DTRTransformer2DModel.from_preset(preset), DiTModel.from_preset(preset), stock_dit(preset)]
@@ -42,8 +43,8 @@ def run(preset: str, device: torch.device, dtypes: list[torch.dtype], compile: b
                 model(sample, timestep, class_labels=labels)
 
             dtr_forward, plain_forward, stock_forward = (partial(forward, model) for model in (dtr, plain, stock))
-            yield compare(f"{case}: DTR / DiT", dtr_forward, plain_forward, device, rounds, 1.02)
-            yield compare(f"{case}: DTR / Diffusers' DiT", dtr_forward, stock_forward, device, rounds, 1.00)
+            yield compare(f"{case}: DTR / DiT", dtr_forward, plain_forward, device, budget, 1.02)
+            yield compare(f"{case}: DTR / Diffusers' DiT", dtr_forward, stock_forward, device, budget, 1.00)
 
             timesteps = torch.randint(0, 1000, (batch_size,), device=device)
 
@@ -52,7 +53,7 @@ def run(preset: str, device: torch.device, dtypes: list[torch.dtype], compile: b
                 model(sample, timesteps, class_labels=labels).sample.square().mean().backward()
 
             steps = [partial(training_step, model) for model in (dtr, plain)]
-            yield compare(f"{case}: DTR / DiT, training step", *steps, device, max(rounds // 2, 5), 1.02)
+            yield compare(f"{case}: DTR / DiT, training step", *steps, device, budget, 1.02)
 
     dtr, plain = DTRTransformer2DModel.from_preset(preset), DiTModel.from_preset(preset)
 

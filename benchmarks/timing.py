@@ -17,6 +17,7 @@ class Ratio:
     """
     Args:
         name (`str`): What is compared with what.
+        rounds (`int`): How often.
         ratio (`float`): Median of the rounds' ratios, `candidate` over `baseline`.
         low, high (`float`): Their quartiles.
         candidate_ms, baseline_ms (`float`): Median times in milliseconds.
@@ -24,6 +25,7 @@ class Ratio:
     """
 
     name: str
+    rounds: int
     ratio: float
     low: float
     high: float
@@ -34,10 +36,11 @@ class Ratio:
     def row(self) -> str:
         verdict = "" if self.target is None else f"≤ {self.target:.2f} {'✓' if self.ratio <= self.target else '✗'}"
         times = f"{self.candidate_ms:.2f} | {self.baseline_ms:.2f}"
-        return f"| {self.name} | {times} | {self.ratio:.3f} ({self.low:.3f}–{self.high:.3f}) | {verdict} |"
+        return f"| {self.name} | {self.rounds} | {times} | {self.ratio:.3f} ({self.low:.3f}–{self.high:.3f}) | {verdict} |"
 
 
-HEADER = "| what | ms | baseline ms | ratio (quartiles) | target |\n| --- | --- | --- | --- | --- |"
+HEADER = "| what | rounds | ms | baseline ms | ratio (quartiles) | target |\n| --- | --- | --- | --- | --- | --- |"
+MIN_ROUNDS = 7
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
@@ -56,7 +59,7 @@ def compare(
     candidate: Callable[[], object],
     baseline: Callable[[], object],
     device: torch.device,
-    rounds: int,
+    budget: float,
     target: float | None = None,
 ) -> Ratio:
     """
@@ -64,19 +67,27 @@ def compare(
 
     Args:
         candidate, baseline (`Callable`): What to call, without arguments.
-        rounds (`int`): How many pairs to time, after a few to warm up.
+        budget (`float`): For about how many seconds to time pairs, after one to warm up; at least `MIN_ROUNDS` pairs.
     """
-    for _ in range(3):
-        candidate(), baseline()
+    for function in (candidate, baseline):
+        function()
+    pair_seconds = seconds(candidate, device) + seconds(baseline, device)
     candidates, baselines = [], []
-    for i in range(rounds):
+    for i in range(max(MIN_ROUNDS, int(budget / pair_seconds))):
         pair = [(candidate, candidates), (baseline, baselines)]
         for function, times in pair if i % 2 else pair[::-1]:
             times.append(seconds(function, device))
     ratios = [a / b for a, b in zip(candidates, baselines)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return Ratio(
-        name, middle, low, high, 1e3 * statistics.median(candidates), 1e3 * statistics.median(baselines), target
+        name,
+        len(ratios),
+        middle,
+        low,
+        high,
+        1e3 * statistics.median(candidates),
+        1e3 * statistics.median(baselines),
+        target,
     )
 
 
