@@ -16,6 +16,7 @@ def main() -> None:
     parser.add_argument("--preset", default="DiT-S/2")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--seconds", type=float, default=40.0, help="per comparison")
     args = parser.parse_args()
@@ -25,7 +26,7 @@ def main() -> None:
     keep_freed_memory()
     print(f"{hardware(device)}\n\n{HEADER}")
     dtypes = [getattr(torch, name) for name in args.dtypes]
-    for ratio in SYSTEMS[args.system](args.preset, device, dtypes, args.compile, args.seconds):
+    for ratio in SYSTEMS[args.system](args.preset, device, dtypes, args.batch_sizes, args.compile, args.seconds):
         print(ratio.row(), flush=True)
 
 

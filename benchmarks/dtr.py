@@ -16,10 +16,13 @@ def stock_dit(preset: str) -> DiTTransformer2DModel:
     return DiTTransformer2DModel(**DIT_PRESETS[preset], in_channels=4, out_channels=8, sample_size=32)
 
 
-def run(preset: str, device: torch.device, dtypes: list[torch.dtype], compile: bool, budget: float) -> Iterator[Ratio]:
+def run(
+    preset: str, device: torch.device, dtypes: list[torch.dtype], batch_sizes: list[int], compile: bool, budget: float
+) -> Iterator[Ratio]:
     """
     Args:
         preset (`str`): 'DiT-S/2' and so on, on 32 x 32 latents of 4 channels.
+        dtypes (`list[torch.dtype]`), batch_sizes (`list[int]`): Each with each.
         compile (`bool`): Compile the models first.
         budget (`float`): Seconds per comparison.
     """
@@ -30,7 +33,7 @@ def run(preset: str, device: torch.device, dtypes: list[torch.dtype], compile: b
             dtr, plain, stock = (torch.compile(model) for model in (dtr, plain, stock))
         name = str(dtype).removeprefix("torch.") + (" compiled" if compile else "")
 
-        for batch_size in (1, 8):
+        for batch_size in batch_sizes:
             sample = torch.randn(batch_size, 4, 32, 32, device=device, dtype=dtype)
             labels = torch.randint(0, 1000, (batch_size,), device=device)
             # as the pipelines pass it

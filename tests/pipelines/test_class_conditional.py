@@ -96,12 +96,15 @@ def test_guidance_matches_the_published_code(system):
     assert_matches(guided, vectors["cfg.out"][:2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scheduler_class", SCHEDULERS)
-def test_any_scheduler(pipeline, scheduler_class):
+def test_any_scheduler(pipeline, scheduler_class, dtype):
     # as users swap them: from the configuration of the one that was saved, learned variance and all
     pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
-    images = pipeline([1, 2], guidance_scale=2.0, num_inference_steps=6, output_type="latent").images
+    pipeline.to(dtype)
+    images = pipeline([1, 2], guidance_scale=2.0, num_inference_steps=4, output_type="latent").images
     assert images.shape == (2, 4, 8, 8)
+    assert images.dtype == dtype
     assert images.isfinite().all()
 
 

@@ -139,7 +139,8 @@ class DiTModel(ModelMixin, ConfigMixin, AttentionMixin):
     @classmethod
     def from_diffusers(cls, stock_model_or_path: "nn.Module | str | os.PathLike", **kwargs) -> "DiTModel":
         """
-        Load Diffusers' own DiT, under its own ("stock") semantics: the outputs equal the stock model's.
+        Load Diffusers' own DiT, under its own ("stock") semantics: the outputs equal the stock model's. (A subclass gets
+        the weights, and its own arguments' defaults.)
 
         Args:
             stock_model_or_path (`DiTTransformer2DModel`, `str` or `os.PathLike`): The model, its folder, or its Hub id.
@@ -231,7 +232,7 @@ class DiTModel(ModelMixin, ConfigMixin, AttentionMixin):
         height, width = self._check_input(hidden_states)
         timestep = torch.as_tensor(timestep)
         check_timesteps(timestep, self.config.num_train_timesteps)
-        timestep = shared_or_per_sample(timestep.to(hidden_states.device))
+        timestep = shared_or_per_sample(timestep).to(hidden_states.device)
         class_labels = self._check_labels(class_labels, hidden_states)
 
         # 1. Input

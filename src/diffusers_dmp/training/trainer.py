@@ -109,6 +109,7 @@ def train(
     accelerator.register_for_checkpointing(lr_scheduler)
     ema = None
     if args.ema_decay:
+        # Deviation from reference: Diffusers' EMAModel warms its decay up, so that short runs are averaged sensibly, too
         ema = EMAModel(accelerator.unwrap_model(model).parameters(), decay=args.ema_decay, foreach=True)
         accelerator.register_for_checkpointing(ema)
 
