@@ -17,6 +17,7 @@ from diffusers_dmp.plots import routing_figure, sample_grid
 OUTPUT = Path("outputs/demo")
 SAMPLES_PER_CLASS = 50
 GUIDANCE_SCALE = 1.5
+NUM_INFERENCE_STEPS = 25
 
 
 def report() -> None:
@@ -25,7 +26,9 @@ def report() -> None:
 
     labels = [label for label in range(NUM_CLASSES) for _ in range(SAMPLES_PER_CLASS)]
     generator = torch.Generator(pipeline.device).manual_seed(0)
-    images = pipeline(labels, guidance_scale=GUIDANCE_SCALE, num_inference_steps=50, generator=generator).images
+    images = pipeline(
+        labels, guidance_scale=GUIDANCE_SCALE, num_inference_steps=NUM_INFERENCE_STEPS, generator=generator
+    ).images
 
     columns = [images[label * SAMPLES_PER_CLASS :][: min(8, SAMPLES_PER_CLASS)] for label in range(NUM_CLASSES)]
     sample_grid(columns, pixel_size=6).save(OUTPUT / "samples.png")
@@ -38,6 +41,7 @@ def report() -> None:
         "recognised": round(float(recognised), 4),
         "samples": len(images),
         "guidance_scale": GUIDANCE_SCALE,
+        "num_inference_steps": NUM_INFERENCE_STEPS,
         "parameters": pipeline.transformer.num_parameters(),
         **training,
     }
