@@ -270,6 +270,18 @@ def test_refuses_a_tracker_that_is_not_there(digits, tmp_path, monkeypatch):
         train_here(DiTModel, digits, tmp_path, report_to="tensorboard")
 
 
+def test_a_run_may_go_back_to_an_earlier_checkpoint(digits, tmp_path):
+    train_here(DiTModel, digits, tmp_path, checkpointing_steps=1, checkpoints_total_limit=3)
+    expected = weights(tmp_path)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train_here(
+        DiTModel, digits, tmp_path, checkpointing_steps=1, checkpoints_total_limit=1,
+        resume_from_checkpoint=str(tmp_path / "checkpoint-2"),
+    )  # fmt: skip
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path).items())
+
+
 def test_old_checkpoints_give_way(digits, tmp_path):
     train_here(DiTModel, digits, tmp_path, checkpointing_steps=1, checkpoints_total_limit=2)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]

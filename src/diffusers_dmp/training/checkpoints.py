@@ -68,7 +68,11 @@ def save_checkpoint(accelerator: Accelerator, args: TrainingArguments, step: int
     accelerator.save_state(str(unfinished))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        if path.exists():  # this run resumed from an earlier step than the last
+            shutil.rmtree(path)
         unfinished.rename(path)
         if args.checkpoints_total_limit is not None:
-            for surplus in checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
+            # those of later steps, which such a run has yet to replace, do not count
+            done = [checkpoint for checkpoint in checkpoints(args.output_dir) if checkpoint_step(checkpoint) <= step]
+            for surplus in done[: -args.checkpoints_total_limit]:
                 shutil.rmtree(surplus)
