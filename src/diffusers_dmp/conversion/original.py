@@ -159,8 +159,9 @@ def _dit_config(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> dic
         raise ValueError(
             f"Expected `config` to give a `num_heads` that divides the width {width}, but got {num_heads}."
         )
-    if config.pop("mlp_ratio", 4.0) != 4:
-        raise ValueError("Expected `mlp_ratio` to be 4, as in every published DiT, but got another value.")
+    mlp_ratio = config.pop("mlp_ratio", 4.0)
+    if mlp_ratio != 4:
+        raise ValueError(f"Expected `mlp_ratio` to be 4, as in every published DiT, but got {mlp_ratio}.")
 
     # one row more than classes, if labels were dropped in training; the published default is that they were
     num_classes = config.pop("num_classes", None)

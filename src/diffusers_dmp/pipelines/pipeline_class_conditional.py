@@ -50,6 +50,11 @@ def classifier_free_guidance(
     return torch.cat([prediction.to(model_output.dtype), conditional[:, guided:]], dim=1)
 
 
+def vae_downsampling(vae: AutoencoderKL | None) -> int:
+    """Pixels per latent pixel and axis; 1 without a VAE."""
+    return 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+
+
 class ClassConditionalPipeline(DiffusionPipeline):
     """
     Generate images with one denoiser.
@@ -78,7 +83,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(id2label=id2label and {str(index): name for index, name in id2label.items()})
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
+        self.vae_scale_factor = vae_downsampling(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @classmethod

@@ -7,6 +7,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 
 from ..models import DiTModel
 from ..models.stock_layout import STOCK_CLASSES
+from ..pipelines.pipeline_class_conditional import vae_downsampling
 from .arguments import DiTTrainingArguments
 from .data import class_names, load_images
 from .trainer import make_accelerator, train
@@ -44,13 +45,11 @@ def data_config(
     args: DiTTrainingArguments, label_names: list[str] | None, vae: AutoencoderKL | None
 ) -> dict[str, Any]:
     """The model's arguments that the data and the diffusion process decide: channels, pixels, classes, timesteps."""
-    channels, downsampling = args.image_channels, 1
-    if vae is not None:
-        channels, downsampling = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+    channels = args.image_channels if vae is None else vae.config.latent_channels
     return {
         "in_channels": channels,
         "out_channels": channels * (2 if args.learn_sigma else 1),
-        "sample_size": args.image_size // downsampling,
+        "sample_size": args.image_size // vae_downsampling(vae),
         "num_train_timesteps": args.num_train_timesteps,
         "num_classes": len(label_names) if label_names else 1,
     }
