@@ -21,7 +21,8 @@ from diffusers_dmp import NoiseIntervals
 @st.composite
 def uniform_intervals(draw):
     num_train_timesteps = draw(st.integers(1, 3000))
-    return NoiseIntervals.uniform(draw(st.integers(1, min(num_train_timesteps, 60))), num_train_timesteps)
+    num_experts = draw(st.integers(1, min(num_train_timesteps, 60)))
+    return NoiseIntervals.uniform(num_experts, num_train_timesteps, last_takes_rest=draw(st.booleans()))
 
 
 @given(uniform_intervals())
@@ -55,8 +56,17 @@ def test_a_float_timestep_belongs_to_the_expert_of_its_whole_part(intervals, fra
     assert torch.equal(intervals.index(timestep), intervals.index(whole))
 
 
-@given(uniform_intervals())
-def test_uniform_intervals_differ_by_one_timestep_at_most(intervals):
+@given(st.integers(1, 60))
+def test_the_last_of_remix_dits_experts_takes_the_rest(num_experts):
+    intervals = NoiseIntervals.uniform(num_experts, 1000, last_takes_rest=True)
+    timesteps = torch.arange(1000)
+    published = (timesteps // (1000 // num_experts)).clamp(max=num_experts - 1)
+    assert torch.equal(intervals.index(timesteps), published)
+
+
+@given(st.integers(1, 60), st.integers(60, 3000))
+def test_uniform_intervals_differ_by_one_timestep_at_most(num_experts, num_train_timesteps):
+    intervals = NoiseIntervals.uniform(num_experts, num_train_timesteps)
     lengths = {high - low for low, high in zip(intervals.edges, intervals.edges[1:])}
     assert max(lengths) - min(lengths) <= 1
 

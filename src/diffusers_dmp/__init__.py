@@ -3,9 +3,9 @@
 Importing this package registers its classes, so that `DiffusionPipeline.from_pretrained` finds them.
 """
 
-from .conversion import convert_checkpoint, load_original_state_dict
+from .conversion import convert_checkpoint, load_original_state_dict, to_diffusers_experts
 from .intervals import NoiseIntervals
-from .models import DiTModel, DTRTransformer2DModel
+from .models import DiTModel, DTRTransformer2DModel, RemixDiTModel
 from .pipelines import ClassConditionalPipeline, respaced_timesteps
 from .registration import register
 
@@ -15,9 +15,11 @@ __all__ = [
     "DTRTransformer2DModel",
     "DiTModel",
     "NoiseIntervals",
+    "RemixDiTModel",
     "convert_checkpoint",
     "load_original_state_dict",
     "respaced_timesteps",
+    "to_diffusers_experts",
 ]
 
-register(DiTModel, DTRTransformer2DModel, ClassConditionalPipeline)
+register(DiTModel, DTRTransformer2DModel, RemixDiTModel, ClassConditionalPipeline)

@@ -38,9 +38,17 @@ class NoiseIntervals:
             raise ValueError(f"Expected the last of `edges` to be a whole number of timesteps, but got {self.edges}.")
 
     @classmethod
-    def uniform(cls, num_experts: int, num_train_timesteps: int = 1000) -> "NoiseIntervals":
+    def uniform(
+        cls, num_experts: int, num_train_timesteps: int = 1000, last_takes_rest: bool = False
+    ) -> "NoiseIntervals":
         """
         Intervals of equal length, [⌊e·T/E⌋, ⌊(e+1)·T/E⌋) (PPAP, https://arxiv.org/abs/2212.05973).
+
+        Args:
+            num_experts (`int`): E.
+            num_train_timesteps (`int`): T.
+            last_takes_rest (`bool`): Where E does not divide T: all intervals have ⌊T/E⌋ timesteps, and the last one the
+                rest as well (Remix-DiT, https://arxiv.org/abs/2412.05628).
 
         Raises:
             ValueError: if there are more experts than timesteps, or none.
@@ -50,6 +58,10 @@ class NoiseIntervals:
                 f"Expected `num_experts` to be between 1 and the {num_train_timesteps} training timesteps, "
                 f"but got {num_experts}."
             )
+        if last_takes_rest:
+            # expert(t) = min(⌊t / ⌊T/E⌋⌋, E - 1)
+            length = num_train_timesteps // num_experts
+            return cls((*(e * length for e in range(num_experts)), num_train_timesteps))
         return cls(tuple(e * num_train_timesteps // num_experts for e in range(num_experts + 1)))
 
     @classmethod

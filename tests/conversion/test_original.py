@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from diffusers_dmp import convert_checkpoint, load_original_state_dict
 
 
-@pytest.fixture(params=["dit", "dtr"])
+@pytest.fixture(params=["dit", "dtr", "remix"])
 def system(request) -> str:
     return request.param
 
@@ -28,10 +28,9 @@ def test_shapes_tell_all_but_the_number_of_heads(system, vectors):
     }
     assert model.config.sample_size == 8
     assert model.config.num_classes == 10
-    assert_matches(
-        model(vectors["case.mixed_t.x"], vectors["case.mixed_t.t"], vectors["case.mixed_t.y"]).sample,
-        vectors["case.mixed_t.out"],
-    )
+    case = "expert3" if system == "remix" else "mixed_t"
+    output = model(vectors[f"case.{case}.x"], vectors[f"case.{case}.t"], vectors[f"case.{case}.y"]).sample
+    assert_matches(output, vectors[f"case.{case}.out"])
 
 
 def test_derived_masks_of_real_dtr_checkpoints_are_dropped():
@@ -75,10 +74,23 @@ def test_reads_training_checkpoints_without_running_code(tmp_path, vectors):
         load_original_state_dict(tmp_path / "b.pt")
 
 
+def test_bases_and_experts_of_remix_dit():
+    vectors = Vectors("remix_tiny")
+    model = convert_checkpoint("remix", vectors.state_dict, {"num_heads": 4})
+    assert (model.config.num_bases, model.config.num_experts) == (4, 8)
+    assert model.intervals.edges == (0, 125, 250, 375, 500, 625, 750, 875, 1000)
+    with pytest.raises(ValueError, match=r"'blocks.0.attn.proj.bias'.*\(3, 48\).*\(4, 48\)"):
+        convert_checkpoint("remix", vectors.state_dict, {"num_heads": 4, "n_basis": 3})
+    with pytest.raises(ValueError, match=r"'coefficients.weight'.*\(20, 4\).*\(8, 4\)"):
+        convert_checkpoint("remix", vectors.state_dict, {"num_heads": 4, "n_experts": 20})
+    with pytest.raises(ValueError, match="'coefficients.weight'.*2 dimensions.*None"):
+        convert_checkpoint("remix", Vectors("dit_tiny").state_dict, {"num_heads": 4})
+
+
 def test_names_the_first_weight_that_does_not_fit(system, vectors):
     broken = dict(vectors.state_dict)
     broken["blocks.1.attn.qkv.weight"] = torch.zeros(100, 48)
-    with pytest.raises(ValueError, match=r"'blocks.1.attn.qkv.weight'.*\(144, 48\).*\(100, 48\)"):
+    with pytest.raises(ValueError, match=r"'blocks.1.attn.qkv.weight'.*144, 48\).*\(100, 48\)"):
         convert_checkpoint(system, broken, vectors.config)
 
     broken = dict(vectors.state_dict)
@@ -108,5 +120,5 @@ def test_refuses_a_configuration_that_the_weights_contradict(system, vectors):
 
 
 def test_unknown_system_lists_the_known_ones(vectors):
-    with pytest.raises(ValueError, match="dit, dtr.*'vit'"):
+    with pytest.raises(ValueError, match="dit, dtr, remix.*'vit'"):
         convert_checkpoint("vit", vectors.state_dict)

@@ -24,6 +24,7 @@ from diffusers_dmp import (
     ClassConditionalPipeline,
     DiTModel,
     DTRTransformer2DModel,
+    RemixDiTModel,
     convert_checkpoint,
     respaced_timesteps,
 )
@@ -77,15 +78,34 @@ def latent_pipeline(tiny_dtr) -> ClassConditionalPipeline:
     return make_pipeline(tiny_dtr, vae=randomised(vae))
 
 
-@pytest.mark.parametrize("system", ["dit", "dtr"])
+@pytest.mark.parametrize("system", ["dit", "dtr", "remix"])
 def test_guidance_matches_the_published_code(system):
     vectors = Vectors(f"{system}_tiny")
     model = convert_checkpoint(system, vectors.state_dict, vectors.config)
     output = model(torch.cat([vectors["cfg.x"]] * 2), vectors["cfg.t"], vectors["cfg.y"]).sample
-    guidance_channels = {"dit": 3, "dtr": None}[system]  # DiT's published quirk
+    guidance_channels = {"dit": 3, "dtr": None, "remix": 3}[system]  # DiT's published quirk
     guided = classifier_free_guidance(output, 1.5, 4, guidance_channels)
     # the published code returns both halves: the guided prediction twice, each with its own variance
     assert_matches(guided, vectors["cfg.out"][:2])
+
+
+def test_samples_what_the_baked_experts_would(tmp_path):
+    remix = randomised(RemixDiTModel(**TINY_CONFIG, num_bases=2, num_experts=5))
+    pipeline = ClassConditionalPipeline(remix, DDPMScheduler(variance_type="learned_range"))
+    pipeline.save_pretrained(tmp_path)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(pipeline.transformer) is RemixDiTModel
+
+    def baked_experts(sample, timestep, class_labels):
+        assert (timestep == timestep[0]).all()
+        return experts[int(timestep[0]) // 200](sample, timestep, class_labels)
+
+    experts = [remix.bake_expert(expert) for expert in range(5)]
+    inputs = {"class_labels": [1, 2], "guidance_scale": 2.0, "num_inference_steps": 7, "output_type": "latent"}
+    images = pipeline(**inputs, generator=torch.Generator().manual_seed(0)).images
+    pipeline.transformer.forward = baked_experts
+    expected = pipeline(**inputs, generator=torch.Generator().manual_seed(0)).images
+    torch.testing.assert_close(images, expected, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,7 +1,8 @@
 """Checkpoints of the published implementations in.
 
-DiT: https://github.com/facebookresearch/DiT (`dit`), DTR: https://github.com/byeongjun-park/DTR (`dtr`). What the shapes
-of the weights tell (width, depth, patch size, channels, classes, learned variance, image size) need not be given.
+DiT: https://github.com/facebookresearch/DiT (`dit`), DTR: https://github.com/byeongjun-park/DTR (`dtr`), Remix-DiT: the
+code of https://arxiv.org/abs/2412.05628 (`remix`). What the shapes of the weights tell (width, depth, patch size,
+channels, classes, learned variance, image size, bases, experts) need not be given.
 """
 
 import argparse
@@ -15,6 +16,8 @@ from safetensors.torch import load_file
 
 from ..models.dit import DIT_SIZES, DiTModel
 from ..models.dtr_transformer_2d import DTRTransformer2DModel
+from ..models.loading import check_weights
+from ..models.remix_dit import RemixDiTModel
 
 _RENAMED = (  # original → ours
     ("x_embedder.", "pos_embed."),
@@ -29,6 +32,7 @@ _RENAMED = (  # original → ours
     ("mlp.fc2.", "ff.net.2."),
     ("final_layer.norm1.linear.", "proj_out_1."),  # adaLN_modulation.1 by its new name
     ("final_layer.linear.", "proj_out_2."),
+    ("coefficients.weight", "mixing_logits"),
 )
 _ROUTING_MASK = ".routing._unit_mapping"  # (T, D) per block, derived from the configuration unless it is random
 _TELLING_SHAPES = {  # the weights that the configuration is read from, and their number of dimensions
@@ -36,6 +40,7 @@ _TELLING_SHAPES = {  # the weights that the configuration is read from, and thei
     "y_embedder.embedding_table.weight": 2,
     "final_layer.linear.weight": 2,
 }
+_BASES = "blocks.0.attn.qkv.weight"  # (K, 3D, D) in Remix-DiT
 _DTR_ROUTINGS = {"DTR": "window", "random": "random"}  # the original's `init_method`
 
 
@@ -46,7 +51,7 @@ def convert_checkpoint(
     Turn the state dict of a published implementation into this library's model.
 
     Args:
-        system (`str`): 'dit' or 'dtr'.
+        system (`str`): 'dit', 'dtr' or 'remix'.
         state_dict (`dict[str, torch.Tensor]`): Under the original's parameter names
             ([`load_original_state_dict`] reads it from a file).
         config (`dict`, *optional*): The original constructor's arguments under their own names: `num_heads` (needed for
@@ -54,13 +59,13 @@ def convert_checkpoint(
             `sharing_ratio`, `alpha`, `taskcount` and `init_method`. Where the weights contradict it they are refused.
 
     Returns:
-        [`DiTModel`] or [`DTRTransformer2DModel`] in eval mode and float32.
+        [`DiTModel`], [`DTRTransformer2DModel`] or [`RemixDiTModel`] in eval mode and float32.
 
     Raises:
         ValueError: if `system` or an argument in `config` is unknown, `num_heads` is needed, or a weight is missing,
             unknown or of another shape than `config` says (the first such key is named).
     """
-    builders = {"dit": _build_dit, "dtr": _build_dtr}
+    builders = {"dit": _build_dit, "dtr": _build_dtr, "remix": _build_remix}
     if system not in builders:
         raise ValueError(f"Expected `system` to be one of {', '.join(builders)}, but got {system!r}.")
     config = dict(config or {})
@@ -131,12 +136,26 @@ def _build_dtr(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> DTRT
     return model
 
 
+def _build_remix(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> RemixDiTModel:
+    dit_config = _dit_config(weights, config)
+    for key, ndim in {"coefficients.weight": 2, _BASES: 3}.items():
+        _check_ndim(weights, key, ndim)
+    num_experts, num_bases = weights["coefficients.weight"].shape
+    return RemixDiTModel(
+        num_bases=config.pop("n_basis", num_bases), num_experts=config.pop("n_experts", num_experts), **dit_config
+    )
+
+
+def _check_ndim(weights: dict[str, torch.Tensor], key: str, ndim: int) -> None:
+    shape = tuple(weights[key].shape) if key in weights else None
+    if shape is None or len(shape) != ndim:
+        raise ValueError(f"Expected {key!r} in `state_dict` to have {ndim} dimensions, but got the shape {shape}.")
+
+
 def _dit_config(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, Any]:
     """Our configuration, from the shapes and from what `config` (whose entries are consumed) adds to them."""
     for key, ndim in _TELLING_SHAPES.items():
-        shape = tuple(weights[key].shape) if key in weights else None
-        if shape is None or len(shape) != ndim:
-            raise ValueError(f"Expected {key!r} in `state_dict` to have {ndim} dimensions, but got the shape {shape}.")
+        _check_ndim(weights, key, ndim)
     width, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
     num_label_rows = len(weights["y_embedder.embedding_table.weight"])
     out_channels = len(weights["final_layer.linear.weight"]) // patch_size**2
@@ -184,24 +203,10 @@ def _dit_config(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> dic
 
 
 def _load(model: DiTModel, weights: dict[str, torch.Tensor]) -> None:
-    expected = model.state_dict()
-    renamed = {}
-    for original_key, tensor in weights.items():
-        key = _rename(original_key, _RENAMED)
-        if key not in expected:
-            raise ValueError(
-                f"Expected `state_dict` to hold the keys of a {type(model).__name__}, but got {original_key!r}."
-            )
-        if tensor.shape != expected[key].shape:
-            raise ValueError(
-                f"Expected {original_key!r} in `state_dict` to have the shape {tuple(expected[key].shape)}, "
-                f"but got {tuple(tensor.shape)}."
-            )
-        renamed[key] = tensor
-    for key in expected:
-        if key not in renamed:
-            original_key = _rename(key, [(part, original_part) for original_part, part in reversed(_RENAMED)])
-            raise ValueError(f"Expected `state_dict` to hold {original_key!r}, but it is missing.")
+    renamed = {_rename(key, _RENAMED): tensor for key, tensor in weights.items()}
+    original_names = dict(zip(renamed, weights))
+    to_original = [(part, original_part) for original_part, part in reversed(_RENAMED)]
+    check_weights(model, renamed, "state_dict", lambda name: original_names.get(name) or _rename(name, to_original))
     model.load_state_dict(renamed)
 
 

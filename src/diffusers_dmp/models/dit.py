@@ -17,14 +17,8 @@ from torch import nn
 
 from ..intervals import check_timesteps
 from .dit_layers import DiTBlock, TimestepLabelEmbedding
-from .stock_layout import (
-    STOCK_CLASSES,
-    config_from_stock,
-    in_dtype,
-    load_stock,
-    stock_from_dit,
-    weights_from_stock,
-)
+from .loading import in_dtype
+from .stock_layout import STOCK_CLASSES, config_from_stock, load_stock, stock_from_dit, weights_from_stock
 
 # (layers, width, heads) of Table 1; the number behind the slash is the patch size
 DIT_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -77,7 +71,7 @@ class DiTModel(ModelMixin, ConfigMixin, AttentionMixin):
     _repeated_blocks = ["DiTBlock"]
     _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
 
-    block_class = DiTBlock
+    presets = DIT_PRESETS
 
     @register_to_config
     def __init__(
@@ -107,7 +101,7 @@ class DiTModel(ModelMixin, ConfigMixin, AttentionMixin):
 
         # 2. Blocks
         self.transformer_blocks = nn.ModuleList(
-            [self.block_class(dim, num_attention_heads, dropout, norm_eps) for _ in range(num_layers)]
+            [self.make_block(dim, num_attention_heads, dropout, norm_eps) for _ in range(num_layers)]
         )
 
         # 3. Output
@@ -121,18 +115,18 @@ class DiTModel(ModelMixin, ConfigMixin, AttentionMixin):
     @classmethod
     def from_preset(cls, name: str, **config) -> "DiTModel":
         """
-        A new model of a published size, 'DiT-S/2' to 'DiT-XL/8', that learns its variance.
+        A new model of a published size, one of `presets`, that learns its variance.
 
         Args:
-            name (`str`): Size and patch size.
+            name (`str`): Size and patch size: 'DiT-S/2' to 'DiT-XL/8', or as the subclass calls them.
             config: Overrides of any argument of the constructor.
 
         Raises:
             ValueError: if there is no such preset; the message lists them.
         """
-        if name not in DIT_PRESETS:
-            raise ValueError(f"Expected `name` to be one of {', '.join(DIT_PRESETS)}, but got {name!r}.")
-        config = DIT_PRESETS[name] | config
+        if name not in cls.presets:
+            raise ValueError(f"Expected `name` to be one of {', '.join(cls.presets)}, but got {name!r}.")
+        config = cls.presets[name] | config
         config.setdefault("out_channels", 2 * config.get("in_channels", 4))
         return cls(**config)
 
@@ -200,6 +194,10 @@ class DiTModel(ModelMixin, ConfigMixin, AttentionMixin):
             nn.init.zeros_(zeroed.weight)
             nn.init.zeros_(zeroed.bias)
 
+    def make_block(self, dim: int, heads: int, dropout: float, norm_eps: float) -> DiTBlock:
+        """One of `transformer_blocks`; subclasses have their own."""
+        return DiTBlock(dim, heads, dropout, norm_eps)
+
     def block_inputs(self, timestep: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """What every block gets besides tokens and conditioning: nothing here; subclasses route by timestep."""
         return ()
@@ -215,8 +213,8 @@ class DiTModel(ModelMixin, ConfigMixin, AttentionMixin):
         """
         Args:
             hidden_states (`torch.Tensor` of shape (B, C, H, W)): Noisy images, or latents.
-            timestep (`torch.Tensor` of shape (B,), (1,) or (), `int` or `float`): In steps of the training schedule. A
-                batch that shares its timestep is fastest with one number, or one number expanded to (B,).
+            timestep (`torch.Tensor` of shape (B,), (1,) or (), `int` or `float`): In steps of the training schedule, on
+                any device. A batch that shares its timestep is fastest with one number, or one number expanded to (B,).
             class_labels (`torch.LongTensor` of shape (B,), *optional*): In [0, num_classes]; the null class, if there
                 is one, when it is left out.
             force_drop_ids (`torch.BoolTensor` of shape (B,), *optional*): Labels to drop; random in training if not given.
@@ -229,18 +227,29 @@ class DiTModel(ModelMixin, ConfigMixin, AttentionMixin):
             ValueError: if H or W is not divisible by the patch size, the channels are not C, or (on the CPU) a
                 timestep or label is out of range.
         """
-        height, width = self._check_input(hidden_states)
-        timestep = torch.as_tensor(timestep)
-        check_timesteps(timestep, self.config.num_train_timesteps)
-        timestep = shared_or_per_sample(timestep).to(hidden_states.device)
+        self._check_input(hidden_states)
+        timestep = self._check_timestep(timestep).to(hidden_states.device, non_blocking=True)
         class_labels = self._check_labels(class_labels, hidden_states)
+        block_inputs = self.block_inputs(timestep, self.pos_embed.pos_embed.dtype)
+        sample = self._denoise(hidden_states, timestep, class_labels, force_drop_ids, block_inputs)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _denoise(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.LongTensor,
+        force_drop_ids: torch.BoolTensor | None,
+        block_inputs: tuple,
+    ) -> torch.Tensor:
+        """(B, C, H, W) → (B, out_channels, H, W), from checked inputs on one device."""
+        height, width = hidden_states.shape[2:]
 
         # 1. Input
         # (B, C, H, W) → (B, N, D), in the position table's precision, so that under autocast the residual stream keeps
         # float32; the embedding's transposed memory layout would spread through every block
         hidden_states = self.pos_embed(hidden_states).to(self.pos_embed.pos_embed.dtype).contiguous()
         conditioning = self.time_label_embed(timestep, class_labels, force_drop_ids)  # (B, D)
-        block_inputs = self.block_inputs(timestep, hidden_states.dtype)
 
         # 2. Blocks
         for block in self.transformer_blocks:
@@ -253,11 +262,15 @@ class DiTModel(ModelMixin, ConfigMixin, AttentionMixin):
         shift, scale = self.proj_out_1(F.silu(conditioning))[:, None].chunk(2, dim=-1)
         hidden_states = torch.addcmul(shift, self.norm_out(hidden_states), 1 + scale)
         hidden_states = self.proj_out_2(hidden_states)  # (B, N, p·p·C_out)
-        sample = unpatchify(hidden_states, height, width, self.config.patch_size)
+        return unpatchify(hidden_states, height, width, self.config.patch_size)
 
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+    def _check_timestep(self, timestep: torch.Tensor | float | int) -> torch.Tensor:
+        """(1,) for a batch that shares its timestep, else (B,); on the device where it came from."""
+        timestep = torch.as_tensor(timestep)
+        check_timesteps(timestep, self.config.num_train_timesteps)
+        return shared_or_per_sample(timestep)
 
-    def _check_input(self, hidden_states: torch.Tensor) -> tuple[int, int]:
+    def _check_input(self, hidden_states: torch.Tensor) -> None:
         channels, height, width = hidden_states.shape[1:]
         if channels != self.config.in_channels:
             raise ValueError(
@@ -269,7 +282,6 @@ class DiTModel(ModelMixin, ConfigMixin, AttentionMixin):
                 f"Expected the height and width of `hidden_states` to be divisible by the `patch_size` "
                 f"{self.config.patch_size}, but got {height} x {width}."
             )
-        return height, width
 
     def _check_labels(self, class_labels: torch.LongTensor | None, hidden_states: torch.Tensor) -> torch.LongTensor:
         num_rows = self.time_label_embed.class_embedder.num_embeddings

@@ -111,8 +111,6 @@ class DTRTransformer2DModel(DiTModel):
     _no_split_modules = ["DTRBlock"]
     _repeated_blocks = ["DTRBlock"]
 
-    block_class = DTRBlock
-
     @register_to_config
     def __init__(
         self,
@@ -150,6 +148,9 @@ class DTRTransformer2DModel(DiTModel):
         )
         dim = num_attention_heads * attention_head_dim
         self.task_routing = TaskRouting(dim, sharing_ratio, routing_alpha, num_train_timesteps, routing)
+
+    def make_block(self, dim: int, heads: int, dropout: float, norm_eps: float) -> DTRBlock:
+        return DTRBlock(dim, heads, dropout, norm_eps)
 
     def block_inputs(self, timestep: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         active = self.task_routing(timestep)[:, None]  # (B, 1, D), or (1, 1, D) for a batch that shares its timestep

@@ -11,6 +11,8 @@ import torch
 from diffusers import DiTTransformer2DModel
 from torch import nn
 
+from .loading import in_dtype
+
 STOCK_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second in the first published checkpoints
 STOCK_FREQ_SHIFT = 1.0  # of the timestep frequencies; fixed in the stock class, where the published DiT has 0
 
@@ -110,8 +112,3 @@ def stock_from_dit(model: nn.Module, approximate: bool) -> DiTTransformer2DModel
     weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("task_routing.")}
     stock.load_state_dict(weights_to_stock(weights, config.num_layers, config.num_classes))
     return in_dtype(stock, model.dtype).eval()
-
-
-def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model in that dtype; Diffusers warns of a cast even where there is none."""
-    return model if model.dtype == dtype else model.to(dtype)

@@ -18,6 +18,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..intervals import check_timesteps, check_train_timesteps
+from ..models import RemixDiTModel
 
 LEARNED_VARIANCES = ("learned", "learned_range")
 
@@ -60,7 +61,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     Generate images with one denoiser.
 
     Args:
-        transformer ([`DiTModel`], [`DTRTransformer2DModel`], or Diffusers' own DiT or `UNet2DModel`):
+        transformer ([`DiTModel`], [`DTRTransformer2DModel`], [`RemixDiTModel`], or Diffusers' DiT or `UNet2DModel`):
             Called as `transformer(sample, timestep, class_labels=…)`; without labels if its configuration has none of
             `num_classes`, `num_embeds_ada_norm` and `num_class_embeds`.
         scheduler ([`SchedulerMixin`]): Any of Diffusers'. With a learned variance the DDPM ones use it, the others
@@ -219,6 +220,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
         # 4. Denoise
         self._num_timesteps = len(scheduler.timesteps)
+        # a Remix-DiT looks at the timestep, for which an accelerator would have to be waited at every step
+        model_timesteps = scheduler.timesteps
+        if isinstance(self.transformer, RemixDiTModel):
+            model_timesteps = model_timesteps.cpu()
         for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
             model_input = latents
             if hasattr(scheduler, "scale_model_input"):  # flow-matching ones do without
@@ -226,7 +231,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
             if guided:
                 model_input = torch.cat([model_input, model_input])
             # expanded, not copied, so that the model sees that the batch shares its timestep
-            model_output = self.transformer(model_input, t.expand(len(model_input)), **label_kwargs).sample
+            timestep = model_timesteps[i].expand(len(model_input))
+            model_output = self.transformer(model_input, timestep, **label_kwargs).sample
             if guided:
                 model_output = classifier_free_guidance(model_output, guidance_scale, channels, guidance_channels)
             if not keeps_variance:

@@ -1,0 +1,456 @@
+"""Remix-DiT: the published numbers, experts that equal plain DiTs, and a kept mixture that is never out of date."""
+
+import copy
+
+import pytest
+import torch
+from conftest import TINY_CONFIG, Vectors, assert_matches, randomised
+from diffusers import AutoModel, DiTTransformer2DModel
+from diffusers.training_utils import EMAModel
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from diffusers_dmp import DiTModel, RemixDiTModel, convert_checkpoint, to_diffusers_experts
+from diffusers_dmp.models.remix_dit import REMIX_DIT_PRESETS, BasisLinear, Mix
+
+REMIX_CONFIG = TINY_CONFIG | {"num_bases": 3, "num_experts": 7}  # 7 does not divide 1000
+
+
+@pytest.fixture
+def tiny_remix() -> RemixDiTModel:
+    return randomised(RemixDiTModel(**REMIX_CONFIG))
+
+
+def expert_batch(model: RemixDiTModel, expert: int, batch: dict) -> dict:
+    """The batch at the first, the last and two more timesteps of an expert."""
+    low, high = model.intervals.edges[expert : expert + 2]
+    return batch | {"timestep": torch.tensor([low, high - 1, (low + high) // 2, low + 1])}
+
+
+# What it computes
+
+
+@pytest.mark.parametrize("case", ["expert0", "expert3", "expert7"])
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_matches_the_published_remix_dit(case, with_gradients):
+    vectors = Vectors("remix_tiny")
+    model = convert_checkpoint("remix", vectors.state_dict, vectors.config)
+    with torch.set_grad_enabled(with_gradients):
+        output = model(vectors[f"case.{case}.x"], vectors[f"case.{case}.t"], vectors[f"case.{case}.y"]).sample
+    assert_matches(output, vectors[f"case.{case}.out"])
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_a_sample_meets_its_own_expert_whatever_its_batch(with_gradients):
+    """The published code averages the experts over the batch (`case.batch_mean`), which is wrong for each of them."""
+    vectors = Vectors("remix_tiny")
+    model = convert_checkpoint("remix", vectors.state_dict, vectors.config)
+    sample, timestep, labels = (vectors[f"case.batch_mean.{name}"] for name in "xty")
+    order = torch.tensor([2, 0, 3, 1, 0])  # not sorted by expert, and one of them twice
+    with torch.set_grad_enabled(with_gradients):
+        together = model(sample[order], timestep[order], labels[order]).sample
+        for i, which in enumerate(order):
+            own = slice(which, which + 1)
+            alone = model(sample[own], timestep[own], labels[own]).sample
+            torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=1e-4)
+    assert (together[1] - vectors["case.batch_mean.out"][0]).abs().max() > 1e-2
+
+
+def test_dropped_labels_follow_their_samples(tiny_remix, batch):
+    drop = torch.tensor([True, False, False, True])
+    reverse = {name: value.flip(0) for name, value in batch.items()}
+    output = tiny_remix(**batch, force_drop_ids=drop).sample
+    assert not torch.allclose(output, tiny_remix(**batch).sample)
+    torch.testing.assert_close(tiny_remix(**reverse, force_drop_ids=drop.flip(0)).sample.flip(0), output)
+
+
+def test_one_basis_is_the_plain_dit(tiny_dit, batch):
+    model = RemixDiTModel.from_dit(tiny_dit, num_bases=1, num_experts=8)
+    torch.testing.assert_close(model(**batch).sample, tiny_dit(**batch).sample, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_bases, num_experts", [(4, 8), (4, 20), (3, 7)])
+def test_every_expert_starts_as_the_dit(tiny_dit, batch, num_bases, num_experts):
+    model = RemixDiTModel.from_dit(tiny_dit, num_bases, num_experts)
+    assert not model.training
+    for expert in range(num_experts):
+        inputs = expert_batch(model, expert, batch)
+        torch.testing.assert_close(model(**inputs).sample, tiny_dit(**inputs).sample, atol=1e-5, rtol=1e-4)
+
+
+def test_from_a_stock_dit(batch):
+    stock = randomised(
+        DiTTransformer2DModel(4, 12, out_channels=8, num_layers=1, sample_size=8, num_embeds_ada_norm=10)
+    )
+    for model in (RemixDiTModel.from_dit(stock), RemixDiTModel.from_diffusers(stock)):
+        assert (model.config.downscale_freq_shift, model.config.norm_eps) == (1.0, 1e-5)
+        torch.testing.assert_close(model(**batch).sample, stock(**batch).sample, atol=2e-5, rtol=1e-4)
+
+
+def test_from_an_original_checkpoint():
+    vectors = Vectors("dit_tiny")
+    model = RemixDiTModel.from_dit(convert_checkpoint("dit", vectors.state_dict, vectors.config))
+    output = model(vectors["case.mixed_t.x"], vectors["case.mixed_t.t"], vectors["case.mixed_t.y"]).sample
+    assert_matches(output, vectors["case.mixed_t.out"])
+
+
+def test_coefficients_start_at_the_prior_and_noise():
+    torch.manual_seed(0)
+    logits = torch.stack([RemixDiTModel(**TINY_CONFIG, num_bases=4, num_experts=8).mixing_logits for _ in range(300)])
+    prior = torch.eye(4).repeat_interleave(2, 0)  # basis ⌊i·4/8⌋
+    torch.testing.assert_close(logits.mean(0), 3 * prior, atol=0.25, rtol=0)
+    assert logits.std(0).mean().item() == pytest.approx(1, abs=0.03)
+
+
+def test_prior_loss(tiny_remix):
+    coefficients = tiny_remix.mixing_coefficients
+    assert coefficients.shape == (7, 3)
+    torch.testing.assert_close(coefficients.sum(1), torch.ones(7))
+    prior = torch.tensor([0, 0, 0, 1, 1, 2, 2])  # ⌊i·3/7⌋
+    expected = -coefficients.log()[torch.arange(7), prior].mean()
+    torch.testing.assert_close(tiny_remix.prior_loss(), expected)
+
+
+def test_prior_loss_comes_with_the_output_in_training(tiny_remix, batch):
+    assert tiny_remix(**batch).prior_loss is None
+    assert len(tiny_remix(**batch, return_dict=False)) == 1
+    torch.testing.assert_close(tiny_remix.train()(**batch).prior_loss, tiny_remix.prior_loss())
+
+
+@pytest.mark.parametrize("name", REMIX_DIT_PRESETS)
+def test_presets_are_the_dits(name):
+    with torch.device("meta"):
+        model = RemixDiTModel.from_preset(name, num_bases=2)
+        plain = DiTModel.from_preset(name.removeprefix("Remix"))
+    mixed = sum(parameter.numel() for linear in model._basis_linears for parameter in linear.parameters())
+    assert model.num_parameters() == plain.num_parameters() + mixed // 2 + 8 * 2
+
+
+# Mixing
+
+
+@given(
+    num_bases=st.integers(1, 4), num_groups=st.integers(1, 3), shape=st.tuples(st.integers(1, 3), st.integers(1, 3))
+)
+def test_mixing_has_exact_gradients(num_bases, num_groups, shape):
+    generator = torch.Generator().manual_seed(0)
+    inputs = (
+        torch.randn(num_groups, num_bases, generator=generator, dtype=torch.float64, requires_grad=True),
+        torch.randn(num_bases, *shape, generator=generator, dtype=torch.float64, requires_grad=True),
+        torch.randn(num_bases, shape[0], generator=generator, dtype=torch.float64, requires_grad=True),
+    )
+    weights, biases = Mix.apply(*inputs)
+    torch.testing.assert_close(weights, torch.einsum("gk,kpq->gpq", inputs[0], inputs[1]))
+    torch.testing.assert_close(biases, inputs[0] @ inputs[2])
+    assert torch.autograd.gradcheck(Mix.apply, inputs)
+
+
+class LargestAllocation(TorchDispatchMode):
+    """The number of elements of the largest new tensor."""
+
+    def __init__(self, *known: torch.Tensor):
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, (tuple, list)) else [output]:
+            if tensor.untyped_storage().data_ptr() not in self.known:
+                self.elements = max(self.elements, tensor.numel())
+        return output
+
+
+def test_mixing_makes_no_scaled_copies_of_the_bases():
+    linear = BasisLinear(8, 20, 30)
+    coefficients = torch.full((1, 8), 1 / 8, requires_grad=True)
+    with LargestAllocation(*linear.parameters()) as forward, torch.autocast("cpu", torch.bfloat16):
+        weights, biases = linear.mix(coefficients)
+    assert forward.elements == 20 * 30
+    assert weights.dtype == torch.float32  # autocast would have copied the bases, too
+    with LargestAllocation(*linear.parameters()) as backward:
+        (weights.sum() + biases.sum()).backward()
+    assert backward.elements == 8 * 20 * 30  # the gradient itself
+
+
+def test_gradients_reach_bases_and_coefficients_of_the_experts_at_work(tiny_remix, batch):
+    """The gradient of a mixed batch is the mean of its samples' own, computed with plain DiTs."""
+    tiny_remix(**batch).sample.square().mean().backward()
+    experts = tiny_remix.intervals.index(batch["timestep"]).tolist()  # 0, 1, 4, 6
+    name = "transformer_blocks.1.ff.net.2.weight"
+    coefficients = tiny_remix.mixing_coefficients.detach()
+    expected, shared = 0, 0
+    for i, expert in enumerate(experts):
+        baked = tiny_remix.bake_expert(expert)
+        own = {key: value[i : i + 1] for key, value in batch.items()}
+        (baked(**own).sample.square().mean() / 4).backward()
+        expected = expected + coefficients[expert][:, None, None] * baked.get_parameter(name).grad
+        shared = shared + baked.proj_out_2.weight.grad
+    torch.testing.assert_close(tiny_remix.get_parameter(name).grad, expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(tiny_remix.proj_out_2.weight.grad, shared, atol=1e-6, rtol=1e-4)
+    at_work = tiny_remix.mixing_logits.grad.abs().sum(1) > 0
+    assert at_work.nonzero().flatten().tolist() == experts
+
+
+def test_gradient_checkpointing_changes_no_gradient(tiny_remix, batch):
+    other = copy.deepcopy(tiny_remix)
+    other.enable_gradient_checkpointing()
+    for model in (tiny_remix, other):
+        model.train()
+        drop = torch.zeros(4, dtype=torch.bool)
+        outputs = [model(**expert_batch(model, expert, batch), force_drop_ids=drop).sample for expert in (1, 5)]
+        sum(output.square().mean() for output in outputs).backward()  # two experts' graphs at once
+    for plain, checkpointed in zip(tiny_remix.parameters(), other.parameters()):
+        torch.testing.assert_close(checkpointed.grad, plain.grad, atol=1e-7, rtol=1e-5)
+
+
+# The mixture that is kept in sampling
+
+
+@pytest.fixture
+def mixings(monkeypatch) -> list[torch.Tensor]:
+    """The coefficients of each mixing of a layer."""
+    calls, original = [], BasisLinear.mix
+
+    def mix(linear, coefficients):
+        calls.append(coefficients)
+        return original(linear, coefficients)
+
+    monkeypatch.setattr(BasisLinear, "mix", mix)
+    return calls
+
+
+NUM_LINEARS = 4 * TINY_CONFIG["num_layers"]
+
+
+@torch.no_grad()
+def test_mixes_once_per_expert(tiny_remix, batch, mixings):
+    edges = tiny_remix.intervals.edges
+    expected = [tiny_remix.bake_expert(expert) for expert in range(7)]
+    for timestep in range(999, -1, -30):
+        inputs = batch | {"timestep": torch.tensor(timestep).expand(4)}
+        output = tiny_remix(**inputs).sample
+        plain = expected[sum(timestep >= edge for edge in edges[1:])]
+        torch.testing.assert_close(output, plain(**inputs).sample, atol=1e-5, rtol=1e-4)
+    assert len(mixings) == 7 * NUM_LINEARS
+
+
+@torch.no_grad()
+def test_keeps_one_copy(tiny_remix, batch, mixings):
+    for timestep in (999, 999, 0, 999):
+        tiny_remix(**batch | {"timestep": timestep})
+        held = [tensor for linear in tiny_remix._basis_linears for tensor in linear._held]
+        bases = [tensor for linear in tiny_remix._basis_linears for tensor in linear.parameters()]
+        assert sum(map(torch.numel, held)) == sum(map(torch.numel, bases)) / 3
+    assert len(mixings) == 3 * NUM_LINEARS
+    assert not any("held" in name for name in tiny_remix.state_dict())
+
+
+def optimizer_step(model):
+    with torch.enable_grad():
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+        model(torch.ones(1, 4, 8, 8), 7).sample.square().mean().backward()
+        optimizer.step()
+
+
+def load(model):
+    model.load_state_dict(randomised(copy.deepcopy(model), seed=1).state_dict())
+
+
+def assign(model):
+    model.load_state_dict(randomised(copy.deepcopy(model), seed=1).state_dict(), assign=True)
+
+
+def change_in_place(model):
+    model._basis_linears[-1].bias.add_(1)
+
+
+def change_coefficients(model):
+    model.mixing_logits.mul_(-1)
+
+
+def replace(model):
+    linear = model._basis_linears[0]
+    linear.weight = torch.nn.Parameter(-linear.weight)
+
+
+def average(model):
+    ema = EMAModel(randomised(copy.deepcopy(model), seed=1).parameters())
+    ema.copy_to(model.parameters())  # through `.data`
+    model.eval()
+
+
+def to_double_and_back(model):
+    model._basis_linears[0].weight.data.mul_(2)
+    model.double().float()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [optimizer_step, load, assign, change_in_place, change_coefficients, replace, average, to_double_and_back],
+    ids=lambda change: change.__name__,
+)
+@torch.no_grad()
+def test_other_weights_are_mixed_anew(tiny_remix, batch, change):
+    inputs = batch | {"timestep": torch.tensor(7).expand(4)}
+    before = tiny_remix(**inputs).sample
+    change(tiny_remix)
+    after = tiny_remix(**inputs).sample
+    assert not torch.allclose(after, before, atol=1e-4)
+    torch.testing.assert_close(after, copy.deepcopy(tiny_remix)(**inputs).sample)
+    torch.testing.assert_close(after, tiny_remix.bake_expert(0)(**inputs).sample, atol=1e-5, rtol=1e-4)
+
+
+def test_keeps_mixtures_under_inference_mode_too(tiny_remix, batch, mixings):
+    inputs = batch | {"timestep": 7}
+    with torch.inference_mode():
+        model = copy.deepcopy(tiny_remix)  # its parameters are inference tensors
+        expected = [model(**inputs).sample for _ in range(2)][1]
+        assert len(mixings) == NUM_LINEARS
+        load(model)
+        assert not torch.allclose(model(**inputs).sample, expected)
+        tiny_remix(**inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(tiny_remix(**inputs).sample, expected)
+    torch.testing.assert_close(tiny_remix(**inputs).sample, expected)  # with gradients
+
+
+# Out again
+
+
+def test_a_baked_expert_equals_the_model_on_its_timesteps(tiny_remix, batch):
+    for expert in range(7):
+        baked = tiny_remix.bake_expert(expert)
+        assert type(baked) is DiTModel and not baked.training
+        inputs = expert_batch(tiny_remix, expert, batch)
+        torch.testing.assert_close(baked(**inputs).sample, tiny_remix(**inputs).sample, atol=1e-5, rtol=1e-4)
+
+
+def test_experts_as_stock_models(batch, tmp_path):
+    model = randomised(RemixDiTModel(**REMIX_CONFIG, downscale_freq_shift=1.0, norm_eps=1e-5))
+    paths = to_diffusers_experts(model, tmp_path)
+    assert [path.name for path in paths] == [f"expert_{expert}" for expert in range(7)]
+    for expert, path in enumerate(paths):
+        stock = DiTTransformer2DModel.from_pretrained(path)
+        inputs = expert_batch(model, expert, batch)
+        torch.testing.assert_close(stock(**inputs).sample, model(**inputs).sample, atol=2e-5, rtol=1e-4)
+    assert '"edges": [\n    0,\n    142,' in (tmp_path / "experts.json").read_text()
+
+
+def test_stock_experts_of_the_published_semantics_are_approximate(tiny_remix, tmp_path):
+    with pytest.raises(ValueError, match="approximate=True"):
+        to_diffusers_experts(tiny_remix, tmp_path)
+    assert len(to_diffusers_experts(tiny_remix, tmp_path, approximate=True)) == 7
+    with pytest.raises(ValueError, match="bake_expert"):
+        tiny_remix.to_diffusers()
+
+
+@pytest.mark.parametrize("loader", [RemixDiTModel, AutoModel])
+def test_round_trip(tiny_remix, batch, tmp_path, loader):
+    tiny_remix.save_pretrained(tmp_path)
+    loaded = loader.from_pretrained(str(tmp_path))
+    assert type(loaded) is RemixDiTModel
+    assert loaded.intervals == tiny_remix.intervals
+    assert dict(loaded.config).items() >= {"num_bases": 3, "num_experts": 7}.items()
+    assert torch.equal(loaded(**batch).sample, tiny_remix(**batch).sample)
+
+
+# Every way it can be run
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mixed", [False, True])
+@torch.no_grad()
+def test_half_precision(tiny_remix, batch, dtype, mixed):
+    if not mixed:
+        batch["timestep"] = torch.tensor(700).expand(4)
+    expected = tiny_remix(**batch).sample
+    batch["hidden_states"] = batch["hidden_states"].to(dtype)
+    output = copy.deepcopy(tiny_remix).to(dtype)(**batch).sample
+    assert output.dtype == dtype
+    assert (output.float() - expected).norm() / expected.norm() < 0.03
+
+
+@pytest.mark.parametrize("timestep", ["mixed", "shared", "expert"])
+@pytest.mark.parametrize("with_gradients", [False, True])
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_compiles_without_a_graph_break(tiny_remix, batch, timestep, with_gradients):
+    if timestep == "shared":
+        batch["timestep"] = torch.tensor(700).expand(4)
+    elif timestep == "expert":
+        batch = expert_batch(tiny_remix, 5, batch) | {"expert": 5}
+    with torch.set_grad_enabled(with_gradients):
+        expected = tiny_remix(**batch).sample
+        compiled = torch.compile(tiny_remix, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(**batch).sample, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_repeated_blocks_compile_once_for_all_experts(tiny_remix, batch, mixings):
+    torch._dynamo.reset()
+    experts = [batch | {"timestep": torch.tensor(timestep).expand(4)} for timestep in range(999, -1, -100)]
+    expected = [tiny_remix(**inputs).sample for inputs in experts]
+    tiny_remix.compile_repeated_blocks(fullgraph=True, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        outputs = [tiny_remix(**inputs).sample for inputs in experts]
+    for output, eager in zip(outputs, expected):
+        torch.testing.assert_close(output, eager, atol=1e-5, rtol=1e-5)
+    assert len(mixings) == 2 * 7 * NUM_LINEARS  # kept here, too
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"num_bases": 0}, "num_bases. to be at least 1, but got 0"),
+        ({"num_experts": 0}, "num_experts. to be between 1 and the 1000.*got 0"),
+        ({"num_experts": 1001}, "num_experts.*1001"),
+    ],
+)
+def test_refuses_a_bad_configuration(config, message):
+    with pytest.raises(ValueError, match=message):
+        RemixDiTModel(**TINY_CONFIG | config)
+
+
+def test_warns_of_more_bases_than_experts(batch):
+    with pytest.warns(UserWarning, match="4 for 2"):
+        model = RemixDiTModel(**TINY_CONFIG, num_bases=4, num_experts=2)
+    assert model.prior.tolist() == [0, 2]
+    assert model.eval()(**batch).sample.shape == (4, 8, 8, 8)
+
+
+def test_refuses_a_dit_of_another_size_by_the_first_weight():
+    stock = DiTModel(**TINY_CONFIG, downscale_freq_shift=1.0).to_diffusers()
+    with pytest.raises(ValueError, match=r"'pos_embed.proj.weight' in `model`.*\(96, 4, 2, 2\).*\(48, 4, 2, 2\)"):
+        RemixDiTModel.from_dit(stock, num_attention_heads=8)
+    with pytest.raises(ValueError, match="`model` to hold 'transformer_blocks.2"):
+        RemixDiTModel.from_dit(stock, num_layers=3)
+    with pytest.raises(ValueError, match="`model` to hold.*got 'transformer_blocks.1"):
+        RemixDiTModel.from_dit(stock, num_layers=1)
+
+
+def test_refuses_what_is_no_plain_dit(tiny_dtr):
+    with pytest.raises(ValueError, match="plain DiT.*DTRTransformer2DModel"):
+        RemixDiTModel.from_dit(tiny_dtr)
+
+
+@pytest.mark.parametrize("expert", [-1, 7])
+def test_refuses_experts_that_there_are_not(tiny_remix, batch, expert):
+    with pytest.raises(ValueError, match=rf"`expert` to be in \[0, 7\), but got {expert}"):
+        tiny_remix.bake_expert(expert)
+    with pytest.raises(ValueError, match="expert"):
+        tiny_remix(**batch, expert=expert)
+
+
+@pytest.mark.parametrize("timestep", [-1, 1000, [0, 1, 2, 1000]])
+def test_refuses_timesteps_out_of_range(tiny_remix, batch, timestep):
+    with pytest.raises(ValueError, match="timestep.*1000 training timesteps"):
+        tiny_remix(**batch | {"timestep": torch.tensor(timestep)})
+
+
+def test_refuses_timesteps_of_another_expert(tiny_remix, batch):
+    with pytest.raises(ValueError, match="to belong to `expert` 0.*250"):
+        tiny_remix(**batch, expert=0)
