@@ -4,17 +4,26 @@ CPU_THREADS ?= $(shell nproc)
 BIN = .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 DEMO = outputs/demo
+TRAIN = $(BIN)/accelerate launch --num_machines 1 --num_processes 1 --dynamo_backend no --mixed_precision no \
+  --num_cpu_threads_per_process $(CPU_THREADS)
 # a third of the modules is ever imported: those are compiled when they first are, and the rest never (--no-compile)
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo demo-remix test test-slow lint format clean
 
 demo: .venv/demo.installed
 	$(BIN)/python training/demo.py data
 	rm -rf $(DEMO)/checkpoint-*
-	$(BIN)/accelerate launch --num_machines 1 --num_processes 1 --dynamo_backend no --mixed_precision no \
-	  --num_cpu_threads_per_process $(CPU_THREADS) training/train_dtr.py --config training/presets/dtr_digits.yaml --output_dir $(DEMO)
-	$(BIN)/python training/demo.py report
+	$(TRAIN) training/train_dtr.py --config training/presets/dtr_digits.yaml --output_dir $(DEMO)
+	$(BIN)/python training/demo.py report $(DEMO)
+
+demo-remix: .venv/demo.installed
+	$(BIN)/python training/demo.py data
+	rm -rf outputs/dit_digits/checkpoint-* outputs/remix_digits/checkpoint-*
+	$(TRAIN) training/train_dit.py --config training/presets/dit_digits.yaml
+	$(TRAIN) training/train_remix.py --config training/presets/remix_digits.yaml
+	$(BIN)/python training/demo.py report outputs/dit_digits
+	$(BIN)/python training/demo.py report outputs/remix_digits
 
 test: .venv/test.installed
 	$(BIN)/python -m pytest -q

@@ -2,14 +2,24 @@
 
 from collections.abc import Iterator
 from functools import partial
+from unittest.mock import patch
 
 import torch
 
 from diffusers_dmp import DiTModel, RemixDiTModel
+from diffusers_dmp.models.remix_dit import BasisLinear
 
 from .timing import Ratio, compare
 
 TRAINING_TARGETS = {1: 1.32, 8: 1.05}  # by batch size
+
+
+def published_mix(linear: BasisLinear, coefficients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bases' scaled copies, added up."""
+    a = coefficients.to(linear.weight.dtype)
+    return (a[0, :, None, None] * linear.weight).sum(0, keepdim=True), (a[0, :, None] * linear.bias).sum(
+        0, keepdim=True
+    )
 
 
 def run(
@@ -44,6 +54,13 @@ def run(
             forwards = (partial(forward, model, timestep) for model in (remix, plain))
             yield compare(f"{case}: Remix-DiT / DiT", *forwards, device, budget, 1.02)
 
+            @patch.object(BasisLinear, "mix", published_mix)
+            def published_forward(timestep=timestep, forward=forward, remix=remix):
+                remix.eval()  # forgets the mixture: it was made at every call
+                forward(remix, timestep)
+
+            yield compare(f"{case}: mixed as published / DiT", published_forward, forwards[1], device, budget)
+
             if batch_size > 1:
                 timesteps = torch.randint(0, 1000, (batch_size,))
                 forwards = (partial(forward, model, timesteps) for model in (remix, plain))
@@ -57,6 +74,7 @@ def run(
                 model(sample, timesteps, class_labels=labels, **expert).sample.square().mean().backward()
 
             steps = partial(training_step, remix, expert=5), partial(training_step, plain)
-            yield compare(
-                f"{case}: Remix-DiT / DiT, training step", *steps, device, budget, TRAINING_TARGETS.get(batch_size)
-            )
+            case = f"{case}, training step"
+            yield compare(f"{case}: Remix-DiT / DiT", *steps, device, budget, TRAINING_TARGETS.get(batch_size))
+            published_step = patch.object(BasisLinear, "mix", published_mix)(steps[0])
+            yield compare(f"{case}: mixed as published / DiT", published_step, steps[1], device, budget)

@@ -9,10 +9,12 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="diffusers-dmp-tests-"
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from hypothesis import settings
 from safetensors import safe_open
 
 from diffusers_dmp import DiTModel, DTRTransformer2DModel
+from diffusers_dmp.digits import write_image_folder
 
 FIXTURES = Path(__file__).parent / "fixtures"
 REPOSITORY = Path(__file__).parent.parent
@@ -81,3 +83,17 @@ def batch() -> dict[str, torch.Tensor]:
         "timestep": torch.tensor([3, 250, 600, 999]),
         "class_labels": torch.tensor([0, 4, 9, 10]),
     }
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Path:
+    """Real images, as a folder with one sub-folder per class."""
+    return write_image_folder(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps one state per process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()

@@ -36,8 +36,8 @@ def test_the_demos_report(demo_folder, monkeypatch):
 
     (demo_folder / "outputs" / "demo" / "training_summary.json").write_text('{"steps": 1, "train_seconds": 2.0}')
     monkeypatch.setattr(demo, "SAMPLES_PER_CLASS", 2)
-    demo.report()
     folder = demo_folder / "outputs" / "demo"
+    demo.report(folder)
     report = json.loads((folder / "report.json").read_text())
     assert report["samples"] == 20 and report["steps"] == 1 and report["parameters"] > 0
     assert 0 <= report["recognised"] <= 1

@@ -1,4 +1,4 @@
-"""The demo's two ends: `python training/demo.py data` writes the digits, `… report` loads what was trained on them.
+"""The demo's two ends: `python training/demo.py data` writes the digits, `… report FOLDER` loads what was trained on them.
 
 `report` runs in a process of its own, so that nothing but the pipeline folder links it with the training.
 """
@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from matplotlib.figure import Figure
 
-import diffusers_dmp  # noqa: F401  registers the pipeline with Diffusers
+from diffusers_dmp import DTRTransformer2DModel, RemixDiTModel  # registers the pipeline with Diffusers, too
 from diffusers_dmp.digits import NUM_CLASSES, fit_reader, write_image_folder
-from diffusers_dmp.plots import routing_figure, sample_grid
+from diffusers_dmp.plots import mixing_figure, routing_figure, sample_grid, training_share_figure
 
 OUTPUT = Path("outputs/demo")
 SAMPLES_PER_CLASS = 50
@@ -20,8 +21,8 @@ GUIDANCE_SCALE = 1.5
 NUM_INFERENCE_STEPS = 25
 
 
-def report() -> None:
-    pipeline = DiffusionPipeline.from_pretrained(OUTPUT / "pipeline")
+def report(folder: Path) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(folder / "pipeline")
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
     labels = [label for label in range(NUM_CLASSES) for _ in range(SAMPLES_PER_CLASS)]
@@ -31,29 +32,50 @@ def report() -> None:
     ).images
 
     columns = [images[label * SAMPLES_PER_CLASS :][: min(8, SAMPLES_PER_CLASS)] for label in range(NUM_CLASSES)]
-    sample_grid(columns, pixel_size=6).save(OUTPUT / "samples.png")
-    routing_figure(pipeline.transformer).savefig(OUTPUT / "routing.png", dpi=120)
+    sample_grid(columns, pixel_size=6).save(folder / "samples.png")
+    training = json.loads((folder / "training_summary.json").read_text())
+    pictures = specialisation_figures(pipeline.transformer, training)
+    for name, figure in pictures.items():
+        figure.savefig(folder / f"{name}.png", dpi=120)
 
     pixels = pipeline.image_processor.pil_to_numpy(images).reshape(len(images), -1)  # (N, 64) in [0, 1]
     recognised = (fit_reader().predict(pixels) == labels).mean()
-    training = json.loads((OUTPUT / "training_summary.json").read_text())
     summary = {
         "recognised": round(float(recognised), 4),
         "samples": len(images),
         "guidance_scale": GUIDANCE_SCALE,
         "num_inference_steps": NUM_INFERENCE_STEPS,
         "parameters": pipeline.transformer.num_parameters(),
-        **training,
+        "steps": training["steps"],
+        "train_seconds": training["train_seconds"],
     }
-    (OUTPUT / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary, indent=2))
-    print(f"Look at {OUTPUT / 'samples.png'} and {OUTPUT / 'routing.png'}; the pipeline is in {OUTPUT / 'pipeline'}.")
+    print(
+        f"The pipeline is in {folder / 'pipeline'}. Look at {', '.join(f'{name}.png' for name in ('samples', *pictures))}."
+    )
+
+
+def specialisation_figures(model: torch.nn.Module, training: dict) -> dict[str, Figure]:
+    """What shows how the model's parts share the noise levels."""
+    if isinstance(model, DTRTransformer2DModel):
+        return {"routing": routing_figure(model)}
+    if isinstance(model, RemixDiTModel):
+        before, after = (training[when]["mixing_coefficients"] for when in ("before", "after"))
+        edges = model.intervals.edges
+        return {
+            "mixing": mixing_figure(before, after, edges),
+            "training_share": training_share_figure(training["samples_per_expert"], edges),
+        }
+    return {}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=("data", "report"))
-    if parser.parse_args().part == "data":
+    parser.add_argument("folder", type=Path, nargs="?", default=OUTPUT, help="a training's output_dir, for `report`")
+    args = parser.parse_args()
+    if args.part == "data":
         write_image_folder(OUTPUT / "digits")
     else:
-        report()
+        report(args.folder)

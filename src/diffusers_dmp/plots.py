@@ -1,5 +1,7 @@
 """Pictures of what the models draw and of how their parts share the noise levels."""
 
+from collections.abc import Sequence
+
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image
@@ -46,3 +48,54 @@ def routing_figure(model: DTRTransformer2DModel) -> Figure:
     axes.set_ylabel("channel")
     axes.set_title(f"Channels that a timestep uses (dark): {share:.0%} of {dim}, the same in every block")
     return figure
+
+
+def mixing_figure(
+    before: "Sequence[Sequence[float]]", after: "Sequence[Sequence[float]]", edges: "Sequence[float]"
+) -> Figure:
+    """
+    The mixing coefficients of a Remix-DiT before and after training (https://arxiv.org/abs/2412.05628).
+
+    Args:
+        before, after (each of shape (E, K)): `model.mixing_coefficients.tolist()`, or as in `training_summary.json`.
+        edges (of length E + 1): `model.intervals.edges`.
+    """
+    num_experts, num_bases = len(after), len(after[0])
+    figure = Figure(figsize=(3 + 1.1 * num_bases, 1.5 + 0.4 * num_experts), layout="constrained")
+    for axes, coefficients, title in zip(figure.subplots(1, 2, sharey=True), (before, after), ("before", "after")):
+        image = axes.imshow(coefficients, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        for expert, row in enumerate(coefficients):
+            for basis, share in enumerate(row):
+                axes.text(basis, expert, f"{share:.2f}", ha="center", va="center", color="w" if share > 0.6 else "k")
+        axes.set_xticks(range(num_bases), [f"basis {basis}" for basis in range(num_bases)])
+        axes.set_title(f"{title} training")
+    figure.axes[0].set_yticks(range(num_experts), _stretches(edges))
+    figure.axes[0].set_ylabel("expert, by its timesteps (0 almost clean)")
+    figure.colorbar(image, ax=figure.axes, label="share in the expert's weights")
+    return figure
+
+
+def training_share_figure(samples_per_expert: "Sequence[int]", edges: "Sequence[float]") -> Figure:
+    """
+    How much of the training each expert had, as `samples_per_expert` in `training_summary.json` counts it.
+
+    Args:
+        samples_per_expert (of length E): Samples that were drawn from the expert's timesteps.
+        edges (of length E + 1): `model.intervals.edges`.
+    """
+    total = sum(samples_per_expert)
+    figure = Figure(figsize=(6, 1.5 + 0.35 * len(samples_per_expert)), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh(range(len(samples_per_expert)), [samples / total for samples in samples_per_expert])
+    axes.bar_label(bars, [f"{samples / total:.1%}" for samples in samples_per_expert], label_type="center", color="w")
+    axes.axvline(1 / len(samples_per_expert), color="gray", linestyle="--", label="equal shares")
+    axes.set_yticks(range(len(samples_per_expert)), _stretches(edges))
+    axes.invert_yaxis()
+    axes.set_ylabel("expert, by its timesteps (0 almost clean)")
+    axes.set_xlabel(f"share of the {total:,} samples trained on")
+    figure.legend(loc="outside upper right")
+    return figure
+
+
+def _stretches(edges: "Sequence[float]") -> list[str]:
+    return [f"{expert}: {low:g}–{high - 1:g}" for expert, (low, high) in enumerate(zip(edges, edges[1:]))]

@@ -1,87 +1,23 @@
 """Training, as users start it: resumed bit for bit, and the same on any number of processes."""
 
 import dataclasses
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import PIL.Image
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, PartialState
-from conftest import REPOSITORY
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, DiffusionPipeline
+from runs import launch, logged, train_here, weights
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.modules.module import register_module_forward_hook
 
 from diffusers_dmp import DiTModel, DTRTransformer2DModel
-from diffusers_dmp.digits import write_image_folder
 from diffusers_dmp.models.dit_layers import DiTAttention
 from diffusers_dmp.training import trainer
 from diffusers_dmp.training.arguments import DiTTrainingArguments
-from diffusers_dmp.training.dit import train_dit
-
-TINY = {
-    "image_size": 8,
-    "image_channels": 1,
-    "random_flip": False,
-    "num_layers": 2,
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "patch_size": 4,
-    "batch_size": 16,
-    "max_train_steps": 4,
-    "learning_rate": 1e-3,
-    "logging_steps": 1,
-    "checkpointing_steps": 2,
-}
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory) -> Path:
-    return write_image_folder(tmp_path_factory.mktemp("digits"))
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps one state per process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
-
-
-def launch(script: str, output_dir: Path, *, num_processes: int = 1, **arguments) -> None:
-    """`accelerate launch`, in a process of its own, on the CPU."""
-    # with "--cpu", accelerate would start several processes through MPI alone, and here silently one
-    kind = "--cpu" if num_processes == 1 else "--multi_gpu"
-    command = [sys.executable, "-m", "accelerate.commands.launch", kind, "--num_machines", "1"]
-    command += ["--num_processes", str(num_processes), "--num_cpu_threads_per_process", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(REPOSITORY / "training" / script)]
-    for name, value in (TINY | arguments | {"output_dir": str(output_dir)}).items():
-        command += [f"--{name}", str(value)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr[-3000:]
-
-
-def train_here(model_class, digits: Path, output_dir: Path, **arguments) -> None:
-    """The same in this process, which is faster."""
-    config = TINY | {"dataset": str(digits), "output_dir": str(output_dir), "report_to": "none"} | arguments
-    train_dit(model_class, DiTTrainingArguments(**config))
-
-
-def weights(output_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(output_dir / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
-
-
-def logged(output_dir: Path, name: str) -> dict[int, float]:
-    (folder,) = {file.parent for file in (output_dir / "logs").glob("*/events*")}
-    events = EventAccumulator(str(folder)).Reload()
-    return {event.step: event.value for event in events.Scalars(name)}
 
 
 @pytest.fixture(scope="module")

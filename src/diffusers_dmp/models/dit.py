@@ -124,11 +124,16 @@ class DiTModel(ModelMixin, ConfigMixin, AttentionMixin):
         Raises:
             ValueError: if there is no such preset; the message lists them.
         """
-        if name not in cls.presets:
-            raise ValueError(f"Expected `name` to be one of {', '.join(cls.presets)}, but got {name!r}.")
-        config = cls.presets[name] | config
+        config = cls.preset_config(name) | config
         config.setdefault("out_channels", 2 * config.get("in_channels", 4))
         return cls(**config)
+
+    @classmethod
+    def preset_config(cls, name: str) -> dict[str, int]:
+        """The arguments of the constructor that a preset stands for; see [`~DiTModel.from_preset`]."""
+        if name not in cls.presets:
+            raise ValueError(f"Expected `name` to be one of {', '.join(cls.presets)}, but got {name!r}.")
+        return dict(cls.presets[name])
 
     @classmethod
     def from_diffusers(cls, stock_model_or_path: "nn.Module | str | os.PathLike", **kwargs) -> "DiTModel":

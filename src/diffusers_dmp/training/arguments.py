@@ -10,7 +10,7 @@ from transformers import HfArgumentParser
 
 TRACKERS = ("tensorboard", "wandb", "none")
 
-Arguments = TypeVar("Arguments", bound="TrainingArguments")
+Arguments = TypeVar("Arguments", bound="DataArguments")
 
 
 def option(default: Any, help: str) -> Any:
@@ -19,24 +19,30 @@ def option(default: Any, help: str) -> Any:
 
 
 @dataclass(kw_only=True)
-class TrainingArguments:
-    """What every system's training shares."""
+class DataArguments:
+    """Images, as training and encoding read them."""
 
-    output_dir: str = option("outputs/model", "Where checkpoints, samples and, at the end, `pipeline/` are written.")
-    seed: int = option(0, "Of everything random.")
-
-    # data
     dataset: str = option(
-        "", "Folder of images (one sub-folder per class), parquet folder or file, or Hub data set id."
+        "",
+        "Folder of images (one sub-folder per class), parquet folder or file (of images, or of latents from "
+        "encode_latents.py), or Hub data set id.",
     )
     dataset_split: str = option("train", "Which split of it.")
     image_column: str = option("image", "The data set's column of images.")
     label_column: str = option("label", "The data set's column of class labels; without it training is unconditional.")
     image_size: int = option(256, "Images are cropped and scaled to this many pixels.")
     image_channels: int = option(3, "1 (grey), 3 (RGB) or 4 (RGBA).")
-    random_flip: bool = option(True, "Mirror half of the images.")
     dataloader_num_workers: int = option(0, "Worker processes that read images.")
     vae: str | None = option(None, "Folder or Hub id of an AutoencoderKL, to train on its latents.")
+
+
+@dataclass(kw_only=True)
+class TrainingArguments(DataArguments):
+    """What every system's training shares."""
+
+    output_dir: str = option("outputs/model", "Where checkpoints, samples and, at the end, `pipeline/` are written.")
+    seed: int = option(0, "Of everything random.")
+    random_flip: bool = option(True, "Mirror half of the images.")
 
     # diffusion process
     num_train_timesteps: int = option(1000, "T.")
@@ -56,7 +62,10 @@ class TrainingArguments:
     weight_decay: float = option(0.0, "Of AdamW.")
     adam_beta1: float = option(0.9, "Of AdamW.")
     adam_beta2: float = option(0.999, "Of AdamW.")
-    lr_scheduler: str = option("constant", "Of diffusers.optimization: constant, cosine, constant_with_warmup, …")
+    lr_scheduler: str = option(
+        "constant", "Of transformers' get_scheduler: constant, cosine, cosine_with_min_lr, constant_with_warmup, …"
+    )
+    min_lr_rate: float | None = option(None, "The share of its start at which `cosine_with_min_lr` ends.")
     lr_warmup_steps: int = option(0, "Steps of linear warm-up, for the schedules that have one.")
     max_grad_norm: float | None = option(None, "Clip the gradients' norm to this.")
     ema_decay: float = option(0.9999, "Of the averaged weights, which are the ones saved; 0 for no averaging.")
@@ -98,7 +107,9 @@ class DiTTrainingArguments(TrainingArguments):
     pretrained_model_name_or_path: str | None = option(
         None, "Go on from this model, or from that of a pipeline (folder or Hub id)."
     )
-    preset: str | None = option(None, "A published size, DiT-S/2 to DiT-XL/8, instead of the next four.")
+    preset: str | None = option(
+        None, "A published size, DiT-S/2 to DiT-XL/8 (RemixDiT-S/2 …), instead of the next four."
+    )
     num_layers: int = option(12, "Blocks.")
     num_attention_heads: int = option(6, "Heads.")
     attention_head_dim: int = option(64, "Channels per head.")

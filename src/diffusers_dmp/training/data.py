@@ -1,4 +1,4 @@
-"""Images in: from a folder, from parquet, or from the Hub, through `datasets`.
+"""Images, or latents of them, in: from a folder, from parquet, or from the Hub, through `datasets`.
 
 Legend: B batch size of one optimiser step over all processes, N images, C channels, S image size in pixels.
 """
@@ -13,15 +13,17 @@ import datasets
 import numpy as np
 import PIL.Image
 import pyarrow as pa
+import safetensors.torch
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+LATENTS = "latents"  # the column of what `encode_latents` wrote
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 
 
 def load_images(source: str, image_column: str = "image", split: str = "train") -> datasets.Dataset:
     """
-    A data set of images, and of class labels if it has a label column.
+    A data set of images, or of latents from `encode_latents`, and of class labels if it has a label column.
 
     Args:
         source (`str`): A folder of images (one sub-folder per class, or no sub-folders), a folder of parquet files, one
@@ -44,6 +46,8 @@ def load_images(source: str, image_column: str = "image", split: str = "train") 
             f"Expected `dataset` to be a folder with images, parquet, or a data set on the Hub, but got {source!r}: "
             f"{error}"
         ) from error
+    if LATENTS in dataset.column_names:
+        return dataset
     if image_column not in dataset.column_names:
         raise ValueError(
             f"Expected `image_column` to be one of {dataset.column_names}, the columns of {source!r}, "
@@ -79,6 +83,8 @@ def to_tensors(
     """
     The same data set, whose items are `images` (C, S, S) in [-1, 1] and, with labels, `class_labels` ().
 
+    The items of a data set of latents are `mean` and `std` instead, both (2, C, S, S): of image and mirror image.
+
     Args:
         image_size (`int`): S.
         channels (`int`): C: 1, 3 or 4.
@@ -99,8 +105,12 @@ def to_tensors(
 def _read_items(
     columns: dict[str, list], image_size: int, channels: int, image_column: str, label_column: str
 ) -> dict[str, list]:
-    images = (open_image(encoded).convert(PIL_MODES[channels]) for encoded in columns[image_column])
-    items = {"images": [to_tensor(center_crop(image, image_size)) for image in images]}
+    if LATENTS in columns:
+        latents = [safetensors.torch.load(encoded) for encoded in columns[LATENTS]]
+        items = {name: [moments[name].float() for moments in latents] for name in ("mean", "std")}
+    else:
+        images = (open_image(encoded).convert(PIL_MODES[channels]) for encoded in columns[image_column])
+        items = {"images": [to_tensor(center_crop(image, image_size)) for image in images]}
     if label_column in columns:
         items["class_labels"] = columns[label_column]
     return items

@@ -1,25 +1,37 @@
 """What the entry points of the DiT family share: data, model, and off to the trainer."""
 
+import os
+from collections.abc import Callable
 from typing import Any
 
+import datasets
+import safetensors.torch
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, DiffusionPipeline
 
-from ..models import DiTModel
+from ..conversion import convert_checkpoint, load_original_state_dict
+from ..models import DiTModel, DTRTransformer2DModel, RemixDiTModel
 from ..models.stock_layout import STOCK_CLASSES
 from ..pipelines.pipeline_class_conditional import vae_downsampling
 from .arguments import DiTTrainingArguments
-from .data import class_names, load_images
+from .data import LATENTS, class_names, load_images
+from .recipe import TrainingRecipe
 from .trainer import make_accelerator, train
 
 
-def train_dit(model_class: type[DiTModel], args: DiTTrainingArguments, **config: Any) -> None:
+def train_dit(
+    model_class: type[DiTModel],
+    args: DiTTrainingArguments,
+    make_recipe: Callable[[DiTModel], TrainingRecipe] = lambda model: TrainingRecipe(),
+    **config: Any,
+) -> None:
     """
     Train a new model of `model_class`, or `args.pretrained_model_name_or_path` further.
 
     Args:
         model_class: [`DiTModel`] or a subclass.
         args ([`DiTTrainingArguments`]): Everything that can be set.
+        make_recipe (`Callable[[DiTModel], TrainingRecipe]`): What the system trains differently.
         config: The subclass's own arguments of the constructor.
 
     Raises:
@@ -34,11 +46,30 @@ def train_dit(model_class: type[DiTModel], args: DiTTrainingArguments, **config:
     if args.vae is not None:
         vae = AutoencoderKL.from_pretrained(args.vae).requires_grad_(False).eval()
     config |= data_config(args, label_names, vae)
+    check_latents(dataset, vae, config)
     if args.pretrained_model_name_or_path is not None:
-        model = load_pretrained(model_class, args.pretrained_model_name_or_path, config)
+        sizes = {} if args.preset is None else model_class.preset_config(args.preset)
+        model = load_pretrained(model_class, args.pretrained_model_name_or_path, config | sizes)
     else:
         model = new_model(model_class, args, config)
-    train(accelerator, args, model, dataset, label_names, vae)
+    train(accelerator, args, model, dataset, label_names, vae, make_recipe(model))
+
+
+def check_latents(dataset: datasets.Dataset, vae: AutoencoderKL | None, config: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: if a data set of latents has no VAE to decode them, or they are not of that VAE's shape.
+    """
+    if LATENTS not in dataset.column_names:
+        return
+    if vae is None:
+        raise ValueError("Expected `vae` to be the one that encoded the latents in `dataset`, but got None.")
+    expected = (2, config["in_channels"], config["sample_size"], config["sample_size"])
+    shape = tuple(safetensors.torch.load(dataset[0][LATENTS])["mean"].shape)
+    if shape != expected:
+        raise ValueError(
+            f"Expected the latents in `dataset` to have the shape {expected} of `vae` and `image_size`, but got {shape}."
+        )
 
 
 def data_config(
@@ -57,23 +88,46 @@ def data_config(
 
 def load_pretrained(model_class: type[DiTModel], name_or_path: str, config: dict[str, Any]) -> DiTModel:
     """
-    The model in a folder or Hub repository of its own, or in that of a pipeline.
+    The model in a folder or Hub repository of its own, in that of a pipeline, or (a DiT) in an original checkpoint's
+    file. A class that has a `from_dit` is made from a DiT as well.
 
     Raises:
         ValueError: if it is of another class, or its configuration is not what `config` asks for.
     """
+    model = _load_dit_family(model_class, name_or_path)
+    if type(model) is not model_class:
+        if type(model) is not DiTModel or not hasattr(model_class, "from_dit"):
+            raise ValueError(
+                f"Expected `pretrained_model_name_or_path` to be a {model_class.__name__}, "
+                f"but got a {type(model).__name__} in {name_or_path!r}."
+            )
+        _check_config(model, name_or_path, {name: value for name, value in config.items() if name in model.config})
+        model = model_class.from_dit(model, **{name: config[name] for name in config if name not in model.config})
+    _check_config(model, name_or_path, config)
+    return model
+
+
+def _load_dit_family(model_class: type[DiTModel], name_or_path: str) -> DiTModel:
+    """What is there, of whatever class."""
+    if os.path.isfile(name_or_path):
+        return convert_checkpoint("dit", load_original_state_dict(name_or_path))
     try:
         is_pipeline = "transformer" in DiffusionPipeline.load_config(name_or_path)
     except OSError:  # no model_index.json
         is_pipeline = False
     subfolder = "transformer" if is_pipeline else None
-    saved_config = model_class.load_config(name_or_path, subfolder=subfolder)
-    if saved_config["_class_name"] not in (model_class.__name__, *(STOCK_CLASSES if model_class is DiTModel else ())):
+    saved_class = model_class.load_config(name_or_path, subfolder=subfolder)["_class_name"]
+    classes = {cls.__name__: cls for cls in (DiTModel, DTRTransformer2DModel, RemixDiTModel)}
+    classes |= dict.fromkeys(STOCK_CLASSES, DiTModel)
+    if saved_class not in classes:
         raise ValueError(
             f"Expected `pretrained_model_name_or_path` to be a {model_class.__name__}, "
-            f"but got a {saved_config['_class_name']} in {name_or_path!r}."
+            f"but got a {saved_class} in {name_or_path!r}."
         )
-    model = model_class.from_pretrained(name_or_path, subfolder=subfolder)
+    return classes[saved_class].from_pretrained(name_or_path, subfolder=subfolder)
+
+
+def _check_config(model: DiTModel, name_or_path: str, config: dict[str, Any]) -> None:
     for name, value in config.items():
         own = model.out_channels if name == "out_channels" else model.config[name]
         if own != value:
@@ -81,7 +135,6 @@ def load_pretrained(model_class: type[DiTModel], name_or_path: str, config: dict
                 f"Expected `pretrained_model_name_or_path` to have the `{name}` {value} of data and arguments, "
                 f"but got {own} in {name_or_path!r}."
             )
-    return model
 
 
 def new_model(model_class: type[DiTModel], args: DiTTrainingArguments, config: dict[str, Any]) -> DiTModel:

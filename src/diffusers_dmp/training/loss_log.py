@@ -84,6 +84,7 @@ class LossLog:
         }
         if done.grad_norm is not None:
             values["grad_norm"] = done.grad_norm.item()
+        values |= {name: value.item() for name, value in done.auxiliary_losses.items()}
         edges = self.bands.edges
         for low, high, total, count in zip(edges, edges[1:], band_losses.tolist(), band_counts.tolist()):
             if count:

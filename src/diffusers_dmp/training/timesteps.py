@@ -32,3 +32,23 @@ def balanced_timesteps(
     device = generator.device if generator is not None else None
     experts = torch.arange(batch_size, device=device) % intervals.num_experts
     return intervals.sample(experts, batch_size, generator)
+
+
+def expert_timesteps(
+    intervals: NoiseIntervals, experts: list[int], batch_size: int, generator: torch.Generator
+) -> torch.LongTensor:
+    """
+    Timesteps of one expert in each of several equal stretches of the batch, uniform inside its interval: one expert for
+    each process (Remix-DiT, https://arxiv.org/abs/2412.05628).
+
+    Args:
+        intervals (`NoiseIntervals`): E intervals.
+        experts (`list[int]` of length P): In [0, E).
+        batch_size (`int`): B, divisible by P.
+        generator (`torch.Generator`): Its device is the result's.
+
+    Returns:
+        `torch.LongTensor` of shape (B,), in integer steps.
+    """
+    owners = torch.tensor(experts).repeat_interleave(batch_size // len(experts))
+    return intervals.sample(owners, batch_size, generator)

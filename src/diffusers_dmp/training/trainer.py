@@ -18,10 +18,11 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, LoggerType, ProjectConfiguration
 from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
+from transformers import get_scheduler
 
+from ..intervals import NoiseIntervals
 from ..pipelines import ClassConditionalPipeline
 from .arguments import TrainingArguments
 from .checkpoints import resume, save_checkpoint
@@ -29,6 +30,7 @@ from .data import GlobalBatchSampler, endless_batches, to_tensors
 from .loop import training_steps
 from .loss_log import LossLog, trackable
 from .objective import DiffusionObjective
+from .recipe import TrainingRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ def train(
     dataset: datasets.Dataset,
     label_names: list[str] | None,
     vae: AutoencoderKL | None = None,
+    recipe: TrainingRecipe | None = None,
 ) -> None:
     """
     Train `model` and save it as a pipeline in `args.output_dir/pipeline`.
@@ -79,34 +82,48 @@ def train(
         dataset (`datasets.Dataset`): As [`load_images`] returns it.
         label_names (`list[str]`, *optional*): The classes' names; None for unconditional training.
         vae ([`AutoencoderKL`], *optional*): To train on its latents.
+        recipe ([`TrainingRecipe`], *optional*): What the system trains differently.
 
     Raises:
         ValueError: if the batch does not divide among processes, accumulation steps and timestep clusters, or an
             argument is unknown.
     """
+    recipe = recipe or TrainingRecipe()
+
     # 1. Objective and process
     scheduler = make_scheduler(args, in_latents=vae is not None)
     objective = DiffusionObjective(scheduler, args.weighting, "learned_range" if args.learn_sigma else None)
     check_batch_size(accelerator, args, objective)
+    if recipe.expert_intervals is not None and objective.uncertainty is not None:
+        raise ValueError(
+            f"Expected `weighting` to leave the choice of timesteps to the experts, but got {args.weighting!r}."
+        )
 
     # 2. Model and optimiser
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if vae is not None:
         vae.to(accelerator.device)
-    optimizer = make_optimizer(args, model, objective)
+    optimizer = make_optimizer(args, model, objective, recipe.learning_rates)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=args.max_train_steps,
+        scheduler_specific_kwargs={} if args.min_lr_rate is None else {"min_lr_rate": args.min_lr_rate},
     )
+    expert_counts = None
+    before = recipe.describe(model)
+    if recipe.expert_intervals is not None:
+        expert_counts = ExpertCounts(recipe.expert_intervals)
     model, optimizer = accelerator.prepare(model, optimizer)
     if objective.uncertainty is None:
         objective.to(accelerator.device)
     else:  # it learns, too
         objective = accelerator.prepare(objective)
     accelerator.register_for_checkpointing(lr_scheduler)
+    if expert_counts is not None:
+        accelerator.register_for_checkpointing(expert_counts)
     ema = None
     if args.ema_decay:
         # Deviation from reference: Diffusers' EMAModel warms its decay up, so that short runs are averaged sensibly, too
@@ -139,6 +156,7 @@ def train(
         seed=args.seed,
         random_flip=args.random_flip,
         max_grad_norm=args.max_grad_norm,
+        recipe=recipe,
         vae=vae,
     )
     log = LossLog(accelerator, args, first_step)
@@ -152,6 +170,8 @@ def train(
     for done in steps:
         if ema is not None:
             ema.step(accelerator.unwrap_model(model).parameters())
+        if expert_counts is not None:
+            expert_counts.add(done.experts, args.batch_size)
         log(done, lr_scheduler.get_last_lr()[0])
         with log.paused():
             if done.step % args.checkpointing_steps == 0:
@@ -167,9 +187,29 @@ def train(
     if accelerator.is_main_process:
         with averaged_weights(accelerator.unwrap_model(model), ema):
             finished_pipeline().save_pretrained(os.path.join(args.output_dir, "pipeline"))
+            after = recipe.describe(accelerator.unwrap_model(model))
         summary = {"steps": args.max_train_steps - first_step, "train_seconds": round(train_seconds, 1)}
+        if expert_counts is not None:
+            summary |= {"samples_per_expert": expert_counts.samples, "before": before, "after": after}
         Path(args.output_dir, "training_summary.json").write_text(json.dumps(summary) + "\n")
     accelerator.end_training()
+
+
+class ExpertCounts:
+    """How many samples each expert was trained on, over all processes; goes on counting when training is resumed."""
+
+    def __init__(self, intervals: NoiseIntervals):
+        self.samples = [0] * intervals.num_experts
+
+    def add(self, experts: list[int], batch_size: int) -> None:
+        for expert in experts:
+            self.samples[expert] += batch_size // len(experts)
+
+    def state_dict(self) -> dict[str, list[int]]:
+        return {"samples": self.samples}
+
+    def load_state_dict(self, state: dict[str, list[int]]) -> None:
+        self.samples = state["samples"]
 
 
 def check_batch_size(accelerator: Accelerator, args: TrainingArguments, objective: DiffusionObjective) -> None:
@@ -182,9 +222,13 @@ def check_batch_size(accelerator: Accelerator, args: TrainingArguments, objectiv
         )
 
 
-def make_optimizer(args: TrainingArguments, model: ModelMixin, objective: DiffusionObjective) -> torch.optim.Optimizer:
-    """AdamW, with a group of its own for what the objective learns."""
-    parameter_groups = [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
+def make_optimizer(
+    args: TrainingArguments, model: ModelMixin, objective: DiffusionObjective, learning_rates: dict[str, float]
+) -> torch.optim.Optimizer:
+    """AdamW, with groups of their own for the parameters named in `learning_rates` and for what the objective learns."""
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    own_groups = [{"params": [parameters.pop(name)], "lr": lr} for name, lr in learning_rates.items()]
+    parameter_groups = [{"params": list(parameters.values())}, *own_groups]
     if objective.uncertainty is not None:
         parameter_groups.append(
             {"params": list(objective.parameters()), "lr": args.uncertainty_learning_rate, "weight_decay": 0.0}

@@ -1,0 +1,131 @@
+"""A VAE's latents of a whole data set and of its mirror images, encoded once, in parquet shards that training reads.
+
+Legend: N images, b those encoded at once, C latent channels, S latent size.
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import datasets
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from .arguments import DataArguments, option
+from .data import LATENTS, class_names, load_images, to_tensors
+
+DTYPES = ("float32", "float16")
+
+
+@dataclass(kw_only=True)
+class EncodingArguments(DataArguments):
+    """What is encoded, and how."""
+
+    output_dir: str = option("outputs/latents", "Where the shards are written: hand it to training as `dataset`.")
+    batch_size: int = option(32, "Images that a process encodes at once, beside their mirror images.")
+    shard_size: int = option(4096, "Images per shard.")
+    dtype: str = option("float32", "float32, or float16 for half the space.")
+
+    def __post_init__(self):
+        for name in ("batch_size", "shard_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Expected `{name}` to be at least 1, but got {getattr(self, name)}.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"Expected `dtype` to be one of {', '.join(DTYPES)}, but got {self.dtype!r}.")
+        if self.vae is None:
+            raise ValueError("Expected `vae` to be the folder or Hub id of an AutoencoderKL, but got None.")
+
+
+def latent_distribution(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (b, 3, H, W) in [-1, 1] → mean and standard deviation (b, C, S, S) of their latents, not yet scaled."""
+    posterior = vae.encode(images.to(vae.dtype)).latent_dist
+    return posterior.mean, posterior.std
+
+
+def encode_latents(args: EncodingArguments) -> None:
+    """
+    Write `train-<i>-of-<n>.parquet` into `output_dir`, in the data set's order, each process its own shards. What is there
+    already is kept, so that an interrupted run goes on where it was, on any number of processes.
+
+    Each row has the label, if there is one, and in the column `latents` a safetensors block of `mean` and `std`, both of
+    shape (2, C, S, S): of the image, and of its mirror image.
+
+    Raises:
+        ValueError: if the data set cannot be read, or `output_dir` holds shards of another encoding.
+    """
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    with accelerator.main_process_first():
+        dataset = load_images(args.dataset, args.image_column, args.dataset_split)
+    if LATENTS in dataset.column_names:
+        raise ValueError(f"Expected `dataset` to hold images, but got latents in {args.dataset!r}.")
+    class_names(dataset, args.label_column)  # refuses what training would refuse
+    with accelerator.main_process_first():
+        _check_encoding(args, len(dataset))
+    vae = AutoencoderKL.from_pretrained(args.vae).requires_grad_(False).eval().to(accelerator.device)
+
+    num_shards = math.ceil(len(dataset) / args.shard_size)
+    shards = range(accelerator.process_index, num_shards, accelerator.num_processes)
+    sizes = {shard: min(args.shard_size, len(dataset) - shard * args.shard_size) for shard in shards}
+    with tqdm(
+        total=sum(sizes.values()), desc="Encoding", unit="image", disable=not accelerator.is_main_process
+    ) as progress:
+        for shard, size in sizes.items():
+            path = Path(args.output_dir, f"train-{shard:05d}-of-{num_shards:05d}.parquet")
+            if path.exists():
+                progress.update(size)
+                continue
+            first = shard * args.shard_size
+            encoded = _encode_shard(args, dataset.select(range(first, first + size)), vae, progress)
+            unfinished = path.with_suffix(".unfinished")
+            encoded.to_parquet(unfinished)
+            unfinished.rename(path)  # whole or not at all
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+@torch.no_grad()
+def _encode_shard(
+    args: EncodingArguments, images: datasets.Dataset, vae: AutoencoderKL, progress: tqdm
+) -> datasets.Dataset:
+    items = to_tensors(images, args.image_size, args.image_channels, args.image_column, args.label_column)
+    columns, features = {LATENTS: []}, {LATENTS: datasets.Value("binary")}
+    for batch in DataLoader(items, args.batch_size, num_workers=args.dataloader_num_workers):
+        pixels = batch["images"].to(vae.device)
+        distributions = [latent_distribution(vae, side) for side in (pixels, pixels.flip(-1))]
+        mean, std = (torch.stack(sides, dim=1) for sides in zip(*distributions))  # (b, 2, C, S, S)
+        mean, std = (moment.to("cpu", getattr(torch, args.dtype)) for moment in (mean, std))
+        columns[LATENTS] += [
+            safetensors.torch.save({"mean": own_mean.contiguous(), "std": own_std.contiguous()})
+            for own_mean, own_std in zip(mean, std)
+        ]
+        progress.update(len(pixels))
+    if args.label_column in images.column_names:
+        columns[args.label_column] = images[args.label_column]
+        features[args.label_column] = images.features[args.label_column]
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def _check_encoding(args: EncodingArguments, num_images: int) -> None:
+    """Record what `output_dir` is about to hold, or compare it with what is recorded there."""
+    ignored = ("output_dir", "batch_size", "dataloader_num_workers")
+    encoding = {name: value for name, value in asdict(args).items() if name not in ignored} | {
+        "num_images": num_images
+    }
+    path = Path(args.output_dir, "encoding.json")
+    if not path.exists():
+        os.makedirs(args.output_dir, exist_ok=True)
+        path.write_text(json.dumps(encoding, indent=2) + "\n")
+        return
+    recorded = json.loads(path.read_text())
+    for name, value in encoding.items():
+        if recorded.get(name) != value:
+            raise ValueError(
+                f"Expected `{name}` to be {recorded.get(name)!r}, as in the encoding that {args.output_dir!r} holds, "
+                f"but got {value!r}."
+            )

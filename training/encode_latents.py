@@ -1,0 +1,13 @@
+"""Encode a data set's images and their mirror images with a VAE, once, for any training in latent space.
+
+accelerate launch training/encode_latents.py --dataset path/to/images --vae stabilityai/sd-vae-ft-ema \\
+  --image_size 256 --output_dir outputs/latents
+
+Train on them with `--dataset outputs/latents --vae stabilityai/sd-vae-ft-ema --image_size 256`.
+"""
+
+from diffusers_dmp.training.arguments import parse_arguments
+from diffusers_dmp.training.latents import EncodingArguments, encode_latents
+
+if __name__ == "__main__":
+    encode_latents(parse_arguments(EncodingArguments))
