@@ -51,7 +51,7 @@ def run(
 
             # as the pipeline passes it
             timestep = torch.tensor(700).expand(batch_size)
-            forwards = (partial(forward, model, timestep) for model in (remix, plain))
+            forwards = [partial(forward, model, timestep) for model in (remix, plain)]
             yield compare(f"{case}: Remix-DiT / DiT", *forwards, device, budget, 1.02)
 
             @patch.object(BasisLinear, "mix", published_mix)
@@ -63,7 +63,7 @@ def run(
 
             if batch_size > 1:
                 timesteps = torch.randint(0, 1000, (batch_size,))
-                forwards = (partial(forward, model, timesteps) for model in (remix, plain))
+                forwards = [partial(forward, model, timesteps) for model in (remix, plain)]
                 yield compare(f"{case}, mixed timesteps: Remix-DiT / DiT", *forwards, device, budget, 1.25)
 
             # one expert's timesteps, as the training loop draws them

@@ -164,7 +164,7 @@ class NoiseIntervals:
             expert = torch.full((batch_size,), int(expert), device=device)
         elif expert.is_cpu and expert.numel() and (expert.min() < 0 or expert.max() >= self.num_experts):
             raise ValueError(f"Expected `expert` to be in [0, {self.num_experts}), but got {expert.tolist()}.")
-        expert = expert.to(device)
+        expert = expert.to(device, non_blocking=True)
         integer_edges = _edges_on(self.edges, torch.long, torch.device(device))
         low, high = integer_edges[expert], integer_edges[expert + 1]  # (B,)
         fraction = torch.rand(batch_size, generator=generator, device=device)

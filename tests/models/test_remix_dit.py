@@ -1,9 +1,11 @@
 """Remix-DiT: the published numbers, experts that equal plain DiTs, and a kept mixture that is never out of date."""
 
 import copy
+import io
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import TINY_CONFIG, Vectors, assert_matches, randomised
 from diffusers import AutoModel, DiTTransformer2DModel
 from diffusers.training_utils import EMAModel
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_dmp import DiTModel, RemixDiTModel, convert_checkpoint, to_diffusers_experts
-from diffusers_dmp.models.remix_dit import REMIX_DIT_PRESETS, BasisLinear, Mix
+from diffusers_dmp.models.remix_dit import REMIX_DIT_PRESETS
+from diffusers_dmp.models.remix_layers import BasisLinear, Mix
 
 REMIX_CONFIG = TINY_CONFIG | {"num_bases": 3, "num_experts": 7}  # 7 does not divide 1000
 
@@ -83,7 +86,11 @@ def test_from_a_stock_dit(batch):
     stock = randomised(
         DiTTransformer2DModel(4, 12, out_channels=8, num_layers=1, sample_size=8, num_embeds_ada_norm=10)
     )
-    for model in (RemixDiTModel.from_dit(stock), RemixDiTModel.from_diffusers(stock)):
+    for model in (
+        RemixDiTModel.from_dit(stock, 2, 5),
+        RemixDiTModel.from_diffusers(stock, num_bases=2, num_experts=5),
+    ):
+        assert (model.config.num_bases, model.config.num_experts) == (2, 5)
         assert (model.config.downscale_freq_shift, model.config.norm_eps) == (1.0, 1e-5)
         torch.testing.assert_close(model(**batch).sample, stock(**batch).sample, atol=2e-5, rtol=1e-4)
 
@@ -123,7 +130,7 @@ def test_presets_are_the_dits(name):
     with torch.device("meta"):
         model = RemixDiTModel.from_preset(name, num_bases=2)
         plain = DiTModel.from_preset(name.removeprefix("Remix"))
-    mixed = sum(parameter.numel() for linear in model._basis_linears for parameter in linear.parameters())
+    mixed = sum(parameter.numel() for linear in model.basis_linears for parameter in linear.parameters())
     assert model.num_parameters() == plain.num_parameters() + mixed // 2 + 8 * 2
 
 
@@ -146,32 +153,52 @@ def test_mixing_has_exact_gradients(num_bases, num_groups, shape):
     assert torch.autograd.gradcheck(Mix.apply, inputs)
 
 
-class LargestAllocation(TorchDispatchMode):
-    """The number of elements of the largest new tensor."""
+class Allocations(TorchDispatchMode):
+    """The numbers of elements of all tensors that are made, but for views."""
 
     def __init__(self, *known: torch.Tensor):
         super().__init__()
-        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
-        self.elements = 0
+        self.tensors = {tensor.untyped_storage().data_ptr(): tensor for tensor in known}
+        self.known = set(self.tensors)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
         for tensor in output if isinstance(output, (tuple, list)) else [output]:
-            if tensor.untyped_storage().data_ptr() not in self.known:
-                self.elements = max(self.elements, tensor.numel())
+            self.tensors.setdefault(tensor.untyped_storage().data_ptr(), tensor)  # alive, so that none takes its place
         return output
+
+    @property
+    def sizes(self) -> list[int]:
+        return [tensor.numel() for pointer, tensor in self.tensors.items() if pointer not in self.known]
 
 
 def test_mixing_makes_no_scaled_copies_of_the_bases():
     linear = BasisLinear(8, 20, 30)
+    linear.reset_parameters()
     coefficients = torch.full((1, 8), 1 / 8, requires_grad=True)
-    with LargestAllocation(*linear.parameters()) as forward, torch.autocast("cpu", torch.bfloat16):
+    with Allocations(*linear.parameters()) as forward, torch.autocast("cpu", torch.bfloat16):
         weights, biases = linear.mix(coefficients)
-    assert forward.elements == 20 * 30
+    assert max(forward.sizes) == 20 * 30
     assert weights.dtype == torch.float32  # autocast would have copied the bases, too
-    with LargestAllocation(*linear.parameters()) as backward:
-        (weights.sum() + biases.sum()).backward()
-    assert backward.elements == 8 * 20 * 30  # the gradient itself
+    gradients = torch.randn_like(weights), torch.randn_like(biases)
+    with Allocations(*linear.parameters(), *gradients) as backward:
+        torch.autograd.backward((weights, biases), gradients)
+    assert [size for size in backward.sizes if size >= 20 * 30] == [8 * 20 * 30]  # the gradient itself
+
+
+def test_frozen_bases_get_no_gradient():
+    linear = BasisLinear(8, 20, 30).requires_grad_(False)
+    linear.reset_parameters()
+    coefficients = torch.full((1, 8), 1 / 8, requires_grad=True)
+    weights, biases = linear.mix(coefficients)
+    gradients = torch.randn_like(weights), torch.randn_like(biases)
+    with Allocations(*linear.parameters(), *gradients) as backward:
+        torch.autograd.backward((weights, biases), gradients)
+    assert max(backward.sizes) < 20 * 30
+    expected = torch.stack(
+        [(w * gradients[0]).sum() + (b * gradients[1]).sum() for w, b in zip(linear.weight, linear.bias)]
+    )
+    torch.testing.assert_close(coefficients.grad[0], expected)
 
 
 def test_gradients_reach_bases_and_coefficients_of_the_experts_at_work(tiny_remix, batch):
@@ -240,11 +267,16 @@ def test_mixes_once_per_expert(tiny_remix, batch, mixings):
 def test_keeps_one_copy(tiny_remix, batch, mixings):
     for timestep in (999, 999, 0, 999):
         tiny_remix(**batch | {"timestep": timestep})
-        held = [tensor for linear in tiny_remix._basis_linears for tensor in linear._held]
-        bases = [tensor for linear in tiny_remix._basis_linears for tensor in linear.parameters()]
+        held = [tensor for linear in tiny_remix.basis_linears for tensor in linear._held]
+        bases = [tensor for linear in tiny_remix.basis_linears for tensor in linear.parameters()]
         assert sum(map(torch.numel, held)) == sum(map(torch.numel, bases)) / 3
     assert len(mixings) == 3 * NUM_LINEARS
     assert not any("held" in name for name in tiny_remix.state_dict())
+    sizes = []
+    for model in (tiny_remix, tiny_remix.eval()):  # which forgets it
+        torch.save(model, buffer := io.BytesIO())
+        sizes.append(buffer.tell())
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.01)
 
 
 def optimizer_step(model):
@@ -263,7 +295,7 @@ def assign(model):
 
 
 def change_in_place(model):
-    model._basis_linears[-1].bias.add_(1)
+    model.basis_linears[-1].bias.add_(1)
 
 
 def change_coefficients(model):
@@ -271,8 +303,20 @@ def change_coefficients(model):
 
 
 def replace(model):
-    linear = model._basis_linears[0]
-    linear.weight = torch.nn.Parameter(-linear.weight)
+    linear = model.basis_linears[0]
+    for factor in (2, -1):  # twice, so that the second may lie where the first lay
+        linear.weight = torch.nn.Parameter(factor * linear.weight)
+
+
+def replace_storage(model):
+    flat = torch.nn.utils.parameters_to_vector(model.parameters())
+    torch.nn.utils.vector_to_parameters(2 * flat, model.parameters())  # through `.data`
+
+
+def replace_block(model):
+    used = copy.deepcopy(model.transformer_blocks[0])
+    used.basis_linears[0].weight.mul_(-1)
+    model.transformer_blocks[1] = used
 
 
 def average(model):
@@ -282,13 +326,24 @@ def average(model):
 
 
 def to_double_and_back(model):
-    model._basis_linears[0].weight.data.mul_(2)
+    model.basis_linears[0].weight.data.mul_(2)
     model.double().float()
 
 
 @pytest.mark.parametrize(
     "change",
-    [optimizer_step, load, assign, change_in_place, change_coefficients, replace, average, to_double_and_back],
+    [
+        optimizer_step,
+        load,
+        assign,
+        change_in_place,
+        change_coefficients,
+        replace,
+        replace_storage,
+        replace_block,
+        average,
+        to_double_and_back,
+    ],
     ids=lambda change: change.__name__,
 )
 @torch.no_grad()
@@ -309,11 +364,35 @@ def test_keeps_mixtures_under_inference_mode_too(tiny_remix, batch, mixings):
         expected = [model(**inputs).sample for _ in range(2)][1]
         assert len(mixings) == NUM_LINEARS
         load(model)
-        assert not torch.allclose(model(**inputs).sample, expected)
+        torch.testing.assert_close(model(**inputs).sample, copy.deepcopy(model)(**inputs).sample)
         tiny_remix(**inputs)
     with torch.no_grad():
         torch.testing.assert_close(tiny_remix(**inputs).sample, expected)
     torch.testing.assert_close(tiny_remix(**inputs).sample, expected)  # with gradients
+
+
+@torch.no_grad()
+def test_a_tensor_in_the_place_of_another_is_noticed(tiny_remix, batch):
+    """Python gives a new object the id of one that is gone."""
+    name = "transformer_blocks.0.attn.to_qkv.weight"
+    weight = tiny_remix.get_parameter(name).clone()
+    for scale in range(20):
+        inputs = ({name: scale * weight}, (batch["hidden_states"], 7, batch["class_labels"]))
+        output = torch.func.functional_call(tiny_remix, *inputs).sample
+        tiny_remix.get_parameter(name).copy_(scale * weight)
+        expected = tiny_remix.bake_expert(0)(**batch | {"timestep": 7}).sample
+        torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("timestep", [7, [3, 250, 600, 999]])
+@torch.no_grad()
+def test_offloaded_weights_are_mixed_where_they_come(tiny_remix, batch, timestep):
+    inputs = batch | {"timestep": torch.tensor(timestep)}
+    expected = tiny_remix(**inputs).sample
+    offloaded = cpu_offload(copy.deepcopy(tiny_remix), torch.device("cpu"))  # weights on "meta" between the calls
+    assert offloaded.basis_linears[0].weight.is_meta
+    for _ in range(2):
+        torch.testing.assert_close(offloaded(**inputs).sample, expected)
 
 
 # Out again
@@ -449,6 +528,17 @@ def test_refuses_experts_that_there_are_not(tiny_remix, batch, expert):
 def test_refuses_timesteps_out_of_range(tiny_remix, batch, timestep):
     with pytest.raises(ValueError, match="timestep.*1000 training timesteps"):
         tiny_remix(**batch | {"timestep": torch.tensor(timestep)})
+
+
+def test_refuses_another_number_of_timesteps(tiny_remix, tiny_dit, batch):
+    for model in (tiny_remix, tiny_dit):
+        with pytest.raises(ValueError, match="timestep. to be one or 4, but got 3"):
+            model(**batch | {"timestep": torch.tensor([3, 250, 999])})
+
+
+def test_arguments_are_the_dits_by_position_too(tiny_remix, batch):
+    output = tiny_remix(*batch.values(), None, False)
+    assert torch.equal(output[0], tiny_remix(**batch).sample)
 
 
 def test_refuses_timesteps_of_another_expert(tiny_remix, batch):

@@ -34,7 +34,8 @@ def launch(script: str, output_dir: Path, *, num_processes: int = 1, **arguments
     launch_script(script, output_dir, num_processes, TINY | arguments)
 
 
-def launch_script(script: str, output_dir: Path, num_processes: int, arguments: dict) -> None:
+def launch_script(script: str, output_dir: Path, num_processes: int, arguments: dict) -> str:
+    """The same with all arguments given; returns what it wrote to stderr, progress bars and all."""
     # with "--cpu", accelerate would start several processes through MPI alone, and here silently one
     kind = "--cpu" if num_processes == 1 else "--multi_gpu"
     command = [sys.executable, "-m", "accelerate.commands.launch", kind, "--num_machines", "1"]
@@ -45,6 +46,7 @@ def launch_script(script: str, output_dir: Path, num_processes: int, arguments: 
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
+    return result.stderr
 
 
 def train_here(model_class, digits: Path, output_dir: Path, **arguments) -> None:

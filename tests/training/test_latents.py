@@ -14,7 +14,6 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from runs import launch_script, logged, train_here, weights
 
 from diffusers_dmp import DiTModel
-from diffusers_dmp.training import latents
 from diffusers_dmp.training.latents import EncodingArguments, encode_latents
 
 ENCODING = {"image_size": 16, "image_channels": 3, "batch_size": 4, "shard_size": 6}
@@ -83,7 +82,8 @@ def test_shards_hold_every_image_and_its_mirror_image(encode, images, vae, tmp_p
 def test_two_processes_write_what_one_does(encode, images, vae, tmp_path):
     encode(tmp_path / "one")
     arguments = ENCODING | {"dataset": images, "vae": vae}
-    launch_script("encode_latents.py", tmp_path / "two", 2, arguments)
+    progress = launch_script("encode_latents.py", tmp_path / "two", 2, arguments)
+    assert "1 of 2 processes" in progress and "10/10" in progress  # the first and the third shard
     assert len(shards(tmp_path / "two")) == 3
     for one, two in zip(read(tmp_path / "one"), read(tmp_path / "two")):
         assert one["label"] == two["label"]
@@ -92,23 +92,32 @@ def test_two_processes_write_what_one_does(encode, images, vae, tmp_path):
 
 
 def test_goes_on_where_it_was_interrupted(encode, tmp_path, monkeypatch):
-    encode_shard = latents._encode_shard
+    to_parquet = datasets.Dataset.to_parquet
 
-    def interrupted(args, shard, *rest):
+    def interrupted(shard, path):
+        to_parquet(shard, path)
         if len(shard) == 4:  # the last one
             raise KeyboardInterrupt
-        return encode_shard(args, shard, *rest)
 
-    monkeypatch.setattr(latents, "_encode_shard", interrupted)
+    monkeypatch.setattr(datasets.Dataset, "to_parquet", interrupted)
     with pytest.raises(KeyboardInterrupt):
         encode(tmp_path)
     assert len(shards(tmp_path)) == 2
-    monkeypatch.setattr(latents, "_encode_shard", encode_shard)
+    monkeypatch.setattr(datasets.Dataset, "to_parquet", to_parquet)
     written = [os.stat(path).st_mtime_ns for path in shards(tmp_path)]
     encode(tmp_path)
     assert [os.stat(path).st_mtime_ns for path in shards(tmp_path)][:2] == written
     assert len(read(tmp_path)) == 16
     assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_the_rest_is_shared_by_all_processes(encode, images, vae, tmp_path):
+    encode(tmp_path)
+    for path in shards(tmp_path)[::2]:  # both of them the first process's, to begin with
+        path.unlink()
+    progress = launch_script("encode_latents.py", tmp_path, 2, ENCODING | {"dataset": images, "vae": vae})
+    assert "6/6" in progress and "10/10" not in progress
+    assert len(read(tmp_path)) == 16
 
 
 def test_training_reads_shards_as_it_reads_images(encode, images, vae, tmp_path):
@@ -146,11 +155,12 @@ def test_images_without_classes(encode, tmp_path):
     assert read(tmp_path / "latents").column_names == ["latents"]
 
 
-def test_refuses_to_mix_two_encodings(encode, tmp_path):
+def test_refuses_to_mix_two_encodings(encode, vae, tmp_path):
     encode(tmp_path)
     with pytest.raises(ValueError, match="`image_size` to be 16.*got 8"):
         encode(tmp_path, image_size=8)
     encode(tmp_path, batch_size=3)  # does not matter
+    encode(tmp_path, vae=os.path.relpath(vae))
     assert json.loads((tmp_path / "encoding.json").read_text())["num_images"] == 16
 
 
@@ -159,13 +169,41 @@ def test_refuses_latents_that_do_not_fit(encode, vae, tmp_path):
     with pytest.raises(ValueError, match="`vae` to be the one that encoded"):
         train_here(DiTModel, tmp_path / "latents", tmp_path / "run", image_size=16)
     AcceleratorState._reset_state(reset_partial_state=True)
-    with pytest.raises(ValueError, match=r"shape \(2, 4, 16, 16\) of `vae` and `image_size`.*\(2, 4, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"shape \(4, 16, 16\) of `vae` and `image_size`.*\(4, 8, 8\)"):
         train_here(DiTModel, tmp_path / "latents", tmp_path / "run", vae=str(vae), image_size=32)
+    other = AutoencoderKL.from_pretrained(vae)
+    other.register_to_config(scaling_factor=0.5)
+    other.save_pretrained(tmp_path / "other")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match="scaling_factor. 0.18215.*got 0.5"):
+        train_here(DiTModel, tmp_path / "latents", tmp_path / "run", vae=str(tmp_path / "other"), image_size=16)
     with pytest.raises(ValueError, match="images, but got latents"):
         encode(tmp_path / "again", dataset=str(tmp_path / "latents"))
 
 
-@pytest.mark.parametrize("arguments", [{"dtype": "int8"}, {"shard_size": 0}, {"batch_size": 0}, {"vae": None}])
+def test_refuses_an_unfinished_encoding(encode, vae, tmp_path):
+    encode(tmp_path / "latents")
+    shards(tmp_path / "latents")[1].unlink()
+    with pytest.raises(ValueError, match="num_images. 16.*got 10"):
+        train_here(DiTModel, tmp_path / "latents", tmp_path / "run", vae=str(vae), image_size=16)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"image_channels": 1}, "image_channels. to be the 3 of `vae`, but got 1"),
+        ({"image_size": 15}, "image_size. to be divisible by the 2 of `vae`, but got 15"),
+    ],
+)
+def test_refuses_images_that_do_not_fit_the_vae(encode, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        encode(tmp_path, **arguments)
+    encode(tmp_path)  # and nothing is in the way
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"dtype": "int8"}, {"shard_size": 0}, {"batch_size": 0}, {"image_size": 0}, {"vae": None}]
+)
 def test_refuses_bad_arguments(arguments):
     ((name, _),) = arguments.items()
     with pytest.raises(ValueError, match=f"`{name}`"):

@@ -10,7 +10,8 @@ from ..models.remix_dit import RemixDiTModel
 def to_diffusers_experts(model: RemixDiTModel, folder: "str | os.PathLike", approximate: bool = False) -> list[Path]:
     """
     Save every expert as a [`DiTTransformer2DModel`] of Diffusers', in `expert_0`, `expert_1`, …; and in `experts.json`
-    which of them owns which timesteps: expert i those from `edges[i]` to below `edges[i + 1]`.
+    which of them owns which timesteps, expert i those from `edges[i]` to below `edges[i + 1]`, and the model's
+    `downscale_freq_shift`, which approximate ones have to be given after loading (see [`DiTModel.to_diffusers`]).
 
     Args:
         model ([`RemixDiTModel`]): Exact under the stock semantics alone; see [`DiTModel.to_diffusers`].
@@ -26,6 +27,10 @@ def to_diffusers_experts(model: RemixDiTModel, folder: "str | os.PathLike", appr
     paths = [Path(folder, f"expert_{expert}") for expert in range(model.config.num_experts)]
     for expert, path in enumerate(paths):
         model.bake_expert(expert).to_diffusers(approximate).save_pretrained(path)
-    experts = {"folders": [path.name for path in paths], "edges": model.intervals.to_config()}
+    experts = {
+        "folders": [path.name for path in paths],
+        "edges": model.intervals.to_config(),
+        "downscale_freq_shift": model.config.downscale_freq_shift,
+    }
     Path(folder, "experts.json").write_text(json.dumps(experts, indent=2) + "\n")
     return paths

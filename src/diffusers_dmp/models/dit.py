@@ -229,11 +229,12 @@ class DiTModel(ModelMixin, ConfigMixin, AttentionMixin):
             [`Transformer2DModelOutput`] with `sample` of shape (B, out_channels, H, W).
 
         Raises:
-            ValueError: if H or W is not divisible by the patch size, the channels are not C, or (on the CPU) a
-                timestep or label is out of range.
+            ValueError: if H or W is not divisible by the patch size, the channels are not C, there are neither one nor
+                B timesteps, or (on the CPU) a timestep or label is out of range.
         """
         self._check_input(hidden_states)
-        timestep = self._check_timestep(timestep).to(hidden_states.device, non_blocking=True)
+        timestep = self._check_timestep(timestep, len(hidden_states))
+        timestep = timestep.to(hidden_states.device, non_blocking=True)
         class_labels = self._check_labels(class_labels, hidden_states)
         block_inputs = self.block_inputs(timestep, self.pos_embed.pos_embed.dtype)
         sample = self._denoise(hidden_states, timestep, class_labels, force_drop_ids, block_inputs)
@@ -269,11 +270,14 @@ class DiTModel(ModelMixin, ConfigMixin, AttentionMixin):
         hidden_states = self.proj_out_2(hidden_states)  # (B, N, p·p·C_out)
         return unpatchify(hidden_states, height, width, self.config.patch_size)
 
-    def _check_timestep(self, timestep: torch.Tensor | float | int) -> torch.Tensor:
+    def _check_timestep(self, timestep: torch.Tensor | float | int, batch_size: int) -> torch.Tensor:
         """(1,) for a batch that shares its timestep, else (B,); on the device where it came from."""
         timestep = torch.as_tensor(timestep)
         check_timesteps(timestep, self.config.num_train_timesteps)
-        return shared_or_per_sample(timestep)
+        timestep = shared_or_per_sample(timestep)
+        if len(timestep) not in (1, batch_size):
+            raise ValueError(f"Expected `timestep` to be one or {batch_size}, but got {len(timestep)} of them.")
+        return timestep
 
     def _check_input(self, hidden_states: torch.Tensor) -> None:
         channels, height, width = hidden_states.shape[1:]

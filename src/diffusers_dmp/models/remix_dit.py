@@ -6,7 +6,6 @@ Legend: B batch, D width, K bases, E experts, G the experts at work in a batch.
 
 import inspect
 import warnings
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +14,11 @@ from diffusers import DiTTransformer2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from ..intervals import NoiseIntervals
 from .dit import DIT_PRESETS, DiTModel
-from .dit_layers import DiTBlock
 from .loading import check_weights, in_dtype
+from .remix_layers import BasisLinear, RemixBlock, mix, tensor_state
 
 REMIX_DIT_PRESETS = {f"Remix{name}": config for name, config in DIT_PRESETS.items()}
 PRIOR_SCALE = 3.0  # of the prior in the initial logits, in standard deviations of the noise on it
@@ -38,180 +36,6 @@ class RemixDiTModelOutput(BaseOutput):
     prior_loss: torch.Tensor | None = None
 
 
-class Mix(torch.autograd.Function):
-    """
-    Mixtures of linear layers as matrix products, which neither forward nor backward make scaled copies of the bases.
-
-    Args of `apply`:
-        coefficients (`torch.Tensor` of shape (G, K)).
-        weight (`torch.Tensor` of shape (K, out, in)), bias (`torch.Tensor` of shape (K, out)): The bases.
-
-    Returns:
-        The mixtures' weights (G, out, in) and biases (G, out), in the bases' dtype.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, coefficients: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.save_for_backward(coefficients, weight, bias)
-        return _mix(weight, coefficients), _mix(bias, coefficients)
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx, grad_weight: torch.Tensor, grad_bias: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        coefficients, weight, bias = ctx.saved_tensors
-        a = coefficients.to(weight.dtype)
-        grad_weight = grad_weight.flatten(1)
-        # ∂L/∂a_gk = ⟨∂L/∂W_g, W_k⟩
-        grad_coefficients = _matmul(grad_weight, weight.flatten(1).T) + _matmul(grad_bias, bias.T)
-        # ∂L/∂W_k = Σ_g a_gk·∂L/∂W_g; of one mixture as an outer product, which takes half a matrix product's time
-        product = torch.mul if len(a) == 1 else _matmul
-        grad_bases = product(a.T, grad_weight).unflatten(1, weight.shape[1:]), product(a.T, grad_bias)
-        return grad_coefficients.to(coefficients.dtype), *grad_bases
-
-
-def _mix(bases: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
-    """Bases (K, …) and coefficients (G, K) → mixtures (G, …) in the bases' dtype."""
-    # W_g = Σ_k a_gk·W_k
-    return _matmul(coefficients.to(bases.dtype), bases.flatten(1)).unflatten(1, bases.shape[1:])
-
-
-def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """With an `out`, autocast leaves a product alone; it would copy all bases into half precision."""
-    return torch.mm(a, b, out=a.new_empty(len(a), b.shape[1]))
-
-
-def tensor_state(tensor: torch.Tensor) -> tuple[int, int | None]:
-    """Another one whenever the tensor is replaced or changed in place."""
-    # PyTorch counts the changes for autograd's sake; of tensors made under `inference_mode` it does not
-    return id(tensor), None if tensor.is_inference() else tensor._version
-
-
-class BasisLinear(nn.Module):
-    """
-    K linear layers that act as mixtures of them: as the one that they [`hold`], or, for a while, as those of [`mixing`].
-
-    Args:
-        num_bases (`int`): K.
-        in_features (`int`), out_features (`int`): As in `nn.Linear`.
-    """
-
-    def __init__(self, num_bases: int, in_features: int, out_features: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_bases, out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(num_bases, out_features))
-        self._mixing = None
-        self.release()
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Each basis as DiT's linear layers start."""
-        for basis in self.weight:
-            nn.init.xavier_uniform_(basis)
-        nn.init.zeros_(self.bias)
-
-    def mix(self, coefficients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Coefficients (G, K) → weights (G, out, in) and biases (G, out)."""
-        return Mix.apply(coefficients, self.weight, self.bias)
-
-    def hold(self, coefficients: torch.Tensor, expert: tuple) -> None:
-        """
-        Act as this mixture until [`release`]; mixed anew only if another expert or other bases were held.
-
-        Args:
-            coefficients (`torch.Tensor` of shape (1, K)).
-            expert (`tuple`): What the coefficients are recognised by.
-        """
-        state = (*expert, *tensor_state(self.weight), *tensor_state(self.bias))
-        if self._held_state != state:
-            self.release()  # first, so that there are never two
-            self._held = tuple(part.squeeze(0) for part in self.mix(coefficients))
-            self._held_state = state
-
-    def release(self) -> None:
-        """Forget the mixture that is held."""
-        self._held = self._held_state = None
-
-    @contextmanager
-    def mixing(self, coefficients: torch.Tensor, group_sizes: list[int]):
-        """
-        Args:
-            coefficients (`torch.Tensor` of shape (G, K)): The mixtures to act as.
-            group_sizes (`list[int]` of length G): On how many neighbouring samples each of them acts.
-        """
-        self.release()  # it costs memory, and after a training step it is out of date
-        self._mixing = coefficients, group_sizes
-        try:
-            yield
-        finally:
-            self._mixing = None
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(B, N, in) → (B, N, out)."""
-        if self._mixing is None:
-            return F.linear(hidden_states, *self._held)
-        coefficients, group_sizes = self._mixing
-        weights, biases = self.mix(coefficients)
-        if len(group_sizes) == 1:
-            return F.linear(hidden_states, weights.squeeze(0), biases.squeeze(0))
-        groups = zip(hidden_states.split(group_sizes), weights.unbind(), biases.unbind())
-        return torch.cat([F.linear(group, weight, bias) for group, weight, bias in groups])
-
-    def train(self, mode: bool = True) -> "BasisLinear":
-        # between the modes, averaged weights come and go through `.data`, where PyTorch does not count
-        self.release()
-        return super().train(mode)
-
-    def _apply(self, fn, recurse: bool = True) -> "BasisLinear":
-        self.release()  # on the way to another device or dtype
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args) -> None:
-        self.release()
-        super()._load_from_state_dict(*args)
-
-    def extra_repr(self) -> str:
-        num_bases, out_features, in_features = self.weight.shape
-        return f"num_bases={num_bases}, in_features={in_features}, out_features={out_features}"
-
-
-class RemixBlock(DiTBlock):
-    """A DiT block with K sets of weights for its four linear layers, all other parts being shared."""
-
-    def __init__(self, dim: int, heads: int, dropout: float, norm_eps: float, num_bases: int):
-        super().__init__(dim, heads, dropout, norm_eps)
-        self.attn.to_qkv = BasisLinear(num_bases, dim, 3 * dim)
-        self.attn.to_out = BasisLinear(num_bases, dim, dim)
-        self.ff.net[0].proj = BasisLinear(num_bases, dim, 4 * dim)
-        self.ff.net[2] = BasisLinear(num_bases, 4 * dim, dim)
-
-    @property
-    def basis_linears(self) -> tuple[BasisLinear, ...]:
-        return self.attn.to_qkv, self.attn.to_out, self.ff.net[0].proj, self.ff.net[2]
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        conditioning: torch.Tensor,
-        coefficients: torch.Tensor | None = None,
-        group_sizes: list[int] | None = None,
-    ) -> torch.Tensor:
-        """
-        Args:
-            hidden_states (`torch.Tensor` of shape (B, N, D)), conditioning (`torch.Tensor` of shape (B, D)).
-            coefficients, group_sizes (*optional*): See [`BasisLinear.mixing`]; without them the layers act as what
-                they hold.
-        """
-        with ExitStack() as stack:
-            if coefficients is not None:
-                for linear in self.basis_linears:
-                    stack.enter_context(linear.mixing(coefficients, group_sizes))
-            return super().forward(hidden_states, conditioning)
-
-
 class RemixDiTModel(DiTModel):
     """
     Remix-DiT (https://arxiv.org/abs/2412.05628): the linear layers of the blocks come in K bases, and each of N
@@ -219,10 +43,12 @@ class RemixDiTModel(DiTModel):
 
     Without gradients (in sampling) the mixture of the expert at work is kept until another expert is: one copy more of
     those layers. It is mixed anew after a forward pass with gradients, `train()`, `eval()`, `load_state_dict`, `to()`, and
-    every in-place change that PyTorch counts. It does not count those through `parameter.data`, as Diffusers'
-    `EMAModel.copy_to` makes them: call `eval()` after such.
+    every in-place change that PyTorch counts. Call `eval()` after those that it does not count: through `parameter.data`,
+    as Diffusers' `EMAModel.copy_to` makes them, and of parameters that were made under `inference_mode`. Hence a model
+    serves one call at a time.
 
-    `compile_repeated_blocks()` compiles with the kept mixture; `torch.compile(model)` mixes at every call.
+    `compile_repeated_blocks()` compiles with the kept mixture; `torch.compile(model)` mixes at every call, and for a batch
+    of several timesteps once for each sample. Where the weights are offloaded, they are mixed at every call as well.
 
     Args:
         num_bases (`int`): K. One basis is the plain DiT.
@@ -288,7 +114,7 @@ class RemixDiTModel(DiTModel):
         self.register_buffer("prior", prior, persistent=False)  # (E,)
         prior_logits = PRIOR_SCALE * F.one_hot(prior, num_bases).float()
         self.mixing_logits = nn.Parameter(torch.randn(num_experts, num_bases) + prior_logits)
-        self._basis_linears = [linear for block in self.transformer_blocks for linear in block.basis_linears]
+        self._held_state = self._held_tensors = None
 
     def make_block(self, *sizes) -> RemixBlock:
         return RemixBlock(*sizes, num_bases=self.config.num_bases)
@@ -326,9 +152,11 @@ class RemixDiTModel(DiTModel):
         return in_dtype(remix, model.dtype).to(model.device).eval()
 
     @classmethod
-    def from_diffusers(cls, stock_model_or_path, **kwargs) -> "RemixDiTModel":
+    def from_diffusers(
+        cls, stock_model_or_path, num_bases: int = 4, num_experts: int = 8, **kwargs
+    ) -> "RemixDiTModel":
         """Diffusers' own DiT in every basis; see [`~DiTModel.from_diffusers`] and [`~RemixDiTModel.from_dit`]."""
-        return cls.from_dit(DiTModel.from_diffusers(stock_model_or_path, **kwargs))
+        return cls.from_dit(DiTModel.from_diffusers(stock_model_or_path, **kwargs), num_bases, num_experts)
 
     def to_diffusers(self, approximate: bool = False) -> nn.Module:
         """
@@ -352,7 +180,7 @@ class RemixDiTModel(DiTModel):
         weights = self.state_dict()
         del weights["mixing_logits"]
         for name in self.basis_names():
-            weights[name] = _mix(weights[name], coefficients).squeeze(0)
+            weights[name] = mix(weights[name], coefficients).squeeze(0)
         model = DiTModel(**_dit_config(self))
         model.load_state_dict(weights)
         return in_dtype(model, self.dtype).to(self.device).eval()
@@ -377,9 +205,8 @@ class RemixDiTModel(DiTModel):
     def initialize_weights(self) -> None:
         """As a DiT's, every basis on its own."""
         super().initialize_weights()
-        for block in self.transformer_blocks:
-            for linear in block.basis_linears:
-                linear.reset_parameters()
+        for linear in self.basis_linears:
+            linear.reset_parameters()
 
     def forward(
         self,
@@ -387,8 +214,8 @@ class RemixDiTModel(DiTModel):
         timestep: torch.Tensor | float | int,
         class_labels: torch.LongTensor | None = None,
         force_drop_ids: torch.BoolTensor | None = None,
-        expert: int | None = None,
         return_dict: bool = True,
+        expert: int | None = None,
     ) -> RemixDiTModelOutput | tuple[torch.Tensor, ...]:
         """
         As [`DiTModel.forward`]. Each sample meets the expert of its own timestep, whatever the others' are.
@@ -405,9 +232,9 @@ class RemixDiTModel(DiTModel):
                 owns a timestep.
         """
         self._check_input(hidden_states)
-        timestep = self._check_timestep(timestep)
+        timestep = self._check_timestep(timestep, len(hidden_states))
         class_labels = self._check_labels(class_labels, hidden_states)
-        order, block_inputs = self._experts_at_work(timestep, len(hidden_states), expert)
+        order, block_inputs = self._experts_at_work(timestep, hidden_states, expert)
         timestep = timestep.to(hidden_states.device, non_blocking=True)
         if order is None:
             sample = self._denoise(hidden_states, timestep, class_labels, force_drop_ids, block_inputs)
@@ -420,10 +247,11 @@ class RemixDiTModel(DiTModel):
         return output if return_dict else output.to_tuple()
 
     def _experts_at_work(
-        self, timestep: torch.Tensor, batch_size: int, expert: int | None
+        self, timestep: torch.Tensor, hidden_states: torch.Tensor, expert: int | None
     ) -> tuple[torch.LongTensor | None, tuple]:
         """An order (B,) in which an expert's samples are neighbours, if there are several experts; the blocks' inputs."""
         compiling = torch.compiler.is_compiling()
+        batch_size, device = len(hidden_states), hidden_states.device
         experts = self.intervals.index(timestep)  # (B,), or (1,) for a batch that shares its timestep
         if expert is not None:
             self._check_expert(expert)
@@ -431,24 +259,43 @@ class RemixDiTModel(DiTModel):
                 raise ValueError(f"Expected `timestep` to belong to `expert` {expert}, but got {timestep.tolist()}.")
         elif compiling:  # the timesteps' values are not known: a group for each of them
             group_sizes = [batch_size // len(experts)] * len(experts)
-            return None, (self.mixing_coefficients[experts.to(self.device)], group_sizes)
+            return None, (self.mixing_coefficients[experts.to(device, non_blocking=True)], group_sizes)
+        elif len(experts) == 1:
+            expert = experts.item()
         else:
             experts, order = experts.sort(stable=True)
             experts, group_sizes = experts.unique_consecutive(return_counts=True)
             if len(experts) > 1:
-                return order, (self.mixing_coefficients[experts.to(self.device)], group_sizes.tolist())
+                coefficients = self.mixing_coefficients[experts.to(device, non_blocking=True)]
+                return order, (coefficients, group_sizes.tolist())
             expert = experts.item()
 
-        if torch.is_grad_enabled() or compiling:
+        if torch.is_grad_enabled() or compiling or not self._hold_expert(expert, device):
             return None, (self.mixing_coefficients[expert : expert + 1], [batch_size])
-        self._hold_expert(expert)
         return None, ()
 
-    def _hold_expert(self, expert: int) -> None:
-        """Have the layers hold that expert's mixture, one after the other, so that there is never more than one copy."""
+    def _hold_expert(self, expert: int, device: torch.device) -> bool:
+        """
+        Have the layers hold that expert's mixture, if they do not. Not if weights are offloaded: those come when their
+        layer is called, where they are mixed then.
+        """
+        linears = self.basis_linears
+        tensors = [self.mixing_logits, *(tensor for linear in linears for tensor in (linear.weight, linear.bias))]
+        state = [expert, *map(tensor_state, tensors)]
+        if state == self._held_state and all(linear.holds for linear in linears):
+            return True
+        if any(tensor.device.type != device.type for tensor in tensors):
+            return False
         coefficients = self.mixing_coefficients[expert : expert + 1]
-        for linear in self._basis_linears:
-            linear.hold(coefficients, (expert, *tensor_state(self.mixing_logits)))
+        for linear in linears:
+            linear.hold(coefficients)
+        self._held_state, self._held_tensors = state, tensors  # alive, they are the only ones with their ids
+        return True
+
+    @property
+    def basis_linears(self) -> list[BasisLinear]:
+        """The layers that come in K bases."""
+        return [linear for block in self.transformer_blocks for linear in block.basis_linears]
 
     def _check_expert(self, expert: int) -> None:
         if not 0 <= expert < self.config.num_experts:

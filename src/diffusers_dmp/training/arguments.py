@@ -35,6 +35,14 @@ class DataArguments:
     dataloader_num_workers: int = option(0, "Worker processes that read images.")
     vae: str | None = option(None, "Folder or Hub id of an AutoencoderKL, to train on its latents.")
 
+    def __post_init__(self):
+        self.check_at_least_one("image_size")
+
+    def check_at_least_one(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"Expected `{name}` to be at least 1, but got {getattr(self, name)}.")
+
 
 @dataclass(kw_only=True)
 class TrainingArguments(DataArguments):
@@ -65,7 +73,7 @@ class TrainingArguments(DataArguments):
     lr_scheduler: str = option(
         "constant", "Of transformers' get_scheduler: constant, cosine, cosine_with_min_lr, constant_with_warmup, …"
     )
-    min_lr_rate: float | None = option(None, "The share of its start at which `cosine_with_min_lr` ends.")
+    min_lr_rate: float = option(0.0, "Share of its start at which `cosine_with_min_lr` ends.")
     lr_warmup_steps: int = option(0, "Steps of linear warm-up, for the schedules that have one.")
     max_grad_norm: float | None = option(None, "Clip the gradients' norm to this.")
     ema_decay: float = option(0.9999, "Of the averaged weights, which are the ones saved; 0 for no averaging.")
@@ -82,12 +90,13 @@ class TrainingArguments(DataArguments):
     sample_inference_steps: int = option(50, "Denoising steps of those samples.")
 
     def __post_init__(self):
+        super().__post_init__()
         if self.mixed_precision is False:
             self.mixed_precision = "no"  # as YAML reads a bare `no`
-        for name in ("image_size", "batch_size", "gradient_accumulation_steps", "max_train_steps", "logging_steps",
-                     "checkpointing_steps", "sample_inference_steps"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"Expected `{name}` to be at least 1, but got {getattr(self, name)}.")
+        self.check_at_least_one(
+            "batch_size", "gradient_accumulation_steps", "max_train_steps", "logging_steps", "checkpointing_steps",
+            "sample_inference_steps",
+        )  # fmt: skip
         if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
             raise ValueError(
                 f"Expected `checkpoints_total_limit` to be at least 1, but got {self.checkpoints_total_limit}."
@@ -105,7 +114,9 @@ class DiTTrainingArguments(TrainingArguments):
     """A DiT trained from scratch, or further from a checkpoint."""
 
     pretrained_model_name_or_path: str | None = option(
-        None, "Go on from this model, or from that of a pipeline (folder or Hub id)."
+        None,
+        "Go on from this model, or from that of a pipeline (folder or Hub id), or an original DiT's file; a Remix-DiT is "
+        "made from a DiT, too.",
     )
     preset: str | None = option(
         None, "A published size, DiT-S/2 to DiT-XL/8 (RemixDiT-S/2 …), instead of the next four."

@@ -4,8 +4,6 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import datasets
-import safetensors.torch
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, DiffusionPipeline
 
@@ -14,7 +12,8 @@ from ..models import DiTModel, DTRTransformer2DModel, RemixDiTModel
 from ..models.stock_layout import STOCK_CLASSES
 from ..pipelines.pipeline_class_conditional import vae_downsampling
 from .arguments import DiTTrainingArguments
-from .data import LATENTS, class_names, load_images
+from .data import class_names, load_images
+from .latents import check_latents
 from .recipe import TrainingRecipe
 from .trainer import make_accelerator, train
 
@@ -46,30 +45,14 @@ def train_dit(
     if args.vae is not None:
         vae = AutoencoderKL.from_pretrained(args.vae).requires_grad_(False).eval()
     config |= data_config(args, label_names, vae)
-    check_latents(dataset, vae, config)
+    latent_shape = (config["in_channels"], config["sample_size"], config["sample_size"])
+    check_latents(dataset, args.dataset, vae, latent_shape)
     if args.pretrained_model_name_or_path is not None:
         sizes = {} if args.preset is None else model_class.preset_config(args.preset)
         model = load_pretrained(model_class, args.pretrained_model_name_or_path, config | sizes)
     else:
         model = new_model(model_class, args, config)
     train(accelerator, args, model, dataset, label_names, vae, make_recipe(model))
-
-
-def check_latents(dataset: datasets.Dataset, vae: AutoencoderKL | None, config: dict[str, Any]) -> None:
-    """
-    Raises:
-        ValueError: if a data set of latents has no VAE to decode them, or they are not of that VAE's shape.
-    """
-    if LATENTS not in dataset.column_names:
-        return
-    if vae is None:
-        raise ValueError("Expected `vae` to be the one that encoded the latents in `dataset`, but got None.")
-    expected = (2, config["in_channels"], config["sample_size"], config["sample_size"])
-    shape = tuple(safetensors.torch.load(dataset[0][LATENTS])["mean"].shape)
-    if shape != expected:
-        raise ValueError(
-            f"Expected the latents in `dataset` to have the shape {expected} of `vae` and `image_size`, but got {shape}."
-        )
 
 
 def data_config(

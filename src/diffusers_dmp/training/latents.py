@@ -17,10 +17,12 @@ from diffusers import AutoencoderKL
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..pipelines.pipeline_class_conditional import vae_downsampling
 from .arguments import DataArguments, option
 from .data import LATENTS, class_names, load_images, to_tensors
 
 DTYPES = ("float32", "float16")
+ENCODING_NAME = "encoding.json"  # beside the shards: what they hold
 
 
 @dataclass(kw_only=True)
@@ -33,9 +35,8 @@ class EncodingArguments(DataArguments):
     dtype: str = option("float32", "float32, or float16 for half the space.")
 
     def __post_init__(self):
-        for name in ("batch_size", "shard_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Expected `{name}` to be at least 1, but got {getattr(self, name)}.")
+        super().__post_init__()
+        self.check_at_least_one("batch_size", "shard_size")
         if self.dtype not in DTYPES:
             raise ValueError(f"Expected `dtype` to be one of {', '.join(DTYPES)}, but got {self.dtype!r}.")
         if self.vae is None:
@@ -57,7 +58,8 @@ def encode_latents(args: EncodingArguments) -> None:
     shape (2, C, S, S): of the image, and of its mirror image.
 
     Raises:
-        ValueError: if the data set cannot be read, or `output_dir` holds shards of another encoding.
+        ValueError: if the data set cannot be read, the images do not fit the VAE, or `output_dir` holds shards of another
+            encoding.
     """
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     with accelerator.main_process_first():
@@ -65,27 +67,29 @@ def encode_latents(args: EncodingArguments) -> None:
     if LATENTS in dataset.column_names:
         raise ValueError(f"Expected `dataset` to hold images, but got latents in {args.dataset!r}.")
     class_names(dataset, args.label_column)  # refuses what training would refuse
+    vae = AutoencoderKL.from_pretrained(args.vae).requires_grad_(False).eval()
+    _check_vae(args, vae)
+    vae.to(accelerator.device)
     with accelerator.main_process_first():
-        _check_encoding(args, len(dataset))
-    vae = AutoencoderKL.from_pretrained(args.vae).requires_grad_(False).eval().to(accelerator.device)
+        _check_encoding(args, len(dataset), vae)
 
     num_shards = math.ceil(len(dataset) / args.shard_size)
-    shards = range(accelerator.process_index, num_shards, accelerator.num_processes)
-    sizes = {shard: min(args.shard_size, len(dataset) - shard * args.shard_size) for shard in shards}
+    paths = [Path(args.output_dir, f"train-{shard:05d}-of-{num_shards:05d}.parquet") for shard in range(num_shards)]
+    missing = [shard for shard, path in enumerate(paths) if not path.exists()]
+    accelerator.wait_for_everyone()  # so that all have seen the same ones
+    rows = {shard: range(len(dataset))[shard * args.shard_size :][: args.shard_size] for shard in missing}
+    own = missing[accelerator.process_index :: accelerator.num_processes]
     with tqdm(
-        total=sum(sizes.values()), desc="Encoding", unit="image", disable=not accelerator.is_main_process
+        total=sum(len(rows[shard]) for shard in own),
+        desc="Encoding" if accelerator.num_processes == 1 else f"Encoding, 1 of {accelerator.num_processes} processes",
+        unit="image",
+        disable=not accelerator.is_main_process,
     ) as progress:
-        for shard, size in sizes.items():
-            path = Path(args.output_dir, f"train-{shard:05d}-of-{num_shards:05d}.parquet")
-            if path.exists():
-                progress.update(size)
-                continue
-            first = shard * args.shard_size
-            encoded = _encode_shard(args, dataset.select(range(first, first + size)), vae, progress)
-            unfinished = path.with_suffix(".unfinished")
+        for shard in own:
+            encoded = _encode_shard(args, dataset.select(rows[shard]), vae, progress)
+            unfinished = paths[shard].with_suffix(".unfinished")
             encoded.to_parquet(unfinished)
-            unfinished.rename(path)  # whole or not at all
-    accelerator.wait_for_everyone()
+            unfinished.rename(paths[shard])  # whole or not at all
     accelerator.end_training()
 
 
@@ -111,16 +115,36 @@ def _encode_shard(
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
-def _check_encoding(args: EncodingArguments, num_images: int) -> None:
+def _check_vae(args: EncodingArguments, vae: AutoencoderKL) -> None:
+    if vae.config.in_channels != args.image_channels:
+        raise ValueError(
+            f"Expected `image_channels` to be the {vae.config.in_channels} of `vae`, but got {args.image_channels}."
+        )
+    if args.image_size % vae_downsampling(vae):
+        raise ValueError(
+            f"Expected `image_size` to be divisible by the {vae_downsampling(vae)} of `vae`, but got {args.image_size}."
+        )
+
+
+def vae_fingerprint(vae: AutoencoderKL) -> dict[str, float]:
+    """What tells VAEs of one shape apart, whatever they are called."""
+    return {"scaling_factor": vae.config.scaling_factor, "shift_factor": vae.config.get("shift_factor") or 0.0}
+
+
+def _check_encoding(args: EncodingArguments, num_images: int, vae: AutoencoderKL) -> None:
     """Record what `output_dir` is about to hold, or compare it with what is recorded there."""
     ignored = ("output_dir", "batch_size", "dataloader_num_workers")
-    encoding = {name: value for name, value in asdict(args).items() if name not in ignored} | {
-        "num_images": num_images
-    }
-    path = Path(args.output_dir, "encoding.json")
+    encoding = {name: value for name, value in asdict(args).items() if name not in ignored}
+    for name in ("dataset", "vae"):
+        if os.path.exists(encoding[name]):
+            encoding[name] = os.path.abspath(encoding[name])
+    encoding |= {"num_images": num_images, **vae_fingerprint(vae)}
+    path = Path(args.output_dir, ENCODING_NAME)
     if not path.exists():
         os.makedirs(args.output_dir, exist_ok=True)
-        path.write_text(json.dumps(encoding, indent=2) + "\n")
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(encoding, indent=2) + "\n")
+        unfinished.rename(path)
         return
     recorded = json.loads(path.read_text())
     for name, value in encoding.items():
@@ -128,4 +152,39 @@ def _check_encoding(args: EncodingArguments, num_images: int) -> None:
             raise ValueError(
                 f"Expected `{name}` to be {recorded.get(name)!r}, as in the encoding that {args.output_dir!r} holds, "
                 f"but got {value!r}."
+            )
+
+
+def check_latents(
+    dataset: datasets.Dataset, source: str, vae: AutoencoderKL | None, latent_shape: tuple[int, int, int]
+) -> None:
+    """
+    Args:
+        dataset (`datasets.Dataset`): As [`load_images`] returns it.
+        source (`str`): The folder or Hub id that it is from.
+        vae ([`AutoencoderKL`], *optional*): That training has.
+        latent_shape (`tuple[int, int, int]`): That training expects, (C, S, S).
+
+    Raises:
+        ValueError: if the latents have no VAE to decode them, or are not that VAE's or of that shape, or if the folder
+            lacks some of them.
+    """
+    if LATENTS not in dataset.column_names:
+        return
+    if vae is None:
+        raise ValueError("Expected `vae` to be the one that encoded the latents in `dataset`, but got None.")
+    shape = tuple(safetensors.torch.load(dataset[0][LATENTS])["mean"].shape[1:])
+    if shape != latent_shape:
+        raise ValueError(
+            f"Expected the latents in `dataset` to have the shape {latent_shape} of `vae` and `image_size`, but got {shape}."
+        )
+    record = Path(source, ENCODING_NAME)
+    if not record.exists():  # on the Hub, say
+        return
+    encoding = json.loads(record.read_text())
+    for name, value in {"num_images": len(dataset), **vae_fingerprint(vae)}.items():
+        if encoding[name] != value:
+            raise ValueError(
+                f"Expected the latents in `dataset` to have the `{name}` {encoding[name]} of their {ENCODING_NAME}, "
+                f"but got {value}."
             )

@@ -2,7 +2,8 @@
 
 Every random number of a step (which images, flips, latents' noise, timesteps, noise, dropped labels) is drawn for the
 whole batch from (seed, step) alone, and each process takes its slice. So a run can be cut anywhere and resumed, and any
-number of processes and accumulation steps trains on the same batches.
+number of processes and accumulation steps trains on the same batches (but for the timesteps of a recipe that gives each
+process an expert).
 
 Legend: B batch size of one optimiser step over all processes, b that of one micro-batch, C channels, S sample size.
 """

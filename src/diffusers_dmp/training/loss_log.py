@@ -96,3 +96,20 @@ class LossLog:
 
     def close(self) -> None:
         self.progress.close()
+
+
+class ExpertCounts:
+    """How many samples each expert was trained on, by all processes, since the training began (whether resumed or not)."""
+
+    def __init__(self, intervals: NoiseIntervals):
+        self.samples = [0] * intervals.num_experts
+
+    def add(self, experts: list[int], batch_size: int) -> None:
+        for expert in experts:
+            self.samples[expert] += batch_size // len(experts)
+
+    def state_dict(self) -> dict[str, list[int]]:
+        return {"samples": self.samples}
+
+    def load_state_dict(self, state: dict[str, list[int]]) -> None:
+        self.samples = state["samples"]

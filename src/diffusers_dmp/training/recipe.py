@@ -16,10 +16,10 @@ class TrainingRecipe:
         expert_intervals ([`NoiseIntervals`], *optional*): Draw one expert per step and process, uniformly, and all its
             timesteps from that expert's interval. The model is told which by its argument `expert`.
         learning_rates (`dict[str, float]`): Of the parameters that have one of their own, by name.
-        auxiliary_weights (`Callable[[int], dict[str, float]]`, *optional*): From the steps done so far to how much each
+        auxiliary_weights (`Callable[[int], dict[str, float]]`): From the steps done so far to how much each
             auxiliary loss counts, by its name in the model's output.
-        describe (`Callable[[ModelMixin], dict[str, Any]]`, *optional*): What the summary says of the model, before and
-            after training.
+        describe (`Callable[[ModelMixin], dict[str, Any]]`): What the summary says of the model, `before` and `after`
+            training.
     """
 
     expert_intervals: NoiseIntervals | None = None

@@ -22,15 +22,16 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from transformers import get_scheduler
 
-from ..intervals import NoiseIntervals
 from ..pipelines import ClassConditionalPipeline
 from .arguments import TrainingArguments
 from .checkpoints import resume, save_checkpoint
 from .data import GlobalBatchSampler, endless_batches, to_tensors
 from .loop import training_steps
-from .loss_log import LossLog, trackable
+from .loss_log import ExpertCounts, LossLog, trackable
 from .objective import DiffusionObjective
 from .recipe import TrainingRecipe
+
+MIN_LR_SCHEDULE = "cosine_with_min_lr"  # the one that takes `min_lr_rate`
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def train(
         optimizer,
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=args.max_train_steps,
-        scheduler_specific_kwargs={} if args.min_lr_rate is None else {"min_lr_rate": args.min_lr_rate},
+        scheduler_specific_kwargs={"min_lr_rate": args.min_lr_rate} if args.lr_scheduler == MIN_LR_SCHEDULE else {},
     )
     expert_counts = None
     before = recipe.describe(model)
@@ -190,26 +191,11 @@ def train(
             after = recipe.describe(accelerator.unwrap_model(model))
         summary = {"steps": args.max_train_steps - first_step, "train_seconds": round(train_seconds, 1)}
         if expert_counts is not None:
-            summary |= {"samples_per_expert": expert_counts.samples, "before": before, "after": after}
+            summary["samples_per_expert"] = expert_counts.samples
+        if after:
+            summary |= {"before": before, "after": after}
         Path(args.output_dir, "training_summary.json").write_text(json.dumps(summary) + "\n")
     accelerator.end_training()
-
-
-class ExpertCounts:
-    """How many samples each expert was trained on, over all processes; goes on counting when training is resumed."""
-
-    def __init__(self, intervals: NoiseIntervals):
-        self.samples = [0] * intervals.num_experts
-
-    def add(self, experts: list[int], batch_size: int) -> None:
-        for expert in experts:
-            self.samples[expert] += batch_size // len(experts)
-
-    def state_dict(self) -> dict[str, list[int]]:
-        return {"samples": self.samples}
-
-    def load_state_dict(self, state: dict[str, list[int]]) -> None:
-        self.samples = state["samples"]
 
 
 def check_batch_size(accelerator: Accelerator, args: TrainingArguments, objective: DiffusionObjective) -> None:
