@@ -451,6 +451,20 @@ def test_half_precision(tiny_remix, batch, dtype, mixed):
     assert (output.float() - expected).norm() / expected.norm() < 0.03
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+@torch.no_grad()
+def test_autocast(tiny_remix, batch, mixed):
+    if not mixed:
+        batch["timestep"] = torch.tensor(700).expand(4)
+    expected, dtypes = tiny_remix(**batch).sample, set()
+    for linear in tiny_remix.basis_linears:
+        linear.register_forward_hook(lambda linear, args, output: dtypes.add(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = tiny_remix(**batch).sample
+    assert dtypes == {torch.bfloat16}
+    assert (output.float() - expected).norm() / expected.norm() < 0.03
+
+
 @pytest.mark.parametrize("timestep", ["mixed", "shared", "expert"])
 @pytest.mark.parametrize("with_gradients", [False, True])
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")

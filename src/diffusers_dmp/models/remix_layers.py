@@ -69,6 +69,31 @@ def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.mm(a, b, out=a.new_empty(len(a), b.shape[1]))
 
 
+def grouped_linear(
+    hidden_states: torch.Tensor, weights: torch.Tensor, biases: torch.Tensor, group_sizes: list[int]
+) -> torch.Tensor:
+    """
+    Every group of neighbouring samples through a linear layer of its own.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape (B, N, in)).
+        weights (`torch.Tensor` of shape (G, out, in)), biases (`torch.Tensor` of shape (G, out)).
+        group_sizes (`list[int]` of length G): With the sum B.
+
+    Returns:
+        `torch.Tensor` of shape (B, N, out).
+    """
+    groups = list(zip(hidden_states.split(group_sizes), weights.unbind(), biases.unbind()))
+    # an `out` knows neither gradients nor autocast
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(hidden_states.device.type):
+        return torch.cat([F.linear(group, weight, bias) for group, weight, bias in groups])
+    # written where it belongs: `cat` would be one more pass over all of it
+    output = hidden_states.new_empty(*hidden_states.shape[:2], weights.shape[1])
+    for (group, weight, bias), part in zip(groups, output.split(group_sizes)):
+        torch.addmm(bias, group.flatten(0, 1), weight.T, out=part.flatten(0, 1))
+    return output
+
+
 def tensor_state(tensor: torch.Tensor) -> tuple[int, int, int | None]:
     """Another one whenever the tensor is replaced or changed in place; as long as it lives, its own."""
     # PyTorch counts a tensor's changes for autograd's sake; of those made under `inference_mode` it does not
@@ -138,8 +163,7 @@ class BasisLinear(nn.Module):
         weights, biases = self.mix(coefficients)
         if len(group_sizes) == 1:
             return F.linear(hidden_states, weights.squeeze(0), biases.squeeze(0))
-        groups = zip(hidden_states.split(group_sizes), weights.unbind(), biases.unbind())
-        return torch.cat([F.linear(group, weight, bias) for group, weight, bias in groups])
+        return grouped_linear(hidden_states, weights, biases, group_sizes)
 
     def train(self, mode: bool = True) -> "BasisLinear":
         # between the modes, averaged weights come and go through `.data`, where PyTorch does not count
