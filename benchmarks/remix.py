@@ -7,7 +7,7 @@ from unittest.mock import patch
 import torch
 
 from diffusers_dmp import DiTModel, RemixDiTModel
-from diffusers_dmp.models.remix_dit import BasisLinear
+from diffusers_dmp.models.remix_layers import BasisLinear
 
 from .timing import Ratio, compare
 
@@ -16,10 +16,10 @@ TRAINING_TARGETS = {1: 1.32, 8: 1.05}  # by batch size
 
 def published_mix(linear: BasisLinear, coefficients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The bases' scaled copies, added up."""
-    a = coefficients.to(linear.weight.dtype)
-    return (a[0, :, None, None] * linear.weight).sum(0, keepdim=True), (a[0, :, None] * linear.bias).sum(
-        0, keepdim=True
-    )
+    a = coefficients.to(linear.weight.dtype)[0]  # (K,)
+    weight = (a[:, None, None] * linear.weight).sum(0, keepdim=True)
+    bias = (a[:, None] * linear.bias).sum(0, keepdim=True)
+    return weight, bias
 
 
 def run(

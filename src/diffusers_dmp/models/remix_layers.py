@@ -144,6 +144,8 @@ class BasisLinear(nn.Module):
     @contextmanager
     def mixing(self, coefficients: torch.Tensor, group_sizes: list[int]):
         """
+        Act as these mixtures while the context lasts, made anew at every call and with gradients.
+
         Args:
             coefficients (`torch.Tensor` of shape (G, K)): The mixtures to act as.
             group_sizes (`list[int]` of length G): On how many neighbouring samples each of them acts.

@@ -113,17 +113,16 @@ def train(
         num_training_steps=args.max_train_steps,
         scheduler_specific_kwargs={"min_lr_rate": args.min_lr_rate} if args.lr_scheduler == MIN_LR_SCHEDULE else {},
     )
-    expert_counts = None
     before = recipe.describe(model)
-    if recipe.expert_intervals is not None:
-        expert_counts = ExpertCounts(recipe.expert_intervals)
     model, optimizer = accelerator.prepare(model, optimizer)
     if objective.uncertainty is None:
         objective.to(accelerator.device)
     else:  # it learns, too
         objective = accelerator.prepare(objective)
     accelerator.register_for_checkpointing(lr_scheduler)
-    if expert_counts is not None:
+    expert_counts = None
+    if recipe.expert_intervals is not None:
+        expert_counts = ExpertCounts(recipe.expert_intervals)
         accelerator.register_for_checkpointing(expert_counts)
     ema = None
     if args.ema_decay:
