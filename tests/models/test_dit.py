@@ -179,6 +179,17 @@ def test_unpatchify_is_the_inverse_of_patchify():
     assert torch.equal(unpatchify(tokens, 4, 6, 2), image)
 
 
+@torch.no_grad()
+def test_loaded_in_half_precision(tiny_dit, batch, tmp_path):
+    """Where the table of positions, which is computed and not loaded, stays in float32."""
+    tiny_dit.save_pretrained(tmp_path)
+    loaded = DiTModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    batch["hidden_states"] = batch["hidden_states"].bfloat16()
+    output = loaded(**batch).sample
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output, copy.deepcopy(tiny_dit).bfloat16()(**batch).sample, atol=0.02, rtol=0.02)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(tiny_dit, batch, dtype):
     expected = tiny_dit(**batch).sample

@@ -236,7 +236,7 @@ class DiTModel(ModelMixin, ConfigMixin, AttentionMixin):
         timestep = self._check_timestep(timestep, len(hidden_states))
         timestep = timestep.to(hidden_states.device, non_blocking=True)
         class_labels = self._check_labels(class_labels, hidden_states)
-        block_inputs = self.block_inputs(timestep, self.pos_embed.pos_embed.dtype)
+        block_inputs = self.block_inputs(timestep, self.pos_embed.proj.weight.dtype)
         sample = self._denoise(hidden_states, timestep, class_labels, force_drop_ids, block_inputs)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
@@ -252,9 +252,9 @@ class DiTModel(ModelMixin, ConfigMixin, AttentionMixin):
         height, width = hidden_states.shape[2:]
 
         # 1. Input
-        # (B, C, H, W) → (B, N, D), in the position table's precision, so that under autocast the residual stream keeps
-        # float32; the embedding's transposed memory layout would spread through every block
-        hidden_states = self.pos_embed(hidden_states).to(self.pos_embed.pos_embed.dtype).contiguous()
+        # (B, C, H, W) → (B, N, D), in the weights' precision, so that under autocast the residual stream keeps float32; the
+        # embedding's transposed memory layout would spread through every block
+        hidden_states = self.pos_embed(hidden_states).to(self.pos_embed.proj.weight.dtype).contiguous()
         conditioning = self.time_label_embed(timestep, class_labels, force_drop_ids)  # (B, D)
 
         # 2. Blocks
