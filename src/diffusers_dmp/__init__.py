@@ -6,20 +6,25 @@ Importing this package registers its classes, so that `DiffusionPipeline.from_pr
 from .conversion import convert_checkpoint, load_original_state_dict, to_diffusers_experts
 from .intervals import NoiseIntervals
 from .models import DiTModel, DTRTransformer2DModel, RemixDiTModel
+from .patches import Conditioning, PromptPatch, TransformerLayout, register_layout
 from .pipelines import ClassConditionalPipeline, respaced_timesteps
 from .registration import register
 
 __version__ = "0.1.0"
 __all__ = [
     "ClassConditionalPipeline",
+    "Conditioning",
     "DTRTransformer2DModel",
     "DiTModel",
     "NoiseIntervals",
+    "PromptPatch",
     "RemixDiTModel",
+    "TransformerLayout",
     "convert_checkpoint",
     "load_original_state_dict",
+    "register_layout",
     "respaced_timesteps",
     "to_diffusers_experts",
 ]
 
-register(DiTModel, DTRTransformer2DModel, RemixDiTModel, ClassConditionalPipeline)
+register(DiTModel, DTRTransformer2DModel, RemixDiTModel, PromptPatch, ClassConditionalPipeline)

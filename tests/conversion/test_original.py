@@ -7,10 +7,10 @@ import torch
 from conftest import Vectors, assert_matches
 from safetensors.torch import save_file
 
-from diffusers_dmp import convert_checkpoint, load_original_state_dict
+from diffusers_dmp import PromptPatch, convert_checkpoint, load_original_state_dict
 
 
-@pytest.fixture(params=["dit", "dtr", "remix"])
+@pytest.fixture(params=["dit", "dtr", "remix", "dmp"])
 def system(request) -> str:
     return request.param
 
@@ -87,6 +87,40 @@ def test_bases_and_experts_of_remix_dit():
         convert_checkpoint("remix", Vectors("dit_tiny").state_dict, {"num_heads": 4})
 
 
+def test_prompts_of_dmp():
+    vectors = Vectors("dmp_prepend")
+    model = convert_checkpoint("dmp", vectors.state_dict, {"num_heads": 4})
+    config = PromptPatch.attached_to(model).config
+    # 6 prompts for 16 image tokens cannot have been added
+    assert (config.mode, config.num_prompts, config.depth) == ("prepend", 6, 3)
+    assert (config.gate, config.topk) == ("linear", 1.0)
+    assert not any("prompt" in name or "gate" in name for name in model.state_dict())
+
+    without_gate = {
+        name: tensor
+        for name, tensor in Vectors("dmp_tiny").state_dict.items()
+        if not name.startswith("gate.") and name != "w_noise"
+    }
+    model = convert_checkpoint("dmp", without_gate, {"num_heads": 4})
+    assert PromptPatch.attached_to(model).config.gate == "none"
+    with pytest.raises(ValueError, match="'w_noise', but it is missing"):
+        convert_checkpoint("dmp", without_gate, {"num_heads": 4, "gate_type": "linear"})
+    with pytest.raises(ValueError, match="`gate_type` to be one of linear, PT, but got 'FT'"):
+        convert_checkpoint("dmp", vectors.state_dict, vectors.config | {"gate_type": "FT"})
+    with pytest.raises(ValueError, match=r"'prompt_embeddings' .*\(3, 9, 48\), but got \(3, 6, 48\)"):
+        convert_checkpoint("dmp", vectors.state_dict, vectors.config | {"num_tokens": 9})
+    with pytest.raises(ValueError, match="'prompt_embeddings'.*3 dimensions.*None"):
+        convert_checkpoint("dmp", Vectors("dit_tiny").state_dict, {"num_heads": 4})
+
+
+def test_unconditional_dmp_has_one_label():
+    vectors = Vectors("dmp_tiny")
+    table = "y_embedder.embedding_table.weight"
+    state_dict = vectors.state_dict | {table: vectors.state_dict[table][:1]}
+    model = convert_checkpoint("dmp", state_dict, {"num_heads": 4, "uncond": True})
+    assert (model.config.num_classes, model.config.class_dropout_prob) == (1, 0.0)
+
+
 def test_names_the_first_weight_that_does_not_fit(system, vectors):
     broken = dict(vectors.state_dict)
     broken["blocks.1.attn.qkv.weight"] = torch.zeros(100, 48)
@@ -120,5 +154,5 @@ def test_refuses_a_configuration_that_the_weights_contradict(system, vectors):
 
 
 def test_unknown_system_lists_the_known_ones(vectors):
-    with pytest.raises(ValueError, match="dit, dtr, remix.*'vit'"):
+    with pytest.raises(ValueError, match="dit, dtr, remix, dmp, but got 'vit'"):
         convert_checkpoint("vit", vectors.state_dict)

@@ -1,7 +1,7 @@
 """Checkpoints of the published implementations in.
 
 DiT: https://github.com/facebookresearch/DiT (`dit`), DTR: https://github.com/byeongjun-park/DTR (`dtr`), Remix-DiT: the
-code of https://arxiv.org/abs/2412.05628 (`remix`). What the shapes of the weights tell (width, depth, patch size,
+code of https://arxiv.org/abs/2412.05628 (`remix`), DMP: https://github.com/sangminwoo/DMP (`dmp`). What the shapes of the weights tell (width, depth, patch size,
 channels, classes, learned variance, image size, bases, experts) need not be given.
 """
 
@@ -18,6 +18,7 @@ from ..models.dit import DIT_SIZES, DiTModel
 from ..models.dtr_transformer_2d import DTRTransformer2DModel
 from ..models.loading import check_weights
 from ..models.remix_dit import RemixDiTModel
+from ..patches import PromptPatch
 
 _RENAMED = (  # original → ours
     ("x_embedder.", "pos_embed."),
@@ -41,6 +42,13 @@ _TELLING_SHAPES = {  # the weights that the configuration is read from, and thei
     "final_layer.linear.weight": 2,
 }
 _BASES = "blocks.0.attn.qkv.weight"  # (K, 3D, D) in Remix-DiT
+_PATCH_RENAMED = {
+    "prompt_embeddings": "prompts",
+    "gate.weight": "gate_proj.weight",
+    "gate.bias": "gate_proj.bias",
+    "w_noise": "noise_weight",
+}
+_PATCH_GATES = {"linear": "linear", "PT": "none"}  # the original's `gate_type`; its "FT" has no prompts
 _DTR_ROUTINGS = {"DTR": "window", "random": "random"}  # the original's `init_method`
 
 
@@ -51,21 +59,23 @@ def convert_checkpoint(
     Turn the state dict of a published implementation into this library's model.
 
     Args:
-        system (`str`): 'dit', 'dtr' or 'remix'.
+        system (`str`): 'dit', 'dtr', 'remix' or 'dmp'.
         state_dict (`dict[str, torch.Tensor]`): Under the original's parameter names
             ([`load_original_state_dict`] reads it from a file).
         config (`dict`, *optional*): The original constructor's arguments under their own names: `num_heads` (needed for
             a width of no published size), `num_classes`, `class_dropout_prob`, `learn_sigma`, …, and for DTR
-            `sharing_ratio`, `alpha`, `taskcount` and `init_method`. Where the weights contradict it they are refused.
+            `sharing_ratio`, `alpha`, `taskcount` and `init_method`, for DMP `vp_type`, `topk` and `uncond`. Where the
+            weights contradict it they are refused.
 
     Returns:
-        [`DiTModel`], [`DTRTransformer2DModel`] or [`RemixDiTModel`] in eval mode and float32.
+        [`DiTModel`], [`DTRTransformer2DModel`] or [`RemixDiTModel`] in eval mode and float32. For 'dmp' a [`DiTModel`] with
+        its patch attached, which is `PromptPatch.attached_to(model)`.
 
     Raises:
         ValueError: if `system` or an argument in `config` is unknown, `num_heads` is needed, or a weight is missing,
             unknown or of another shape than `config` says (the first such key is named).
     """
-    builders = {"dit": _build_dit, "dtr": _build_dtr, "remix": _build_remix}
+    builders = {"dit": _build_dit, "dtr": _build_dtr, "remix": _build_remix, "dmp": _build_dmp}
     if system not in builders:
         raise ValueError(f"Expected `system` to be one of {', '.join(builders)}, but got {system!r}.")
     config = dict(config or {})
@@ -144,6 +154,38 @@ def _build_remix(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> Re
     return RemixDiTModel(
         num_bases=config.pop("n_basis", num_bases), num_experts=config.pop("n_experts", num_experts), **dit_config
     )
+
+
+def _build_dmp(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> DiTModel:
+    gate_type = config.pop("gate_type", "linear" if "gate.weight" in weights else "PT")
+    if gate_type not in _PATCH_GATES:
+        raise ValueError(f"Expected `gate_type` to be one of {', '.join(_PATCH_GATES)}, but got {gate_type!r}.")
+    if config.pop("uncond", False):
+        config["class_dropout_prob"] = 0.0
+    config.pop("init_type", None)  # of what was trained since
+    mode, topk = config.pop("vp_type", None), config.pop("topk", 1.0)
+    model = DiTModel(**_dit_config(weights, config))
+
+    _check_ndim(weights, "prompt_embeddings", 3)
+    depth, num_prompts, _ = weights["prompt_embeddings"].shape
+    num_prompts = config.pop("num_tokens", num_prompts)
+    if mode is None:
+        num_image_tokens = (model.config.sample_size // model.config.patch_size) ** 2
+        mode = "add" if num_prompts == num_image_tokens else "prepend"
+    patch = PromptPatch(
+        hidden_size=model.config.num_attention_heads * model.config.attention_head_dim,
+        num_prompts=num_prompts,
+        depth=config.pop("pt_depth", depth),
+        mode=mode,
+        gate=_PATCH_GATES[gate_type],
+        topk=topk,
+    )
+    patch_weights = {name: weights.pop(key) for key, name in _PATCH_RENAMED.items() if key in weights}
+    original_names = {name: key for key, name in _PATCH_RENAMED.items()}
+    check_weights(patch, patch_weights, "state_dict", original_names.get)
+    patch.load_state_dict(patch_weights)
+    patch.attach(model).eval()
+    return model
 
 
 def _check_ndim(weights: dict[str, torch.Tensor], key: str, ndim: int) -> None:

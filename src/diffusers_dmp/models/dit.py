@@ -220,8 +220,8 @@ class DiTModel(ModelMixin, ConfigMixin, AttentionMixin):
             hidden_states (`torch.Tensor` of shape (B, C, H, W)): Noisy images, or latents.
             timestep (`torch.Tensor` of shape (B,), (1,) or (), `int` or `float`): In steps of the training schedule, on
                 any device. A batch that shares its timestep is fastest with one number, or one number expanded to (B,).
-            class_labels (`torch.LongTensor` of shape (B,), *optional*): In [0, num_classes]; the null class, if there
-                is one, when it is left out.
+            class_labels (`torch.LongTensor` of shape (B,), *optional*): In [0, num_classes], on any device; the null
+                class, if there is one, when it is left out.
             force_drop_ids (`torch.BoolTensor` of shape (B,), *optional*): Labels to drop; random in training if not given.
             return_dict (`bool`): Whether to return a dataclass or a tuple.
 
@@ -304,7 +304,7 @@ class DiTModel(ModelMixin, ConfigMixin, AttentionMixin):
         readable = class_labels.is_cpu and not torch.compiler.is_compiling()  # elsewhere a look would stall the device
         if readable and (class_labels.min() < 0 or class_labels.max() >= num_rows):
             raise ValueError(f"Expected `class_labels` to be in [0, {num_rows}), but got {class_labels.tolist()}.")
-        return class_labels
+        return class_labels.to(hidden_states.device, non_blocking=True)
 
 
 def shared_or_per_sample(timestep: torch.Tensor) -> torch.Tensor:

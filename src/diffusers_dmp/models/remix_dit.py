@@ -15,10 +15,11 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from ..caching import tensor_state
 from ..intervals import NoiseIntervals
 from .dit import DIT_PRESETS, DiTModel
 from .loading import check_weights, in_dtype
-from .remix_layers import BasisLinear, RemixBlock, mix, tensor_state
+from .remix_layers import BasisLinear, RemixBlock, mix
 
 REMIX_DIT_PRESETS = {f"Remix{name}": config for name, config in DIT_PRESETS.items()}
 PRIOR_SCALE = 3.0  # of the prior in the initial logits, in standard deviations of the noise on it

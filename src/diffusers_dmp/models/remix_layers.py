@@ -94,12 +94,6 @@ def grouped_linear(
     return output
 
 
-def tensor_state(tensor: torch.Tensor) -> tuple[int, int, int | None]:
-    """Another one whenever the tensor is replaced or changed in place; as long as it lives, its own."""
-    # PyTorch counts a tensor's changes for autograd's sake; of those made under `inference_mode` it does not
-    return id(tensor), tensor.data_ptr(), None if tensor.is_inference() else tensor._version
-
-
 class BasisLinear(nn.Module):
     """
     K linear layers that act as mixtures of them: as the one that they [`hold`], or, for a while, as those of [`mixing`].

@@ -18,7 +18,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..intervals import check_timesteps, check_train_timesteps
-from ..models import RemixDiTModel
+from ..models import DiTModel, RemixDiTModel
+from ..patches import PromptPatch
 
 LEARNED_VARIANCES = ("learned", "learned_range")
 
@@ -67,11 +68,14 @@ class ClassConditionalPipeline(DiffusionPipeline):
         scheduler ([`SchedulerMixin`]): Any of Diffusers'. With a learned variance the DDPM ones use it, the others
             leave it.
         vae ([`AutoencoderKL`], *optional*): For a denoiser of latents.
+        prompt_patch ([`PromptPatch`], *optional*): Attached to the transformer, unless it is already. What is attached
+            when the pipeline is saved, is saved with it.
         id2label (`dict[str, str]`, *optional*): The names of the classes by index (a string, as JSON will have it).
     """
 
     model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ["vae"]
+    _optional_components = ["vae", "prompt_patch"]
+    _exclude_from_cpu_offload = ["prompt_patch"]  # it is small, and its transformer calls it
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -80,9 +84,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         vae: AutoencoderKL | None = None,
         id2label: dict[str, str] | None = None,
+        prompt_patch: PromptPatch | None = None,
     ):
         super().__init__()
-        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        if prompt_patch is not None and PromptPatch.attached_to(transformer) is not prompt_patch:
+            prompt_patch.attach(transformer)
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, prompt_patch=prompt_patch)
         self.register_to_config(id2label=id2label and {str(index): name for index, name in id2label.items()})
         self.vae_scale_factor = vae_downsampling(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -104,6 +111,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 f"but got {folder!r}, which has none."
             )
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def save_pretrained(self, save_directory: "str | os.PathLike", **kwargs) -> None:
+        """See [`DiffusionPipeline.save_pretrained`]."""
+        self.register_modules(prompt_patch=PromptPatch.attached_to(self.transformer))
+        super().save_pretrained(save_directory, **kwargs)
 
     @property
     def num_classes(self) -> int | None:
@@ -195,6 +207,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
             )
 
         # 1. What is asked for
+        # Some look at timesteps and labels, for which an accelerator would have to be waited at every step
+        inputs_device = "cpu" if self._looks_at_inputs else device
         class_labels = self._prepare_labels(class_labels, batch_size)
         batch_size = batch_size if class_labels is None else len(class_labels)
         if batch_size < 1:
@@ -203,7 +217,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if class_labels is not None:
             if guided:
                 class_labels = torch.cat([class_labels, torch.full_like(class_labels, self.num_classes)])
-            class_labels = class_labels.to(device)
+            class_labels = class_labels.to(inputs_device)
         label_kwargs = {} if class_labels is None else {"class_labels": class_labels}
 
         # 2. When
@@ -220,10 +234,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
         # 4. Denoise
         self._num_timesteps = len(scheduler.timesteps)
-        # a Remix-DiT looks at the timestep, for which an accelerator would have to be waited at every step
-        model_timesteps = scheduler.timesteps
-        if isinstance(self.transformer, RemixDiTModel):
-            model_timesteps = model_timesteps.cpu()
+        model_timesteps = scheduler.timesteps.to(inputs_device)
         for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
             model_input = latents
             if hasattr(scheduler, "scale_model_input"):  # flow-matching ones do without
@@ -249,6 +260,13 @@ class ClassConditionalPipeline(DiffusionPipeline):
             images = latents
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @property
+    def _looks_at_inputs(self) -> bool:
+        """Whether the timestep's and labels' values are of use on the host: for a Remix-DiT, and for a patch's gates."""
+        model = self.transformer
+        is_patched_dit = isinstance(model, DiTModel) and PromptPatch.attached_to(model) is not None
+        return isinstance(model, RemixDiTModel) or is_patched_dit
 
     @property
     def num_timesteps(self) -> int:
