@@ -13,6 +13,10 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 NUM_CLASSES = 10
+NUM_IMAGES = 1797
+# The last sixth is held out where a validation loss is wanted. It is one stretch because neighbouring scans are often of one
+# writer, who would otherwise be in both parts.
+TRAINING_IMAGES, VALIDATION_IMAGES = range(1500), range(1500, NUM_IMAGES)
 
 
 def digit_images() -> tuple[np.ndarray, np.ndarray]:
@@ -21,9 +25,11 @@ def digit_images() -> tuple[np.ndarray, np.ndarray]:
     return np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target  # 17 grey levels
 
 
-def write_image_folder(folder: "str | os.PathLike") -> Path:
-    """Write the scans as PNG files, one sub-folder per class."""
-    for index, (image, label) in enumerate(zip(*digit_images())):
+def write_image_folder(folder: "str | os.PathLike", indices: range = range(NUM_IMAGES)) -> Path:
+    """Write the scans, or those of some `indices`, as PNG files, one sub-folder per class."""
+    images, labels = digit_images()
+    for index in indices:
+        image, label = images[index], labels[index]
         path = Path(folder, str(label), f"{index:04d}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         PIL.Image.fromarray(image).save(path)

@@ -56,10 +56,16 @@ def test_an_unknown_argument_lists_the_valid_ones(tmp_path):
 )
 def test_every_preset_parses(preset, monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY / "training"))
+    from train_dmp import DMPTrainingArguments
     from train_dtr import DTRTrainingArguments
     from train_remix import RemixTrainingArguments
 
-    arguments = {"dit": DiTTrainingArguments, "dtr": DTRTrainingArguments, "remix": RemixTrainingArguments}
+    arguments = {
+        "dit": DiTTrainingArguments,
+        "dtr": DTRTrainingArguments,
+        "remix": RemixTrainingArguments,
+        "dmp": DMPTrainingArguments,
+    }
     args = parse_arguments(arguments[preset.stem.split("_")[0]], ["--config", str(preset)])
     for name, value in yaml.safe_load(preset.read_text()).items():
         assert getattr(args, name) == value

@@ -48,6 +48,10 @@ class DataArguments:
 class TrainingArguments(DataArguments):
     """What every system's training shares."""
 
+    validation_dataset: str | None = option(
+        None, "Images to report the loss on before and after, as `dataset` has them."
+    )
+    validation_repeats: int = option(1, "How often each of them is noised, anew, for it.")
     output_dir: str = option("outputs/model", "Where checkpoints, samples and, at the end, `pipeline/` are written.")
     seed: int = option(0, "Of everything random.")
     random_flip: bool = option(True, "Mirror half of the images.")
@@ -95,7 +99,7 @@ class TrainingArguments(DataArguments):
             self.mixed_precision = "no"  # as YAML reads a bare `no`
         self.check_at_least_one(
             "batch_size", "gradient_accumulation_steps", "max_train_steps", "logging_steps", "checkpointing_steps",
-            "sample_inference_steps",
+            "sample_inference_steps", "validation_repeats",
         )  # fmt: skip
         if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
             raise ValueError(

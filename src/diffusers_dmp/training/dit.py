@@ -2,8 +2,11 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import datasets
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, DiffusionPipeline
 
@@ -11,7 +14,7 @@ from ..conversion import convert_checkpoint, load_original_state_dict
 from ..models import DiTModel, DTRTransformer2DModel, RemixDiTModel
 from ..models.stock_layout import STOCK_CLASSES
 from ..pipelines.pipeline_class_conditional import vae_downsampling
-from .arguments import DiTTrainingArguments
+from .arguments import DiTTrainingArguments, TrainingArguments
 from .data import class_names, load_images
 from .latents import check_latents
 from .recipe import TrainingRecipe
@@ -37,27 +40,74 @@ def train_dit(
         ValueError: if the data set cannot be read, or the arguments do not fit it or one another.
     """
     accelerator = make_accelerator(args)
-    set_seed(args.seed)  # of the weights, and of the model's own dropout
-    with accelerator.main_process_first():  # the others then find its cache
-        dataset = load_images(args.dataset, args.image_column, args.dataset_split)
-    label_names = class_names(dataset, args.label_column)
-    vae = None
-    if args.vae is not None:
-        vae = AutoencoderKL.from_pretrained(args.vae).requires_grad_(False).eval()
-    config |= data_config(args, label_names, vae)
-    latent_shape = (config["in_channels"], config["sample_size"], config["sample_size"])
-    check_latents(dataset, args.dataset, vae, latent_shape)
+    data = load_training_data(accelerator, args)
+    config |= data.config
     if args.pretrained_model_name_or_path is not None:
         sizes = {} if args.preset is None else model_class.preset_config(args.preset)
         model = load_pretrained(model_class, args.pretrained_model_name_or_path, config | sizes)
     else:
         model = new_model(model_class, args, config)
-    train(accelerator, args, model, dataset, label_names, vae, make_recipe(model))
+    train(accelerator, args, model, recipe=make_recipe(model), **data.for_training)
 
 
-def data_config(
-    args: DiTTrainingArguments, label_names: list[str] | None, vae: AutoencoderKL | None
-) -> dict[str, Any]:
+@dataclass(kw_only=True)
+class TrainingData:
+    """
+    Args:
+        dataset, validation (`datasets.Dataset`): As [`load_images`] returns them, the second one optional.
+        label_names (`list[str]`, *optional*): The classes' names; None for unconditional training.
+        vae (`AutoencoderKL`, *optional*): To train on its latents.
+        config (`dict[str, Any]`): See [`data_config`].
+    """
+
+    dataset: datasets.Dataset
+    validation: datasets.Dataset | None
+    label_names: list[str] | None
+    vae: AutoencoderKL | None
+    config: dict[str, Any]
+
+    @property
+    def for_training(self) -> dict[str, Any]:
+        """What [`train`] is handed of it."""
+        return {name: getattr(self, name) for name in ("dataset", "validation", "label_names", "vae")}
+
+
+def load_training_data(accelerator: Accelerator, args: TrainingArguments) -> TrainingData:
+    """
+    What is trained on, and the seed of everything random set.
+
+    Raises:
+        ValueError: if a data set cannot be read, or does not fit the arguments or the other one.
+    """
+    set_seed(args.seed)  # of the weights, and of the model's own dropout
+    vae = None
+    if args.vae is not None:
+        vae = AutoencoderKL.from_pretrained(args.vae).requires_grad_(False).eval()
+    loaded = {}
+    with accelerator.main_process_first():  # the others then find its cache
+        for name in ("dataset", "validation_dataset"):
+            source = getattr(args, name)
+            loaded[name] = source and load_images(source, args.image_column, args.dataset_split)
+    names = {name: dataset and class_names(dataset, args.label_column) for name, dataset in loaded.items()}
+    if args.validation_dataset and names["validation_dataset"] != names["dataset"]:
+        raise ValueError(
+            f"Expected `validation_dataset` to have the classes {names['dataset']}, but got {names['validation_dataset']}."
+        )
+    config = data_config(args, names["dataset"], vae)
+    latent_shape = (config["in_channels"], config["sample_size"], config["sample_size"])
+    for name, dataset in loaded.items():
+        if dataset is not None:
+            check_latents(dataset, getattr(args, name), vae, latent_shape)
+    return TrainingData(
+        dataset=loaded["dataset"],
+        validation=loaded["validation_dataset"],
+        label_names=names["dataset"],
+        vae=vae,
+        config=config,
+    )
+
+
+def data_config(args: TrainingArguments, label_names: list[str] | None, vae: AutoencoderKL | None) -> dict[str, Any]:
     """The model's arguments that the data and the diffusion process decide: channels, pixels, classes, timesteps."""
     channels = args.image_channels if vae is None else vae.config.latent_channels
     return {
@@ -77,21 +127,26 @@ def load_pretrained(model_class: type[DiTModel], name_or_path: str, config: dict
     Raises:
         ValueError: if it is of another class, or its configuration is not what `config` asks for.
     """
-    model = _load_dit_family(model_class, name_or_path)
+    model = load_dit_family(name_or_path)
     if type(model) is not model_class:
         if type(model) is not DiTModel or not hasattr(model_class, "from_dit"):
             raise ValueError(
                 f"Expected `pretrained_model_name_or_path` to be a {model_class.__name__}, "
                 f"but got a {type(model).__name__} in {name_or_path!r}."
             )
-        _check_config(model, name_or_path, {name: value for name, value in config.items() if name in model.config})
+        check_config(model, name_or_path, {name: value for name, value in config.items() if name in model.config})
         model = model_class.from_dit(model, **{name: config[name] for name in config if name not in model.config})
-    _check_config(model, name_or_path, config)
+    check_config(model, name_or_path, config)
     return model
 
 
-def _load_dit_family(model_class: type[DiTModel], name_or_path: str) -> DiTModel:
-    """What is there, of whatever class."""
+def load_dit_family(name_or_path: str) -> DiTModel:
+    """
+    What is there, of whatever class of the family.
+
+    Raises:
+        ValueError: if it is none of them.
+    """
     if os.path.isfile(name_or_path):
         return convert_checkpoint("dit", load_original_state_dict(name_or_path))
     try:
@@ -99,18 +154,22 @@ def _load_dit_family(model_class: type[DiTModel], name_or_path: str) -> DiTModel
     except OSError:  # no model_index.json
         is_pipeline = False
     subfolder = "transformer" if is_pipeline else None
-    saved_class = model_class.load_config(name_or_path, subfolder=subfolder)["_class_name"]
+    saved_class = DiTModel.load_config(name_or_path, subfolder=subfolder)["_class_name"]
     classes = {cls.__name__: cls for cls in (DiTModel, DTRTransformer2DModel, RemixDiTModel)}
     classes |= dict.fromkeys(STOCK_CLASSES, DiTModel)
     if saved_class not in classes:
         raise ValueError(
-            f"Expected `pretrained_model_name_or_path` to be a {model_class.__name__}, "
+            f"Expected `pretrained_model_name_or_path` to be one of {', '.join(classes)}, "
             f"but got a {saved_class} in {name_or_path!r}."
         )
     return classes[saved_class].from_pretrained(name_or_path, subfolder=subfolder)
 
 
-def _check_config(model: DiTModel, name_or_path: str, config: dict[str, Any]) -> None:
+def check_config(model: DiTModel, name_or_path: str, config: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: if the model's configuration is not what `config` asks for.
+    """
     for name, value in config.items():
         own = model.out_channels if name == "out_channels" else model.config[name]
         if own != value:

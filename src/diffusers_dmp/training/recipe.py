@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
 
 from ..intervals import NoiseIntervals
 
@@ -18,11 +19,13 @@ class TrainingRecipe:
         learning_rates (`dict[str, float]`): Of the parameters that have one of their own, by name.
         auxiliary_weights (`Callable[[int], dict[str, float]]`): From the steps done so far to how much each
             auxiliary loss counts, by its name in the model's output.
-        describe (`Callable[[ModelMixin], dict[str, Any]]`): What the summary says of the model, `before` and `after`
+        describe (`Callable[[nn.Module], dict[str, Any]]`): What the summary says of the model, `before` and `after`
             training.
+        components (`Callable[[nn.Module], dict[str, ModelMixin]]`): What the pipeline is to have of what was trained.
     """
 
     expert_intervals: NoiseIntervals | None = None
     learning_rates: dict[str, float] = field(default_factory=dict)
     auxiliary_weights: Callable[[int], dict[str, float]] = lambda step: {}
-    describe: Callable[[ModelMixin], dict[str, Any]] = lambda model: {}
+    describe: Callable[[nn.Module], dict[str, Any]] = lambda model: {}
+    components: Callable[[nn.Module], dict[str, ModelMixin]] = lambda model: {"transformer": model}

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -17,9 +18,9 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, LoggerType, ProjectConfiguration
 from diffusers import AutoencoderKL, DDPMScheduler
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
+from torch import nn
 from transformers import get_scheduler
 
 from ..pipelines import ClassConditionalPipeline
@@ -30,6 +31,7 @@ from .loop import training_steps
 from .loss_log import ExpertCounts, LossLog, trackable
 from .objective import DiffusionObjective
 from .recipe import TrainingRecipe
+from .validation import validation_loss
 
 MIN_LR_SCHEDULE = "cosine_with_min_lr"  # the one that takes `min_lr_rate`
 
@@ -67,11 +69,12 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
 def train(
     accelerator: Accelerator,
     args: TrainingArguments,
-    model: ModelMixin,
+    model: nn.Module,
     dataset: datasets.Dataset,
     label_names: list[str] | None,
     vae: AutoencoderKL | None = None,
     recipe: TrainingRecipe | None = None,
+    validation: datasets.Dataset | None = None,
 ) -> None:
     """
     Train `model` and save it as a pipeline in `args.output_dir/pipeline`.
@@ -79,11 +82,13 @@ def train(
     Args:
         accelerator (`Accelerator`): As [`make_accelerator`] returns it.
         args ([`TrainingArguments`]): Everything that can be set.
-        model ([`ModelMixin`]): A DiT, on the CPU.
+        model (`nn.Module`): A DiT, on the CPU; or what stands for one, with its `config`, while `recipe.components` tells
+            what to make a pipeline of.
         dataset (`datasets.Dataset`): As [`load_images`] returns it.
         label_names (`list[str]`, *optional*): The classes' names; None for unconditional training.
         vae ([`AutoencoderKL`], *optional*): To train on its latents.
         recipe ([`TrainingRecipe`], *optional*): What the system trains differently.
+        validation (`datasets.Dataset`, *optional*): Held out; the loss on it before and after goes into the summary.
 
     Raises:
         ValueError: if the batch does not divide among processes, accumulation steps and timestep clusters, or an
@@ -113,7 +118,6 @@ def train(
         num_training_steps=args.max_train_steps,
         scheduler_specific_kwargs={"min_lr_rate": args.min_lr_rate} if args.lr_scheduler == MIN_LR_SCHEDULE else {},
     )
-    before = recipe.describe(model)
     model, optimizer = accelerator.prepare(model, optimizer)
     if objective.uncertainty is None:
         objective.to(accelerator.device)
@@ -130,7 +134,17 @@ def train(
         ema = EMAModel(accelerator.unwrap_model(model).parameters(), decay=args.ema_decay, foreach=True)
         accelerator.register_for_checkpointing(ema)
 
+    def describe() -> dict[str, Any]:
+        plain_model, plain_objective = accelerator.unwrap_model(model), accelerator.unwrap_model(objective)
+        description = recipe.describe(plain_model)
+        if validation is not None:
+            description["validation_loss"] = validation_loss(
+                plain_model, plain_objective, scheduler, validation, args, vae, accelerator.device
+            )
+        return description
+
     # 3. Where to begin
+    before = describe() if accelerator.is_main_process else {}
     first_step = resume(accelerator, args)
     if ema is not None:
         ema.to(accelerator.device)
@@ -164,7 +178,8 @@ def train(
     def finished_pipeline() -> ClassConditionalPipeline:
         id2label = label_names and dict(enumerate(label_names))
         pipeline_scheduler = DDPMScheduler.from_config(scheduler.config)  # sampling sets its timesteps
-        return ClassConditionalPipeline(accelerator.unwrap_model(model), pipeline_scheduler, vae, id2label)
+        components = recipe.components(accelerator.unwrap_model(model))
+        return ClassConditionalPipeline(scheduler=pipeline_scheduler, vae=vae, id2label=id2label, **components)
 
     started = time.perf_counter()
     for done in steps:
@@ -187,7 +202,7 @@ def train(
     if accelerator.is_main_process:
         with averaged_weights(accelerator.unwrap_model(model), ema):
             finished_pipeline().save_pretrained(os.path.join(args.output_dir, "pipeline"))
-            after = recipe.describe(accelerator.unwrap_model(model))
+            after = describe()
         summary = {"steps": args.max_train_steps - first_step, "train_seconds": round(train_seconds, 1)}
         if expert_counts is not None:
             summary["samples_per_expert"] = expert_counts.samples
@@ -208,7 +223,7 @@ def check_batch_size(accelerator: Accelerator, args: TrainingArguments, objectiv
 
 
 def make_optimizer(
-    args: TrainingArguments, model: ModelMixin, objective: DiffusionObjective, learning_rates: dict[str, float]
+    args: TrainingArguments, model: nn.Module, objective: DiffusionObjective, learning_rates: dict[str, float]
 ) -> torch.optim.Optimizer:
     """AdamW, with groups of their own for the parameters named in `learning_rates` and for what the objective learns."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -255,7 +270,7 @@ def make_scheduler(args: TrainingArguments, in_latents: bool) -> DDPMScheduler:
 
 
 @contextmanager
-def averaged_weights(model: ModelMixin, ema: EMAModel | None):
+def averaged_weights(model: nn.Module, ema: EMAModel | None):
     """The model in eval mode with its averaged weights, and afterwards as it was."""
     if ema is not None:
         ema.store(model.parameters())

@@ -1,0 +1,238 @@
+"""DMP's training: a frozen base, a patch of its own in the pipeline and beside it, and the paper's baselines."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from conftest import REPOSITORY, randomised
+from diffusers import DiffusionPipeline
+from runs import TINY, launch_script, logged, train_here, weights
+from safetensors.torch import load_file
+
+from diffusers_dmp import DiTModel, PromptPatch, RemixDiTModel
+from diffusers_dmp.digits import TRAINING_IMAGES, VALIDATION_IMAGES, write_image_folder
+
+SIZES = ("num_layers", "num_attention_heads", "attention_head_dim", "patch_size")
+TINY_DMP = {name: value for name, value in TINY.items() if name not in SIZES}
+
+
+@pytest.fixture(scope="module")
+def base_run(digits, tmp_path_factory) -> Path:
+    """Two steps of a plain DiT."""
+    output_dir = tmp_path_factory.mktemp("dit")
+    train_here(DiTModel, digits, output_dir, max_train_steps=2, ema_decay=0.0)
+    return output_dir
+
+
+@pytest.fixture(scope="module")
+def validation_digits(tmp_path_factory) -> Path:
+    return write_image_folder(tmp_path_factory.mktemp("validation"), range(30))
+
+
+@pytest.fixture(scope="module")
+def dmp_run(digits, validation_digits, base_run, tmp_path_factory) -> Path:
+    """Four steps of a patch for it, as users start them."""
+    output_dir = tmp_path_factory.mktemp("dmp")
+    launch_dmp(output_dir, digits, base_run, topk=0.5, validation_dataset=validation_digits, ema_decay=0.0)
+    return output_dir
+
+
+def launch_dmp(output_dir: Path, digits: Path, base_run: Path, num_processes: int = 1, **arguments) -> None:
+    defaults = TINY_DMP | {"dataset": digits, "pretrained_model_name_or_path": base_run / "pipeline"}
+    launch_script("train_dmp.py", output_dir, num_processes, defaults | arguments)
+
+
+@pytest.fixture
+def train_dmp_here(digits, base_run, monkeypatch):
+    """The same in this process."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "training"))
+    from train_dmp import DMPTrainingArguments, train_dmp
+
+    def train(output_dir: Path, **arguments) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        defaults = TINY_DMP | {"dataset": str(digits), "report_to": "none", "output_dir": str(output_dir)}
+        defaults |= {"pretrained_model_name_or_path": str(base_run / "pipeline"), "ema_decay": 0.0}
+        train_dmp(DMPTrainingArguments(**defaults | arguments))
+
+    return train
+
+
+def patch_weights(output_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(output_dir / "pipeline" / "prompt_patch" / "diffusion_pytorch_model.safetensors")
+
+
+def summary(output_dir: Path) -> dict:
+    return json.loads((output_dir / "training_summary.json").read_text())
+
+
+def test_from_a_dit_to_a_patched_pipeline(dmp_run, base_run):
+    pipeline = DiffusionPipeline.from_pretrained(dmp_run / "pipeline")
+    assert pipeline.prompt_patch.transformer is pipeline.transformer
+    assert pipeline("7", num_inference_steps=3).images[0].size == (8, 8)
+    trained = pipeline.prompt_patch.state_dict()
+    assert all(weight.abs().max() > 0 for weight in trained.values())
+
+    alone = PromptPatch.from_pretrained(dmp_run / "patch")
+    assert all(torch.equal(weight, trained[name]) for name, weight in alone.state_dict().items())
+    assert alone.config.base_model_name_or_path == str(base_run / "pipeline")
+    alone.attach(DiffusionPipeline.from_pretrained(base_run / "pipeline").transformer)
+
+
+def test_the_base_is_saved_as_it_was(dmp_run, base_run):
+    base = weights(base_run)
+    assert all(torch.equal(weight, base[name]) for name, weight in weights(dmp_run).items())
+
+
+def test_checkpoints_hold_the_patch_alone(dmp_run):
+    (model,) = (dmp_run / "checkpoint-4").glob("model*.safetensors")
+    assert {name.removeprefix("patch.") for name in load_file(model)} == set(patch_weights(dmp_run))
+
+
+def test_the_validation_loss_before_is_the_bases(dmp_run, base_run, validation_digits, train_dmp_here, tmp_path):
+    run = summary(dmp_run)
+    assert run["before"]["validation_loss"] != run["after"]["validation_loss"]
+    # what one step of fine-tuning, of the model without a patch, finds before it
+    train_dmp_here(tmp_path, method="full_finetuning", max_train_steps=1, validation_dataset=str(validation_digits))
+    assert summary(tmp_path)["before"]["validation_loss"] == run["before"]["validation_loss"]
+
+
+def test_the_validation_loss_is_the_mean_over_all_images(base_run, validation_digits, train_dmp_here, tmp_path):
+    """By its definition: each image noised twice, at timesteps that divide their range evenly."""
+    train_dmp_here(
+        tmp_path, max_train_steps=1, validation_dataset=str(validation_digits), validation_repeats=2, batch_size=60
+    )
+    from diffusers_dmp.training.arguments import TrainingArguments
+    from diffusers_dmp.training.data import load_images, to_tensors
+    from diffusers_dmp.training.objective import DiffusionObjective
+    from diffusers_dmp.training.trainer import make_scheduler
+
+    model = DiTModel.from_pretrained(base_run / "pipeline", subfolder="transformer")
+    scheduler = make_scheduler(TrainingArguments(), in_latents=False)
+    images = to_tensors(load_images(str(validation_digits)), 8, 1)[:]
+    generator = torch.Generator().manual_seed(0)
+    timesteps = torch.randperm(60, generator=generator) * 1000 // 60
+    assert sorted(timesteps.tolist()) == [i * 1000 // 60 for i in range(60)]
+    torch.empty((), dtype=torch.int64).random_(generator=generator)  # the data loader's
+    x0 = torch.stack(images["images"] * 2)
+    noise = torch.randn(x0.shape, generator=generator)
+    labels = torch.tensor(images["class_labels"] * 2)
+    with torch.no_grad():
+        output = model(scheduler.add_noise(x0, noise, timesteps), timesteps, class_labels=labels).sample
+        losses = DiffusionObjective(scheduler, variance_type="learned_range")(
+            output, x0, noise, timesteps
+        ).sample_losses
+    assert summary(tmp_path)["before"]["validation_loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+
+
+def test_prompts_and_gate_learn_at_their_own_rates(train_dmp_here, tmp_path):
+    # two steps at a constant rate; Adam moves by about its learning rate a step
+    train_dmp_here(tmp_path, max_train_steps=2, learning_rate=1e-4, gate_learning_rate=1e-3)
+    trained = patch_weights(tmp_path)
+    moved = {name: weight.abs().max().item() for name, weight in trained.items()}
+    assert moved["prompts"] == pytest.approx(2 * 1e-4, rel=0.1)
+    # in the first step the prompts are zero, so that only the balance could move a gate; it is at its best already
+    for name in ("gate_proj.weight", "gate_proj.bias"):
+        assert 1e-4 < moved[name] < 2.1e-3, name
+
+
+def test_balancing_losses_are_logged_and_act(dmp_run, train_dmp_here, tmp_path):
+    assert len(logged(dmp_run, "importance_loss")) == len(logged(dmp_run, "load_loss")) == 4
+    train_dmp_here(tmp_path / "without", max_train_steps=3, importance_loss_weight=0.0)
+    train_dmp_here(tmp_path / "with", max_train_steps=3, importance_loss_weight=1.0)
+    name = "gate_proj.weight"
+    assert not torch.equal(patch_weights(tmp_path / "with")[name], patch_weights(tmp_path / "without")[name])
+
+
+def test_a_resumed_run_ends_where_the_uninterrupted_one_would(train_dmp_here, dmp_run, tmp_path):
+    train_dmp_here(tmp_path / "through", topk=0.5, ema_decay=0.9)
+    shutil.copytree(tmp_path / "through" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    train_dmp_here(tmp_path / "resumed", topk=0.5, ema_decay=0.9, resume_from_checkpoint="latest")
+    through, resumed = patch_weights(tmp_path / "through"), patch_weights(tmp_path / "resumed")
+    assert all(torch.equal(weight, through[name]) for name, weight in resumed.items())
+    # averaged
+    assert not torch.equal(through["prompts"], patch_weights(dmp_run)["prompts"])
+
+
+def test_prompt_tuning(train_dmp_here, base_run, tmp_path):
+    train_dmp_here(tmp_path, method="prompt_tuning", max_train_steps=2)
+    assert list(patch_weights(tmp_path)) == ["prompts"]
+    base = weights(base_run)
+    assert all(torch.equal(weight, base[name]) for name, weight in weights(tmp_path).items())
+
+
+def test_full_finetuning(train_dmp_here, base_run, tmp_path):
+    train_dmp_here(tmp_path, method="full_finetuning", max_train_steps=2)
+    assert not (tmp_path / "pipeline" / "prompt_patch").exists() and not (tmp_path / "patch").exists()
+    base = weights(base_run)
+    assert any(not torch.equal(weight, base[name]) for name, weight in weights(tmp_path).items())
+
+
+def test_prepended_prompts_and_gradient_checkpointing(train_dmp_here, tmp_path):
+    train_dmp_here(
+        tmp_path, prompt_mode="prepend", num_prompts=3, depth=1, gradient_checkpointing=True, max_train_steps=2
+    )
+    assert patch_weights(tmp_path)["prompts"].shape == (1, 3, 32)
+
+
+def test_a_patch_for_a_remix_dit(digits, tmp_path, train_dmp_here):
+    """Whose experts take turns, as in its own training."""
+    model = DiTModel(num_attention_heads=2, attention_head_dim=16, num_layers=2, in_channels=1, out_channels=2,
+                     sample_size=8, patch_size=4, num_classes=10)  # fmt: skip
+    RemixDiTModel.from_dit(randomised(model), num_bases=2, num_experts=4).save_pretrained(tmp_path / "remix")
+    train_dmp_here(tmp_path / "run", pretrained_model_name_or_path=str(tmp_path / "remix"), max_train_steps=3)
+    assert sum(summary(tmp_path / "run")["samples_per_expert"]) == 48
+    assert patch_weights(tmp_path / "run")["prompts"].abs().max() > 0
+
+
+def test_two_processes_follow_one(digits, base_run, tmp_path):
+    """Without a gate, whose noise each process draws for itself."""
+    for num_processes in (1, 2):
+        launch_dmp(
+            tmp_path / str(num_processes), digits, base_run, num_processes, method="prompt_tuning", ema_decay=0.0
+        )
+    one, two = (patch_weights(tmp_path / str(num_processes))["prompts"] for num_processes in (1, 2))
+    torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-3)
+    assert (tmp_path / "2" / "checkpoint-4" / "random_states_1.pkl").exists()  # there was a second one
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pretrained_model_name_or_path": None}, "name the model to patch, but got None"),
+        ({"method": "lora"}, "`method` to be one of dmp, prompt_tuning, full_finetuning, but got 'lora'"),
+        ({"topk": 0.0}, r"`topk` to be in \(0, 1\]"),
+        ({"depth": 7}, "`depth` to be at most the 2 blocks"),
+        ({"image_size": 16}, "the `sample_size` 16 of data and arguments, but got 8"),
+    ],
+)
+def test_arguments_that_do_not_fit(train_dmp_here, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        train_dmp_here(tmp_path, **arguments)
+
+
+def test_validation_images_of_other_classes(train_dmp_here, tmp_path):
+    shutil.copytree(write_image_folder(tmp_path / "some", range(5)), tmp_path / "few")
+    with pytest.raises(ValueError, match="`validation_dataset` to have the classes .*'9'.* but got"):
+        train_dmp_here(tmp_path / "run", validation_dataset=str(tmp_path / "few"))
+
+
+@pytest.mark.slow
+def test_the_digits_base_improves(tmp_path, train_dmp_here):
+    """A base as the presets train it, patched as they do: its loss on held-out digits falls."""
+    train = write_image_folder(tmp_path / "train", TRAINING_IMAGES)
+    validation = write_image_folder(tmp_path / "validation", VALIDATION_IMAGES)
+    presets = REPOSITORY / "training" / "presets"
+    base = yaml.safe_load((presets / "dit_digits.yaml").read_text()) | {"output_dir": str(tmp_path / "base")}
+    train_here(DiTModel, train, Path(base.pop("output_dir")), **base | {"dataset": str(train), "sample_steps": 0})
+    patch = yaml.safe_load((presets / "dmp_digits.yaml").read_text())
+    patch |= {"dataset": str(train), "validation_dataset": str(validation), "sample_steps": 0}
+    patch |= {"pretrained_model_name_or_path": str(tmp_path / "base" / "pipeline")}
+    patch.pop("output_dir")
+    train_dmp_here(tmp_path / "patch", **patch)
+    run = summary(tmp_path / "patch")
+    print({when: run[when]["validation_loss"] for when in ("before", "after")})
+    assert run["after"]["validation_loss"] < run["before"]["validation_loss"]

@@ -1,0 +1,88 @@
+"""Train a patch of prompts for a frozen, converged transformer (DMP, https://arxiv.org/abs/2405.17825).
+
+accelerate launch training/train_dmp.py --config training/presets/dmp_digits.yaml [--any_field value]
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers_dmp import PromptPatch
+from diffusers_dmp.training.arguments import TrainingArguments, option, parse_arguments
+from diffusers_dmp.training.dit import check_config, load_dit_family, load_training_data
+from diffusers_dmp.training.patched import PatchedTransformer
+from diffusers_dmp.training.recipe import TrainingRecipe
+from diffusers_dmp.training.trainer import make_accelerator, train
+
+METHODS = ("dmp", "prompt_tuning", "full_finetuning")
+GATES = {"dmp": "linear", "prompt_tuning": "none"}
+
+
+@dataclass(kw_only=True)
+class DMPTrainingArguments(TrainingArguments):
+    pretrained_model_name_or_path: str | None = option(
+        None, "The model to patch, or that of a pipeline (folder or Hub id), or an original DiT's file."
+    )
+    method: str = option("dmp", "dmp, or the paper's baselines: prompt_tuning (no gate), full_finetuning (no patch).")
+    prompt_mode: str = option("add", "add prompts to the image tokens, or prepend them.")
+    num_prompts: int | None = option(None, "How many, if they are prepended; by default as many as image tokens.")
+    depth: int | None = option(None, "The first so many blocks get prompts; by default all.")
+    topk: float = option(1.0, "Share of the prompts that a gate keeps.")
+    gate_learning_rate: float = option(1e-3, "Of gate and noise; `learning_rate` is the prompts'.")
+    importance_loss_weight: float = option(1.0, "Of the balance of the prompts' weights.")
+    load_loss_weight: float = option(1.0, "Of the balance of how often prompts are kept, for `topk` below 1.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.pretrained_model_name_or_path is None:
+            raise ValueError("Expected `pretrained_model_name_or_path` to name the model to patch, but got None.")
+        if self.method not in METHODS:
+            raise ValueError(f"Expected `method` to be one of {', '.join(METHODS)}, but got {self.method!r}.")
+
+
+def train_dmp(args: DMPTrainingArguments) -> None:
+    accelerator = make_accelerator(args)
+    data = load_training_data(accelerator, args)
+    base = load_dit_family(args.pretrained_model_name_or_path)
+    check_config(base, args.pretrained_model_name_or_path, data.config)
+    expert_intervals = getattr(base, "intervals", None)  # a Remix-DiT is told its expert
+    if args.method == "full_finetuning":
+        recipe = TrainingRecipe(expert_intervals=expert_intervals)
+        train(accelerator, args, base, recipe=recipe, **data.for_training)
+        return
+
+    patch = PromptPatch.for_transformer(
+        base,
+        num_prompts=args.num_prompts,
+        depth=args.depth,
+        mode=args.prompt_mode,
+        gate=GATES[args.method],
+        topk=args.topk,
+        base_model_name_or_path=args.pretrained_model_name_or_path,
+    )
+    patch.attach(base.to(accelerator.device).eval())
+    recipe = TrainingRecipe(
+        expert_intervals=expert_intervals,
+        learning_rates={
+            f"patch.{name}": args.gate_learning_rate for name, _ in patch.named_parameters() if name != "prompts"
+        },
+        auxiliary_weights=lambda step: loss_weights(args),
+        describe=lambda model: {"parameters": {"base": base.num_parameters(), "patch": patch.num_parameters()}},
+        components=lambda model: {"transformer": model.transformer, "prompt_patch": model.patch},
+    )
+    train(accelerator, args, PatchedTransformer(patch), recipe=recipe, **data.for_training)
+    if accelerator.is_main_process:
+        shutil.copytree(
+            Path(args.output_dir, "pipeline", "prompt_patch"), Path(args.output_dir, "patch"), dirs_exist_ok=True
+        )
+
+
+def loss_weights(args: DMPTrainingArguments) -> dict[str, float]:
+    """How much each of the balancing losses counts, of those that there are."""
+    weights = {"importance_loss": args.importance_loss_weight, "load_loss": args.load_loss_weight}
+    names = {"dmp": ["importance_loss", "load_loss"] if args.topk < 1 else ["importance_loss"], "prompt_tuning": []}
+    return {name: weights[name] for name in names[args.method]}
+
+
+if __name__ == "__main__":
+    train_dmp(parse_arguments(DMPTrainingArguments))
