@@ -9,7 +9,7 @@ TRAIN = $(BIN)/accelerate launch --num_machines 1 --num_processes 1 --dynamo_bac
 # a third of the modules is ever imported: those are compiled when they first are, and the rest never (--no-compile)
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-remix test test-slow lint format clean
+.PHONY: demo demo-remix demo-dmp test test-slow lint format clean
 
 demo: .venv/demo.installed
 	$(BIN)/python training/demo.py data
@@ -24,6 +24,15 @@ demo-remix: .venv/demo.installed
 	$(TRAIN) training/train_remix.py --config training/presets/remix_digits.yaml
 	$(BIN)/python training/demo.py report outputs/dit_digits
 	$(BIN)/python training/demo.py report outputs/remix_digits
+
+demo-dmp: .venv/demo.installed
+	$(BIN)/python training/demo.py data
+	rm -rf outputs/dit_digits_train/checkpoint-* outputs/dmp_digits/checkpoint-*
+	$(TRAIN) training/train_dit.py --config training/presets/dit_digits.yaml \
+	  --dataset outputs/demo/digits_train --output_dir outputs/dit_digits_train
+	$(TRAIN) training/train_dmp.py --config training/presets/dmp_digits.yaml
+	$(BIN)/python training/demo.py report outputs/dit_digits_train
+	$(BIN)/python training/demo.py report outputs/dmp_digits
 
 test: .venv/test.installed
 	$(BIN)/python -m pytest -q

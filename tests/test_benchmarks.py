@@ -5,7 +5,7 @@ import torch
 from conftest import REPOSITORY
 
 
-@pytest.mark.parametrize("system", ["dtr", "remix"])
+@pytest.mark.parametrize("system", ["dtr", "remix", "dmp"])
 def test_a_benchmark_runs(system, monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY))
     from benchmarks import timing

@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY_CONFIG
 from matplotlib.figure import Figure
 
 from diffusers_dmp import DTRTransformer2DModel
-from diffusers_dmp.plots import mixing_figure, routing_figure, training_share_figure
+from diffusers_dmp.plots import gate_figure, mixing_figure, prompt_usage_figure, routing_figure, training_share_figure
 
 
 def texts(figure: Figure) -> list[str]:
@@ -34,3 +35,24 @@ def test_training_share_figure(tmp_path):
     assert [bar.get_width() for bar in figure.axes[0].patches] == pytest.approx([0.25, 0, 0.75])
     assert texts(figure) == ["25.0%", "0.0%", "75.0%"]
     figure.savefig(tmp_path / "share.png")
+
+
+def test_gate_figure(tmp_path):
+    gates = torch.rand(5, 8, 3, generator=torch.Generator().manual_seed(0)).softmax(-1)  # (S, L, M)
+    figure = gate_figure(gates, torch.tensor([0, 200, 400, 600, 800]))
+    drawn = [axes.images[0].get_array() for axes in figure.axes if axes.images]
+    assert len(drawn) == 8
+    for block, picture in enumerate(drawn):
+        assert np.allclose(picture, 3 * gates[:, block].T)
+    figure.savefig(tmp_path / "gates.png")
+    gate_figure(torch.full((5, 1, 3), 1 / 3), torch.arange(5))  # a new patch
+
+
+def test_prompt_usage_figure(tmp_path):
+    gates = torch.tensor([[[0.2, 0.5, 0.3]], [[0.4, 0.5, 0.1]]])  # (S, L, M)
+    figure = prompt_usage_figure(gates)
+    assert [bar.get_height() for bar in figure.axes[0].patches] == pytest.approx([1.5, 0.9, 0.6])
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["1", "0", "2"]
+    extremes = [path.vertices[:, 1].tolist() for path in figure.axes[0].collections[0].get_paths()]
+    assert np.allclose(extremes, [[1.5, 1.5], [0.6, 1.2], [0.3, 0.9]])
+    figure.savefig(tmp_path / "usage.png")

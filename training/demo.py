@@ -12,8 +12,15 @@ from diffusers import DiffusionPipeline
 from matplotlib.figure import Figure
 
 from diffusers_dmp import DTRTransformer2DModel, RemixDiTModel  # registers the pipeline with Diffusers, too
-from diffusers_dmp.digits import NUM_CLASSES, fit_reader, write_image_folder
-from diffusers_dmp.plots import mixing_figure, routing_figure, sample_grid, training_share_figure
+from diffusers_dmp.digits import NUM_CLASSES, TRAINING_IMAGES, VALIDATION_IMAGES, fit_reader, write_image_folder
+from diffusers_dmp.plots import (
+    gate_figure,
+    mixing_figure,
+    prompt_usage_figure,
+    routing_figure,
+    sample_grid,
+    training_share_figure,
+)
 
 OUTPUT = Path("outputs/demo")
 SAMPLES_PER_CLASS = 50
@@ -34,7 +41,7 @@ def report(folder: Path) -> None:
     columns = [images[label * SAMPLES_PER_CLASS :][: min(8, SAMPLES_PER_CLASS)] for label in range(NUM_CLASSES)]
     sample_grid(columns, pixel_size=6).save(folder / "samples.png")
     training = json.loads((folder / "training_summary.json").read_text())
-    pictures = specialisation_figures(pipeline.transformer, training)
+    pictures = specialisation_figures(pipeline, training)
     for name, figure in pictures.items():
         figure.savefig(folder / f"{name}.png", dpi=120)
 
@@ -49,6 +56,8 @@ def report(folder: Path) -> None:
         "steps": training["steps"],
         "train_seconds": training["train_seconds"],
     }
+    if "validation_loss" in training.get("after", {}):
+        summary["validation_loss"] = {when: training[when]["validation_loss"] for when in ("before", "after")}
     (folder / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary, indent=2))
     print(
@@ -56,8 +65,13 @@ def report(folder: Path) -> None:
     )
 
 
-def specialisation_figures(model: torch.nn.Module, training: dict) -> dict[str, Figure]:
+def specialisation_figures(pipeline: DiffusionPipeline, training: dict) -> dict[str, Figure]:
     """What shows how the model's parts share the noise levels."""
+    model = pipeline.transformer
+    if pipeline.prompt_patch is not None:
+        timesteps = torch.arange(0, model.config.num_train_timesteps, 25)
+        gates = pipeline.prompt_patch.gate_weights(timesteps)
+        return {"gates": gate_figure(gates, timesteps), "prompt_usage": prompt_usage_figure(gates)}
     if isinstance(model, DTRTransformer2DModel):
         return {"routing": routing_figure(model)}
     if isinstance(model, RemixDiTModel):
@@ -77,5 +91,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.part == "data":
         write_image_folder(OUTPUT / "digits")
+        write_image_folder(OUTPUT / "digits_train", TRAINING_IMAGES)
+        write_image_folder(OUTPUT / "digits_validation", VALIDATION_IMAGES)
     else:
         report(args.folder)

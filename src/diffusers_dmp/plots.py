@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image
@@ -94,6 +95,69 @@ def training_share_figure(samples_per_expert: "Sequence[int]", edges: "Sequence[
     axes.set_ylabel("expert, by its timesteps (0 almost clean)")
     axes.set_xlabel(f"share of the {total:,} samples trained on")
     figure.legend(loc="outside upper right")
+    return figure
+
+
+def gate_figure(gates: torch.Tensor, timesteps: torch.Tensor) -> Figure:
+    """
+    What each block of a patched transformer gets of each of its prompts, over the timesteps
+    (https://arxiv.org/abs/2405.17825).
+
+    Args:
+        gates (`torch.Tensor` of shape (S, L, M)): `patch.gate_weights(timesteps)`.
+        timesteps (`torch.Tensor` of shape (S,)): Ascending.
+    """
+    num_blocks, num_prompts = gates.shape[1:]
+    relative = (gates * num_prompts).permute(1, 2, 0).cpu().numpy()  # (L, M, S), 1 for an equal share
+    columns = min(num_blocks, 6)
+    rows = -(-num_blocks // columns)
+    figure = Figure(figsize=(1.5 + 1.9 * columns, 1 + 1.7 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    largest = max(abs(relative - 1).max(), 1e-6)
+    for block, axes in enumerate(panels):
+        if block >= num_blocks:
+            axes.set_axis_off()
+            continue
+        image = axes.imshow(
+            relative[block],
+            aspect="auto",
+            origin="lower",
+            interpolation="nearest",
+            extent=(float(timesteps[0]), float(timesteps[-1]), -0.5, num_prompts - 0.5),
+            cmap="RdBu_r",
+            vmin=1 - largest,
+            vmax=1 + largest,
+        )
+        axes.set_title(f"block {block}")
+    figure.supxlabel("timestep (0 almost clean, right almost pure noise)")
+    figure.supylabel("prompt")
+    figure.colorbar(image, ax=figure.axes, label="weight (1: an equal share)")
+    return figure
+
+
+def prompt_usage_figure(gates: torch.Tensor) -> Figure:
+    """
+    How much each prompt of a patch is used, on average over timesteps and blocks, and at which extremes of both.
+
+    Args:
+        gates (`torch.Tensor` of shape (S, L, M)): `patch.gate_weights(timesteps)`.
+    """
+    num_prompts = gates.shape[-1]
+    gates = gates.cpu()
+    order = gates.mean((0, 1)).argsort(descending=True)
+    usage = gates.mean((0, 1))[order] * num_prompts
+    least, most = gates.amin((0, 1))[order] * num_prompts, gates.amax((0, 1))[order] * num_prompts
+
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(range(num_prompts), usage, color="tab:blue", label="mean over timesteps and blocks")
+    axes.vlines(range(num_prompts), least, most, color="k", linewidth=1, label="least and most")
+    axes.axhline(1, color="gray", linestyle="--", label="equal shares")
+    if num_prompts <= 32:
+        axes.set_xticks(range(num_prompts), order.tolist())
+    axes.set_xlabel("prompt, the most used first")
+    axes.set_ylabel("weight (1: an equal share)")
+    figure.legend(loc="outside upper right", ncols=3)
     return figure
 
 
