@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 from conftest import REPOSITORY, TINY_CONFIG, randomised
 
-from diffusers_dmp import ClassConditionalPipeline, DTRTransformer2DModel
+from diffusers_dmp import ClassConditionalPipeline, DTRTransformer2DModel, PromptPatch
 from diffusers_dmp.training.arguments import TrainingArguments
 from diffusers_dmp.training.trainer import make_scheduler
 
@@ -46,7 +46,26 @@ def test_the_demos_report(demo_folder, monkeypatch):
     assert PIL.Image.open(folder / "routing.png").size[0] > 500
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/training.md", "docs/weights.md"])
+def test_the_report_of_a_patch(demo_folder, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "training"))
+    import demo
+
+    folder = demo_folder / "outputs" / "demo"
+    pipeline = ClassConditionalPipeline.from_pretrained(folder / "pipeline")
+    PromptPatch.for_transformer(pipeline.transformer).attach(pipeline.transformer)
+    pipeline.save_pretrained(folder / "pipeline")
+    losses = {"before": {"validation_loss": 0.5}, "after": {"validation_loss": 0.25}}
+    (folder / "training_summary.json").write_text(json.dumps({"steps": 1, "train_seconds": 2.0} | losses))
+    monkeypatch.setattr(demo, "SAMPLES_PER_CLASS", 1)
+    demo.report(folder)
+    assert json.loads((folder / "report.json").read_text())["validation_loss"] == {"before": 0.5, "after": 0.25}
+    for picture in ("gates.png", "prompt_usage.png"):
+        assert PIL.Image.open(folder / picture).size[0] > 300
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/training.md", "docs/weights.md", "docs/patches.md"]
+)
 def test_links_lead_somewhere(page):
     path = REPOSITORY / page
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text()):

@@ -56,6 +56,8 @@ def report(folder: Path) -> None:
         "steps": training["steps"],
         "train_seconds": training["train_seconds"],
     }
+    if pipeline.prompt_patch is not None:
+        summary["patch_parameters"] = pipeline.prompt_patch.num_parameters()
     if "validation_loss" in training.get("after", {}):
         summary["validation_loss"] = {when: training[when]["validation_loss"] for when in ("before", "after")}
     (folder / "report.json").write_text(json.dumps(summary, indent=2) + "\n")

@@ -67,7 +67,6 @@ def train_dmp(args: DMPTrainingArguments) -> None:
             f"patch.{name}": args.gate_learning_rate for name, _ in patch.named_parameters() if name != "prompts"
         },
         auxiliary_weights=lambda step: loss_weights(args),
-        describe=lambda model: {"parameters": {"base": base.num_parameters(), "patch": patch.num_parameters()}},
         components=lambda model: {"transformer": model.transformer, "prompt_patch": model.patch},
     )
     train(accelerator, args, PatchedTransformer(patch), recipe=recipe, **data.for_training)

@@ -509,6 +509,10 @@ def test_gate_weights(patched_dit):
     conditioning = patched_dit.time_label_embed(timesteps, torch.tensor([3, 3, 3]))
     expected = gates_of(conditioning, patch.gate_proj.weight, patch.gate_proj.bias, depth=2)
     torch.testing.assert_close(gates, expected.transpose(0, 1).detach(), atol=1e-5, rtol=1e-4)
+    # whatever the mode, and whether compiled or not
+    patched_dit.train(), patch.train(), patched_dit.compile_repeated_blocks(backend="aot_eager")
+    assert torch.equal(patch.gate_weights(timesteps, class_labels=torch.tensor([3])), gates)
+    assert patched_dit.training and patch.training
     patch.detach()
     with pytest.raises(ValueError, match="attached to a transformer"):
         patch.gate_weights(timesteps)
@@ -571,6 +575,18 @@ assert torch.equal(images, torch.load({str(tmp_path / "images.pt")!r}))
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_pipeline_with_its_models_offloaded(pipeline, tmp_path):
+    images = draw(pipeline)
+    pipeline.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    loaded.enable_model_cpu_offload(device="cpu")
+    assert hasattr(loaded.transformer, "_hf_hook")
+    torch.testing.assert_close(draw(loaded), images)
+    loaded.prompt_patch.detach()
+    assert (draw(loaded) - images).abs().max() > 1e-3
 
 
 def test_the_pipeline_in_half_precision(pipeline, tmp_path):

@@ -47,6 +47,7 @@ class Attachment:
         self.layout = layout
         self.conditioning = layout.conditioning if patch.config.mode == "add" else layout.time_conditioning
         self.argument_names = _argument_names(type(transformer))
+        self.embedder = transformer.get_submodule(self.conditioning.embedder)
         self.token_position = _argument_names(type(blocks[0])).index(layout.image_tokens)
         self._forget_pass()
         self.forget()
@@ -90,15 +91,12 @@ class Attachment:
         self.gates = None
 
     def _after_embedder(self, observed: nn.Module, args: tuple, output: Any) -> None:
-        embedder = observed
-        if self.conditioning.after is not None:
-            embedder = self.transformer.get_submodule(self.conditioning.embedder)
-        conditioning = self.conditioning.read(embedder, output, self.inputs)
+        conditioning = self.conditioning.read(self.embedder, output, self.inputs)
         self._follow(conditioning)
         if self.patch.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             self.gates = self.patch(conditioning)
         else:
-            self.gates = self._kept(embedder, conditioning)
+            self.gates = self._kept(conditioning)
 
     def _before_block(self, index: int, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Prompts of block `index` into the image tokens, which come by position or by name."""
@@ -136,9 +134,9 @@ class Attachment:
             self.checkpointed[hidden_states] = self.gates
         return self.checkpointed[hidden_states]
 
-    def _kept(self, embedder: nn.Module, conditioning: torch.Tensor):
+    def _kept(self, conditioning: torch.Tensor):
         """The gates, computed unless they are kept for these timesteps and labels."""
-        tensors = [*embedder.parameters(), *self.patch.parameters()]
+        tensors = [*self.embedder.parameters(), *self.patch.parameters()]
         state = [tensor_state(tensor) for tensor in tensors]
         if state != self.kept_state:
             self.forget()

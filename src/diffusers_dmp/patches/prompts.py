@@ -253,13 +253,18 @@ class PromptPatch(ModelMixin, ConfigMixin):
         config = transformer.config
         blank = torch.zeros(1, config.in_channels, config.sample_size, config.sample_size)
         blank = blank.to(transformer.device, transformer.dtype)
-        self._attachment.forget()
+        modes = {module: module.training for module in (transformer, self)}
+        for module in modes:
+            module.eval()  # which forgets the gates that are kept
         handle = self.register_forward_hook(lambda patch, conditioning, output: found.append(output.gates[:, 0]))
         try:
-            for timestep in timesteps.to(transformer.device):
-                transformer(blank, timestep=timestep[None], **inputs)
+            with torch.compiler.set_stance("force_eager"):  # compiled code does not look at new hooks
+                for timestep in timesteps.to(transformer.device):
+                    transformer(blank, timestep=timestep[None], **inputs)
         finally:
             handle.remove()
+            for module, training in modes.items():
+                module.train(training)
         return torch.stack(found)
 
     def train(self, mode: bool = True) -> "PromptPatch":
