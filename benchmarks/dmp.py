@@ -94,9 +94,11 @@ def run(
                     f"{share:.3f} times (≤ {ACTIVATIONS_TARGET} {'✓' if share <= ACTIVATIONS_TARGET else '✗'})"
                 )
             gradients = [p.grad for module in (frozen, patch) for p in module.parameters() if p.grad is not None]
+            gradient_bytes = sum(gradient.nbytes for gradient in gradients)
+            patch_bytes = sum(parameter.nbytes for parameter in patch.parameters())
             memory.append(
-                f"{case}: gradients of {sum(grad.nbytes for grad in gradients)} bytes, parameters of the patch "
-                f"{sum(parameter.nbytes for parameter in patch.parameters())} bytes"
+                f"{case}: gradients {gradient_bytes / 2**20:.2f} MiB, the patch's parameters {patch_bytes / 2**20:.2f} MiB "
+                f"({'✓' if gradient_bytes == patch_bytes else '✗'})"
             )
 
             patch.eval()

@@ -21,7 +21,8 @@ def vectors(system) -> Vectors:
 
 
 def test_shapes_tell_all_but_the_number_of_heads(system, vectors):
-    model = convert_checkpoint(system, vectors.state_dict, {"num_heads": 4})
+    told = {"num_heads": 4} | ({"vp_type": "add"} if system == "dmp" else {})
+    model = convert_checkpoint(system, vectors.state_dict, told)
     expected = convert_checkpoint(system, vectors.state_dict, vectors.config)
     assert {k: v for k, v in model.config.items() if k != "_use_default_values"} == {
         k: v for k, v in expected.config.items() if k != "_use_default_values"
@@ -101,10 +102,12 @@ def test_prompts_of_dmp():
         for name, tensor in Vectors("dmp_tiny").state_dict.items()
         if not name.startswith("gate.") and name != "w_noise"
     }
-    model = convert_checkpoint("dmp", without_gate, {"num_heads": 4})
+    with pytest.raises(ValueError, match="`vp_type`, 'add' or 'prepend', of 16 prompts for as many image tokens"):
+        convert_checkpoint("dmp", without_gate, {"num_heads": 4})
+    model = convert_checkpoint("dmp", without_gate, {"num_heads": 4, "vp_type": "add"})
     assert PromptPatch.attached_to(model).config.gate == "none"
     with pytest.raises(ValueError, match="'w_noise', but it is missing"):
-        convert_checkpoint("dmp", without_gate, {"num_heads": 4, "gate_type": "linear"})
+        convert_checkpoint("dmp", without_gate, {"num_heads": 4, "vp_type": "add", "gate_type": "linear"})
     with pytest.raises(ValueError, match="`gate_type` to be one of linear, PT, but got 'FT'"):
         convert_checkpoint("dmp", vectors.state_dict, vectors.config | {"gate_type": "FT"})
     with pytest.raises(ValueError, match=r"'prompt_embeddings' .*\(3, 9, 48\), but got \(3, 6, 48\)"):
@@ -117,7 +120,7 @@ def test_unconditional_dmp_has_one_label():
     vectors = Vectors("dmp_tiny")
     table = "y_embedder.embedding_table.weight"
     state_dict = vectors.state_dict | {table: vectors.state_dict[table][:1]}
-    model = convert_checkpoint("dmp", state_dict, {"num_heads": 4, "uncond": True})
+    model = convert_checkpoint("dmp", state_dict, {"num_heads": 4, "vp_type": "add", "uncond": True})
     assert (model.config.num_classes, model.config.class_dropout_prob) == (1, 0.0)
 
 

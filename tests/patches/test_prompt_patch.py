@@ -1,6 +1,7 @@
 """A patch changes what it is attached to by its prompts alone, and comes off again without a trace."""
 
 import copy
+import dataclasses
 import pickle
 import subprocess
 import sys
@@ -302,6 +303,51 @@ def test_gradient_checkpointing(transformer, inputs):
     torch.testing.assert_close(gradients(), plain)
 
 
+@pytest.mark.parametrize("compiled", ["blocks", "transformer"])
+def test_gradient_checkpointing_of_what_is_compiled(patched_dit, batch, compiled):
+    patch = PromptPatch.attached_to(patched_dit)
+    other = batch | {"timestep": batch["timestep"].flip(0), "hidden_states": 2 * batch["hidden_states"]}
+
+    def gradients(model) -> list[torch.Tensor]:
+        patch.zero_grad()
+        sum(model(**each).sample.square().mean() for each in (batch, other)).backward()
+        return [parameter.grad for name, parameter in patch.named_parameters() if name != "noise_weight"]
+
+    plain = [gradient.clone() for gradient in gradients(patched_dit)]
+    patched_dit.enable_gradient_checkpointing()
+    model = patched_dit
+    if compiled == "blocks":
+        model.compile_repeated_blocks(backend="aot_eager")
+    else:
+        model = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(gradients(model), plain)
+
+
+def test_checkpointing_that_hands_blocks_other_tensors_is_refused(patched_dit, batch):
+    def reentrant(module, *args):
+        return torch.utils.checkpoint.checkpoint(module.__call__, *args, use_reentrant=True)
+
+    patched_dit.enable_gradient_checkpointing(reentrant)
+    batch["hidden_states"].requires_grad_(True)
+    output = patched_dit(**batch).sample
+    with pytest.raises(ValueError, match="without `use_reentrant`, but got a call from elsewhere"):
+        output.sum().backward()
+
+
+def test_checkpointing_by_others(patched_dit, batch):
+    """Whatever calls a block again with the very tensor, as PyTorch's own wrapper does for FSDP."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+    patch = PromptPatch.attached_to(patched_dit)
+    patched_dit(**batch).sample.square().mean().backward()
+    plain = patch.prompts.grad.clone()
+    patch.zero_grad()
+    blocks = list(patched_dit.transformer_blocks)
+    apply_activation_checkpointing(patched_dit, check_fn=lambda module: module in blocks)
+    patched_dit(**batch).sample.square().mean().backward()
+    torch.testing.assert_close(patch.prompts.grad, plain)
+
+
 def test_an_interrupted_forward_pass_does_not_spoil_the_next(patched_dit, batch):
     expected = patched_dit(**batch).sample
     patched_dit.enable_gradient_checkpointing()
@@ -336,14 +382,25 @@ def test_deepcopy_of_a_patched_transformer(transformer, inputs):
     assert torch.equal(transformer(**inputs).sample, patched)
 
 
+@pytest.mark.parametrize("order", [("patch", "model"), ("model", "patch")])
+def test_deepcopy_of_both(patched_dit, order):
+    both = {"model": patched_dit, "patch": PromptPatch.attached_to(patched_dit)}
+    copied = copy.deepcopy({name: both[name] for name in order})
+    assert PromptPatch.attached_to(copied["model"]) is copied["patch"]
+    assert copied["patch"].transformer is copied["model"]
+    assert copied["patch"].detach().transformer is None
+    assert PromptPatch.attached_to(patched_dit) is both["patch"]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda patch: pickle.loads(pickle.dumps(patch))])
 @torch.no_grad()
-def test_copies_of_the_patch_alone_are_attached_to_nothing(patched_dit, batch):
+def test_copies_of_the_patch_alone_are_attached_to_nothing(patched_dit, batch, copied):
     patch = PromptPatch.attached_to(patched_dit)
     patched = patched_dit(**batch).sample
-    copied = copy.deepcopy(patch)
-    assert copied.transformer is None
+    other = copied(patch)
+    assert other.transformer is None and patch.transformer is patched_dit
     patch.detach()
-    copied.attach(patched_dit)
+    other.attach(patched_dit)
     assert torch.equal(patched_dit(**batch).sample, patched)
 
 
@@ -352,6 +409,18 @@ def test_pickling_a_patched_transformer(patched_dit, batch):
     loaded = pickle.loads(pickle.dumps(patched_dit))
     assert torch.equal(loaded(**batch).sample, patched_dit(**batch).sample)
     assert PromptPatch.attached_to(loaded).transformer is loaded
+    PromptPatch.attached_to(loaded).detach()
+
+
+@torch.no_grad()
+def test_made_in_inference_mode(batch):
+    with torch.inference_mode():
+        model = randomised(DiTModel(**TINY_CONFIG))
+        plain = model(**batch).sample
+        patch = PromptPatch.for_transformer(model).attach(model)
+    assert torch.equal(model(**batch).sample, plain)
+    patch.detach()
+    assert torch.equal(model(**batch).sample, plain)
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])
@@ -417,8 +486,12 @@ def test_dtypes(transformer, inputs, dtype):
 
 def test_autocast(patched_dit, batch):
     patch = PromptPatch.attached_to(patched_dit).train()
+    torch.manual_seed(0)
     with torch.autocast("cpu", torch.bfloat16):
         output = patched_dit(**batch)
+    torch.manual_seed(0)
+    full = patched_dit(**batch).sample
+    torch.testing.assert_close(output.sample.float(), full, atol=0.05, rtol=0.05)
     (output.sample.float().square().mean() + output.importance_loss).backward()
     assert all(parameter.grad.dtype == torch.float32 for parameter in patch.parameters())
 
@@ -496,10 +569,26 @@ def test_gates_are_not_kept_in_training(patched_dit, batch):
 
 
 @torch.no_grad()
-def test_not_more_gates_are_kept_than_a_long_run_needs(patched_dit, batch):
-    for timestep in range(300):
+def test_kept_gates_are_bounded_in_bytes(patched_dit, batch, monkeypatch):
+    monkeypatch.setattr("diffusers_dmp.patches.attachment.MAX_KEPT_BYTES", 10 * 2 * 4 * 16 * 4)  # ten of (L, B, M)
+    counted = count_gatings(PromptPatch.attached_to(patched_dit))
+    for timestep in [*range(12), 11, 2, 1]:
         patched_dit(**batch | {"timestep": torch.tensor(timestep)})
-    assert len(PromptPatch.attached_to(patched_dit)._attachment.kept_gates) == 256
+    assert len(counted) == 13  # 0 and 1 had gone, 2 to 11 were there
+
+
+@torch.no_grad()
+def test_gates_are_kept_for_what_they_were_made_of(patched_dit, batch):
+    counted = count_gatings(PromptPatch.attached_to(patched_dit))
+    plain = patched_dit(**batch).sample
+    with torch.autocast("cpu", torch.bfloat16):
+        patched_dit(**batch)
+    assert torch.equal(patched_dit(**batch).sample, plain)
+    assert len(counted) == 3  # the precision is another one
+    patched_dit.train()  # labels are dropped at random
+    patched_dit(**batch)
+    patched_dit(**batch)
+    assert len(counted) == 5
 
 
 def test_gate_weights(patched_dit):
@@ -509,10 +598,13 @@ def test_gate_weights(patched_dit):
     conditioning = patched_dit.time_label_embed(timesteps, torch.tensor([3, 3, 3]))
     expected = gates_of(conditioning, patch.gate_proj.weight, patch.gate_proj.bias, depth=2)
     torch.testing.assert_close(gates, expected.transpose(0, 1).detach(), atol=1e-5, rtol=1e-4)
+    again = patch.gate_weights(torch.tensor([500, 500, 999]), class_labels=torch.tensor([3]))
+    assert torch.equal(again, gates[[1, 1, 2]])
     # whatever the mode, and whether compiled or not
-    patched_dit.train(), patch.train(), patched_dit.compile_repeated_blocks(backend="aot_eager")
+    patched_dit.train(), patched_dit.transformer_blocks[1].eval(), patch.train()
+    patched_dit.compile_repeated_blocks(backend="aot_eager")
     assert torch.equal(patch.gate_weights(timesteps, class_labels=torch.tensor([3])), gates)
-    assert patched_dit.training and patch.training
+    assert patched_dit.training and not patched_dit.transformer_blocks[1].training and patch.training
     patch.detach()
     with pytest.raises(ValueError, match="attached to a transformer"):
         patch.gate_weights(timesteps)
@@ -556,9 +648,16 @@ def test_the_pipeline_keeps_its_patch(pipeline, tmp_path):
     loaded.prompt_patch.detach()
     plain = draw(loaded)
     assert not torch.equal(plain, images)
+    assert loaded.prompt_patch is None and loaded.components["prompt_patch"] is None
+    assert torch.equal(draw(ClassConditionalPipeline.from_pretrained(tmp_path / "patched", prompt_patch=None)), plain)
     loaded.save_pretrained(tmp_path / "plain")
     assert not (tmp_path / "plain" / "prompt_patch").exists()
     assert torch.equal(draw(DiffusionPipeline.from_pretrained(tmp_path / "plain")), plain)
+
+
+def test_a_patch_given_to_a_pipeline_is_put_into_eval_mode(tiny_dit):
+    pipeline = ClassConditionalPipeline(tiny_dit, DDIMScheduler(), prompt_patch=PromptPatch(48, 16, 2))
+    assert PromptPatch.attached_to(tiny_dit) is pipeline.prompt_patch and not pipeline.prompt_patch.training
 
 
 def test_the_pipeline_in_a_fresh_process(pipeline, tmp_path):
@@ -577,13 +676,21 @@ assert torch.equal(images, torch.load({str(tmp_path / "images.pt")!r}))
     assert result.returncode == 0, result.stderr
 
 
-def test_the_pipeline_with_its_models_offloaded(pipeline, tmp_path):
+@pytest.mark.parametrize("offload", ["models", "groups"])
+def test_the_patch_of_an_offloaded_pipeline_stays(pipeline, tmp_path, offload):
+    """Its layers are not called as such, so that nothing would bring them back."""
     images = draw(pipeline)
     pipeline.save_pretrained(tmp_path)
     loaded = DiffusionPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
-    loaded.enable_model_cpu_offload(device="cpu")
-    assert hasattr(loaded.transformer, "_hf_hook")
+    if offload == "models":
+        loaded.enable_model_cpu_offload(device="cpu")
+        assert hasattr(loaded.transformer, "_hf_hook")
+    else:
+        loaded.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+        assert hasattr(loaded.transformer.proj_out_2, "_diffusers_hook")
+    for module in loaded.prompt_patch.modules():
+        assert not hasattr(module, "_hf_hook") and not hasattr(module, "_diffusers_hook")
     torch.testing.assert_close(draw(loaded), images)
     loaded.prompt_patch.detach()
     assert (draw(loaded) - images).abs().max() > 1e-3
@@ -593,7 +700,8 @@ def test_the_pipeline_in_half_precision(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
     loaded = DiffusionPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert loaded.prompt_patch.dtype == loaded.transformer.dtype == torch.bfloat16
-    assert draw(loaded).isfinite().all()
+    loaded.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(draw(loaded).float(), draw(pipeline), atol=0.1, rtol=0)
 
 
 def test_a_foreign_pipeline_saves_the_untouched_base(tmp_path):
@@ -679,7 +787,52 @@ def test_another_transformer_can_be_taught(mixer_layout):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_a_taught_transformer_that_hands_its_input_to_its_blocks(mixer_layout):
+    """The same tensor at another timestep, as the first block's input, gets that timestep's gates."""
+    register_layout(Mixer, mixer_layout)
+    model = randomised(Mixer())
+    randomised(PromptPatch.for_transformer(model)).attach(model)
+    sample = torch.randn(2, 5, 8)
+    model(sample, torch.tensor([0.1, 0.7]))
+    output = model(sample, torch.tensor([0.9, 0.2]))[0]
+    assert torch.equal(output, model(sample.clone(), torch.tensor([0.9, 0.2]))[0])
+
+
 # Bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"blocks": "levels"}, "modules that it has, but got 'levels'"),
+        (
+            {"conditioning": Conditioning(embedder="embed", after="pos_embed")},
+            "modules that it has, but got 'pos_embed'",
+        ),
+        (
+            {"image_tokens": "hidden_states"},
+            "`image_tokens` to name arguments of Block's `forward`, temb, tokens, but",
+        ),
+        ({"depends_on": ("t",)}, "`depends_on` to name arguments of Mixer's `forward`, sample, timestep, .*'t'"),
+    ],
+)
+def test_a_layout_that_does_not_fit_leaves_the_transformer_alone(mixer_layout, change, message):
+    model = Mixer()
+    register_layout(Mixer, dataclasses.replace(mixer_layout, **change))
+    with pytest.raises(ValueError, match=message):
+        PromptPatch(8, 5, 3).attach(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_a_transformer_that_returns_neither_dataclass_nor_tuple(mixer_layout, monkeypatch):
+    register_layout(Mixer, mixer_layout)
+    forward = Mixer.forward
+    monkeypatch.setattr(Mixer, "forward", lambda self, sample, timestep: forward(self, sample, timestep)[0])
+    model = Mixer()
+    PromptPatch.for_transformer(model).attach(model)
+    with pytest.raises(ValueError, match="return a BaseOutput or a tuple, but got a Tensor"):
+        model(torch.randn(2, 5, 8), torch.tensor([0.1, 0.7]))
 
 
 def test_an_unknown_transformer(mixer_layout):

@@ -7,14 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import REPOSITORY, randomised
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from runs import TINY, launch_script, logged, train_here, weights
 from safetensors.torch import load_file
 
 from diffusers_dmp import DiTModel, PromptPatch, RemixDiTModel
 from diffusers_dmp.digits import TRAINING_IMAGES, VALIDATION_IMAGES, write_image_folder
+from diffusers_dmp.training.arguments import TrainingArguments
+from diffusers_dmp.training.data import load_images, to_tensors
+from diffusers_dmp.training.latents import EncodingArguments, encode_latents
+from diffusers_dmp.training.objective import DiffusionObjective
+from diffusers_dmp.training.trainer import make_scheduler
+from diffusers_dmp.training.validation import validation_loss
 
 SIZES = ("num_layers", "num_attention_heads", "attention_head_dim", "patch_size")
 TINY_DMP = {name: value for name, value in TINY.items() if name not in SIZES}
@@ -100,32 +107,43 @@ def test_the_validation_loss_before_is_the_bases(dmp_run, base_run, validation_d
     assert summary(tmp_path)["before"]["validation_loss"] == run["before"]["validation_loss"]
 
 
-def test_the_validation_loss_is_the_mean_over_all_images(base_run, validation_digits, train_dmp_here, tmp_path):
-    """By its definition: each image noised twice, at timesteps that divide their range evenly."""
-    train_dmp_here(
-        tmp_path, max_train_steps=1, validation_dataset=str(validation_digits), validation_repeats=2, batch_size=60
-    )
-    from diffusers_dmp.training.arguments import TrainingArguments
-    from diffusers_dmp.training.data import load_images, to_tensors
-    from diffusers_dmp.training.objective import DiffusionObjective
-    from diffusers_dmp.training.trainer import make_scheduler
-
+def test_the_validation_loss_is_the_mean_over_all_images(base_run, validation_digits):
+    """By its definition: each image noised twice, by its own noise, at timesteps that divide their range evenly."""
+    args = TrainingArguments(image_size=8, image_channels=1, validation_repeats=2)
     model = DiTModel.from_pretrained(base_run / "pipeline", subfolder="transformer")
-    scheduler = make_scheduler(TrainingArguments(), in_latents=False)
-    images = to_tensors(load_images(str(validation_digits)), 8, 1)[:]
-    generator = torch.Generator().manual_seed(0)
-    timesteps = torch.randperm(60, generator=generator) * 1000 // 60
+    scheduler = make_scheduler(args, in_latents=False)
+    objective = DiffusionObjective(scheduler, variance_type="learned_range")
+    dataset = load_images(str(validation_digits))
+    loss = validation_loss(Accelerator(cpu=True), model, objective, scheduler, dataset, args, None)
+
+    images = to_tensors(dataset, 8, 1)[:]
+    x0, labels = torch.stack(images["images"] * 2), torch.tensor(images["class_labels"] * 2)
+    timesteps = torch.randperm(60, generator=torch.Generator().manual_seed(0)) * 1000 // 60
     assert sorted(timesteps.tolist()) == [i * 1000 // 60 for i in range(60)]
-    torch.empty((), dtype=torch.int64).random_(generator=generator)  # the data loader's
-    x0 = torch.stack(images["images"] * 2)
-    noise = torch.randn(x0.shape, generator=generator)
-    labels = torch.tensor(images["class_labels"] * 2)
+    noise = [torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(1 + i)) for i in range(60)]
     with torch.no_grad():
-        output = model(scheduler.add_noise(x0, noise, timesteps), timesteps, class_labels=labels).sample
-        losses = DiffusionObjective(scheduler, variance_type="learned_range")(
-            output, x0, noise, timesteps
-        ).sample_losses
-    assert summary(tmp_path)["before"]["validation_loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+        output = model(scheduler.add_noise(x0, torch.stack(noise), timesteps), timesteps, class_labels=labels).sample
+        losses = objective(output, x0, torch.stack(noise), timesteps).sample_losses
+    assert loss == pytest.approx(losses.mean().item(), rel=1e-5)
+
+
+def test_the_validation_loss_on_encoded_latents_is_that_on_images(tmp_path, digits, validation_digits):
+    torch.manual_seed(0)
+    vae = AutoencoderKL(in_channels=1, out_channels=1, latent_channels=2, block_out_channels=(8, 8), norm_num_groups=4,
+                        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)  # fmt: skip
+    vae.save_pretrained(tmp_path / "vae")
+    arguments = {"image_size": 8, "image_channels": 1, "vae": str(tmp_path / "vae")}
+    encode_latents(
+        EncodingArguments(dataset=str(validation_digits), output_dir=str(tmp_path / "latents"), **arguments)
+    )
+    losses = []
+    for name in (validation_digits, tmp_path / "latents"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        output_dir = tmp_path / f"run{len(losses)}"
+        train_here(DiTModel, digits, output_dir, vae=str(tmp_path / "vae"), patch_size=2, max_train_steps=1,
+                   validation_dataset=str(name))  # fmt: skip
+        losses.append(summary(output_dir)["before"]["validation_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_prompts_and_gate_learn_at_their_own_rates(train_dmp_here, tmp_path):
@@ -188,15 +206,20 @@ def test_a_patch_for_a_remix_dit(digits, tmp_path, train_dmp_here):
     assert patch_weights(tmp_path / "run")["prompts"].abs().max() > 0
 
 
-def test_two_processes_follow_one(digits, base_run, tmp_path):
+def test_two_processes_follow_one(digits, validation_digits, base_run, tmp_path):
     """Without a gate, whose noise each process draws for itself."""
     for num_processes in (1, 2):
-        launch_dmp(
-            tmp_path / str(num_processes), digits, base_run, num_processes, method="prompt_tuning", ema_decay=0.0
-        )
+        launch_dmp(tmp_path / str(num_processes), digits, base_run, num_processes, method="prompt_tuning",
+                   ema_decay=0.0, validation_dataset=validation_digits)  # fmt: skip
+    for when in ("before", "after"):
+        losses = [summary(tmp_path / str(num_processes))[when]["validation_loss"] for num_processes in (1, 2)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    states = [
+        torch.load(tmp_path / "2" / "checkpoint-4" / f"random_states_{i}.pkl", weights_only=False) for i in range(2)
+    ]
+    assert not torch.equal(*(state["torch_manual_seed"] for state in states))
     one, two = (patch_weights(tmp_path / str(num_processes))["prompts"] for num_processes in (1, 2))
     torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-3)
-    assert (tmp_path / "2" / "checkpoint-4" / "random_states_1.pkl").exists()  # there was a second one
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """Checkpoints of the published implementations in.
 
 DiT: https://github.com/facebookresearch/DiT (`dit`), DTR: https://github.com/byeongjun-park/DTR (`dtr`), Remix-DiT: the
-code of https://arxiv.org/abs/2412.05628 (`remix`), DMP: https://github.com/sangminwoo/DMP (`dmp`). What the shapes of the weights tell (width, depth, patch size,
-channels, classes, learned variance, image size, bases, experts) need not be given.
+code of https://arxiv.org/abs/2412.05628 (`remix`), DMP: https://github.com/sangminwoo/DMP (`dmp`). What the shapes of the
+weights tell (width, depth, patch size, channels, classes, learned variance, image size, bases, experts, prompts) need not
+be given.
 """
 
 import argparse
@@ -170,8 +171,12 @@ def _build_dmp(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> DiTM
     depth, num_prompts, _ = weights["prompt_embeddings"].shape
     num_prompts = config.pop("num_tokens", num_prompts)
     if mode is None:
-        num_image_tokens = (model.config.sample_size // model.config.patch_size) ** 2
-        mode = "add" if num_prompts == num_image_tokens else "prepend"
+        if num_prompts == (model.config.sample_size // model.config.patch_size) ** 2:
+            raise ValueError(
+                f"Expected `config` to give the `vp_type`, 'add' or 'prepend', of {num_prompts} prompts for as many image "
+                "tokens, but got none."
+            )
+        mode = "prepend"
     patch = PromptPatch(
         hidden_size=model.config.num_attention_heads * model.config.attention_head_dim,
         num_prompts=num_prompts,

@@ -18,9 +18,9 @@ from ..caching import tensor_state
 from .layouts import layout_of
 
 if TYPE_CHECKING:
-    from .prompts import PromptPatch
+    from .prompts import PromptGates, PromptPatch
 
-MAX_KEPT_GATES = 256  # a sampling run of 250 steps, the published number, finds its gates again
+MAX_KEPT_BYTES = 64 * 2**20  # for 250 steps, the published number, of DiT-XL/2 up to a batch of 9
 
 
 class Attachment:
@@ -40,19 +40,28 @@ class Attachment:
 
     def __init__(self, patch: "PromptPatch", transformer: nn.Module):
         layout = layout_of(transformer)
-        blocks = transformer.get_submodule(layout.blocks)
+        if patch.config.mode == "prepend" and layout.time_conditioning is None:
+            name = type(transformer).__name__
+            raise ValueError(f"Expected a transformer that can take extra tokens to prepend to, but got a {name}.")
+        self.conditioning = layout.conditioning if patch.config.mode == "add" else layout.time_conditioning
+        self.argument_names = _argument_names(type(transformer))
+        blocks = _submodule(transformer, layout.blocks)
         _check_fit(patch, transformer, layout, len(blocks))
+        self.embedder = _submodule(transformer, self.conditioning.embedder)
+        observed = _submodule(transformer, self.conditioning.observed)
+        for name in layout.depends_on:
+            _check_name("depends_on", name, self.argument_names, transformer)
+        block_arguments = _argument_names(type(blocks[0]))
+        _check_name("image_tokens", layout.image_tokens, block_arguments, blocks[0])
+        self.token_position = block_arguments.index(layout.image_tokens)
         self.patch = patch
         self.transformer = transformer
         self.layout = layout
-        self.conditioning = layout.conditioning if patch.config.mode == "add" else layout.time_conditioning
-        self.argument_names = _argument_names(type(transformer))
-        self.embedder = transformer.get_submodule(self.conditioning.embedder)
-        self.token_position = _argument_names(type(blocks[0])).index(layout.image_tokens)
-        self._forget_pass()
+        self._end_pass()
+        self.checkpointed = WeakTensorKeyDictionary()  # gates by a block's input, for when the block is computed again
         self.forget()
 
-        self.frozen = [name for name, parameter in transformer.named_parameters() if parameter.requires_grad]
+        self.frozen = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
         transformer.requires_grad_(False)
         self.handles = [
             transformer.register_forward_pre_hook(self._before_transformer, with_kwargs=True),
@@ -60,10 +69,10 @@ class Attachment:
                 block.register_forward_pre_hook(partial(self._before_block, index), with_kwargs=True)
                 for index, block in enumerate(blocks[: patch.config.depth])
             ),
-            transformer.register_forward_hook(self._after_transformer),
+            # also where the pass breaks off, so that it does not seem under way
+            transformer.register_forward_hook(self._after_transformer, always_call=True),
         ]
         if patch.config.gate != "none":
-            observed = transformer.get_submodule(self.conditioning.observed)
             self.handles.append(observed.register_forward_hook(self._after_embedder))
         if patch.config.mode == "prepend":
             self.handles.append(blocks[-1].register_forward_hook(self._after_last_block))
@@ -73,27 +82,30 @@ class Attachment:
         """Leave the transformer as it was."""
         for handle in self.handles:
             handle.remove()
-        for name in self.frozen:
-            self.transformer.get_parameter(name).requires_grad_(True)
+        for parameter in self.frozen:
+            if not parameter.is_inference():  # those can never want gradients again
+                parameter.requires_grad_(True)
         torch.compiler.reset()
 
     def forget(self) -> None:
         """Drop the gates that are kept while sampling."""
-        self.kept_gates, self.kept_state, self.kept_tensors = OrderedDict(), None, None
+        self.kept_gates, self.kept_bytes = OrderedDict(), 0
+        self.kept_state = self.kept_tensors = None
 
-    def _forget_pass(self) -> None:
+    def _end_pass(self) -> None:
         self.inputs: dict[str, Any] = {}  # the arguments of the forward pass under way
-        self.gates = None  # and what its conditioning came to
-        self.checkpointed = WeakTensorKeyDictionary()  # by a block's input, for when the block is computed again
+        self.gates: PromptGates | None = None  # and what its conditioning came to
 
     def _before_transformer(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._end_pass()
         self.inputs = dict(zip(self.argument_names, args)) | kwargs
-        self.gates = None
 
     def _after_embedder(self, observed: nn.Module, args: tuple, output: Any) -> None:
         conditioning = self.conditioning.read(self.embedder, output, self.inputs)
         self._follow(conditioning)
-        if self.patch.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        # embedders in training mode drop labels at random
+        changing = self.patch.training or self.embedder.training or torch.is_grad_enabled()
+        if changing or torch.compiler.is_compiling():
             self.gates = self.patch(conditioning)
         else:
             self.gates = self._kept(conditioning)
@@ -105,8 +117,10 @@ class Attachment:
         if index == 0:
             self._follow(hidden_states)
             self._check_tokens(hidden_states)
-        gates = self._gates_for(hidden_states)
-        hidden_states = self.patch.insert(hidden_states, index, None if gates is None else gates.gates)
+        gates = None
+        if self.patch.config.gate != "none":
+            gates = self._gates_for(block, hidden_states).gates
+        hidden_states = self.patch.insert(hidden_states, index, gates)
         if by_name:
             return args, kwargs | {self.layout.image_tokens: hidden_states}
         return (*args[: self.token_position], hidden_states, *args[self.token_position + 1 :]), kwargs
@@ -115,29 +129,42 @@ class Attachment:
         return hidden_states[:, self.patch.config.num_prompts :]
 
     def _after_transformer(self, transformer: nn.Module, args: tuple, output: Any) -> Any:
-        gates, self.gates, self.inputs = self.gates, None, {}
-        if gates is None or gates.importance_loss is None:
+        gates = self.gates
+        self._end_pass()
+        if gates is None or gates.importance_loss is None or output is None:  # None where the pass broke off
             return output
         losses = {name: gates[name] for name in ("importance_loss", "load_loss") if name in gates}
-        if isinstance(output, tuple):
-            return (*output, *losses.values())
         return _joined(output, losses)
 
-    def _gates_for(self, hidden_states: torch.Tensor):
+    def _gates_for(self, block: nn.Module, hidden_states: torch.Tensor) -> "PromptGates":
         """
-        The gates of the forward pass that `hidden_states` belong to: of the one under way, or, where gradient
+        The gates of the forward pass that a block's input belongs to: of the one under way, or, where gradient
         checkpointing computes a block again in the backward pass, of the one in which the block was computed first.
         """
-        if torch.compiler.is_compiling() or not getattr(self.transformer, "gradient_checkpointing", False):
-            return self.gates
-        if hidden_states not in self.checkpointed:
+        compiled_alone = block._compiled_call_impl is not None
+        if compiled_alone:
+            looked_up = getattr(self.transformer, "gradient_checkpointing", False)
+        else:  # in a graph of the whole transformer nothing is computed again
+            looked_up = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return self._looked_up(hidden_states) if looked_up else self.gates
+
+    @torch.compiler.disable
+    def _looked_up(self, hidden_states: torch.Tensor) -> "PromptGates":
+        if self.gates is not None:
             self.checkpointed[hidden_states] = self.gates
+        elif hidden_states not in self.checkpointed:
+            raise ValueError(
+                "Expected a patched block to be called by its transformer, or again by gradient checkpointing without "
+                "`use_reentrant`, but got a call from elsewhere."
+            )
         return self.checkpointed[hidden_states]
 
-    def _kept(self, conditioning: torch.Tensor):
+    def _kept(self, conditioning: torch.Tensor) -> "PromptGates":
         """The gates, computed unless they are kept for these timesteps and labels."""
         tensors = [*self.embedder.parameters(), *self.patch.parameters()]
+        device_type = conditioning.device.type
         state = [tensor_state(tensor) for tensor in tensors]
+        state += [torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)]
         if state != self.kept_state:
             self.forget()
             self.kept_state, self.kept_tensors = state, tensors  # alive, they are the only ones with their ids
@@ -145,9 +172,13 @@ class Attachment:
         if key is None:
             return self.patch(conditioning)
         if key not in self.kept_gates:
-            self.kept_gates[key] = self.patch(conditioning), tensors
-            if len(self.kept_gates) > MAX_KEPT_GATES:
-                self.kept_gates.popitem(last=False)
+            gates = self.patch(conditioning)
+            self.kept_gates[key] = gates, tensors
+            self.kept_bytes += gates.gates.nbytes
+            while self.kept_bytes > MAX_KEPT_BYTES:
+                _, (oldest, _) = self.kept_gates.popitem(last=False)
+                self.kept_bytes -= oldest.gates.nbytes
+            return gates
         self.kept_gates.move_to_end(key)
         return self.kept_gates[key][0]
 
@@ -165,15 +196,17 @@ class Attachment:
             )
 
     def __getstate__(self) -> dict:
-        state = self.__dict__.copy()
-        for transient in ("inputs", "gates", "checkpointed", "kept_gates", "kept_state", "kept_tensors"):
-            del state[transient]
-        return state
+        lasting = ("patch", "transformer", "layout", "conditioning", "argument_names", "embedder", "token_position",
+                   "frozen", "handles")  # fmt: skip
+        return {name: getattr(self, name) for name in lasting}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._forget_pass()
+        self._end_pass()
+        self.checkpointed = WeakTensorKeyDictionary()
         self.forget()
+        # a patch is copied without its transformer, but not the other way about
+        self.patch._attachment = self
 
 
 def unwrapped(transformer: nn.Module) -> nn.Module:
@@ -187,10 +220,14 @@ def attachment_of(transformer: nn.Module) -> Attachment | None:
     return next((owner for owner in owners if isinstance(owner, Attachment)), None)
 
 
-def _joined(output: BaseOutput, losses: dict[str, torch.Tensor]) -> BaseOutput:
-    for name, loss in losses.items():
-        output[name] = loss
-    return output
+def _joined(output: "BaseOutput | tuple", losses: dict[str, torch.Tensor]) -> "BaseOutput | tuple":
+    if isinstance(output, BaseOutput):
+        for name, loss in losses.items():
+            output[name] = loss
+        return output
+    if isinstance(output, tuple):
+        return (*output, *losses.values())
+    raise ValueError(f"Expected the transformer to return a BaseOutput or a tuple, but got a {type(output).__name__}.")
 
 
 def _argument_names(cls: type[nn.Module]) -> list[str]:
@@ -200,17 +237,21 @@ def _argument_names(cls: type[nn.Module]) -> list[str]:
 def _key(inputs: list[Any]) -> tuple[tuple | None, list[torch.Tensor]]:
     """
     What stands for these inputs, without waiting for an accelerator: tensors on the CPU for their values, others for
-    themselves, and those that have to be kept alive for it. None where the first of them, the timestep, is such a one:
-    there is another at every step.
+    themselves, and those that have to be kept alive for it. None where the first of them, the timestep, is such a one (there
+    is another at every step), or for inputs of other types.
     """
     key, alive = [], []
     for position, value in enumerate(inputs):
         if isinstance(value, dict):
             parts, tensors = _key([None, *value.values()])
+            if parts is None:
+                return None, []
             key.append(parts)
             alive += tensors
-        elif not isinstance(value, torch.Tensor):
+        elif value is None or isinstance(value, (bool, int, float, str)):
             key.append(value)
+        elif not isinstance(value, torch.Tensor):
+            return None, []
         elif value.is_cpu:
             key.append((tuple(value.shape), *value.flatten().tolist()))
         elif position == 0:
@@ -221,12 +262,27 @@ def _key(inputs: list[Any]) -> tuple[tuple | None, list[torch.Tensor]]:
     return tuple(key), alive
 
 
+def _submodule(transformer: nn.Module, name: str) -> nn.Module:
+    try:
+        return transformer.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(
+            f"Expected the layout of {type(transformer).__name__} to name modules that it has, but got {name!r}."
+        ) from error
+
+
+def _check_name(what: str, name: str, valid: list[str], module: nn.Module) -> None:
+    if name not in valid:
+        raise ValueError(
+            f"Expected `{what}` to name arguments of {type(module).__name__}'s `forward`, {', '.join(valid)}, "
+            f"but got {name!r}."
+        )
+
+
 def _check_fit(patch: "PromptPatch", transformer: nn.Module, layout, num_blocks: int) -> None:
     config, name = patch.config, type(transformer).__name__
     if attachment_of(transformer) is not None:
         raise ValueError(f"Expected a {name} without a patch, but got one that has one; `detach()` that one first.")
-    if config.mode == "prepend" and layout.time_conditioning is None:
-        raise ValueError(f"Expected a transformer that can take extra tokens to prepend to, but got a {name}.")
     if config.hidden_size != layout.width(transformer):
         raise ValueError(
             f"Expected the patch's `hidden_size` to be the {layout.width(transformer)} channels of the {name}, "

@@ -85,7 +85,7 @@ class TransformerLayout:
     image_tokens: str = "hidden_states"
     conditioning: Conditioning
     time_conditioning: Conditioning | None = None
-    depends_on: tuple[str, ...] = ("timestep", "class_labels")
+    depends_on: tuple[str, ...]
     width: Callable[[nn.Module], int] = _width
     num_tokens: Callable[[nn.Module], int] = _num_tokens
 
@@ -102,6 +102,7 @@ _LAYOUTS: dict[type[nn.Module], TransformerLayout] = {
     DiTTransformer2DModel: TransformerLayout(
         conditioning=Conditioning(**_STOCK_EMBEDDER, read=_stock_embedding),
         time_conditioning=Conditioning(**_STOCK_EMBEDDER, read=_stock_time_embedding),
+        depends_on=("timestep", "class_labels"),
     ),
     PixArtTransformer2DModel: TransformerLayout(  # it has a caption instead of a label, and attends to it
         conditioning=_PIXART_TIME,
@@ -118,7 +119,9 @@ def register_layout(transformer_class: type[nn.Module], layout: TransformerLayou
     ```py
     register_layout(
         MyTransformer,
-        TransformerLayout(blocks="layers", conditioning=Conditioning(embedder="time_embed")),
+        TransformerLayout(
+            blocks="layers", conditioning=Conditioning(embedder="time_embed"), depends_on=("timestep",)
+        ),
     )
     ```
 

@@ -4,7 +4,6 @@ https://arxiv.org/abs/2405.17825
 Legend: B batch, N image tokens, M prompts, D width, L the blocks that get prompts, counted by l.
 """
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -49,15 +48,16 @@ class PromptPatch(ModelMixin, ConfigMixin):
     patch.detach()  # leaves no trace
     ```
 
-    While it is attached, the transformer's parameters want no gradients. In training mode the transformer's output holds
-    `importance_loss` and, for `topk` below 1, `load_loss` as well, for the trainer to weigh (published: 1 each). A copy of
-    the transformer has a copy of the patch attached; a copy of the patch alone is attached to nothing. What follows the
-    transformer to other devices need not be moved by hand: the patch goes where the tokens are.
+    Attaching freezes the transformer: its parameters want no gradients, unless they are told to again. While the patch
+    itself is in training mode, which `transformer.train()` does not set, its gates are noisy and the transformer's output
+    holds `importance_loss` and, for `topk` below 1, `load_loss` as well, for the trainer to weigh (published: 1 each). A
+    copy of the transformer has a copy of the patch attached; a copy of the patch alone is attached to nothing. The patch
+    need not be moved by hand: it goes where its transformer computes. A patched transformer serves one call at a time.
 
     Compiled transformers can be patched, too; attaching and detaching clear PyTorch's compilation caches, which would not
-    notice. While sampling, gates are kept by timestep and label as long as both lie on the CPU (labels
-    elsewhere: as long as they are the same tensor). Call `eval()` after changing weights through `parameter.data`, which
-    PyTorch does not count.
+    notice. While sampling, gates are kept by timestep and label as long as the timesteps lie on the CPU (and labels do, or
+    are the same tensor). Call `eval()` after changes that PyTorch does not count: of weights through `parameter.data`, or of
+    adapters of the timestep's embedder.
 
     Args:
         hidden_size (`int`): D.
@@ -157,8 +157,8 @@ class PromptPatch(ModelMixin, ConfigMixin):
         """
         if self._attachment is None:
             raise ValueError("Expected the patch to be attached to a transformer, but got one that is not.")
-        self._attachment.remove()
-        self._attachment = None
+        attachment, self._attachment = self._attachment, None
+        attachment.remove()
         return self
 
     def forward(self, conditioning: torch.Tensor) -> PromptGates:
@@ -250,21 +250,24 @@ class PromptPatch(ModelMixin, ConfigMixin):
         if self._attachment is None or self.config.gate == "none":
             raise ValueError("Expected a patch with a gate that is attached to a transformer, but got another.")
         transformer, found = self.transformer, []
-        config = transformer.config
-        blank = torch.zeros(1, config.in_channels, config.sample_size, config.sample_size)
-        blank = blank.to(transformer.device, transformer.dtype)
-        modes = {module: module.training for module in (transformer, self)}
-        for module in modes:
-            module.eval()  # which forgets the gates that are kept
+        config, device = transformer.config, transformer.device
+        if device.type == "meta":  # the weights are offloaded, and come when they are called
+            device = timesteps.device
+        blank = torch.zeros(1, config.in_channels, config.sample_size, config.sample_size).to(
+            device, transformer.dtype
+        )
+        modes = {module: module.training for module in (*transformer.modules(), self)}
         handle = self.register_forward_hook(lambda patch, conditioning, output: found.append(output.gates[:, 0]))
         try:
+            transformer.eval(), self.eval()
             with torch.compiler.set_stance("force_eager"):  # compiled code does not look at new hooks
-                for timestep in timesteps.to(transformer.device):
+                for timestep in timesteps.to(device):
+                    self._attachment.forget()  # or the patch would not be called
                     transformer(blank, timestep=timestep[None], **inputs)
         finally:
             handle.remove()
             for module, training in modes.items():
-                module.train(training)
+                module.training = training
         return torch.stack(found)
 
     def train(self, mode: bool = True) -> "PromptPatch":
@@ -273,13 +276,9 @@ class PromptPatch(ModelMixin, ConfigMixin):
             self._attachment.forget()
         return super().train(mode)
 
-    def __deepcopy__(self, memo: dict) -> "PromptPatch":
-        # a copy stays attached if the transformer is being copied along with it
-        attached = self._attachment is not None and id(self.transformer) in memo
-        copied = memo[id(self)] = type(self).__new__(type(self))
-        state = self.__dict__ if attached else self.__dict__ | {"_attachment": None}
-        copied.__dict__.update(copy.deepcopy(state, memo))
-        return copied
+    def __getstate__(self) -> dict:
+        # copied or pickled alone, a patch is attached to nothing; with its transformer, [`Attachment`] sees to it
+        return self.__dict__ | {"_attachment": None}
 
 
 def _num_kept(config) -> int:

@@ -68,8 +68,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         scheduler ([`SchedulerMixin`]): Any of Diffusers'. With a learned variance the DDPM ones use it, the others
             leave it.
         vae ([`AutoencoderKL`], *optional*): For a denoiser of latents.
-        prompt_patch ([`PromptPatch`], *optional*): Attached to the transformer, unless it is already. What is attached
-            when the pipeline is saved, is saved with it.
+        prompt_patch ([`PromptPatch`], *optional*): Attached to the transformer, in eval mode, unless it is already. The
+            pipeline's `prompt_patch` is whatever the transformer has, which is saved with the pipeline.
         id2label (`dict[str, str]`, *optional*): The names of the classes by index (a string, as JSON will have it).
     """
 
@@ -87,8 +87,6 @@ class ClassConditionalPipeline(DiffusionPipeline):
         prompt_patch: PromptPatch | None = None,
     ):
         super().__init__()
-        if prompt_patch is not None and PromptPatch.attached_to(transformer) is not prompt_patch:
-            prompt_patch.attach(transformer)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, prompt_patch=prompt_patch)
         self.register_to_config(id2label=id2label and {str(index): name for index, name in id2label.items()})
         self.vae_scale_factor = vae_downsampling(vae)
@@ -114,8 +112,23 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     def save_pretrained(self, save_directory: "str | os.PathLike", **kwargs) -> None:
         """See [`DiffusionPipeline.save_pretrained`]."""
-        self.register_modules(prompt_patch=PromptPatch.attached_to(self.transformer))
+        self.register_modules(prompt_patch=self.prompt_patch)
         super().save_pretrained(save_directory, **kwargs)
+
+    def enable_group_offload(self, *args, exclude_modules: "str | list[str] | None" = None, **kwargs) -> None:
+        """See [`DiffusionPipeline.enable_group_offload`]. A patch is small, and its transformer calls it: it stays."""
+        exclude_modules = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
+        super().enable_group_offload(*args, exclude_modules=[*exclude_modules, "prompt_patch"], **kwargs)
+
+    @property
+    def prompt_patch(self) -> PromptPatch | None:
+        """The patch that the transformer has."""
+        return PromptPatch.attached_to(self.transformer)
+
+    @prompt_patch.setter
+    def prompt_patch(self, patch: PromptPatch | None) -> None:
+        if patch is not None and patch is not self.prompt_patch:
+            patch.attach(self.transformer).eval()
 
     @property
     def num_classes(self) -> int | None:

@@ -51,6 +51,7 @@ class TrainingArguments(DataArguments):
     validation_dataset: str | None = option(
         None, "Images to report the loss on before and after, as `dataset` has them."
     )
+    validation_split: str = option("train", "Which split of it.")
     validation_repeats: int = option(1, "How often each of them is noised, anew, for it.")
     output_dir: str = option("outputs/model", "Where checkpoints, samples and, at the end, `pipeline/` are written.")
     seed: int = option(0, "Of everything random.")

@@ -83,28 +83,23 @@ def load_training_data(accelerator: Accelerator, args: TrainingArguments) -> Tra
     vae = None
     if args.vae is not None:
         vae = AutoencoderKL.from_pretrained(args.vae).requires_grad_(False).eval()
-    loaded = {}
+    validation = None
     with accelerator.main_process_first():  # the others then find its cache
-        for name in ("dataset", "validation_dataset"):
-            source = getattr(args, name)
-            loaded[name] = source and load_images(source, args.image_column, args.dataset_split)
-    names = {name: dataset and class_names(dataset, args.label_column) for name, dataset in loaded.items()}
-    if args.validation_dataset and names["validation_dataset"] != names["dataset"]:
-        raise ValueError(
-            f"Expected `validation_dataset` to have the classes {names['dataset']}, but got {names['validation_dataset']}."
-        )
-    config = data_config(args, names["dataset"], vae)
+        dataset = load_images(args.dataset, args.image_column, args.dataset_split)
+        if args.validation_dataset is not None:
+            validation = load_images(args.validation_dataset, args.image_column, args.validation_split)
+    label_names = class_names(dataset, args.label_column)
+    config = data_config(args, label_names, vae)
     latent_shape = (config["in_channels"], config["sample_size"], config["sample_size"])
-    for name, dataset in loaded.items():
-        if dataset is not None:
-            check_latents(dataset, getattr(args, name), vae, latent_shape)
-    return TrainingData(
-        dataset=loaded["dataset"],
-        validation=loaded["validation_dataset"],
-        label_names=names["dataset"],
-        vae=vae,
-        config=config,
-    )
+    check_latents(dataset, args.dataset, vae, latent_shape)
+    if validation is not None:
+        check_latents(validation, args.validation_dataset, vae, latent_shape)
+        validation_names = class_names(validation, args.label_column)
+        if validation_names != label_names:
+            raise ValueError(
+                f"Expected `validation_dataset` to have the classes {label_names}, but got {validation_names}."
+            )
+    return TrainingData(dataset=dataset, validation=validation, label_names=label_names, vae=vae, config=config)
 
 
 def data_config(args: TrainingArguments, label_names: list[str] | None, vae: AutoencoderKL | None) -> dict[str, Any]:

@@ -17,11 +17,12 @@ class PatchedTransformer(nn.Module):
     def __init__(self, patch: PromptPatch):
         super().__init__()
         self.patch = patch
+        self._transformer = (patch.transformer,)  # in a tuple it is no submodule
 
     @property
     def transformer(self) -> nn.Module:
         """What the patch is attached to."""
-        return self.patch.transformer
+        return self._transformer[0]
 
     @property
     def config(self):

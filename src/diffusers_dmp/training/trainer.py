@@ -16,7 +16,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, LoggerType, ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, LoggerType, ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
@@ -139,12 +139,13 @@ def train(
         description = recipe.describe(plain_model)
         if validation is not None:
             description["validation_loss"] = validation_loss(
-                plain_model, plain_objective, scheduler, validation, args, vae, accelerator.device
+                accelerator, plain_model, plain_objective, scheduler, validation, args, vae
             )
         return description
 
     # 3. Where to begin
-    before = describe() if accelerator.is_main_process else {}
+    before = describe()
+    set_seed(args.seed, device_specific=True)  # of the model's own noise
     first_step = resume(accelerator, args)
     if ema is not None:
         ema.to(accelerator.device)
@@ -199,10 +200,11 @@ def train(
 
     # 5. Save
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        with averaged_weights(accelerator.unwrap_model(model), ema):
+    with averaged_weights(accelerator.unwrap_model(model), ema):
+        if accelerator.is_main_process:
             finished_pipeline().save_pretrained(os.path.join(args.output_dir, "pipeline"))
-            after = describe()
+        after = describe()
+    if accelerator.is_main_process:
         summary = {"steps": args.max_train_steps - first_step, "train_seconds": round(train_seconds, 1)}
         if expert_counts is not None:
             summary["samples_per_expert"] = expert_counts.samples

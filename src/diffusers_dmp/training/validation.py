@@ -1,62 +1,87 @@
-"""The loss on held-out images: the same images, timesteps and noise whenever it is asked for, so that models compare."""
+"""The loss on held-out images: the same timesteps and noise for each of them whenever it is asked for, so that any two
+models compare.
+"""
 
 import datasets
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import nn
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from .arguments import TrainingArguments
 from .data import to_tensors
 from .loop import StepRandomness, clean_samples
 from .objective import DiffusionObjective
 
+VALIDATION_SEED = 0  # not the training's, so that trainings of several seeds compare
+VALIDATION_BATCH_SIZE = 64
+
 
 @torch.no_grad()
 def validation_loss(
+    accelerator: Accelerator,
     model: nn.Module,
     objective: DiffusionObjective,
     scheduler,
     dataset: datasets.Dataset,
     args: TrainingArguments,
     vae: AutoencoderKL | None,
-    device: torch.device,
 ) -> float:
     """
     The mean of `sample_losses` over every image `args.validation_repeats` times, in eval mode, at timesteps that cover all
-    of them evenly.
+    of them evenly. Each process takes its share; what comes out is the same for any number of them, up to rounding.
 
     Args:
-        model, objective: On `device`.
+        accelerator (`Accelerator`): Of all processes, each of which has to call.
+        model, objective: On the accelerator's device.
         scheduler: Adds the noise.
         dataset (`datasets.Dataset`): As [`load_images`] returns it.
-        args ([`TrainingArguments`]): For the size, batch size, columns and seed.
+        args ([`TrainingArguments`]): For size, columns and workers.
         vae ([`AutoencoderKL`], *optional*): To validate on its latents.
     """
     items = to_tensors(dataset, args.image_size, args.image_channels, args.image_column, args.label_column)
-    generator = torch.Generator().manual_seed(args.seed)
     num_samples = len(dataset) * args.validation_repeats
-    order = torch.randperm(num_samples, generator=generator)
+    order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(VALIDATION_SEED))
     timesteps = order * args.num_train_timesteps // num_samples
+    own = range(accelerator.process_index, num_samples, accelerator.num_processes)
+    loader = DataLoader(
+        Subset(ConcatDataset([items] * args.validation_repeats), own),
+        VALIDATION_BATCH_SIZE,
+        num_workers=args.dataloader_num_workers,
+        generator=torch.Generator(),  # its base seed would be drawn from the global random state
+    )
+    shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
 
     was_training = model.training
     model.eval()
-    losses = []
-    loader = DataLoader(ConcatDataset([items] * args.validation_repeats), args.batch_size, generator=generator)
-    for batch, t in zip(loader, timesteps.split(args.batch_size)):
-        batch = {name: value.to(device) for name, value in batch.items()}
-        shape = (len(t), model.config.in_channels, model.config.sample_size, model.config.sample_size)
-        noise, latent_noise = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
-        randomness = StepRandomness(
-            timesteps=t.to(device),
-            noise=noise,
-            latent_noise=latent_noise,
-            drop_ids=torch.zeros(len(t), dtype=torch.bool, device=device),
-            flips=torch.zeros(len(t), dtype=torch.bool, device=device),
-        )
+    total = torch.zeros((), device=accelerator.device)
+    for number, batch in enumerate(loader):
+        batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+        samples = list(own[number * VALIDATION_BATCH_SIZE :][:VALIDATION_BATCH_SIZE])
+        randomness = sample_randomness(samples, timesteps, shape, accelerator.device)
         x0 = clean_samples(batch, randomness, vae)
-        x_t = scheduler.add_noise(x0, noise, randomness.timesteps)
-        model_output = model(x_t, t, class_labels=batch.get("class_labels")).sample
-        losses.append(objective(model_output, x0, noise, randomness.timesteps).sample_losses)
+        x_t = scheduler.add_noise(x0, randomness.noise, randomness.timesteps)
+        # a Remix-DiT looks at the timesteps, for which an accelerator would have to be waited
+        model_output = model(x_t, timesteps[samples], class_labels=batch.get("class_labels")).sample
+        total += objective(model_output, x0, randomness.noise, randomness.timesteps).sample_losses.sum()
     model.train(was_training)
-    return torch.cat(losses).mean().item()
+    return accelerator.reduce(total, "sum").item() / num_samples
+
+
+def sample_randomness(
+    samples: list[int], timesteps: torch.LongTensor, shape: tuple[int, int, int], device: torch.device
+) -> StepRandomness:
+    """What is random of some samples, decided by their indices alone; nothing is mirrored, no label dropped."""
+    generators = [torch.Generator().manual_seed(VALIDATION_SEED + 1 + sample) for sample in samples]
+    noise, latent_noise = (
+        torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device) for _ in range(2)
+    )
+    nothing = torch.zeros(len(samples), dtype=torch.bool, device=device)
+    return StepRandomness(
+        timesteps=timesteps[samples].to(device),
+        noise=noise,
+        latent_noise=latent_noise,
+        drop_ids=nothing,
+        flips=nothing,
+    )
