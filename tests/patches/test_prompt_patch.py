@@ -334,6 +334,12 @@ def test_checkpointing_that_hands_blocks_other_tensors_is_refused(patched_dit, b
         output.sum().backward()
 
 
+def test_a_block_called_from_elsewhere_is_refused(patched_dit):
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with context, pytest.raises(ValueError, match="patched block to be called by its transformer"):
+            patched_dit.transformer_blocks[0](torch.randn(1, 16, 48), torch.randn(1, 48))
+
+
 def test_checkpointing_by_others(patched_dit, batch):
     """Whatever calls a block again with the very tensor, as PyTorch's own wrapper does for FSDP."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -570,7 +576,7 @@ def test_gates_are_not_kept_in_training(patched_dit, batch):
 
 @torch.no_grad()
 def test_kept_gates_are_bounded_in_bytes(patched_dit, batch, monkeypatch):
-    monkeypatch.setattr("diffusers_dmp.patches.attachment.MAX_KEPT_BYTES", 10 * 2 * 4 * 16 * 4)  # ten of (L, B, M)
+    monkeypatch.setattr("diffusers_dmp.patches.kept_gates.MAX_KEPT_BYTES", 10 * 2 * 4 * 16 * 4)  # ten of (L, B, M)
     counted = count_gatings(PromptPatch.attached_to(patched_dit))
     for timestep in [*range(12), 11, 2, 1]:
         patched_dit(**batch | {"timestep": torch.tensor(timestep)})

@@ -4,7 +4,6 @@ Legend: B batch, N image tokens, M prompts, D width.
 """
 
 import inspect
-from collections import OrderedDict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +13,11 @@ from diffusers.utils.torch_utils import is_compiled_module
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..caching import tensor_state
+from .kept_gates import KeptGates
 from .layouts import layout_of
 
 if TYPE_CHECKING:
     from .prompts import PromptGates, PromptPatch
-
-MAX_KEPT_BYTES = 64 * 2**20  # for 250 steps, the published number, of DiT-XL/2 up to a batch of 9
 
 
 class Attachment:
@@ -59,7 +56,7 @@ class Attachment:
         self.layout = layout
         self._end_pass()
         self.checkpointed = WeakTensorKeyDictionary()  # gates by a block's input, for when the block is computed again
-        self.forget()
+        self.kept = KeptGates()
 
         self.frozen = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
         transformer.requires_grad_(False)
@@ -87,11 +84,6 @@ class Attachment:
                 parameter.requires_grad_(True)
         torch.compiler.reset()
 
-    def forget(self) -> None:
-        """Drop the gates that are kept while sampling."""
-        self.kept_gates, self.kept_bytes = OrderedDict(), 0
-        self.kept_state = self.kept_tensors = None
-
     def _end_pass(self) -> None:
         self.inputs: dict[str, Any] = {}  # the arguments of the forward pass under way
         self.gates: PromptGates | None = None  # and what its conditioning came to
@@ -108,7 +100,12 @@ class Attachment:
         if changing or torch.compiler.is_compiling():
             self.gates = self.patch(conditioning)
         else:
-            self.gates = self._kept(conditioning)
+            self.gates = self.kept(
+                [self.inputs.get(name) for name in self.layout.depends_on],
+                [*self.embedder.parameters(), *self.patch.parameters()],
+                conditioning.device.type,
+                partial(self.patch, conditioning),
+            )
 
     def _before_block(self, index: int, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Prompts of block `index` into the image tokens, which come by position or by name."""
@@ -117,9 +114,7 @@ class Attachment:
         if index == 0:
             self._follow(hidden_states)
             self._check_tokens(hidden_states)
-        gates = None
-        if self.patch.config.gate != "none":
-            gates = self._gates_for(block, hidden_states).gates
+        gates = None if self.patch.config.gate == "none" else self._gates_for(block, hidden_states).gates
         hidden_states = self.patch.insert(hidden_states, index, gates)
         if by_name:
             return args, kwargs | {self.layout.image_tokens: hidden_states}
@@ -146,41 +141,19 @@ class Attachment:
             looked_up = getattr(self.transformer, "gradient_checkpointing", False)
         else:  # in a graph of the whole transformer nothing is computed again
             looked_up = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        return self._looked_up(hidden_states) if looked_up else self.gates
-
-    @torch.compiler.disable
-    def _looked_up(self, hidden_states: torch.Tensor) -> "PromptGates":
-        if self.gates is not None:
-            self.checkpointed[hidden_states] = self.gates
-        elif hidden_states not in self.checkpointed:
+        gates = self._looked_up(hidden_states) if looked_up else self.gates
+        if gates is None:
             raise ValueError(
                 "Expected a patched block to be called by its transformer, or again by gradient checkpointing without "
                 "`use_reentrant`, but got a call from elsewhere."
             )
-        return self.checkpointed[hidden_states]
+        return gates
 
-    def _kept(self, conditioning: torch.Tensor) -> "PromptGates":
-        """The gates, computed unless they are kept for these timesteps and labels."""
-        tensors = [*self.embedder.parameters(), *self.patch.parameters()]
-        device_type = conditioning.device.type
-        state = [tensor_state(tensor) for tensor in tensors]
-        state += [torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)]
-        if state != self.kept_state:
-            self.forget()
-            self.kept_state, self.kept_tensors = state, tensors  # alive, they are the only ones with their ids
-        key, tensors = _key([self.inputs.get(name) for name in self.layout.depends_on])
-        if key is None:
-            return self.patch(conditioning)
-        if key not in self.kept_gates:
-            gates = self.patch(conditioning)
-            self.kept_gates[key] = gates, tensors
-            self.kept_bytes += gates.gates.nbytes
-            while self.kept_bytes > MAX_KEPT_BYTES:
-                _, (oldest, _) = self.kept_gates.popitem(last=False)
-                self.kept_bytes -= oldest.gates.nbytes
-            return gates
-        self.kept_gates.move_to_end(key)
-        return self.kept_gates[key][0]
+    @torch.compiler.disable
+    def _looked_up(self, hidden_states: torch.Tensor) -> "PromptGates | None":
+        if self.gates is not None:
+            self.checkpointed[hidden_states] = self.gates
+        return self.checkpointed.get(hidden_states)
 
     def _follow(self, tensor: torch.Tensor) -> None:
         """A patch is where its transformer computes, which offloading and `to()` move without knowing of the patch."""
@@ -204,7 +177,7 @@ class Attachment:
         self.__dict__.update(state)
         self._end_pass()
         self.checkpointed = WeakTensorKeyDictionary()
-        self.forget()
+        self.kept = KeptGates()
         # a patch is copied without its transformer, but not the other way about
         self.patch._attachment = self
 
@@ -232,34 +205,6 @@ def _joined(output: "BaseOutput | tuple", losses: dict[str, torch.Tensor]) -> "B
 
 def _argument_names(cls: type[nn.Module]) -> list[str]:
     return list(inspect.signature(cls.forward).parameters)[1:]  # without self
-
-
-def _key(inputs: list[Any]) -> tuple[tuple | None, list[torch.Tensor]]:
-    """
-    What stands for these inputs, without waiting for an accelerator: tensors on the CPU for their values, others for
-    themselves, and those that have to be kept alive for it. None where the first of them, the timestep, is such a one (there
-    is another at every step), or for inputs of other types.
-    """
-    key, alive = [], []
-    for position, value in enumerate(inputs):
-        if isinstance(value, dict):
-            parts, tensors = _key([None, *value.values()])
-            if parts is None:
-                return None, []
-            key.append(parts)
-            alive += tensors
-        elif value is None or isinstance(value, (bool, int, float, str)):
-            key.append(value)
-        elif not isinstance(value, torch.Tensor):
-            return None, []
-        elif value.is_cpu:
-            key.append((tuple(value.shape), *value.flatten().tolist()))
-        elif position == 0:
-            return None, []
-        else:
-            key.append(tensor_state(value))
-            alive.append(value)
-    return tuple(key), alive
 
 
 def _submodule(transformer: nn.Module, name: str) -> nn.Module:

@@ -262,7 +262,7 @@ class PromptPatch(ModelMixin, ConfigMixin):
             transformer.eval(), self.eval()
             with torch.compiler.set_stance("force_eager"):  # compiled code does not look at new hooks
                 for timestep in timesteps.to(device):
-                    self._attachment.forget()  # or the patch would not be called
+                    self._attachment.kept.forget()  # or the patch would not be called
                     transformer(blank, timestep=timestep[None], **inputs)
         finally:
             handle.remove()
@@ -273,7 +273,7 @@ class PromptPatch(ModelMixin, ConfigMixin):
     def train(self, mode: bool = True) -> "PromptPatch":
         # between the modes, averaged weights come and go through `.data`, where PyTorch does not count
         if self._attachment is not None:
-            self._attachment.forget()
+            self._attachment.kept.forget()
         return super().train(mode)
 
     def __getstate__(self) -> dict:
