@@ -5,7 +5,7 @@ Importing this package registers its classes, so that `DiffusionPipeline.from_pr
 
 from .conversion import convert_checkpoint, load_original_state_dict, to_diffusers_experts
 from .intervals import NoiseIntervals
-from .models import DiTModel, DTRTransformer2DModel, RemixDiTModel
+from .models import DiTModel, DTRTransformer2DModel, PatchedUNet2DModel, RemixDiTModel
 from .patches import Conditioning, PromptPatch, TransformerLayout, register_layout
 from .pipelines import ClassConditionalPipeline, respaced_timesteps
 from .registration import register
@@ -17,6 +17,7 @@ __all__ = [
     "DTRTransformer2DModel",
     "DiTModel",
     "NoiseIntervals",
+    "PatchedUNet2DModel",
     "PromptPatch",
     "RemixDiTModel",
     "TransformerLayout",
@@ -27,4 +28,4 @@ __all__ = [
     "to_diffusers_experts",
 ]
 
-register(DiTModel, DTRTransformer2DModel, RemixDiTModel, PromptPatch, ClassConditionalPipeline)
+register(DiTModel, DTRTransformer2DModel, RemixDiTModel, PatchedUNet2DModel, PromptPatch, ClassConditionalPipeline)

@@ -20,6 +20,7 @@ from ..models.dtr_transformer_2d import DTRTransformer2DModel
 from ..models.loading import check_weights
 from ..models.remix_dit import RemixDiTModel
 from ..patches import PromptPatch
+from .patch_diffusion import build_patched_unet, load_patched_unet
 
 _RENAMED = (  # original → ours
     ("x_embedder.", "pos_embed."),
@@ -76,7 +77,13 @@ def convert_checkpoint(
         ValueError: if `system` or an argument in `config` is unknown, `num_heads` is needed, or a weight is missing,
             unknown or of another shape than `config` says (the first such key is named).
     """
-    builders = {"dit": _build_dit, "dtr": _build_dtr, "remix": _build_remix, "dmp": _build_dmp}
+    builders = {
+        "dit": _build_dit,
+        "dtr": _build_dtr,
+        "remix": _build_remix,
+        "dmp": _build_dmp,
+        "patch_diffusion": build_patched_unet,
+    }
     if system not in builders:
         raise ValueError(f"Expected `system` to be one of {', '.join(builders)}, but got {system!r}.")
     config = dict(config or {})
@@ -86,7 +93,8 @@ def convert_checkpoint(
         raise ValueError(
             f"Expected `config` to hold arguments of the original {system!r} model, but got {list(config)}."
         )
-    _load(model, weights)
+    load = load_patched_unet if system == "patch_diffusion" else _load_dit
+    load(model, weights)
     return model.eval()
 
 
@@ -249,7 +257,7 @@ def _dit_config(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> dic
     }
 
 
-def _load(model: DiTModel, weights: dict[str, torch.Tensor]) -> None:
+def _load_dit(model: DiTModel, weights: dict[str, torch.Tensor]) -> None:
     renamed = {_rename(key, _RENAMED): tensor for key, tensor in weights.items()}
     original_names = dict(zip(renamed, weights))
     to_original = [(part, original_part) for original_part, part in reversed(_RENAMED)]

@@ -1,5 +1,14 @@
 from .dit import DIT_PRESETS, DiTModel
 from .dtr_transformer_2d import DTRTransformer2DModel, TaskRouting
+from .patched_unet_2d import PatchedUNet2DModel
 from .remix_dit import REMIX_DIT_PRESETS, RemixDiTModel
 
-__all__ = ["DIT_PRESETS", "REMIX_DIT_PRESETS", "DTRTransformer2DModel", "DiTModel", "RemixDiTModel", "TaskRouting"]
+__all__ = [
+    "DIT_PRESETS",
+    "REMIX_DIT_PRESETS",
+    "DTRTransformer2DModel",
+    "DiTModel",
+    "PatchedUNet2DModel",
+    "RemixDiTModel",
+    "TaskRouting",
+]

@@ -235,7 +235,8 @@ class DiTModel(ModelMixin, ConfigMixin, AttentionMixin):
         self._check_input(hidden_states)
         timestep = self._check_timestep(timestep, len(hidden_states))
         timestep = timestep.to(hidden_states.device, non_blocking=True)
-        class_labels = self._check_labels(class_labels, hidden_states)
+        num_rows = self.time_label_embed.class_embedder.num_embeddings
+        class_labels = checked_labels(class_labels, self.config.num_classes, num_rows, hidden_states)
         block_inputs = self.block_inputs(timestep, self.pos_embed.proj.weight.dtype)
         sample = self._denoise(hidden_states, timestep, class_labels, force_drop_ids, block_inputs)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
@@ -292,19 +293,32 @@ class DiTModel(ModelMixin, ConfigMixin, AttentionMixin):
                 f"{self.config.patch_size}, but got {height} x {width}."
             )
 
-    def _check_labels(self, class_labels: torch.LongTensor | None, hidden_states: torch.Tensor) -> torch.LongTensor:
-        num_rows = self.time_label_embed.class_embedder.num_embeddings
-        if class_labels is None:
-            if num_rows == self.config.num_classes > 1:
-                raise ValueError(
-                    f"Expected `class_labels` for a model of {num_rows} classes and no null class, but got None."
-                )
-            # the last row is the null class, or the only one
-            return torch.full((len(hidden_states),), num_rows - 1, device=hidden_states.device)
-        readable = class_labels.is_cpu and not torch.compiler.is_compiling()  # elsewhere a look would stall the device
-        if readable and (class_labels.min() < 0 or class_labels.max() >= num_rows):
-            raise ValueError(f"Expected `class_labels` to be in [0, {num_rows}), but got {class_labels.tolist()}.")
-        return class_labels.to(hidden_states.device, non_blocking=True)
+
+def checked_labels(
+    class_labels: torch.LongTensor | None, num_classes: int, num_rows: int, sample: torch.Tensor
+) -> torch.LongTensor:
+    """
+    Labels (B,) on the sample's device: the null class, or the only one, where none are given.
+
+    Args:
+        num_classes (`int`): Without the null class.
+        num_rows (`int`): Of the table of labels, one more with a null class.
+        sample (`torch.Tensor` of shape (B, …)): What they are the labels of.
+
+    Raises:
+        ValueError: if a label is out of range (on the CPU), or missing for a model without a null class.
+    """
+    if class_labels is None:
+        if num_rows == num_classes > 1:
+            raise ValueError(
+                f"Expected `class_labels` for a model of {num_rows} classes and no null class, but got None."
+            )
+        # the last row is the null class, or the only one
+        return torch.full((len(sample),), num_rows - 1, device=sample.device)
+    readable = class_labels.is_cpu and not torch.compiler.is_compiling()  # elsewhere a look would stall the device
+    if readable and (class_labels.min() < 0 or class_labels.max() >= num_rows):
+        raise ValueError(f"Expected `class_labels` to be in [0, {num_rows}), but got {class_labels.tolist()}.")
+    return class_labels.to(sample.device, non_blocking=True)
 
 
 def shared_or_per_sample(timestep: torch.Tensor) -> torch.Tensor:

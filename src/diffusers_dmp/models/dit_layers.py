@@ -121,10 +121,17 @@ class TimestepLabelEmbedding(nn.Module):
         Returns:
             `torch.Tensor` of shape (B, D).
         """
-        if force_drop_ids is None and self.training and self.class_dropout_prob > 0:
-            force_drop_ids = torch.rand(class_labels.shape, device=class_labels.device) < self.class_dropout_prob
-        if force_drop_ids is not None:
-            class_labels = class_labels.masked_fill(force_drop_ids, self.num_classes)
+        drop_prob = self.class_dropout_prob if self.training else 0.0
+        class_labels = drop_labels(class_labels, self.num_classes, drop_prob, force_drop_ids)
         label_embedding = self.class_embedder(class_labels)  # (B, D)
         time_features = self.time_proj(timestep).to(label_embedding.dtype)  # (B or 1, 256)
         return self.timestep_embedder(time_features) + label_embedding
+
+
+def drop_labels(
+    class_labels: torch.LongTensor, null_class: int, drop_prob: float, force_drop_ids: torch.BoolTensor | None
+) -> torch.LongTensor:
+    """Labels (B,), the null class where `force_drop_ids` says so, or, without it, at random."""
+    if force_drop_ids is None and drop_prob > 0:
+        force_drop_ids = torch.rand(class_labels.shape, device=class_labels.device) < drop_prob
+    return class_labels if force_drop_ids is None else class_labels.masked_fill(force_drop_ids, null_class)

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..caching import tensor_state
 from ..intervals import NoiseIntervals
-from .dit import DIT_PRESETS, DiTModel
+from .dit import DIT_PRESETS, DiTModel, checked_labels
 from .loading import check_weights, in_dtype
 from .remix_layers import BasisLinear, RemixBlock, mix
 
@@ -234,7 +234,8 @@ class RemixDiTModel(DiTModel):
         """
         self._check_input(hidden_states)
         timestep = self._check_timestep(timestep, len(hidden_states))
-        class_labels = self._check_labels(class_labels, hidden_states)
+        num_rows = self.time_label_embed.class_embedder.num_embeddings
+        class_labels = checked_labels(class_labels, self.config.num_classes, num_rows, hidden_states)
         order, block_inputs = self._experts_at_work(timestep, hidden_states, expert)
         timestep = timestep.to(hidden_states.device, non_blocking=True)
         if order is None:

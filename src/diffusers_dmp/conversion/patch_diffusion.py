@@ -1,0 +1,162 @@
+"""Patch Diffusion's checkpoints in (https://github.com/ericl122333/PatchDiffusion-Pytorch)."""
+
+import math
+from typing import Any
+
+import torch
+
+from ..models.loading import check_weights
+from ..models.patched_unet_2d import PatchedUNet2DModel
+
+_RES_BLOCK = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers": "time_emb_proj",
+    "out_layers.2": "conv2",
+    "classemb_proj": "class_gate_proj",
+    "skip_connection": "conv_shortcut",
+}
+_ATTENTION = {"norm": "group_norm", "proj_out": "to_out.0"}  # and qkv, which is one matrix there
+_TOP = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_embs": "class_embedding",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "norm_out",
+    "out.2": "conv_out",
+    "variance_output_t_emb": "variance_time_proj",
+    "variance_output_model.0": "variance_out.0",
+    "variance_output_model.2": "variance_out.2",
+}
+
+
+def module_names(model: PatchedUNet2DModel) -> dict[str, str]:
+    """From our modules' names to the original's."""
+    names = {ours: original for original, ours in _TOP.items()}
+
+    def add_layer(ours: str, original_resnet: str, original_attention: str | None) -> None:
+        names.update({f"{ours}.resnet.{name}": f"{original_resnet}.{part}" for part, name in _RES_BLOCK.items()})
+        if original_attention is not None:
+            names.update({f"{ours}.attn.{name}": f"{original_attention}.{part}" for part, name in _ATTENTION.items()})
+            names.update({f"{ours}.attn.to_{part}": f"{original_attention}.qkv" for part in "qkv"})
+
+    index = 1
+    for level, layers in enumerate(model.down_layers):
+        for number, layer in enumerate(layers):
+            attention = None if layer.attn is None else f"input_blocks.{index}.1"
+            add_layer(f"down_layers.{level}.{number}", f"input_blocks.{index}.0", attention)
+            index += 1
+        if level < len(model.downsamplers):
+            names[f"downsamplers.{level}.conv"] = f"input_blocks.{index}.0.op"
+            index += 1
+    add_layer("mid_layers.0", "middle_block.0", "middle_block.1")
+    add_layer("mid_layers.1", "middle_block.2", None)
+    index = 0
+    for level, layers in enumerate(model.up_layers):
+        for number, layer in enumerate(layers):
+            attention = None if layer.attn is None else f"output_blocks.{index}.1"
+            add_layer(f"up_layers.{level}.{number}", f"output_blocks.{index}.0", attention)
+            index += 1
+        if level < len(model.upsamplers):
+            names[f"upsamplers.{level}.conv"] = f"output_blocks.{index - 1}.{1 + (layers[-1].attn is not None)}.conv"
+    return names
+
+
+def build_patched_unet(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> PatchedUNet2DModel:
+    """The model that the shapes of the weights, and what `config` (whose entries are consumed) adds to them, describe."""
+    for key, ndim in {"input_blocks.0.0.weight": 4, "time_embed.0.weight": 2}.items():
+        shape = tuple(weights[key].shape) if key in weights else None
+        if shape is None or len(shape) != ndim:
+            raise ValueError(f"Expected {key!r} in `state_dict` to have {ndim} dimensions, but got the shape {shape}.")
+    for name, supported in {
+        "use_scale_shift_norm": True,
+        "resblock_updown": False,
+        "conv_resample": True,
+        "dims": 2,
+    }.items():
+        if config.pop(name, supported) != supported:
+            raise ValueError(f"Expected `{name}` to be {supported}, as in every published model.")
+
+    head_dim = config.pop("num_head_channels", 64)
+    if not config.pop("use_new_attention_order", True):
+        for key in weights:
+            if ".qkv." in key:  # (heads · 3 · d, …) → (3 · heads · d, …)
+                weights[key] = weights[key].unflatten(0, (-1, 3, head_dim)).transpose(0, 1).flatten(0, 2)
+
+    widths, attention_levels, num_layers = [], set(), 0
+    num_blocks = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("input_blocks."))
+    for index in range(1, num_blocks):
+        if f"input_blocks.{index}.0.op.weight" in weights:
+            continue
+        width = len(weights[f"input_blocks.{index}.0.out_layers.2.weight"])
+        if index == 1 or f"input_blocks.{index - 1}.0.op.weight" in weights:
+            widths.append(width)
+        num_layers += len(widths) == 1
+        if f"input_blocks.{index}.1.qkv.weight" in weights:
+            attention_levels.add(len(widths) - 1)
+    model_channels = config.pop("model_channels", weights["time_embed.0.weight"].shape[1])
+    in_channels = config.pop("in_channels", 3)
+    patch_size = config.pop("patch_size", math.isqrt(weights["input_blocks.0.0.weight"].shape[1] // in_channels))
+    num_label_rows = len(weights["label_embs.weight"]) if "label_embs.weight" in weights else 0
+    classifier_free = config.pop("classifier_free", True)
+    num_classes = config.pop("num_classes", num_label_rows - classifier_free if num_label_rows else None)
+    if "attention_resolutions" in config:  # factors by which a level is smaller than the first
+        attention_levels = {int(math.log2(factor)) for factor in config.pop("attention_resolutions")}
+    learns_variance = "variance_output_t_emb.weight" in weights
+    multiple = patch_size * 2 ** (len(widths) - 1)
+    return PatchedUNet2DModel(
+        sample_size=config.pop("image_size", max(256, multiple)),
+        in_channels=in_channels,
+        out_channels=config.pop("out_channels", in_channels * (2 if learns_variance else 1)),
+        patch_size=patch_size,
+        model_channels=model_channels,
+        channel_multipliers=tuple(config.pop("channel_mult", [width / model_channels for width in widths])),
+        layers_per_block=config.pop("num_res_blocks", num_layers),
+        attention_levels=tuple(sorted(attention_levels)),
+        attention_head_dim=head_dim,
+        dropout=config.pop("dropout", 0.0),
+        num_classes=num_classes,
+        class_dropout_prob=0.1 if classifier_free else 0.0,
+    )
+
+
+def load_patched_unet(model: PatchedUNet2DModel, weights: dict[str, torch.Tensor]) -> None:
+    """
+    Fill the model with the original's weights.
+
+    Raises:
+        ValueError: if one is missing, unknown, or of another shape; it is named.
+    """
+    originals = module_names(model)
+    names = {}  # from ours to the original's
+    for name in model.state_dict():
+        module, _, part = name.rpartition(".")
+        names[name] = f"{originals[module]}.{part}"
+    for key in names.values():
+        if key not in weights:
+            raise ValueError(f"Expected `state_dict` to hold {key!r}, but it is missing.")
+    renamed = {name: _translated(name, weights[key], model) for name, key in names.items()}
+    known = set(names.values())
+    check_weights(
+        model,
+        renamed | {key: weights[key] for key in weights if key not in known},
+        "state_dict",
+        lambda name: names.get(name, name),
+    )
+    model.load_state_dict(renamed)
+
+
+def _translated(name: str, tensor: torch.Tensor, model: PatchedUNet2DModel) -> torch.Tensor:
+    """An original tensor as ours has it; of a shape that does not fit, as it is, to be refused by name."""
+    expected = model.get_parameter(name).shape
+    if ".attn.to_" in name and "to_out" not in name:
+        tensor = tensor.chunk(3)["qkv".index(name.split(".to_")[1][0])]
+    if tensor.numel() != expected.numel():
+        return tensor
+    p = model.config.patch_size
+    # the channels of a patch: there rows, columns, colours; here, as in `pixel_unshuffle`, colours first
+    if name == "conv_in.weight":
+        return tensor.unflatten(1, (p, p, -1)).permute(0, 3, 1, 2, 4, 5).flatten(1, 3)
+    if name.startswith(("conv_out.", "variance_out.2.")):
+        return tensor.unflatten(0, (p, p, -1)).movedim(2, 0).flatten(0, 2)
+    return tensor.view(expected)  # its projections are convolutions
