@@ -85,7 +85,7 @@ class NoiseIntervals:
         if not descending or any(boundary <= 0 for boundary in boundaries):
             raise ValueError(f"Expected `boundaries` to be positive and to descend, but got {boundaries}.")
 
-        num_train_timesteps = scheduler.config.num_train_timesteps
+        num_train_timesteps = scheduler.config.get("num_train_timesteps")
         if "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("use_flow_sigmas"):
             # SNR(t) = ((1 - σ) / σ)² > s  ⇔  t = σ·T < T / (1 + √s)
             inner = [num_train_timesteps / (1 + math.sqrt(boundary)) for boundary in boundaries]

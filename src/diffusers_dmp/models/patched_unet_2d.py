@@ -18,12 +18,12 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from ..intervals import check_timesteps
+from ..predictions import PREDICTION_TYPES
 from .dit import checked_labels, shared_or_per_sample
 from .dit_layers import drop_labels
 
 NORM_GROUPS = 32
 POSITION_SCALE = 64  # the positions' range, whatever the number of patches
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 GATE_BIAS = 2.0  # a new class gate lets sigmoid(2) = 0.88 through
 
 
@@ -131,6 +131,8 @@ class PatchedUNet2DModel(ModelMixin, ConfigMixin):
     _no_split_modules = ["PatchedUNetLayer"]
     _repeated_blocks = ["PatchedUNetLayer"]
     _skip_layerwise_casting_patterns = ["norm"]
+
+    variance_type = "learned_range_sigmoid"  # what its variance channels mean, if it has them
 
     @register_to_config
     def __init__(

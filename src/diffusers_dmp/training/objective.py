@@ -12,7 +12,8 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from ..intervals import NoiseIntervals
-from .weighting import PREDICTION_TYPES, UncertaintyWeighting, loss_weights
+from ..predictions import PREDICTION_TYPES, to_x0
+from .weighting import UncertaintyWeighting, loss_weights
 
 NUM_UNCERTAINTY_CLUSTERS = 8  # DTR, section 5.1
 
@@ -126,11 +127,7 @@ class DiffusionObjective(nn.Module):
     def predict_x0(self, prediction: torch.Tensor, x_t: torch.Tensor, timesteps: torch.LongTensor) -> torch.Tensor:
         """x̂0 (B, C, H, W) from the model's prediction."""
         alpha, sigma = self._at(self.alpha, timesteps), self._at(self.sigma, timesteps)
-        if self.prediction_type == "epsilon":
-            return (x_t - sigma * prediction) / alpha
-        if self.prediction_type == "v_prediction":
-            return alpha * x_t - sigma * prediction
-        return prediction
+        return to_x0(prediction, x_t, alpha, sigma, self.prediction_type)
 
     def log_variance(self, variance_output: torch.Tensor, timesteps: torch.LongTensor) -> torch.Tensor:
         """log σ² (B, C, H, W) = f·log β_t + (1 - f)·log β̃_t (iDDPM, equation 15), f as `variance_type` reads it."""

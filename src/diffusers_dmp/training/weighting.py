@@ -40,7 +40,6 @@ _X0_ERROR = {
     "epsilon": lambda snr: 1 / snr,  # x̂0 = (x_t - √(1-ᾱ)·ε̂) / √ᾱ
     "v_prediction": lambda snr: 1 / (snr + 1),  # x̂0 = √ᾱ·x_t - √(1-ᾱ)·v̂
 }
-PREDICTION_TYPES = tuple(_X0_ERROR)
 
 
 def loss_weights(name: str, alphas_cumprod: torch.Tensor, prediction_type: str = "epsilon") -> torch.Tensor:

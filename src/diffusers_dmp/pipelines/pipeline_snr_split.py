@@ -1,0 +1,276 @@
+"""Several denoisers, each for its own stretch of signal-to-noise ratios (SNR = ᾱ/(1-ᾱ)).
+https://arxiv.org/abs/2207.04316
+
+Legend: B batch, C channels, H and W height and width, N denoisers, S denoising steps.
+"""
+
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from ..intervals import NoiseIntervals
+from ..predictions import PREDICTION_TYPES, convert_prediction
+from .pipeline_class_conditional import ClassConditionalPipeline, classifier_free_guidance, vae_downsampling
+
+MAX_DENOISERS = 32  # Diffusers reads from the constructor's signature which components there may be
+DENOISER_NAMES = tuple(f"denoiser_{index}" for index in range(MAX_DENOISERS))
+
+
+class SNRSplitPipeline(ClassConditionalPipeline):
+    """
+    Generate images with N denoisers in turn, from the one for the lowest signal-to-noise ratios to that for the highest.
+
+    Each is saved in a folder of its own, `denoiser_0` (the cleanest images'), `denoiser_1`, …; with
+    `enable_model_cpu_offload` only the one at work is on the accelerator.
+
+    Args:
+        denoisers (`list[ModelMixin]`): The cleanest images' first; of any classes that [`ClassConditionalPipeline`] takes,
+            with the same (latent) channels, size and classes.
+        scheduler ([`SchedulerMixin`]): With an SNR for each timestep; see [`NoiseIntervals.from_snr`].
+        snr_boundaries (`list[float]` of length N - 1): Descending. Denoiser i owns s_i >= SNR > s_{i+1}, with s_0 = ∞ and
+            s_N = 0.
+        vae ([`AutoencoderKL`], *optional*): For denoisers of latents.
+        prediction_types (`list[str]` of length N, *optional*): 'epsilon', 'sample' or 'v_prediction' each; by default what
+            the denoiser's configuration says, or else the scheduler's.
+        guidance_scales (`list[float]` of length N, *optional*): w of classifier-free guidance, by default 1 for each.
+        id2label (`dict[str, str]`, *optional*): The names of the classes by index.
+
+    Raises:
+        ValueError: if the numbers of denoisers and intervals differ, boundaries are not positive or do not descend, a
+            denoiser was trained for another interval or prediction type, or the denoisers' channels, sizes or classes
+            differ.
+    """
+
+    _optional_components = ["vae", *DENOISER_NAMES]
+
+    def __init__(
+        self,
+        denoisers: list[ModelMixin] | None = None,
+        scheduler: SchedulerMixin | None = None,
+        snr_boundaries: "Sequence[float]" = (),
+        vae: AutoencoderKL | None = None,
+        prediction_types: list[str] | None = None,
+        guidance_scales: list[float] | None = None,
+        id2label: dict[str, str] | None = None,
+        **named_denoisers: ModelMixin | None,
+    ):
+        DiffusionPipeline.__init__(self)
+        if denoisers is None:  # as they come from a folder
+            denoisers = [named_denoisers[name] for name in DENOISER_NAMES if named_denoisers.get(name) is not None]
+        if not 1 <= len(denoisers) <= MAX_DENOISERS:
+            raise ValueError(f"Expected 1 to {MAX_DENOISERS} `denoisers`, but got {len(denoisers)}.")
+        self.register_modules(scheduler=scheduler, vae=vae, **dict(zip(DENOISER_NAMES, denoisers)))
+        self.num_denoisers = len(denoisers)
+        self.model_cpu_offload_seq = "->".join([*DENOISER_NAMES[: len(denoisers)][::-1], "vae"])
+        own_types = [denoiser.config.get("prediction_type") for denoiser in denoisers]
+        if prediction_types is None:
+            prediction_types = [own or scheduler.config.prediction_type for own in own_types]
+        guidance_scales = [1.0] * len(denoisers) if guidance_scales is None else [float(w) for w in guidance_scales]
+        self.register_to_config(
+            snr_boundaries=[float(boundary) for boundary in snr_boundaries],
+            prediction_types=list(prediction_types),
+            guidance_scales=guidance_scales,
+            id2label=id2label and {str(index): name for index, name in id2label.items()},
+        )
+        self.vae_scale_factor = vae_downsampling(vae)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        _check_denoisers(denoisers, self.config)
+        self.intervals()
+
+    @classmethod
+    def from_pipelines(
+        cls, pipelines: "list[DiffusionPipeline]", snr_boundaries: "Sequence[float]", **kwargs
+    ) -> "SNRSplitPipeline":
+        """
+        Put the denoisers of several pipelines together; scheduler, VAE and class names are the first one's.
+
+        Args:
+            pipelines (`list[DiffusionPipeline]`): The cleanest images' first; with a `transformer` or `unet` each.
+            snr_boundaries (`list[float]`): See [`SNRSplitPipeline`].
+            kwargs: Its other arguments.
+
+        Raises:
+            ValueError: if one has no denoiser, or their noise schedules differ.
+        """
+        denoisers = [getattr(each, "transformer", None) or getattr(each, "unet", None) for each in pipelines]
+        for pipeline, denoiser in zip(pipelines, denoisers):
+            if denoiser is None:
+                raise ValueError(
+                    f"Expected each of `pipelines` to have a `transformer` or `unet`, but got a {type(pipeline).__name__}."
+                )
+        first = pipelines[0]
+        schedules = [getattr(pipeline.scheduler, "alphas_cumprod", None) for pipeline in pipelines]
+        for pipeline, schedule in zip(pipelines, schedules):
+            same_kind = (schedule is None) == (schedules[0] is None)
+            if not same_kind or (schedule is not None and not torch.equal(schedule, schedules[0])):
+                raise ValueError(
+                    "Expected `pipelines` to have one noise schedule, but got different ones in "
+                    f"{type(first.scheduler).__name__} and {type(pipeline.scheduler).__name__}."
+                )
+        defaults = {
+            "vae": getattr(first, "vae", None),
+            "id2label": first.config.get("id2label"),
+            "prediction_types": [
+                denoiser.config.get("prediction_type") or pipeline.scheduler.config.prediction_type
+                for pipeline, denoiser in zip(pipelines, denoisers)
+            ],
+        }
+        return cls(denoisers, first.scheduler, snr_boundaries, **defaults | kwargs)
+
+    @property
+    def denoisers(self) -> list[ModelMixin]:
+        """The cleanest images' first."""
+        return [getattr(self, name) for name in DENOISER_NAMES[: self.num_denoisers]]
+
+    @property
+    def transformer(self) -> ModelMixin:
+        """Any of the denoisers, for what they have in common."""
+        return self.denoiser_0
+
+    @property
+    def components(self) -> dict:
+        """Those that there are."""
+        names = ("scheduler", "vae", *DENOISER_NAMES[: self.num_denoisers])
+        return {name: getattr(self, name) for name in names}
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """See [`DiffusionPipeline.save_pretrained`]."""
+        DiffusionPipeline.save_pretrained(self, save_directory, **kwargs)
+
+    def intervals(self, snr_boundaries: "Sequence[float] | None" = None) -> NoiseIntervals:
+        """
+        Which denoiser owns which timesteps.
+
+        Raises:
+            ValueError: if the boundaries do not fit the denoisers or the scheduler.
+        """
+        boundaries = self.config.snr_boundaries if snr_boundaries is None else snr_boundaries
+        if len(boundaries) + 1 != self.num_denoisers:
+            raise ValueError(
+                f"Expected as many denoisers as `snr_boundaries` make intervals, {len(boundaries) + 1}, "
+                f"but got {self.num_denoisers}."
+            )
+        return NoiseIntervals.from_snr(boundaries, self.scheduler)
+
+    def steps_per_denoiser(
+        self,
+        num_inference_steps: int = 50,
+        timesteps: list[int] | None = None,
+        snr_boundaries: "Sequence[float] | None" = None,
+    ) -> list[int]:
+        """How many of a call's denoising steps each denoiser takes; arguments as the call's."""
+        self._prepare_timesteps(self.scheduler, num_inference_steps, timesteps, "cpu")
+        return torch.bincount(self._owners(snr_boundaries), minlength=self.num_denoisers).tolist()
+
+    def _owners(self, snr_boundaries: "Sequence[float] | None") -> torch.LongTensor:
+        """The denoiser of each step (S,), on the CPU."""
+        timesteps = self.scheduler.timesteps.cpu()
+        # the evaluations of one step of a second-order scheduler belong to the denoiser that begins it
+        order = self.scheduler.order
+        begins = torch.arange(len(timesteps)) // order * order
+        return self.intervals(snr_boundaries).index(timesteps[begins])
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: "int | str | list[int] | list[str] | torch.LongTensor | None" = None,
+        batch_size: int = 1,
+        guidance_scale: "float | list[float] | None" = None,
+        guidance_channels: int | None = None,
+        snr_boundaries: "Sequence[float] | None" = None,
+        num_inference_steps: int = 50,
+        timesteps: list[int] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        eta: float = 0.0,
+        generator: "torch.Generator | list[torch.Generator] | None" = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: "Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None" = None,
+        callback_on_step_end_tensor_inputs: "list[str]" = ["latents"],  # noqa: B006  Diffusers' own default
+    ) -> "ImagePipelineOutput | tuple":
+        """
+        As [`ClassConditionalPipeline.__call__`], but for
+
+        Args:
+            guidance_scale (`float` or list of N `float`, *optional*): One for all denoisers or one for each; the
+                configuration's `guidance_scales` by default. Guidance acts on the predictions of each, which is the same as on
+                ε, whatever they predict.
+            snr_boundaries (`list[float]` of length N - 1, *optional*): Instead of the configuration's.
+
+        Warns:
+            if a denoiser gets none of the steps.
+        """
+        device = self._execution_device
+        self._check_outputs(output_type, callback_on_step_end_tensor_inputs)
+
+        # 1. What is asked for
+        class_labels = self._prepare_labels(class_labels, batch_size)
+        batch_size = self._checked_batch_size(class_labels, batch_size)
+        scales = self.config.guidance_scales if guidance_scale is None else guidance_scale
+        scales = list(scales) if isinstance(scales, (list, tuple)) else [scales] * self.num_denoisers
+        if len(scales) != self.num_denoisers:
+            raise ValueError(
+                f"Expected `guidance_scale` to be a number or {self.num_denoisers} of them, but got {len(scales)}."
+            )
+        guidance = [self._prepare_guidance(scale, batch_size) for scale in scales]
+        labels = both_labels = None
+        if class_labels is not None:
+            labels = class_labels.to(device)
+            both_labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
+
+        # 2. When, and by whom
+        scheduler, keeps_variance = self._prepare_scheduler()
+        self._prepare_timesteps(scheduler, num_inference_steps, timesteps, device)
+        owners = self._owners(snr_boundaries).tolist()
+        for index in sorted(set(range(self.num_denoisers)) - set(owners)):
+            warnings.warn(f"None of the {len(owners)} steps is denoiser {index}'s.", stacklevel=2)
+
+        # 3. From what
+        latents = self._prepare_latents(batch_size, height, width, generator, latents, device)
+        latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)  # flow-matching ones do without
+        channels = latents.shape[1]
+        step_kwargs = self._step_kwargs(scheduler, generator, eta)
+
+        # 4. Denoise
+        self._num_timesteps = len(scheduler.timesteps)
+        target_type = scheduler.config.get("prediction_type", "flow_prediction")
+        alphas, sigmas = self._levels(scheduler)
+        denoisers, at_work = self.denoisers, None
+        for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
+            if at_work is not None and owners[i] != at_work:
+                self._offload(denoisers[at_work])
+            at_work = owners[i]
+            model_input = latents
+            if hasattr(scheduler, "scale_model_input"):  # flow-matching ones do without
+                model_input = scheduler.scale_model_input(latents, t)
+            x_t, (scale, guided) = model_input, guidance[at_work]
+            if guided:
+                model_input = torch.cat([model_input, model_input])
+            label_kwargs = {} if labels is None else {"class_labels": both_labels if guided else labels}
+            model_output = denoisers[at_work](model_input, t.expand(len(model_input)), **label_kwargs).sample
+            if guided:
+                model_output = classifier_free_guidance(model_output, scale, channels, guidance_channels)
+            prediction, variance = model_output[:, :channels], model_output[:, channels:]
+            own_type = self.config.prediction_types[at_work]
+            if own_type != target_type:
+                prediction = convert_prediction(prediction, x_t, alphas[i], sigmas[i], own_type, target_type)
+            if keeps_variance:
+                if denoisers[at_work].variance_type == "learned_range_sigmoid":
+                    variance = 1 - 2 * variance  # u = 0 is the larger variance there, v = 1 in the scheduler
+                prediction = torch.cat([prediction, variance], dim=1)
+            latents = scheduler.step(prediction, t, latents, **step_kwargs).prev_sample
+
+            if callback_on_step_end is not None:
+                latents = callback_on_step_end(self, i, t, {"latents": latents}).pop("latents", latents)
+
+        # 5. To images
+        return self._finish(latents, output_type, return_dict)
