@@ -7,7 +7,7 @@ from .conversion import convert_checkpoint, load_original_state_dict, to_diffuse
 from .intervals import NoiseIntervals
 from .models import DiTModel, DTRTransformer2DModel, PatchedUNet2DModel, RemixDiTModel
 from .patches import Conditioning, PromptPatch, TransformerLayout, register_layout
-from .pipelines import ClassConditionalPipeline, respaced_timesteps
+from .pipelines import ClassConditionalPipeline, SNRSplitPipeline, respaced_timesteps
 from .registration import register
 
 __version__ = "0.1.0"
@@ -20,6 +20,7 @@ __all__ = [
     "PatchedUNet2DModel",
     "PromptPatch",
     "RemixDiTModel",
+    "SNRSplitPipeline",
     "TransformerLayout",
     "convert_checkpoint",
     "load_original_state_dict",
@@ -28,4 +29,12 @@ __all__ = [
     "to_diffusers_experts",
 ]
 
-register(DiTModel, DTRTransformer2DModel, RemixDiTModel, PatchedUNet2DModel, PromptPatch, ClassConditionalPipeline)
+register(
+    DiTModel,
+    DTRTransformer2DModel,
+    RemixDiTModel,
+    PatchedUNet2DModel,
+    PromptPatch,
+    ClassConditionalPipeline,
+    SNRSplitPipeline,
+)

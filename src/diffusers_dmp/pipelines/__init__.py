@@ -1,4 +1,5 @@
 from .pipeline_class_conditional import ClassConditionalPipeline
+from .pipeline_snr_split import SNRSplitPipeline
 from .respacing import respaced_timesteps
 
-__all__ = ["ClassConditionalPipeline", "respaced_timesteps"]
+__all__ = ["ClassConditionalPipeline", "SNRSplitPipeline", "respaced_timesteps"]

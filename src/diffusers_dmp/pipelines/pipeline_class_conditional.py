@@ -210,40 +210,24 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 for another number of training timesteps.
         """
         device = self._execution_device
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"Expected `output_type` to be 'pil', 'np', 'pt' or 'latent', but got {output_type!r}.")
-        unknown_inputs = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown_inputs:
-            raise ValueError(
-                f"Expected `callback_on_step_end_tensor_inputs` to be among {self._callback_tensor_inputs}, "
-                f"but got {sorted(unknown_inputs)}."
-            )
+        self._check_outputs(output_type, callback_on_step_end_tensor_inputs)
 
         # 1. What is asked for
         # Some look at timesteps and labels, for which an accelerator would have to be waited at every step
         inputs_device = "cpu" if self._looks_at_inputs else device
         class_labels = self._prepare_labels(class_labels, batch_size)
-        batch_size = batch_size if class_labels is None else len(class_labels)
-        if batch_size < 1:
-            raise ValueError(f"Expected `batch_size` to be at least 1, but got {batch_size}.")
-        guidance_scale, guided = self._prepare_guidance(guidance_scale, batch_size)
-        if class_labels is not None:
-            if guided:
-                class_labels = torch.cat([class_labels, torch.full_like(class_labels, self.num_classes)])
-            class_labels = class_labels.to(inputs_device)
-        label_kwargs = {} if class_labels is None else {"class_labels": class_labels}
+        batch_size = self._checked_batch_size(class_labels, batch_size)
+        guidance = self._prepare_guidance(guidance_scale, batch_size)
+        label_kwargs = self._label_kwargs(class_labels, guidance is not None, inputs_device)
 
         # 2. When
         scheduler, keeps_variance = self._prepare_scheduler()
         self._prepare_timesteps(scheduler, num_inference_steps, timesteps, device)
-        step_parameters = inspect.signature(scheduler.step).parameters
-        step_kwargs = {"generator": generator, "eta": eta}
-        step_kwargs = {name: value for name, value in step_kwargs.items() if name in step_parameters}
+        step_kwargs = self._step_kwargs(scheduler, generator, eta)
 
         # 3. From what
         latents = self._prepare_latents(batch_size, height, width, generator, latents, device)
         latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)  # flow-matching ones do without
-        channels = latents.shape[1]
 
         # 4. Denoise
         self._num_timesteps = len(scheduler.timesteps)
@@ -252,27 +236,74 @@ class ClassConditionalPipeline(DiffusionPipeline):
             model_input = latents
             if hasattr(scheduler, "scale_model_input"):  # flow-matching ones do without
                 model_input = scheduler.scale_model_input(latents, t)
-            if guided:
-                model_input = torch.cat([model_input, model_input])
-            # expanded, not copied, so that the model sees that the batch shares its timestep
-            timestep = model_timesteps[i].expand(len(model_input))
-            model_output = self.transformer(model_input, timestep, **label_kwargs).sample
-            if guided:
-                model_output = classifier_free_guidance(model_output, guidance_scale, channels, guidance_channels)
-            if not keeps_variance:
-                model_output = model_output[:, :channels]
+            model_output = self._predict(
+                self.transformer,
+                model_input,
+                model_timesteps[i],
+                label_kwargs,
+                guidance,
+                guidance_channels,
+                keeps_variance,
+            )
             latents = scheduler.step(model_output, t, latents, **step_kwargs).prev_sample
 
             if callback_on_step_end is not None:
                 latents = callback_on_step_end(self, i, t, {"latents": latents}).pop("latents", latents)
 
-        # 5. To images
+        return self._finish(latents, output_type, return_dict)
+
+    @property
+    def denoisers(self) -> list[ModelMixin]:
+        """All that the pipeline has."""
+        return [self.transformer]
+
+    def _predict(
+        self,
+        denoiser: ModelMixin,
+        model_input: torch.Tensor,
+        timestep: torch.Tensor,
+        label_kwargs: dict[str, torch.LongTensor],
+        guidance: torch.Tensor | None,
+        guidance_channels: int | None,
+        keeps_variance: bool,
+    ) -> torch.Tensor:
+        """(B, C, H, W) → what the scheduler is handed, (B, C or 2C, H, W)."""
+        channels = model_input.shape[1]
+        if guidance is not None:
+            model_input = torch.cat([model_input, model_input])
+        # expanded, not copied, so that the model sees that the batch shares its timestep
+        model_output = denoiser(model_input, timestep.expand(len(model_input)), **label_kwargs).sample
+        if guidance is not None:
+            model_output = classifier_free_guidance(model_output, guidance, channels, guidance_channels)
+        if not keeps_variance:
+            return model_output[:, :channels]
+        if getattr(denoiser, "variance_type", None) == "learned_range_sigmoid":
+            # log σ² = u·log β̃ + (1 - u)·log β there, and of v = 1 - 2u in Diffusers' schedulers
+            prediction, variance = model_output.split(channels, dim=1)
+            model_output = torch.cat([prediction, 1 - 2 * variance], dim=1)
+        return model_output
+
+    def _check_outputs(self, output_type: str, callback_tensor_inputs: list[str]) -> None:
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"Expected `output_type` to be 'pil', 'np', 'pt' or 'latent', but got {output_type!r}.")
+        unknown_inputs = set(callback_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown_inputs:
+            raise ValueError(
+                f"Expected `callback_on_step_end_tensor_inputs` to be among {self._callback_tensor_inputs}, "
+                f"but got {sorted(unknown_inputs)}."
+            )
+
+    def _finish(self, latents: torch.Tensor, output_type: str, return_dict: bool) -> "ImagePipelineOutput | tuple":
+        images = latents
         if output_type != "latent":
             images = self.image_processor.postprocess(self._decode(latents), output_type=output_type)
-        else:
-            images = latents
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @property
+    def num_timesteps(self) -> int:
+        """The number of denoising steps of the call under way."""
+        return self._num_timesteps
 
     @property
     def _looks_at_inputs(self) -> bool:
@@ -280,11 +311,6 @@ class ClassConditionalPipeline(DiffusionPipeline):
         model = self.transformer
         is_patched_dit = isinstance(model, DiTModel) and PromptPatch.attached_to(model) is not None
         return isinstance(model, RemixDiTModel) or is_patched_dit
-
-    @property
-    def num_timesteps(self) -> int:
-        """The number of denoising steps of the call under way."""
-        return self._num_timesteps
 
     def _prepare_labels(self, class_labels, batch_size: int) -> torch.LongTensor | None:
         if self.num_classes is None:
@@ -312,20 +338,38 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise ValueError(f"Expected `class_labels` to be in [0, {last}], but got {class_labels.tolist()}.")
         return class_labels
 
-    def _prepare_guidance(self, guidance_scale, batch_size: int) -> tuple["float | torch.Tensor", bool]:
-        """The scale (B or 1, 1, 1, 1), in float32 whatever the model's dtype, and whether it guides at all."""
+    def _checked_batch_size(self, class_labels: torch.LongTensor | None, batch_size: int) -> int:
+        batch_size = batch_size if class_labels is None else len(class_labels)
+        if batch_size < 1:
+            raise ValueError(f"Expected `batch_size` to be at least 1, but got {batch_size}.")
+        return batch_size
+
+    def _label_kwargs(self, class_labels: torch.LongTensor | None, guided: bool, device) -> dict[str, torch.Tensor]:
+        """The labels, and with guidance as many null classes behind them."""
+        if class_labels is None:
+            return {}
+        if guided:
+            class_labels = torch.cat([class_labels, torch.full_like(class_labels, self.num_classes)])
+        return {"class_labels": class_labels.to(device)}
+
+    def _step_kwargs(self, scheduler, generator, eta: float) -> dict:
+        parameters = inspect.signature(scheduler.step).parameters
+        return {name: value for name, value in {"generator": generator, "eta": eta}.items() if name in parameters}
+
+    def _prepare_guidance(self, guidance_scale, batch_size: int) -> torch.Tensor | None:
+        """The scale (B or 1, 1, 1, 1), in float32 whatever the model's dtype; None if it does not guide."""
         scales = torch.as_tensor(guidance_scale, dtype=torch.float32, device="cpu").reshape(-1)
         if len(scales) not in (1, batch_size):
             raise ValueError(
                 f"Expected `guidance_scale` to be a number or {batch_size} of them, but got {len(scales)}."
             )
         if (scales == 1).all():
-            return 1.0, False
+            return None
         if not self.has_null_class:
             raise ValueError(
                 f"Expected `guidance_scale` to be 1 for a model without a null class, but got {guidance_scale}."
             )
-        return scales.to(self._execution_device).view(-1, 1, 1, 1), True
+        return scales.to(self._execution_device).view(-1, 1, 1, 1)
 
     def _prepare_timesteps(self, scheduler, num_inference_steps: int, timesteps: list[int] | None, device) -> None:
         num_train_timesteps = self.transformer.config.get("num_train_timesteps")
@@ -346,15 +390,15 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """The scheduler to step, and whether it is handed the variance channels."""
         if self.scheduler.config.get("variance_type") not in LEARNED_VARIANCES:
             return self.scheduler, False
-        config = self.transformer.config
         if not isinstance(self.scheduler, (DDPMScheduler, DDPMParallelScheduler)):
             # the DPM-Solver family would cut the prediction, which is all that it gets, to its first 3 channels
             return type(self.scheduler).from_config(self.scheduler.config, variance_type=None), False
-        if config.out_channels != 2 * config.in_channels:
-            raise ValueError(
-                f"Expected the scheduler's `variance_type` to be a fixed one for a model of {config.in_channels} input "
-                f"and {config.out_channels} output channels, but got {self.scheduler.config.variance_type!r}."
-            )
+        for config in (denoiser.config for denoiser in self.denoisers):
+            if config.out_channels != 2 * config.in_channels:
+                raise ValueError(
+                    f"Expected the scheduler's `variance_type` to be a fixed one for a model of {config.in_channels} input "
+                    f"and {config.out_channels} output channels, but got {self.scheduler.config.variance_type!r}."
+                )
         return self.scheduler, True
 
     def _prepare_latents(self, batch_size: int, height, width, generator, latents, device) -> torch.Tensor:

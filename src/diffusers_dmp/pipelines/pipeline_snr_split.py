@@ -6,7 +6,7 @@ Legend: B batch, C channels, H and W height and width, N denoisers, S denoising 
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from diffusers import AutoencoderKL
@@ -16,8 +16,8 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..intervals import NoiseIntervals
-from ..predictions import PREDICTION_TYPES, convert_prediction
-from .pipeline_class_conditional import ClassConditionalPipeline, classifier_free_guidance, vae_downsampling
+from ..predictions import convert_prediction
+from .pipeline_class_conditional import ClassConditionalPipeline, vae_downsampling
 
 MAX_DENOISERS = 32  # Diffusers reads from the constructor's signature which components there may be
 DENOISER_NAMES = tuple(f"denoiser_{index}" for index in range(MAX_DENOISERS))
@@ -48,13 +48,13 @@ class SNRSplitPipeline(ClassConditionalPipeline):
             differ.
     """
 
-    _optional_components = ["vae", *DENOISER_NAMES]
+    _optional_components = ["scheduler", "vae", *DENOISER_NAMES]  # as Diffusers calls those with a default
 
     def __init__(
         self,
         denoisers: list[ModelMixin] | None = None,
         scheduler: SchedulerMixin | None = None,
-        snr_boundaries: "Sequence[float]" = (),
+        snr_boundaries: list[float] | None = None,
         vae: AutoencoderKL | None = None,
         prediction_types: list[str] | None = None,
         guidance_scales: list[float] | None = None,
@@ -74,19 +74,19 @@ class SNRSplitPipeline(ClassConditionalPipeline):
             prediction_types = [own or scheduler.config.prediction_type for own in own_types]
         guidance_scales = [1.0] * len(denoisers) if guidance_scales is None else [float(w) for w in guidance_scales]
         self.register_to_config(
-            snr_boundaries=[float(boundary) for boundary in snr_boundaries],
+            snr_boundaries=[float(boundary) for boundary in snr_boundaries or []],
             prediction_types=list(prediction_types),
             guidance_scales=guidance_scales,
             id2label=id2label and {str(index): name for index, name in id2label.items()},
         )
         self.vae_scale_factor = vae_downsampling(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self.intervals()  # whether the boundaries fit
         _check_denoisers(denoisers, self.config)
-        self.intervals()
 
     @classmethod
     def from_pipelines(
-        cls, pipelines: "list[DiffusionPipeline]", snr_boundaries: "Sequence[float]", **kwargs
+        cls, pipelines: "list[DiffusionPipeline]", snr_boundaries: list[float], **kwargs
     ) -> "SNRSplitPipeline":
         """
         Put the denoisers of several pipelines together; scheduler, VAE and class names are the first one's.
@@ -131,7 +131,7 @@ class SNRSplitPipeline(ClassConditionalPipeline):
 
     @property
     def transformer(self) -> ModelMixin:
-        """Any of the denoisers, for what they have in common."""
+        """The first denoiser, for what all have in common."""
         return self.denoiser_0
 
     @property
@@ -144,7 +144,7 @@ class SNRSplitPipeline(ClassConditionalPipeline):
         """See [`DiffusionPipeline.save_pretrained`]."""
         DiffusionPipeline.save_pretrained(self, save_directory, **kwargs)
 
-    def intervals(self, snr_boundaries: "Sequence[float] | None" = None) -> NoiseIntervals:
+    def intervals(self, snr_boundaries: list[float] | None = None) -> NoiseIntervals:
         """
         Which denoiser owns which timesteps.
 
@@ -163,19 +163,12 @@ class SNRSplitPipeline(ClassConditionalPipeline):
         self,
         num_inference_steps: int = 50,
         timesteps: list[int] | None = None,
-        snr_boundaries: "Sequence[float] | None" = None,
+        snr_boundaries: list[float] | None = None,
     ) -> list[int]:
         """How many of a call's denoising steps each denoiser takes; arguments as the call's."""
         self._prepare_timesteps(self.scheduler, num_inference_steps, timesteps, "cpu")
-        return torch.bincount(self._owners(snr_boundaries), minlength=self.num_denoisers).tolist()
-
-    def _owners(self, snr_boundaries: "Sequence[float] | None") -> torch.LongTensor:
-        """The denoiser of each step (S,), on the CPU."""
-        timesteps = self.scheduler.timesteps.cpu()
-        # the evaluations of one step of a second-order scheduler belong to the denoiser that begins it
-        order = self.scheduler.order
-        begins = torch.arange(len(timesteps)) // order * order
-        return self.intervals(snr_boundaries).index(timesteps[begins])
+        owners = self._owners(self.scheduler, snr_boundaries)
+        return [owners.count(index) for index in range(self.num_denoisers)]
 
     @torch.no_grad()
     def __call__(
@@ -184,7 +177,7 @@ class SNRSplitPipeline(ClassConditionalPipeline):
         batch_size: int = 1,
         guidance_scale: "float | list[float] | None" = None,
         guidance_channels: int | None = None,
-        snr_boundaries: "Sequence[float] | None" = None,
+        snr_boundaries: list[float] | None = None,
         num_inference_steps: int = 50,
         timesteps: list[int] | None = None,
         height: int | None = None,
@@ -202,8 +195,7 @@ class SNRSplitPipeline(ClassConditionalPipeline):
 
         Args:
             guidance_scale (`float` or list of N `float`, *optional*): One for all denoisers or one for each; the
-                configuration's `guidance_scales` by default. Guidance acts on the predictions of each, which is the same as on
-                ε, whatever they predict.
+                configuration's `guidance_scales` by default. Guiding x0 or v is guiding ε: each is linear in the others.
             snr_boundaries (`list[float]` of length N - 1, *optional*): Instead of the configuration's.
 
         Warns:
@@ -222,55 +214,126 @@ class SNRSplitPipeline(ClassConditionalPipeline):
                 f"Expected `guidance_scale` to be a number or {self.num_denoisers} of them, but got {len(scales)}."
             )
         guidance = [self._prepare_guidance(scale, batch_size) for scale in scales]
-        labels = both_labels = None
-        if class_labels is not None:
-            labels = class_labels.to(device)
-            both_labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
+        label_kwargs = [self._label_kwargs(class_labels, scale is not None, device) for scale in guidance]
 
         # 2. When, and by whom
         scheduler, keeps_variance = self._prepare_scheduler()
         self._prepare_timesteps(scheduler, num_inference_steps, timesteps, device)
-        owners = self._owners(snr_boundaries).tolist()
+        owners = self._owners(scheduler, snr_boundaries)
         for index in sorted(set(range(self.num_denoisers)) - set(owners)):
-            warnings.warn(f"None of the {len(owners)} steps is denoiser {index}'s.", stacklevel=2)
+            warnings.warn(f"Denoiser {index} has none of the {len(owners)} steps.", stacklevel=2)
+        alphas, sigmas = noise_levels(scheduler, self.config.prediction_types)
+        step_kwargs = self._step_kwargs(scheduler, generator, eta)
 
         # 3. From what
         latents = self._prepare_latents(batch_size, height, width, generator, latents, device)
         latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)  # flow-matching ones do without
         channels = latents.shape[1]
-        step_kwargs = self._step_kwargs(scheduler, generator, eta)
 
         # 4. Denoise
         self._num_timesteps = len(scheduler.timesteps)
-        target_type = scheduler.config.get("prediction_type", "flow_prediction")
-        alphas, sigmas = self._levels(scheduler)
-        denoisers, at_work = self.denoisers, None
+        target_type = scheduler.config.get("prediction_type")
         for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
-            if at_work is not None and owners[i] != at_work:
-                self._offload(denoisers[at_work])
-            at_work = owners[i]
-            model_input = latents
+            owner = owners[i]
+            if i > 0 and owner != owners[i - 1]:
+                self._offload(self.denoisers[owners[i - 1]])
+            x_t = latents
             if hasattr(scheduler, "scale_model_input"):  # flow-matching ones do without
-                model_input = scheduler.scale_model_input(latents, t)
-            x_t, (scale, guided) = model_input, guidance[at_work]
-            if guided:
-                model_input = torch.cat([model_input, model_input])
-            label_kwargs = {} if labels is None else {"class_labels": both_labels if guided else labels}
-            model_output = denoisers[at_work](model_input, t.expand(len(model_input)), **label_kwargs).sample
-            if guided:
-                model_output = classifier_free_guidance(model_output, scale, channels, guidance_channels)
-            prediction, variance = model_output[:, :channels], model_output[:, channels:]
-            own_type = self.config.prediction_types[at_work]
+                x_t = scheduler.scale_model_input(latents, t)
+            output = self._predict(
+                self.denoisers[owner], x_t, t, label_kwargs[owner], guidance[owner], guidance_channels, keeps_variance
+            )
+            own_type = self.config.prediction_types[owner]
             if own_type != target_type:
+                prediction, variance = output[:, :channels], output[:, channels:]
                 prediction = convert_prediction(prediction, x_t, alphas[i], sigmas[i], own_type, target_type)
-            if keeps_variance:
-                if denoisers[at_work].variance_type == "learned_range_sigmoid":
-                    variance = 1 - 2 * variance  # u = 0 is the larger variance there, v = 1 in the scheduler
-                prediction = torch.cat([prediction, variance], dim=1)
-            latents = scheduler.step(prediction, t, latents, **step_kwargs).prev_sample
+                output = torch.cat([prediction.to(output.dtype), variance], dim=1)
+            latents = scheduler.step(output, t, latents, **step_kwargs).prev_sample
 
             if callback_on_step_end is not None:
                 latents = callback_on_step_end(self, i, t, {"latents": latents}).pop("latents", latents)
 
         # 5. To images
         return self._finish(latents, output_type, return_dict)
+
+    def _owners(self, scheduler: SchedulerMixin, snr_boundaries: list[float] | None) -> list[int]:
+        """The denoiser of each step, read once."""
+        timesteps = scheduler.timesteps.cpu()
+        # all evaluations within one step of a second-order scheduler are made by the denoiser that begins it
+        begins = torch.arange(len(timesteps)) // scheduler.order * scheduler.order
+        return self.intervals(snr_boundaries).index(timesteps[begins]).tolist()
+
+    def _offload(self, denoiser: ModelMixin) -> None:
+        """Off the accelerator, if that is what `enable_model_cpu_offload` asked for; another comes."""
+        for hook in getattr(self, "_all_hooks", []):
+            if hook.model is denoiser:
+                hook.offload()
+
+
+def _name_denoisers() -> None:
+    """
+    Diffusers reads which components a pipeline's folder may have from its constructor's signature, where `**` stands for
+    none; so it is given one that names them.
+    """
+    signature = inspect.signature(SNRSplitPipeline.__init__)
+    parameters = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in DENOISER_NAMES]
+    SNRSplitPipeline.__init__.__signature__ = signature.replace(parameters=parameters + named)
+
+
+_name_denoisers()
+
+
+def noise_levels(scheduler: SchedulerMixin, prediction_types: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    α and σ (S,) of each step's x_t, of unit variance for data of unit variance; float timesteps lie between their neighbours'.
+
+    Raises:
+        ValueError: if the scheduler is a flow-matching one, which has no such x_t, and the predictions would have to be
+            converted for it.
+    """
+    if not hasattr(scheduler, "alphas_cumprod"):
+        target_type = scheduler.config.get("prediction_type")
+        if any(own_type != target_type for own_type in prediction_types):
+            raise ValueError(
+                f"Expected the `prediction_types` to be the {type(scheduler).__name__}'s {target_type}, for which none is "
+                f"converted, but got {prediction_types}."
+            )
+        nothing = torch.empty(0)
+        return nothing, nothing
+    timesteps = scheduler.timesteps.double()
+    alphas_cumprod = scheduler.alphas_cumprod.double().to(timesteps.device)
+    ratios = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()  # σ/α
+    low = timesteps.floor().long().clamp(max=len(ratios) - 1)
+    ratio = torch.lerp(ratios[low], ratios[(low + 1).clamp(max=len(ratios) - 1)], timesteps - low)
+    alphas = (1 + ratio**2).rsqrt()
+    return alphas.float(), (alphas * ratio).float()
+
+
+def _check_denoisers(denoisers: list[ModelMixin], config) -> None:
+    for name in ("prediction_types", "guidance_scales"):
+        if len(config[name]) != len(denoisers):
+            raise ValueError(
+                f"Expected `{name}` to be one for each of {len(denoisers)} denoisers, but got {config[name]}."
+            )
+    bounds = [None, *config.snr_boundaries, None]
+    for index, (denoiser, own_type) in enumerate(zip(denoisers, config.prediction_types)):
+        own = denoiser.config
+        if own.get("prediction_type") not in (None, own_type):
+            raise ValueError(
+                f"Expected denoiser {index} to be given the prediction type {own.prediction_type!r} that it was trained "
+                f"for, but got {own_type!r}."
+            )
+        interval = bounds[index : index + 2]
+        trained = own.get("snr_interval")
+        if trained is not None and list(trained) != interval:
+            raise ValueError(
+                f"Expected denoiser {index} to have been trained on the SNR interval {interval}, highest first, "
+                f"but got one for {list(trained)}."
+            )
+        for name in ("in_channels", "sample_size"):
+            if own[name] != denoisers[0].config[name]:
+                raise ValueError(
+                    f"Expected all denoisers to have the `{name}` {denoisers[0].config[name]} of the first, "
+                    f"but got {own[name]} for denoiser {index}."
+                )

@@ -1,0 +1,342 @@
+"""Several denoisers in turn, each for its own stretch of signal-to-noise ratios."""
+
+import subprocess
+import sys
+
+import diffusers
+import pytest
+import torch
+from accelerate.hooks import CpuOffload
+from conftest import TINY_CONFIG, Vectors, assert_matches, randomised
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    UNet2DModel,
+)
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from test_class_conditional import SCHEDULERS
+
+from diffusers_dmp import (
+    ClassConditionalPipeline,
+    DTRTransformer2DModel,
+    PatchedUNet2DModel,
+    SNRSplitPipeline,
+    respaced_timesteps,
+)
+from diffusers_dmp.predictions import PREDICTION_TYPES, convert_prediction
+from diffusers_dmp.training.objective import VARIANCE_TYPES
+
+UNET = {
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "model_channels": 32,
+    "channel_multipliers": (1,),
+    "layers_per_block": 1,
+    "attention_levels": (),
+    "attention_head_dim": 16,
+    "num_classes": 10,
+}
+
+
+class Toy(ModelMixin, ConfigMixin):
+    """The denoiser of the published trajectories, x̂0 = 0.9·tanh(factor·x_t), in terms of any prediction type."""
+
+    variance_type = "learned_range_sigmoid"
+
+    @register_to_config
+    def __init__(self, factor: float, prediction_type: str = "sample", in_channels: int = 3, sample_size: int = 8):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(factor))
+        self.calls = []
+
+    def forward(self, sample, timestep):
+        self.calls.append(timestep[0].item())
+        x0 = 0.9 * torch.tanh(self.weight * sample)
+        alphas_cumprod = DDIMScheduler().alphas_cumprod[timestep.long()].view(-1, 1, 1, 1)
+        alpha, sigma = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+        kind = self.config["prediction_type"]
+        return UNet2DOutput(sample=convert_prediction(x0, sample, alpha, sigma, "sample", kind))
+
+
+def quiet(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(pipeline: DiffusionPipeline, **kwargs) -> torch.Tensor:
+    defaults = {"num_inference_steps": 6, "output_type": "pt", "generator": torch.Generator().manual_seed(0)}
+    return pipeline([1, 2], **defaults | kwargs).images
+
+
+@pytest.fixture
+def mixed() -> SNRSplitPipeline:
+    """A patch-2 UNet that predicts x0 for the noise, a DTR DiT that predicts ε for the rest."""
+    dit = randomised(DTRTransformer2DModel(**TINY_CONFIG | {"out_channels": 4}))
+    unet = randomised(PatchedUNet2DModel(**UNET))
+    return quiet(SNRSplitPipeline([dit, unet], DDIMScheduler(), [0.25]))
+
+
+# Who denoises what
+
+
+@pytest.mark.parametrize("boundaries", [[0.25], [2.0, 0.25], [4.0, 1.0, 0.05]])
+def test_published_splits(boundaries):
+    vectors = Vectors("diffusion")
+    name = {1: "0.25", 2: "2.0,0.25", 3: "4,1,0.05"}[len(boundaries)]
+    pipeline = SNRSplitPipeline([Toy(1.0) for _ in range(len(boundaries) + 1)], DDIMScheduler(), boundaries)
+    assert torch.equal(pipeline.intervals().index(torch.arange(1000)), vectors[f"snr_split.{name}.expert"].long())
+
+
+@pytest.mark.parametrize(
+    ("boundaries", "factors", "steps"), [([0.25], [1.3, 0.7], 25), ([2.0, 0.25], [1.5, 1.0, 0.6], 10)]
+)
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_published_trajectories(boundaries, factors, steps, prediction_type):
+    """Deterministic DDIM, which is the solver of first order, through denoisers that predict different things."""
+    vectors, name = Vectors("diffusion"), f"{','.join(map(str, boundaries))}.steps{steps}"
+    denoisers = [Toy(factor, prediction_type if index else "sample") for index, factor in enumerate(factors)]
+    scheduler = DPMSolverMultistepScheduler(
+        beta_schedule="linear", beta_start=1e-4, beta_end=0.02, solver_order=1,
+        prediction_type="sample", final_sigmas_type="zero",
+    )  # fmt: skip
+    pipeline = quiet(SNRSplitPipeline(denoisers, scheduler, boundaries))
+    noise = vectors[f"traj.snr_split.ddim.{name}.noise"]
+    timesteps = respaced_timesteps(1000, steps)
+    images = pipeline(batch_size=2, latents=noise, timesteps=timesteps, output_type="latent").images
+    assert_matches(images, vectors[f"traj.snr_split.ddim.{name}.sample"])
+
+
+def test_one_denoiser_without_a_boundary_is_the_plain_pipeline(tiny_dit):
+    for scheduler in (DDPMScheduler(variance_type="learned_range"), DDIMScheduler()):
+        plain = quiet(ClassConditionalPipeline(tiny_dit, scheduler))
+        split = quiet(SNRSplitPipeline([tiny_dit], scheduler, [], guidance_scales=[1.5]))
+        assert torch.equal(draw(split), draw(plain, guidance_scale=1.5))
+        assert torch.equal(draw(split, guidance_scale=1.0), draw(plain))
+
+
+def test_a_sample_does_not_depend_on_its_batch(mixed):
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    together = mixed([1, 2], guidance_scale=[1.5, 1.0], num_inference_steps=4, generator=generators, output_type="pt")
+    for index, label in enumerate((1, 2)):
+        generator = torch.Generator().manual_seed(index + 1)
+        alone = mixed([label], guidance_scale=[1.5, 1.0], num_inference_steps=4, generator=generator, output_type="pt")
+        torch.testing.assert_close(alone.images[0], together.images[index], atol=1e-4, rtol=1e-3)
+
+
+def test_boundaries_of_one_call(mixed):
+    assert mixed.steps_per_denoiser(10) == [4, 6]
+    assert mixed.steps_per_denoiser(10, snr_boundaries=[4.0]) == [2, 8]
+    usual = draw(mixed)
+    assert not torch.equal(draw(mixed, snr_boundaries=[4.0]), usual)
+    assert torch.equal(draw(mixed), usual)
+
+
+def test_guidance_of_each_denoiser(mixed):
+    def batch_sizes(**kwargs) -> list[set[int]]:
+        seen = [set() for _ in mixed.denoisers]
+        handles = [
+            denoiser.register_forward_pre_hook(lambda model, args, sizes=sizes: sizes.add(len(args[0])))
+            for denoiser, sizes in zip(mixed.denoisers, seen)
+        ]
+        draw(mixed, **kwargs)
+        for handle in handles:
+            handle.remove()
+        return seen
+
+    assert batch_sizes() == [{2}, {2}]
+    assert batch_sizes(guidance_scale=[1.0, 1.5]) == [{2}, {4}]
+    assert batch_sizes(guidance_scale=1.5) == [{4}, {4}]
+
+
+def test_a_denoiser_without_steps_is_warned_of(mixed):
+    with pytest.warns(UserWarning, match="Denoiser 1 has none of the 1 steps"):
+        draw(mixed, num_inference_steps=1)
+
+
+@pytest.mark.parametrize("scheduler_class", SCHEDULERS, ids=lambda cls: cls.__name__)
+def test_every_scheduler(scheduler_class):
+    """Both denoisers are called, the noisy end's first, and not again after the other."""
+    flow = "FlowMatch" in scheduler_class.__name__
+    scheduler = scheduler_class() if flow else scheduler_class(prediction_type="epsilon")
+    unets = [randomised(UNet2DModel(sample_size=8, in_channels=3, out_channels=3, block_out_channels=(32,), norm_num_groups=8,
+                                    down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)))
+             for _ in range(2)]  # fmt: skip
+    order = []
+    for index, unet in enumerate(unets):
+        unet.register_forward_pre_hook(lambda model, args, index=index: order.append(index))
+    types = ["flow_prediction"] * 2 if flow else None
+    if flow:
+        scheduler.register_to_config(prediction_type="flow_prediction")
+    pipeline = quiet(SNRSplitPipeline(unets, scheduler, [0.5], prediction_types=types))
+    steps = 20 if scheduler_class is LCMScheduler else 7
+    images = pipeline(num_inference_steps=steps, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    assert images.isfinite().all()
+    assert order == sorted(order, reverse=True) and set(order) == {0, 1}
+
+
+def test_both_evaluations_of_a_second_order_step_are_one_denoisers():
+    scheduler = HeunDiscreteScheduler(beta_schedule="linear", prediction_type="sample")
+    denoisers = [Toy(1.3), Toy(0.7)]
+    pipeline = quiet(SNRSplitPipeline(denoisers, scheduler, [0.25]))
+    pipeline(num_inference_steps=10, generator=torch.Generator().manual_seed(0))
+    # t = 555 begins a step below an SNR of 0.25, whose second evaluation, at 444, is still that denoiser's; 444 to 333
+    noisy, clean = denoisers[1].calls, denoisers[0].calls
+    assert len(noisy) % 2 == 0 and noisy[-1] == clean[0] or noisy[-1] < 396 <= noisy[-2]
+    assert len(noisy) + len(clean) == 19
+
+
+# What they predict
+
+
+def test_predictions_convert_into_one_another():
+    x0, noise = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    alpha, sigma = torch.tensor(0.8), torch.tensor(0.6)
+    x_t = alpha * x0 + sigma * noise
+    truth = {"sample": x0, "epsilon": noise, "v_prediction": alpha * noise - sigma * x0}
+    for own in PREDICTION_TYPES:
+        for target in PREDICTION_TYPES:
+            converted = convert_prediction(truth[own], x_t, alpha, sigma, own, target)
+            torch.testing.assert_close(converted, truth[target], atol=1e-5, rtol=1e-5)
+
+
+def test_both_meanings_of_a_learned_variance():
+    """What the scheduler is handed spans the same range in the other sense: f = 1 - u there, (v + 1)/2 in Diffusers."""
+    unet = randomised(PatchedUNet2DModel(**UNET | {"out_channels": 8}))
+    pipeline = quiet(ClassConditionalPipeline(unet, DDPMScheduler(variance_type="learned_range")))
+    x_t, timestep = torch.randn(1, 4, 8, 8), torch.tensor(500)
+    with torch.no_grad():
+        u = unet(x_t, timestep).sample[:, 4:]
+        v = pipeline._predict(unet, x_t, timestep, {}, None, None, True)[:, 4:]
+    expected = VARIANCE_TYPES["learned_range_sigmoid"](u)
+    torch.testing.assert_close(VARIANCE_TYPES["learned_range"](v), expected)
+    assert draw(pipeline).isfinite().all()
+
+
+# In folders, and on accelerators
+
+
+def test_round_trip_through_a_fresh_process(mixed, tmp_path):
+    mixed.register_to_config(guidance_scales=[1.5, 1.0])
+    mixed.save_pretrained(tmp_path / "pipeline")
+    assert {path.parent.name for path in (tmp_path / "pipeline").glob("*/*.safetensors")} == {
+        "denoiser_0",
+        "denoiser_1",
+    }
+    torch.save(draw(mixed), tmp_path / "images.pt")
+    script = f"""
+import torch
+from diffusers import DiffusionPipeline
+import diffusers_dmp
+pipeline = DiffusionPipeline.from_pretrained({str(tmp_path / "pipeline")!r})
+assert [type(each).__name__ for each in pipeline.denoisers] == ["DTRTransformer2DModel", "PatchedUNet2DModel"]
+generator = torch.Generator().manual_seed(0)
+images = pipeline([1, 2], num_inference_steps=6, output_type="pt", generator=generator).images
+torch.testing.assert_close(images, torch.load({str(tmp_path / "images.pt")!r}))
+pipeline.save_pretrained({str(tmp_path / "again")!r})
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    again = SNRSplitPipeline.from_pretrained(tmp_path / "again")
+    torch.testing.assert_close(draw(quiet(again)), draw(mixed))
+    torch.testing.assert_close(draw(quiet(SNRSplitPipeline(**again.components, **settings(again)))), draw(mixed))
+
+
+def settings(pipeline: SNRSplitPipeline) -> dict:
+    return {name: pipeline.config[name] for name in ("snr_boundaries", "prediction_types", "guidance_scales")}
+
+
+def test_only_the_denoiser_at_work_is_on_the_accelerator(monkeypatch):
+    """Counted by the hooks that would move them: there is no accelerator here."""
+    denoisers = [Toy(1.3), Toy(1.0), Toy(0.7)]
+    pipeline = quiet(SNRSplitPipeline(denoisers, DDIMScheduler(prediction_type="sample"), [2.0, 0.25]))
+    pipeline.enable_model_cpu_offload(device="cpu")
+    there, most, pre_forward = [], [], CpuOffload.pre_forward
+
+    def arrive(hook, module, *args, **kwargs):
+        moved = pre_forward(hook, module, *args, **kwargs)
+        if module not in there:
+            there.append(module)
+        most.append(len(there))
+        return moved
+
+    monkeypatch.setattr(CpuOffload, "pre_forward", arrive)
+    for user_hook in pipeline._all_hooks:
+        monkeypatch.setattr(
+            user_hook, "offload", lambda model=user_hook.model: there.remove(model) if model in there else None
+        )
+    # also where the one between them has no step, whose hook would have moved the noisy end's away
+    with pytest.warns(UserWarning, match="Denoiser 1 has none"):
+        pipeline(num_inference_steps=4, snr_boundaries=[0.26, 0.25], generator=torch.Generator().manual_seed(0))
+    assert len(denoisers[0].calls) > 0 and len(denoisers[2].calls) > 0
+    assert set(most) == {1}
+
+
+def test_from_pipelines(tiny_dit):
+    unet = randomised(PatchedUNet2DModel(**UNET))
+    first = ClassConditionalPipeline(tiny_dit, DDIMScheduler(), id2label={"0": "cat"})
+    second = ClassConditionalPipeline(unet, DDIMScheduler(prediction_type="sample"))
+    pipeline = SNRSplitPipeline.from_pipelines([first, second], [0.25])
+    assert pipeline.denoisers == [tiny_dit, unet]
+    assert pipeline.config.prediction_types == ["epsilon", "sample"] and pipeline.config.id2label == {"0": "cat"}
+    other = ClassConditionalPipeline(unet, DDIMScheduler(beta_schedule="linear", beta_end=0.03))
+    with pytest.raises(ValueError, match="one noise schedule"):
+        SNRSplitPipeline.from_pipelines([first, other], [0.25])
+    with pytest.raises(ValueError, match="a `transformer` or `unet`, but got a DiffusionPipeline"):
+        SNRSplitPipeline.from_pipelines([first, DiffusionPipeline()], [0.25])
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"snr_boundaries": [1.0, 0.25]}, "make intervals, 3, but got 2"),
+        ({"snr_boundaries": [-0.25]}, "positive and to descend"),
+        ({"prediction_types": ["sample"]}, "`prediction_types` to be one for each of 2 denoisers"),
+        ({"guidance_scales": [1.0, 1.0, 1.0]}, "`guidance_scales` to be one for each of 2 denoisers"),
+        (
+            {"prediction_types": ["sample", "epsilon"]},
+            "denoiser 1 .* 'sample' that it was trained for, but got 'epsilon'",
+        ),
+    ],
+)
+def test_arguments_that_do_not_fit(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SNRSplitPipeline(
+            **{"denoisers": [Toy(1.0), Toy(2.0)], "scheduler": DDIMScheduler(), "snr_boundaries": [0.25]} | arguments
+        )
+
+
+def test_denoisers_that_do_not_fit():
+    unet = PatchedUNet2DModel(**UNET | {"snr_interval": (None, 0.25)})
+    SNRSplitPipeline([unet, unet.from_config(unet.config, snr_interval=None)], DDIMScheduler(), [0.25])
+    with pytest.raises(
+        ValueError, match=r"denoiser 0 .* SNR interval \[None, 0.5\], highest first, .* \[None, 0.25\]"
+    ):
+        SNRSplitPipeline([unet, unet], DDIMScheduler(), [0.5])
+    with pytest.raises(ValueError, match="the `in_channels` 4 of the first, but got 3 for denoiser 1"):
+        SNRSplitPipeline([unet, Toy(1.0)], DDIMScheduler(), [0.25])
+    with pytest.raises(ValueError, match="1 to 32 `denoisers`, but got 0"):
+        SNRSplitPipeline([], DDIMScheduler(), [])
+    with pytest.raises(ValueError, match="whose timesteps have no SNR"):
+        SNRSplitPipeline([Toy(1.0), Toy(2.0)], diffusers.KarrasVeScheduler(), [0.25])
+
+
+def test_predictions_that_cannot_be_converted():
+    pipeline = SNRSplitPipeline([Toy(1.0), Toy(2.0)], FlowMatchEulerDiscreteScheduler(), [0.25])
+    with pytest.raises(ValueError, match="for which none is converted, but got"):
+        pipeline(num_inference_steps=2)
+
+
+def test_a_guidance_scale_for_each(mixed):
+    with pytest.raises(ValueError, match="a number or 2 of them, but got 3"):
+        draw(mixed, guidance_scale=[1.0, 1.0, 1.0])
