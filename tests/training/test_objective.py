@@ -153,7 +153,7 @@ def test_unknown_weighting_lists_the_known_ones(weighting):
 
 
 def test_refuses_what_it_does_not_know(vectors):
-    with pytest.raises(ValueError, match="prediction_type.*sample, epsilon, v_prediction"):
+    with pytest.raises(ValueError, match="prediction_type.*epsilon, sample, v_prediction"):
         DiffusionObjective(DDPMScheduler.from_config(scheduler("linear").config, prediction_type="flow"))
     with pytest.raises(ValueError, match="variance_type.*learned_range_sigmoid.*'learned'"):
         DiffusionObjective(scheduler("linear"), variance_type="learned")

@@ -232,21 +232,21 @@ class SNRSplitPipeline(ClassConditionalPipeline):
 
         # 4. Denoise
         self._num_timesteps = len(scheduler.timesteps)
+        denoisers, types = self.denoisers, self.config.prediction_types
         target_type = scheduler.config.get("prediction_type")
         for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
             owner = owners[i]
             if i > 0 and owner != owners[i - 1]:
-                self._offload(self.denoisers[owners[i - 1]])
+                self._offload(denoisers[owners[i - 1]])
             x_t = latents
             if hasattr(scheduler, "scale_model_input"):  # flow-matching ones do without
                 x_t = scheduler.scale_model_input(latents, t)
             output = self._predict(
-                self.denoisers[owner], x_t, t, label_kwargs[owner], guidance[owner], guidance_channels, keeps_variance
+                denoisers[owner], x_t, t, label_kwargs[owner], guidance[owner], guidance_channels, keeps_variance
             )
-            own_type = self.config.prediction_types[owner]
-            if own_type != target_type:
+            if types[owner] != target_type:
                 prediction, variance = output[:, :channels], output[:, channels:]
-                prediction = convert_prediction(prediction, x_t, alphas[i], sigmas[i], own_type, target_type)
+                prediction = convert_prediction(prediction, x_t, alphas[i], sigmas[i], types[owner], target_type)
                 output = torch.cat([prediction.to(output.dtype), variance], dim=1)
             latents = scheduler.step(output, t, latents, **step_kwargs).prev_sample
 
