@@ -4,10 +4,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_CONFIG
+from diffusers import DDIMScheduler
 from matplotlib.figure import Figure
 
-from diffusers_dmp import DTRTransformer2DModel
-from diffusers_dmp.plots import gate_figure, mixing_figure, prompt_usage_figure, routing_figure, training_share_figure
+from diffusers_dmp import DiTModel, DTRTransformer2DModel, SNRSplitPipeline
+from diffusers_dmp.plots import (
+    gate_figure,
+    mixing_figure,
+    prompt_usage_figure,
+    routing_figure,
+    snr_split_figure,
+    training_share_figure,
+)
 
 
 def texts(figure: Figure) -> list[str]:
@@ -56,3 +64,20 @@ def test_prompt_usage_figure(tmp_path):
     extremes = [path.vertices[:, 1].tolist() for path in figure.axes[0].collections[0].get_paths()]
     assert np.allclose(extremes, [[1.5, 1.5], [0.6, 1.2], [0.3, 0.9]])
     figure.savefig(tmp_path / "usage.png")
+
+
+def test_snr_split_figure(tmp_path):
+    denoisers = [DiTModel(**TINY_CONFIG), DTRTransformer2DModel(**TINY_CONFIG | {"num_layers": 1})]
+    pipeline = SNRSplitPipeline(denoisers, DDIMScheduler(), [0.25])
+    figure = snr_split_figure(pipeline, num_inference_steps=50)
+    curve, cost = figure.axes
+    alphas_cumprod = pipeline.scheduler.alphas_cumprod
+    assert np.allclose(curve.lines[0].get_ydata(), alphas_cumprod / (1 - alphas_cumprod))
+    spans = [(span.get_x(), span.get_x() + span.get_width()) for span in curve.patches]
+    assert spans == [(0, 396), (396, 1000)]
+    labels = [span.get_label() for span in curve.patches]
+    assert labels[0].endswith("(DiTModel): 20 of 50 steps") and labels[1].endswith(
+        "(DTRTransformer2DModel): 30 of 50 steps"
+    )
+    assert [bar.get_height() for bar in cost.patches] == [denoiser.num_parameters() for denoiser in denoisers]
+    figure.savefig(tmp_path / "snr_split.png")

@@ -64,7 +64,8 @@ def test_the_report_of_a_patch(demo_folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "docs/training.md", "docs/weights.md", "docs/patches.md", "docs/snr_split.md"]
+    "page",
+    ["README.md", "CONTRIBUTING.md", "docs/training.md", "docs/weights.md", "docs/patches.md", "docs/snr_split.md"],
 )
 def test_links_lead_somewhere(page):
     path = REPOSITORY / page

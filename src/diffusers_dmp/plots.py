@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from .models import DTRTransformer2DModel
+from .pipelines import SNRSplitPipeline
 
 
 def sample_grid(columns: "list[list[Image.Image]]", pixel_size: int = 1, gap: int = 1) -> Image.Image:
@@ -158,6 +159,40 @@ def prompt_usage_figure(gates: torch.Tensor) -> Figure:
     axes.set_xlabel("prompt, the most used first")
     axes.set_ylabel("weight (1: an equal share)")
     figure.legend(loc="outside upper right", ncols=3)
+    return figure
+
+
+def snr_split_figure(pipeline: SNRSplitPipeline, num_inference_steps: int = 50) -> Figure:
+    """
+    Which denoiser owns which timesteps, over the signal-to-noise ratio; its share of the steps, and its parameters (https://arxiv.org/abs/2207.04316).
+
+    Args:
+        pipeline ([`SNRSplitPipeline`]): With a scheduler that has `alphas_cumprod`.
+        num_inference_steps (`int`): Of the sampling that is counted.
+    """
+    alphas_cumprod = pipeline.scheduler.alphas_cumprod
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    edges = pipeline.intervals().edges
+    steps = pipeline.steps_per_denoiser(num_inference_steps)
+    sizes = [sum(parameter.numel() for parameter in denoiser.parameters()) for denoiser in pipeline.denoisers]
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    curve, cost = figure.subplots(1, 2, width_ratios=(2, 1))
+    curve.plot(snr, color="k")
+    for index, (low, high) in enumerate(zip(edges, edges[1:])):
+        name = f"denoiser {index} ({type(pipeline.denoisers[index]).__name__})"
+        curve.axvspan(low, high, color=f"C{index}", alpha=0.3, label=f"{name}: {steps[index]} of {sum(steps)} steps")
+    for boundary in pipeline.config.snr_boundaries:
+        curve.axhline(boundary, color="gray", linestyle="--")
+    curve.set_yscale("log")
+    curve.set_xlabel("timestep (0 almost clean, right almost pure noise)")
+    curve.set_ylabel("signal-to-noise ratio")
+    bars = cost.bar(range(len(sizes)), sizes, color=[f"C{index}" for index in range(len(sizes))])
+    cost.bar_label(bars, [f"{size / 1e6:.2f} M" for size in sizes])
+    cost.set_xticks(range(len(sizes)), [f"denoiser {index}" for index in range(len(sizes))])
+    cost.set_ylabel("parameters at work")
+    cost.margins(y=0.15)
+    figure.legend(loc="outside upper center", ncols=2)
     return figure
 
 

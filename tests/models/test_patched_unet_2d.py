@@ -120,6 +120,13 @@ def test_half_precision(unet, inputs, dtype, tmp_path):
         torch.testing.assert_close(output.float(), expected, atol=0.2, rtol=0.1)
 
 
+def test_positions_are_exact_in_half_precision(tmp_path):
+    unet = PatchedUNet2DModel(**TINY)
+    unet.save_pretrained(tmp_path)
+    loaded = PatchedUNet2DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    torch.testing.assert_close(loaded.positions.float(), unet.positions, atol=2**-8, rtol=0)
+
+
 @torch.no_grad()
 def test_compiled(unet, inputs):
     compiled = torch.compile(copy.deepcopy(unet), backend="aot_eager", fullgraph=True)

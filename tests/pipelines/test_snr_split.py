@@ -27,9 +27,12 @@ from diffusers_dmp import (
     ClassConditionalPipeline,
     DTRTransformer2DModel,
     PatchedUNet2DModel,
+    PromptPatch,
+    RemixDiTModel,
     SNRSplitPipeline,
     respaced_timesteps,
 )
+from diffusers_dmp.pipelines.pipeline_class_conditional import looks_at_inputs
 from diffusers_dmp.predictions import PREDICTION_TYPES, convert_prediction
 from diffusers_dmp.training.objective import VARIANCE_TYPES
 
@@ -193,6 +196,17 @@ def test_both_evaluations_of_a_second_order_step_are_one_denoisers():
     assert len(noisy) + len(clean) == 19
 
 
+def test_those_that_look_at_their_timesteps_get_them_on_the_host(mixed):
+    remix = randomised(RemixDiTModel(**TINY_CONFIG | {"out_channels": 4}))
+    pipeline = quiet(SNRSplitPipeline([remix, mixed.denoiser_1], DDIMScheduler(), [0.25]))
+    seen = []
+    remix.register_forward_pre_hook(lambda model, args: seen.append(args[1].device.type))
+    draw(pipeline)
+    assert seen == ["cpu"] * len(seen) and looks_at_inputs(remix) and not looks_at_inputs(mixed.denoiser_0)
+    PromptPatch.for_transformer(mixed.denoiser_0).attach(mixed.denoiser_0)
+    assert looks_at_inputs(mixed.denoiser_0)
+
+
 # What they predict
 
 
@@ -277,6 +291,21 @@ def test_only_the_denoiser_at_work_is_on_the_accelerator(monkeypatch):
         pipeline(num_inference_steps=4, snr_boundaries=[0.26, 0.25], generator=torch.Generator().manual_seed(0))
     assert len(denoisers[0].calls) > 0 and len(denoisers[2].calls) > 0
     assert set(most) == {1}
+
+
+def test_a_patch_is_not_lost_in_silence(mixed, tmp_path):
+    patch = PromptPatch.for_transformer(mixed.denoiser_0).attach(mixed.denoiser_0)
+    draw(mixed)
+    with pytest.raises(ValueError, match="no folder, but got one on denoiser 0"):
+        mixed.save_pretrained(tmp_path)
+    patch.detach()
+    mixed.save_pretrained(tmp_path)
+
+
+def test_groups_of_layers_offloaded(mixed):
+    images = draw(mixed)
+    mixed.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    torch.testing.assert_close(draw(mixed), images)
 
 
 def test_from_pipelines(tiny_dit):

@@ -262,7 +262,7 @@ class PatchedUNet2DModel(ModelMixin, ConfigMixin):
         positions = self.positions
         if positions.shape[2:] != hidden_states.shape[2:]:
             positions = position_table(positions.shape[1], *hidden_states.shape[2:]).to(positions)
-        first_features = hidden_states = hidden_states + positions
+        first_features = hidden_states = hidden_states + positions.to(hidden_states.dtype)
 
         # Down
         skips = [hidden_states]
@@ -347,9 +347,11 @@ def position_table(dim: int, height: int, width: int) -> torch.Tensor:
     """
     half = dim // 2
     # sin(64·i/n·10000^(-k/(D/2 - 1))), k = 0 … D/2 - 1
-    frequencies = torch.exp(torch.arange(half) * (-math.log(10000) / (half - 1)))
+    # in float32 also where a model is made in half precision
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * (-math.log(10000) / (half - 1)))
     columns, rows = (
-        torch.sin(torch.arange(size)[:, None] * frequencies * (POSITION_SCALE / size)) for size in (width, height)
+        torch.sin(torch.arange(size, dtype=torch.float32)[:, None] * frequencies * (POSITION_SCALE / size))
+        for size in (width, height)
     )
     columns = columns.T[:, None, :].expand(half, height, width)
     rows = rows.T[:, :, None].expand(half, height, width)

@@ -57,6 +57,15 @@ def vae_downsampling(vae: AutoencoderKL | None) -> int:
     return 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
 
 
+def looks_at_inputs(denoiser: ModelMixin) -> bool:
+    """
+    Whether a denoiser reads its timesteps and labels on the host: a Remix-DiT does, and a patch that keeps its gates. They
+    are left on the CPU for it, as an accelerator would have to be waited for at every step.
+    """
+    is_patched_dit = isinstance(denoiser, DiTModel) and PromptPatch.attached_to(denoiser) is not None
+    return isinstance(denoiser, RemixDiTModel) or is_patched_dit
+
+
 class ClassConditionalPipeline(DiffusionPipeline):
     """
     Generate images with one denoiser.
@@ -118,7 +127,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def enable_group_offload(self, *args, exclude_modules: "str | list[str] | None" = None, **kwargs) -> None:
         """See [`DiffusionPipeline.enable_group_offload`]. A patch is small, and its transformer calls it: it stays."""
         exclude_modules = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
-        super().enable_group_offload(*args, exclude_modules=[*exclude_modules, "prompt_patch"], **kwargs)
+        patches = [name for name in self._exclude_from_cpu_offload if name in self.components]
+        super().enable_group_offload(*args, exclude_modules=[*exclude_modules, *patches], **kwargs)
 
     @property
     def prompt_patch(self) -> PromptPatch | None:
@@ -213,8 +223,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self._check_outputs(output_type, callback_on_step_end_tensor_inputs)
 
         # 1. What is asked for
-        # Some look at timesteps and labels, for which an accelerator would have to be waited at every step
-        inputs_device = "cpu" if self._looks_at_inputs else device
+        inputs_device = "cpu" if looks_at_inputs(self.transformer) else device
         class_labels = self._prepare_labels(class_labels, batch_size)
         batch_size = self._checked_batch_size(class_labels, batch_size)
         guidance = self._prepare_guidance(guidance_scale, batch_size)
@@ -304,13 +313,6 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def num_timesteps(self) -> int:
         """The number of denoising steps of the call under way."""
         return self._num_timesteps
-
-    @property
-    def _looks_at_inputs(self) -> bool:
-        """Whether the timestep's and labels' values are of use on the host: for a Remix-DiT, and for a patch's gates."""
-        model = self.transformer
-        is_patched_dit = isinstance(model, DiTModel) and PromptPatch.attached_to(model) is not None
-        return isinstance(model, RemixDiTModel) or is_patched_dit
 
     def _prepare_labels(self, class_labels, batch_size: int) -> torch.LongTensor | None:
         if self.num_classes is None:

@@ -16,8 +16,9 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..intervals import NoiseIntervals
+from ..patches import PromptPatch
 from ..predictions import convert_prediction
-from .pipeline_class_conditional import ClassConditionalPipeline, vae_downsampling
+from .pipeline_class_conditional import ClassConditionalPipeline, looks_at_inputs, vae_downsampling
 
 MAX_DENOISERS = 32  # Diffusers reads from the constructor's signature which components there may be
 DENOISER_NAMES = tuple(f"denoiser_{index}" for index in range(MAX_DENOISERS))
@@ -141,7 +142,18 @@ class SNRSplitPipeline(ClassConditionalPipeline):
         return {name: getattr(self, name) for name in names}
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
-        """See [`DiffusionPipeline.save_pretrained`]."""
+        """
+        See [`DiffusionPipeline.save_pretrained`].
+
+        Raises:
+            ValueError: if a denoiser has a patch, which would be lost.
+        """
+        for index, denoiser in enumerate(self.denoisers):
+            if PromptPatch.attached_to(denoiser) is not None:
+                raise ValueError(
+                    f"Expected denoisers without patches, for which this pipeline has no folder, but got one on denoiser "
+                    f"{index}; save it by itself, and `detach()` it."
+                )
         DiffusionPipeline.save_pretrained(self, save_directory, **kwargs)
 
     def intervals(self, snr_boundaries: list[float] | None = None) -> NoiseIntervals:
@@ -214,7 +226,12 @@ class SNRSplitPipeline(ClassConditionalPipeline):
                 f"Expected `guidance_scale` to be a number or {self.num_denoisers} of them, but got {len(scales)}."
             )
         guidance = [self._prepare_guidance(scale, batch_size) for scale in scales]
-        label_kwargs = [self._label_kwargs(class_labels, scale is not None, device) for scale in guidance]
+        denoisers = self.denoisers
+        input_devices = ["cpu" if looks_at_inputs(denoiser) else device for denoiser in denoisers]
+        label_kwargs = [
+            self._label_kwargs(class_labels, scale is not None, input_device)
+            for scale, input_device in zip(guidance, input_devices)
+        ]
 
         # 2. When, and by whom
         scheduler, keeps_variance = self._prepare_scheduler()
@@ -232,8 +249,8 @@ class SNRSplitPipeline(ClassConditionalPipeline):
 
         # 4. Denoise
         self._num_timesteps = len(scheduler.timesteps)
-        denoisers, types = self.denoisers, self.config.prediction_types
-        target_type = scheduler.config.get("prediction_type")
+        model_timesteps = [scheduler.timesteps.to(input_device) for input_device in input_devices]
+        types, target_type = self.config.prediction_types, scheduler.config.get("prediction_type")
         for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
             owner = owners[i]
             if i > 0 and owner != owners[i - 1]:
@@ -242,7 +259,13 @@ class SNRSplitPipeline(ClassConditionalPipeline):
             if hasattr(scheduler, "scale_model_input"):  # flow-matching ones do without
                 x_t = scheduler.scale_model_input(latents, t)
             output = self._predict(
-                denoisers[owner], x_t, t, label_kwargs[owner], guidance[owner], guidance_channels, keeps_variance
+                denoisers[owner],
+                x_t,
+                model_timesteps[owner][i],
+                label_kwargs[owner],
+                guidance[owner],
+                guidance_channels,
+                keeps_variance,
             )
             if types[owner] != target_type:
                 prediction, variance = output[:, :channels], output[:, channels:]
