@@ -9,7 +9,7 @@ TRAIN = $(BIN)/accelerate launch --num_machines 1 --num_processes 1 --dynamo_bac
 # a third of the modules is ever imported: those are compiled when they first are, and the rest never (--no-compile)
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-remix demo-dmp test test-slow lint format clean
+.PHONY: demo demo-remix demo-dmp demo-patch test test-slow lint format clean
 
 demo: .venv/demo.installed
 	$(BIN)/python training/demo.py data
@@ -33,6 +33,12 @@ demo-dmp: .venv/demo.installed
 	$(TRAIN) training/train_dmp.py --config training/presets/dmp_digits.yaml
 	$(BIN)/python training/demo.py report outputs/dit_digits_train
 	$(BIN)/python training/demo.py report outputs/dmp_digits
+
+demo-patch: .venv/demo.installed
+	$(BIN)/python training/demo.py data
+	rm -rf outputs/patch_digits/expert_*/checkpoint-*
+	$(TRAIN) training/train_patch_diffusion.py --config training/presets/patch_digits.yaml
+	$(BIN)/python training/demo.py report outputs/patch_digits
 
 test: .venv/test.installed
 	$(BIN)/python -m pytest -q

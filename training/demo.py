@@ -11,7 +11,11 @@ import torch
 from diffusers import DiffusionPipeline
 from matplotlib.figure import Figure
 
-from diffusers_dmp import DTRTransformer2DModel, RemixDiTModel  # registers the pipeline with Diffusers, too
+from diffusers_dmp import (  # registers the pipeline with Diffusers, too
+    DTRTransformer2DModel,
+    RemixDiTModel,
+    SNRSplitPipeline,
+)
 from diffusers_dmp.digits import NUM_CLASSES, TRAINING_IMAGES, VALIDATION_IMAGES, fit_reader, write_image_folder
 from diffusers_dmp.plots import (
     gate_figure,
@@ -19,6 +23,7 @@ from diffusers_dmp.plots import (
     prompt_usage_figure,
     routing_figure,
     sample_grid,
+    snr_split_figure,
     training_share_figure,
 )
 
@@ -52,7 +57,7 @@ def report(folder: Path) -> None:
         "samples": len(images),
         "guidance_scale": GUIDANCE_SCALE,
         "num_inference_steps": NUM_INFERENCE_STEPS,
-        "parameters": pipeline.transformer.num_parameters(),
+        "parameters": sum(denoiser.num_parameters() for denoiser in pipeline.denoisers),
         "steps": training["steps"],
         "train_seconds": training["train_seconds"],
     }
@@ -70,6 +75,8 @@ def report(folder: Path) -> None:
 def specialisation_figures(pipeline: DiffusionPipeline, training: dict) -> dict[str, Figure]:
     """What shows how the model's parts share the noise levels."""
     model = pipeline.transformer
+    if isinstance(pipeline, SNRSplitPipeline):
+        return {"snr_split": snr_split_figure(pipeline, NUM_INFERENCE_STEPS)}
     if pipeline.prompt_patch is not None:
         timesteps = torch.arange(0, model.config.num_train_timesteps, 25)
         gates = pipeline.prompt_patch.gate_weights(timesteps)

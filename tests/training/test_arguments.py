@@ -58,6 +58,7 @@ def test_every_preset_parses(preset, monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY / "training"))
     from train_dmp import DMPTrainingArguments
     from train_dtr import DTRTrainingArguments
+    from train_patch_diffusion import PatchDiffusionTrainingArguments
     from train_remix import RemixTrainingArguments
 
     arguments = {
@@ -65,6 +66,7 @@ def test_every_preset_parses(preset, monkeypatch):
         "dtr": DTRTrainingArguments,
         "remix": RemixTrainingArguments,
         "dmp": DMPTrainingArguments,
+        "patch": PatchDiffusionTrainingArguments,
     }
     args = parse_arguments(arguments[preset.stem.split("_")[0]], ["--config", str(preset)])
     for name, value in yaml.safe_load(preset.read_text()).items():

@@ -59,7 +59,10 @@ class TrainingArguments(DataArguments):
 
     # diffusion process
     num_train_timesteps: int = option(1000, "T.")
-    beta_schedule: str = option("linear", "Of Diffusers' DDPMScheduler: linear, scaled_linear, squaredcos_cap_v2, …")
+    beta_schedule: str = option(
+        "linear",
+        "Of Diffusers' DDPMScheduler: linear, scaled_linear, squaredcos_cap_v2, …; linear0.025 is linear up to that beta.",
+    )
     beta_start: float = option(1e-4, "First beta of the linear schedules.")
     beta_end: float = option(0.02, "Last beta of the linear schedules.")
     prediction_type: str = option("epsilon", "What the model predicts: epsilon, sample (x0) or v_prediction.")

@@ -150,7 +150,9 @@ def training_steps(
 
     for step in range(first_step, last_step):
         experts, expert_kwargs = None, {}
-        if recipe.expert_intervals is not None:
+        if recipe.expert is not None:
+            experts = [recipe.expert] * accelerator.num_processes
+        elif recipe.expert_intervals is not None:
             experts = draw_experts(seed, step, recipe.expert_intervals.num_experts, accelerator.num_processes)
             expert_kwargs = {"expert": experts[accelerator.process_index]}
         randomness = draw_step(

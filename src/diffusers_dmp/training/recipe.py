@@ -16,6 +16,7 @@ class TrainingRecipe:
     Args:
         expert_intervals ([`NoiseIntervals`], *optional*): Draw one expert per step and process, uniformly, and all its
             timesteps from that expert's interval. The model is told which by its argument `expert`.
+        expert (`int`, *optional*): Train this one alone, a model of its own that need not be told.
         learning_rates (`dict[str, float]`): Of the parameters that have one of their own, by name.
         auxiliary_weights (`Callable[[int], dict[str, float]]`): From the steps done so far to how much each
             auxiliary loss counts, by its name in the model's output.
@@ -25,6 +26,7 @@ class TrainingRecipe:
     """
 
     expert_intervals: NoiseIntervals | None = None
+    expert: int | None = None
     learning_rates: dict[str, float] = field(default_factory=dict)
     auxiliary_weights: Callable[[int], dict[str, float]] = lambda step: {}
     describe: Callable[[nn.Module], dict[str, Any]] = lambda model: {}

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,7 +99,8 @@ def train(
 
     # 1. Objective and process
     scheduler = make_scheduler(args, in_latents=vae is not None)
-    objective = DiffusionObjective(scheduler, args.weighting, "learned_range" if args.learn_sigma else None)
+    variance_type = getattr(model, "variance_type", "learned_range") if args.learn_sigma else None
+    objective = DiffusionObjective(scheduler, args.weighting, variance_type)
     check_batch_size(accelerator, args, objective)
     if recipe.expert_intervals is not None and objective.uncertainty is not None:
         raise ValueError(
@@ -211,6 +213,9 @@ def train(
         if after:
             summary |= {"before": before, "after": after}
         Path(args.output_dir, "training_summary.json").write_text(json.dumps(summary) + "\n")
+    # Besides the files: with gloo, a process that ends right upon a collective can wait for ever for a thread that still has
+    # its tensors to free, and that in turn waits for the interpreter's lock.
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
@@ -259,11 +264,14 @@ def make_batches(
 
 def make_scheduler(args: TrainingArguments, in_latents: bool) -> DDPMScheduler:
     """The diffusion process, sampled ancestrally at evenly respaced timesteps, as published."""
+    beta_schedule, beta_end = args.beta_schedule, args.beta_end
+    if re.fullmatch(r"linear[\d.]+", beta_schedule):  # as Patch Diffusion calls them
+        beta_schedule, beta_end = "linear", float(beta_schedule.removeprefix("linear"))
     return DDPMScheduler(
         num_train_timesteps=args.num_train_timesteps,
-        beta_schedule=args.beta_schedule,
+        beta_schedule=beta_schedule,
         beta_start=args.beta_start,
-        beta_end=args.beta_end,
+        beta_end=beta_end,
         prediction_type=args.prediction_type,
         variance_type="learned_range" if args.learn_sigma else "fixed_small",
         clip_sample=not in_latents,  # pixels end at ±1, latents nowhere

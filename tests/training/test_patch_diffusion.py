@@ -1,0 +1,99 @@
+"""Patch Diffusion's training: one UNet for each stretch of noise, or all of them and their pipeline."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import REPOSITORY
+from diffusers import DiffusionPipeline
+from runs import TINY, launch_script
+
+from diffusers_dmp import ClassConditionalPipeline, NoiseIntervals, PatchedUNet2DModel, SNRSplitPipeline
+from diffusers_dmp.training import trainer
+from diffusers_dmp.training.arguments import TrainingArguments
+from diffusers_dmp.training.trainer import make_scheduler
+
+TINY_UNET = {name: value for name, value in TINY.items() if name not in ("num_layers", "num_attention_heads")} | {
+    "patch_size": 2,
+    "model_channels": 32,
+    "channel_multipliers": [1, 2],
+    "layers_per_block": 1,
+    "attention_levels": [1],
+    "attention_head_dim": 16,
+    "max_train_steps": 2,
+}
+
+
+@pytest.fixture
+def train_patch_here(digits, monkeypatch):
+    """In this process."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "training"))
+    from train_patch_diffusion import PatchDiffusionTrainingArguments, train_patch_diffusion
+
+    def train(output_dir: Path, **arguments) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        defaults = TINY_UNET | {"dataset": str(digits), "report_to": "none", "output_dir": str(output_dir)}
+        train_patch_diffusion(PatchDiffusionTrainingArguments(**defaults | arguments))
+
+    return train
+
+
+def test_all_experts_as_users_start_them(digits, tmp_path):
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(json.dumps(TINY_UNET | {"snr_boundaries": [0.25], "dataset": str(digits), "report_to": "none"}))
+    launch_script("train_patch_diffusion.py", tmp_path / "run", 1, {"config": preset})
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert type(pipeline) is SNRSplitPipeline
+    assert [denoiser.config.snr_interval for denoiser in pipeline.denoisers] == [[None, 0.25], [0.25, None]]
+    assert pipeline.config.prediction_types == ["sample", "sample"]
+    assert pipeline("7", num_inference_steps=3, guidance_scale=[1.0, 1.5]).images[0].size == (8, 8)
+    summary = json.loads((tmp_path / "run" / "training_summary.json").read_text())
+    assert summary["steps"] == 4
+    assert [expert["samples_per_expert"] for expert in summary["experts"]] == [[32, 0], [0, 32]]
+
+
+def test_an_expert_sees_its_own_stretch_of_noise(train_patch_here, tmp_path, monkeypatch):
+    seen, forward = [], PatchedUNet2DModel.forward
+
+    def remember(model, sample, timestep, **kwargs):
+        seen.append(timestep)
+        return forward(model, sample, timestep, **kwargs)
+
+    monkeypatch.setattr(PatchedUNet2DModel, "forward", remember)
+    train_patch_here(tmp_path, snr_boundaries=[2.0, 0.25], expert="1")
+    intervals = NoiseIntervals.from_snr([2.0, 0.25], make_scheduler(TrainingArguments(), in_latents=False))
+    assert (intervals.index(torch.cat(seen)) == 1).all()
+    saved = PatchedUNet2DModel.from_pretrained(tmp_path / "expert_1" / "pipeline", subfolder="transformer")
+    assert saved.config.snr_interval == [2.0, 0.25] and not (tmp_path / "pipeline").exists()
+
+
+def test_one_model_for_all(train_patch_here, tmp_path):
+    train_patch_here(tmp_path)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    assert type(pipeline) is ClassConditionalPipeline
+    assert pipeline.transformer.config.snr_interval == [None, None]
+
+
+def test_the_variance_is_learned_in_the_models_own_sense(train_patch_here, tmp_path, monkeypatch):
+    made, objective = [], trainer.DiffusionObjective
+
+    def remember(*args):
+        made.append(args[1:])
+        return objective(*args)
+
+    monkeypatch.setattr(trainer, "DiffusionObjective", remember)
+    train_patch_here(tmp_path / "learned", max_train_steps=1)
+    train_patch_here(tmp_path / "fixed", max_train_steps=1, learn_sigma=False)
+    assert made == [("sqrt_snr", "learned_range_sigmoid"), ("sqrt_snr", None)]
+
+
+def test_linear_schedules_up_to_another_beta():
+    scheduler = make_scheduler(TrainingArguments(beta_schedule="linear0.025"), in_latents=False)
+    torch.testing.assert_close(scheduler.betas, torch.linspace(1e-4, 0.025, 1000))
+
+
+def test_an_expert_that_there_is_not(train_patch_here, tmp_path):
+    with pytest.raises(ValueError, match="`expert` to be one of all, 0, 1, but got '2'"):
+        train_patch_here(tmp_path, snr_boundaries=[0.25], expert="2")
