@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..models.loading import check_weights
 from ..models.patched_unet_2d import PatchedUNet2DModel
@@ -40,12 +41,16 @@ def module_names(model: PatchedUNet2DModel) -> dict[str, str]:
             names.update({f"{ours}.attn.{name}": f"{original_attention}.{part}" for part, name in _ATTENTION.items()})
             names.update({f"{ours}.attn.to_{part}": f"{original_attention}.qkv" for part in "qkv"})
 
+    def add_level(ours: str, original: str, layers: nn.ModuleList, index: int) -> int:
+        """The layers of one level, of which the first is the original's `index`-th; which comes next."""
+        for number, layer in enumerate(layers):
+            attention = None if layer.attn is None else f"{original}.{index + number}.1"
+            add_layer(f"{ours}.{number}", f"{original}.{index + number}.0", attention)
+        return index + len(layers)
+
     index = 1
     for level, layers in enumerate(model.down_layers):
-        for number, layer in enumerate(layers):
-            attention = None if layer.attn is None else f"input_blocks.{index}.1"
-            add_layer(f"down_layers.{level}.{number}", f"input_blocks.{index}.0", attention)
-            index += 1
+        index = add_level(f"down_layers.{level}", "input_blocks", layers, index)
         if level < len(model.downsamplers):
             names[f"downsamplers.{level}.conv"] = f"input_blocks.{index}.0.op"
             index += 1
@@ -53,10 +58,7 @@ def module_names(model: PatchedUNet2DModel) -> dict[str, str]:
     add_layer("mid_layers.1", "middle_block.2", None)
     index = 0
     for level, layers in enumerate(model.up_layers):
-        for number, layer in enumerate(layers):
-            attention = None if layer.attn is None else f"output_blocks.{index}.1"
-            add_layer(f"up_layers.{level}.{number}", f"output_blocks.{index}.0", attention)
-            index += 1
+        index = add_level(f"up_layers.{level}", "output_blocks", layers, index)
         if level < len(model.upsamplers):
             names[f"upsamplers.{level}.conv"] = f"output_blocks.{index - 1}.{1 + (layers[-1].attn is not None)}.conv"
     return names
