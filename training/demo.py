@@ -61,7 +61,7 @@ def report(folder: Path) -> None:
         "steps": training["steps"],
         "train_seconds": training["train_seconds"],
     }
-    if pipeline.prompt_patch is not None:
+    if getattr(pipeline, "prompt_patch", None) is not None:
         summary["patch_parameters"] = pipeline.prompt_patch.num_parameters()
     if "validation_loss" in training.get("after", {}):
         summary["validation_loss"] = {when: training[when]["validation_loss"] for when in ("before", "after")}
@@ -74,7 +74,7 @@ def report(folder: Path) -> None:
 
 def specialisation_figures(pipeline: DiffusionPipeline, training: dict) -> dict[str, Figure]:
     """What shows how the model's parts share the noise levels."""
-    model = pipeline.transformer
+    model = pipeline.denoisers[0]
     if isinstance(pipeline, SNRSplitPipeline):
         return {"snr_split": snr_split_figure(pipeline, NUM_INFERENCE_STEPS)}
     if pipeline.prompt_patch is not None:

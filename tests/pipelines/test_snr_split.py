@@ -32,7 +32,7 @@ from diffusers_dmp import (
     SNRSplitPipeline,
     respaced_timesteps,
 )
-from diffusers_dmp.pipelines.pipeline_class_conditional import looks_at_inputs
+from diffusers_dmp.pipelines.denoising import looks_at_inputs
 from diffusers_dmp.predictions import PREDICTION_TYPES, convert_prediction
 from diffusers_dmp.training.objective import VARIANCE_TYPES
 
@@ -354,6 +354,8 @@ def test_denoisers_that_do_not_fit():
         SNRSplitPipeline([unet, unet], DDIMScheduler(), [0.5])
     with pytest.raises(ValueError, match="the `in_channels` 4 of the first, but got 3 for denoiser 1"):
         SNRSplitPipeline([unet, Toy(1.0)], DDIMScheduler(), [0.25])
+    with pytest.raises(ValueError, match="the 10 classes of the first, but got 5 for denoiser 1"):
+        SNRSplitPipeline([unet, PatchedUNet2DModel(**UNET | {"num_classes": 5})], DDIMScheduler(), [0.25])
     with pytest.raises(ValueError, match="1 to 32 `denoisers`, but got 0"):
         SNRSplitPipeline([], DDIMScheduler(), [])
     with pytest.raises(ValueError, match="whose timesteps have no SNR"):

@@ -4,69 +4,20 @@ Guidance: https://arxiv.org/abs/2207.12598, learned variance: https://arxiv.org/
 Legend: B batch, C channels, H and W height and width, in pixels or latent pixels.
 """
 
-import inspect
 import os
 from collections.abc import Callable
 
-import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMParallelScheduler, DDPMScheduler
-from diffusers.image_processor import VaeImageProcessor
+from diffusers import AutoencoderKL
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils.torch_utils import randn_tensor
 
-from ..intervals import check_timesteps, check_train_timesteps
-from ..models import DiTModel, RemixDiTModel
 from ..patches import PromptPatch
-
-LEARNED_VARIANCES = ("learned", "learned_range")
-
-
-def classifier_free_guidance(
-    model_output: torch.Tensor,
-    guidance_scale: "float | torch.Tensor",
-    sample_channels: int,
-    guidance_channels: int | None = None,
-) -> torch.Tensor:
-    """
-    Combine conditional and unconditional predictions (https://arxiv.org/abs/2207.12598, equation 6).
-
-    Args:
-        model_output (`torch.Tensor` of shape (2B, C or 2C, H, W)): The conditional half first.
-        guidance_scale (`float`, or `torch.Tensor` of shape (B, 1, 1, 1)): w; 1 is the conditional prediction.
-        sample_channels (`int`): C. The channels after them, a learned variance, stay the conditional ones.
-        guidance_channels (`int`, *optional*): Guide the first of the C channels only. The published DiT, Remix-DiT and
-            DMP guide 3 of 4; DTR all, as is the default here.
-
-    Returns:
-        `torch.Tensor` of shape (B, C or 2C, H, W).
-    """
-    conditional, unconditional = model_output.chunk(2)
-    guided = sample_channels if guidance_channels is None else guidance_channels
-    if not 1 <= guided <= sample_channels:
-        raise ValueError(f"Expected `guidance_channels` to be in [1, {sample_channels}], but got {guidance_channels}.")
-    # ε = ε(∅) + w·(ε(y) - ε(∅))
-    prediction = unconditional[:, :guided] + guidance_scale * (conditional - unconditional)[:, :guided]
-    return torch.cat([prediction.to(model_output.dtype), conditional[:, guided:]], dim=1)
+from .denoising import DenoisingPipeline, looks_at_inputs
 
 
-def vae_downsampling(vae: AutoencoderKL | None) -> int:
-    """Pixels per latent pixel and axis; 1 without a VAE."""
-    return 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-
-
-def looks_at_inputs(denoiser: ModelMixin) -> bool:
-    """
-    Whether a denoiser reads its timesteps and labels on the host: a Remix-DiT does, and a patch that keeps its gates. They
-    are left on the CPU for it, as an accelerator would have to be waited for at every step.
-    """
-    is_patched_dit = isinstance(denoiser, DiTModel) and PromptPatch.attached_to(denoiser) is not None
-    return isinstance(denoiser, RemixDiTModel) or is_patched_dit
-
-
-class ClassConditionalPipeline(DiffusionPipeline):
+class ClassConditionalPipeline(DenoisingPipeline):
     """
     Generate images with one denoiser.
 
@@ -85,7 +36,6 @@ class ClassConditionalPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae", "prompt_patch"]
     _exclude_from_cpu_offload = ["prompt_patch"]  # it is small, and its transformer calls it
-    _callback_tensor_inputs = ["latents"]
 
     def __init__(
         self,
@@ -97,27 +47,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, prompt_patch=prompt_patch)
-        self.register_to_config(id2label=id2label and {str(index): name for index, name in id2label.items()})
-        self.vae_scale_factor = vae_downsampling(vae)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: "str | os.PathLike", **kwargs
-    ) -> "ClassConditionalPipeline":
-        """
-        See [`DiffusionPipeline.from_pretrained`].
-
-        Raises:
-            ValueError: if a local folder holds no pipeline.
-        """
-        folder = str(pretrained_model_name_or_path)
-        if os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, cls.config_name)):
-            raise ValueError(
-                f"Expected `pretrained_model_name_or_path` to be a pipeline folder with a {cls.config_name}, "
-                f"but got {folder!r}, which has none."
-            )
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        self._set_up_images(vae, id2label)
 
     def save_pretrained(self, save_directory: "str | os.PathLike", **kwargs) -> None:
         """See [`DiffusionPipeline.save_pretrained`]."""
@@ -139,38 +69,6 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def prompt_patch(self, patch: PromptPatch | None) -> None:
         if patch is not None and patch is not self.prompt_patch:
             patch.attach(self.transformer).eval()
-
-    @property
-    def num_classes(self) -> int | None:
-        """How many classes the denoiser knows; None for one that takes no labels."""
-        config = self.transformer.config
-        names = ("num_classes", "num_embeds_ada_norm", "num_class_embeds")
-        return next((config[name] for name in names if config.get(name) is not None), None)
-
-    @property
-    def has_null_class(self) -> bool:
-        """Whether the denoiser learned to go without a label, as guidance needs it."""
-        config = self.transformer.config
-        # Diffusers' own DiT always has; it is the one that counts its classes as `num_embeds_ada_norm`
-        return config.get("class_dropout_prob", 0) > 0 or "num_embeds_ada_norm" in config
-
-    def get_label_ids(self, labels: "str | list[str]") -> list[int]:
-        """
-        Class indices of the names in `id2label` (a name may list synonyms between commas).
-
-        Raises:
-            ValueError: if a name is unknown; the message lists the known ones.
-        """
-        label2id = {
-            name.strip(): int(index)
-            for index, names in (self.config.id2label or {}).items()
-            for name in names.split(",")
-        }
-        labels = [labels] if isinstance(labels, str) else labels
-        for label in labels:
-            if label not in label2id:
-                raise ValueError(f"Expected `class_labels` to be among {list(label2id)}, but got {label!r}.")
-        return [label2id[label] for label in labels]
 
     @torch.no_grad()
     def __call__(
@@ -263,171 +161,5 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     @property
     def denoisers(self) -> list[ModelMixin]:
-        """All that the pipeline has."""
+        """The transformer alone."""
         return [self.transformer]
-
-    def _predict(
-        self,
-        denoiser: ModelMixin,
-        model_input: torch.Tensor,
-        timestep: torch.Tensor,
-        label_kwargs: dict[str, torch.LongTensor],
-        guidance: torch.Tensor | None,
-        guidance_channels: int | None,
-        keeps_variance: bool,
-    ) -> torch.Tensor:
-        """(B, C, H, W) → what the scheduler is handed, (B, C or 2C, H, W)."""
-        channels = model_input.shape[1]
-        if guidance is not None:
-            model_input = torch.cat([model_input, model_input])
-        # expanded, not copied, so that the model sees that the batch shares its timestep
-        model_output = denoiser(model_input, timestep.expand(len(model_input)), **label_kwargs).sample
-        if guidance is not None:
-            model_output = classifier_free_guidance(model_output, guidance, channels, guidance_channels)
-        if not keeps_variance:
-            return model_output[:, :channels]
-        if getattr(denoiser, "variance_type", None) == "learned_range_sigmoid":
-            # log σ² = u·log β̃ + (1 - u)·log β there, and of v = 1 - 2u in Diffusers' schedulers
-            prediction, variance = model_output.split(channels, dim=1)
-            model_output = torch.cat([prediction, 1 - 2 * variance], dim=1)
-        return model_output
-
-    def _check_outputs(self, output_type: str, callback_tensor_inputs: list[str]) -> None:
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"Expected `output_type` to be 'pil', 'np', 'pt' or 'latent', but got {output_type!r}.")
-        unknown_inputs = set(callback_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown_inputs:
-            raise ValueError(
-                f"Expected `callback_on_step_end_tensor_inputs` to be among {self._callback_tensor_inputs}, "
-                f"but got {sorted(unknown_inputs)}."
-            )
-
-    def _finish(self, latents: torch.Tensor, output_type: str, return_dict: bool) -> "ImagePipelineOutput | tuple":
-        images = latents
-        if output_type != "latent":
-            images = self.image_processor.postprocess(self._decode(latents), output_type=output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    @property
-    def num_timesteps(self) -> int:
-        """The number of denoising steps of the call under way."""
-        return self._num_timesteps
-
-    def _prepare_labels(self, class_labels, batch_size: int) -> torch.LongTensor | None:
-        if self.num_classes is None:
-            if class_labels is not None:
-                raise ValueError(f"Expected no `class_labels` for a model without classes, but got {class_labels}.")
-            return None
-        if class_labels is None:
-            if not self.has_null_class and self.num_classes > 1:
-                raise ValueError(
-                    f"Expected `class_labels` for a model of {self.num_classes} classes and no null class, but got None."
-                )
-            return torch.full((batch_size,), self.num_classes if self.has_null_class else 0)
-        if not isinstance(class_labels, torch.Tensor):
-            class_labels = (
-                list(class_labels) if isinstance(class_labels, (list, tuple, np.ndarray)) else [class_labels]
-            )
-            if any(isinstance(label, str) for label in class_labels):
-                class_labels = self.get_label_ids(class_labels)
-            class_labels = torch.as_tensor(np.asarray(class_labels, dtype=None if class_labels else np.int64))
-        if class_labels.is_floating_point():
-            raise ValueError(f"Expected `class_labels` to be integers or names, but got {class_labels.tolist()}.")
-        class_labels = class_labels.long().cpu().reshape(-1)
-        last = self.num_classes - (not self.has_null_class)
-        if len(class_labels) == 0 or class_labels.min() < 0 or class_labels.max() > last:
-            raise ValueError(f"Expected `class_labels` to be in [0, {last}], but got {class_labels.tolist()}.")
-        return class_labels
-
-    def _checked_batch_size(self, class_labels: torch.LongTensor | None, batch_size: int) -> int:
-        batch_size = batch_size if class_labels is None else len(class_labels)
-        if batch_size < 1:
-            raise ValueError(f"Expected `batch_size` to be at least 1, but got {batch_size}.")
-        return batch_size
-
-    def _label_kwargs(self, class_labels: torch.LongTensor | None, guided: bool, device) -> dict[str, torch.Tensor]:
-        """The labels, and with guidance as many null classes behind them."""
-        if class_labels is None:
-            return {}
-        if guided:
-            class_labels = torch.cat([class_labels, torch.full_like(class_labels, self.num_classes)])
-        return {"class_labels": class_labels.to(device)}
-
-    def _step_kwargs(self, scheduler, generator, eta: float) -> dict:
-        parameters = inspect.signature(scheduler.step).parameters
-        return {name: value for name, value in {"generator": generator, "eta": eta}.items() if name in parameters}
-
-    def _prepare_guidance(self, guidance_scale, batch_size: int) -> torch.Tensor | None:
-        """The scale (B or 1, 1, 1, 1), in float32 whatever the model's dtype; None if it does not guide."""
-        scales = torch.as_tensor(guidance_scale, dtype=torch.float32, device="cpu").reshape(-1)
-        if len(scales) not in (1, batch_size):
-            raise ValueError(
-                f"Expected `guidance_scale` to be a number or {batch_size} of them, but got {len(scales)}."
-            )
-        if (scales == 1).all():
-            return None
-        if not self.has_null_class:
-            raise ValueError(
-                f"Expected `guidance_scale` to be 1 for a model without a null class, but got {guidance_scale}."
-            )
-        return scales.to(self._execution_device).view(-1, 1, 1, 1)
-
-    def _prepare_timesteps(self, scheduler, num_inference_steps: int, timesteps: list[int] | None, device) -> None:
-        num_train_timesteps = self.transformer.config.get("num_train_timesteps")
-        if num_train_timesteps is not None:
-            check_train_timesteps(scheduler, num_train_timesteps)
-        if timesteps is None:
-            scheduler.set_timesteps(num_inference_steps, device=device)
-        elif "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
-            scheduler.set_timesteps(timesteps=timesteps, device=device)
-        else:
-            raise ValueError(
-                f"Expected a scheduler that takes `timesteps`, but got a {type(scheduler).__name__}, which does not."
-            )
-        if num_train_timesteps is not None:
-            check_timesteps(scheduler.timesteps.cpu(), num_train_timesteps)  # once, not at every step
-
-    def _prepare_scheduler(self) -> tuple[SchedulerMixin, bool]:
-        """The scheduler to step, and whether it is handed the variance channels."""
-        if self.scheduler.config.get("variance_type") not in LEARNED_VARIANCES:
-            return self.scheduler, False
-        if not isinstance(self.scheduler, (DDPMScheduler, DDPMParallelScheduler)):
-            # the DPM-Solver family would cut the prediction, which is all that it gets, to its first 3 channels
-            return type(self.scheduler).from_config(self.scheduler.config, variance_type=None), False
-        for config in (denoiser.config for denoiser in self.denoisers):
-            if config.out_channels != 2 * config.in_channels:
-                raise ValueError(
-                    f"Expected the scheduler's `variance_type` to be a fixed one for a model of {config.in_channels} input "
-                    f"and {config.out_channels} output channels, but got {self.scheduler.config.variance_type!r}."
-                )
-        return self.scheduler, True
-
-    def _prepare_latents(self, batch_size: int, height, width, generator, latents, device) -> torch.Tensor:
-        config = self.transformer.config
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"Expected `generator` to be one or a list of {batch_size}, but got {len(generator)}.")
-        trained = config.sample_size if isinstance(config.sample_size, (list, tuple)) else [config.sample_size] * 2
-        sizes = [
-            own * self.vae_scale_factor if asked is None else asked
-            for own, asked in zip(trained, (height, width), strict=True)
-        ]
-        multiple = self.vae_scale_factor * config.get("patch_size", 1)
-        if any(size < multiple or size % multiple for size in sizes):
-            raise ValueError(
-                f"Expected `height` and `width` to be divisible by {multiple}, but got {sizes[0]} x {sizes[1]}."
-            )
-        shape = (batch_size, config.in_channels, *(size // self.vae_scale_factor for size in sizes))
-        if latents is None:
-            return randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
-        if latents.shape != shape:
-            raise ValueError(f"Expected `latents` to have the shape {shape}, but got {tuple(latents.shape)}.")
-        return latents.to(device, self.transformer.dtype)
-
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) latents → images in [-1, 1]."""
-        if self.vae is None:
-            return latents
-        config = self.vae.config
-        latents = latents / config.scaling_factor + (config.get("shift_factor") or 0)
-        return self.vae.decode(latents.to(self.vae.dtype)).sample

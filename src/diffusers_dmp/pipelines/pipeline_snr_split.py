@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import torch
 from diffusers import AutoencoderKL
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -18,13 +17,13 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from ..intervals import NoiseIntervals
 from ..patches import PromptPatch
 from ..predictions import convert_prediction
-from .pipeline_class_conditional import ClassConditionalPipeline, looks_at_inputs, vae_downsampling
+from .denoising import DenoisingPipeline, class_count, looks_at_inputs
 
 MAX_DENOISERS = 32  # Diffusers reads from the constructor's signature which components there may be
 DENOISER_NAMES = tuple(f"denoiser_{index}" for index in range(MAX_DENOISERS))
 
 
-class SNRSplitPipeline(ClassConditionalPipeline):
+class SNRSplitPipeline(DenoisingPipeline):
     """
     Generate images with N denoisers in turn, from the one for the lowest signal-to-noise ratios to that for the highest.
 
@@ -62,7 +61,7 @@ class SNRSplitPipeline(ClassConditionalPipeline):
         id2label: dict[str, str] | None = None,
         **named_denoisers: ModelMixin | None,
     ):
-        DiffusionPipeline.__init__(self)
+        super().__init__()
         if denoisers is None:  # as they come from a folder
             denoisers = [named_denoisers[name] for name in DENOISER_NAMES if named_denoisers.get(name) is not None]
         if not 1 <= len(denoisers) <= MAX_DENOISERS:
@@ -78,10 +77,8 @@ class SNRSplitPipeline(ClassConditionalPipeline):
             snr_boundaries=[float(boundary) for boundary in snr_boundaries or []],
             prediction_types=list(prediction_types),
             guidance_scales=guidance_scales,
-            id2label=id2label and {str(index): name for index, name in id2label.items()},
         )
-        self.vae_scale_factor = vae_downsampling(vae)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self._set_up_images(vae, id2label)
         self.intervals()  # whether the boundaries fit
         _check_denoisers(denoisers, self.config)
 
@@ -131,11 +128,6 @@ class SNRSplitPipeline(ClassConditionalPipeline):
         return [getattr(self, name) for name in DENOISER_NAMES[: self.num_denoisers]]
 
     @property
-    def transformer(self) -> ModelMixin:
-        """The first denoiser, for what all have in common."""
-        return self.denoiser_0
-
-    @property
     def components(self) -> dict:
         """Those that there are."""
         names = ("scheduler", "vae", *DENOISER_NAMES[: self.num_denoisers])
@@ -154,7 +146,7 @@ class SNRSplitPipeline(ClassConditionalPipeline):
                     f"Expected denoisers without patches, for which this pipeline has no folder, but got one on denoiser "
                     f"{index}; save it by itself, and `detach()` it."
                 )
-        DiffusionPipeline.save_pretrained(self, save_directory, **kwargs)
+        super().save_pretrained(save_directory, **kwargs)
 
     def intervals(self, snr_boundaries: list[float] | None = None) -> NoiseIntervals:
         """
@@ -360,3 +352,8 @@ def _check_denoisers(denoisers: list[ModelMixin], config) -> None:
                     f"Expected all denoisers to have the `{name}` {denoisers[0].config[name]} of the first, "
                     f"but got {own[name]} for denoiser {index}."
                 )
+        if class_count(denoiser) != class_count(denoisers[0]):
+            raise ValueError(
+                f"Expected all denoisers to know the {class_count(denoisers[0])} classes of the first, "
+                f"but got {class_count(denoiser)} for denoiser {index}."
+            )

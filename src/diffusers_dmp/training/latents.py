@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..pipelines.pipeline_class_conditional import vae_downsampling
+from ..pipelines.denoising import vae_downsampling
 from .arguments import DataArguments, option
 from .data import LATENTS, class_names, load_images, to_tensors
 
