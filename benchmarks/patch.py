@@ -6,10 +6,9 @@ from functools import partial
 
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_dmp import PatchedUNet2DModel, SNRSplitPipeline
+from diffusers_dmp.costs import gigaflops
 
 from .timing import Ratio, compare
 
@@ -39,13 +38,6 @@ def stock_unet() -> UNet2DModel:
         layers_per_block=2,
         attention_head_dim=64,
     )
-
-
-def gigaflops(model: nn.Module, sample: torch.Tensor, timestep: torch.Tensor) -> float:
-    """Of one forward pass."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(sample, timestep)
-    return counter.get_total_flops() / 1e9
 
 
 def by_hand(pipeline: SNRSplitPipeline, latents: torch.Tensor, steps: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler
 from matplotlib.figure import Figure
 
 from diffusers_dmp import DiTModel, DTRTransformer2DModel, SNRSplitPipeline
+from diffusers_dmp.costs import gigaflops
 from diffusers_dmp.plots import (
     gate_figure,
     mixing_figure,
@@ -79,5 +80,8 @@ def test_snr_split_figure(tmp_path):
     assert labels[0].endswith("(DiTModel): 20 of 50 steps") and labels[1].endswith(
         "(DTRTransformer2DModel): 30 of 50 steps"
     )
-    assert [bar.get_height() for bar in cost.patches] == [denoiser.num_parameters() for denoiser in denoisers]
+    inputs = torch.zeros(1, 4, 8, 8), torch.zeros(1, dtype=torch.long)
+    labels = {"class_labels": torch.zeros(1, dtype=torch.long)}
+    costs = [gigaflops(denoiser, *inputs, **labels) for denoiser in denoisers]
+    assert [bar.get_height() for bar in cost.patches] == costs and costs[0] > 1.8 * costs[1]
     figure.savefig(tmp_path / "snr_split.png")

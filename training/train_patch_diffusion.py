@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 
 from diffusers_dmp import NoiseIntervals, PatchedUNet2DModel, SNRSplitPipeline
 from diffusers_dmp.training.arguments import TrainingArguments, option, parse_arguments
+from diffusers_dmp.training.checkpoints import expect_no_checkpoints
 from diffusers_dmp.training.dit import TrainingData, load_training_data
 from diffusers_dmp.training.recipe import TrainingRecipe
 from diffusers_dmp.training.trainer import make_accelerator, make_scheduler, train
@@ -49,6 +50,11 @@ class PatchDiffusionTrainingArguments(TrainingArguments):
         valid = ["all", *map(str, range(len(self.snr_boundaries) + 1))]
         if self.expert not in valid:
             raise ValueError(f"Expected `expert` to be one of {', '.join(valid)}, but got {self.expert!r}.")
+        if self.expert == "all" and self.snr_boundaries and self.resume_from_checkpoint not in (None, "latest"):
+            raise ValueError(
+                f"Expected `resume_from_checkpoint` to be 'latest', each expert's own, to go on with all experts, "
+                f"but got {self.resume_from_checkpoint!r}."
+            )
 
 
 def train_patch_diffusion(args: PatchDiffusionTrainingArguments) -> None:
@@ -57,6 +63,9 @@ def train_patch_diffusion(args: PatchDiffusionTrainingArguments) -> None:
     intervals = NoiseIntervals.from_snr(args.snr_boundaries, make_scheduler(args, in_latents=data.vae is not None))
     experts = range(intervals.num_experts) if args.expert == "all" else [int(args.expert)]
     folders = [expert_folder(args, expert) for expert in range(intervals.num_experts)]
+    if args.resume_from_checkpoint is None:
+        for expert in experts:  # before any trains
+            expect_no_checkpoints(folders[expert])
     for expert in experts:
         own_args = dataclasses.replace(args, output_dir=str(folders[expert]))
         recipe = TrainingRecipe(expert_intervals=intervals, expert=expert)

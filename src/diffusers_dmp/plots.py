@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image
 
+from .costs import gigaflops
 from .models import DTRTransformer2DModel
 from .pipelines import SNRSplitPipeline
+from .pipelines.denoising import class_count
 
 
 def sample_grid(columns: "list[list[Image.Image]]", pixel_size: int = 1, gap: int = 1) -> Image.Image:
@@ -164,7 +167,8 @@ def prompt_usage_figure(gates: torch.Tensor) -> Figure:
 
 def snr_split_figure(pipeline: SNRSplitPipeline, num_inference_steps: int = 50) -> Figure:
     """
-    Which denoiser owns which timesteps, over the signal-to-noise ratio; its share of the steps, and its parameters (https://arxiv.org/abs/2207.04316).
+    Which denoiser owns which timesteps, over the signal-to-noise ratio, and what each of its steps costs an image, without
+    guidance (https://arxiv.org/abs/2207.04316).
 
     Args:
         pipeline ([`SNRSplitPipeline`]): With a scheduler that has `alphas_cumprod`.
@@ -174,7 +178,8 @@ def snr_split_figure(pipeline: SNRSplitPipeline, num_inference_steps: int = 50) 
     snr = alphas_cumprod / (1 - alphas_cumprod)
     edges = pipeline.intervals().edges
     steps = pipeline.steps_per_denoiser(num_inference_steps)
-    sizes = [sum(parameter.numel() for parameter in denoiser.parameters()) for denoiser in pipeline.denoisers]
+    costs = [_step_gigaflops(denoiser) for denoiser in pipeline.denoisers]
+    sizes = [denoiser.num_parameters() for denoiser in pipeline.denoisers]
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     curve, cost = figure.subplots(1, 2, width_ratios=(2, 1))
@@ -187,13 +192,22 @@ def snr_split_figure(pipeline: SNRSplitPipeline, num_inference_steps: int = 50) 
     curve.set_yscale("log")
     curve.set_xlabel("timestep (0 almost clean, right almost pure noise)")
     curve.set_ylabel("signal-to-noise ratio")
-    bars = cost.bar(range(len(sizes)), sizes, color=[f"C{index}" for index in range(len(sizes))])
-    cost.bar_label(bars, [f"{size / 1e6:.2f} M" for size in sizes])
-    cost.set_xticks(range(len(sizes)), [f"denoiser {index}" for index in range(len(sizes))])
-    cost.set_ylabel("parameters at work")
-    cost.margins(y=0.15)
+    bars = cost.bar(range(len(costs)), costs, color=[f"C{index}" for index in range(len(costs))])
+    cost.bar_label(bars, [f"{flops:.3g}\n({size / 1e6:.1f} M parameters)" for flops, size in zip(costs, sizes)])
+    cost.set_xticks(range(len(costs)), [f"denoiser {index}" for index in range(len(costs))])
+    cost.set_ylabel("GFLOPs of a step")
+    cost.margins(y=0.25)
     figure.legend(loc="outside upper center", ncols=2)
     return figure
+
+
+def _step_gigaflops(denoiser: ModelMixin) -> float:
+    """For one image without guidance."""
+    config, device = denoiser.config, denoiser.device
+    height, width = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
+    sample = torch.zeros(1, config.in_channels, height, width, device=device, dtype=denoiser.dtype)
+    labels = {} if class_count(denoiser) is None else {"class_labels": torch.zeros(1, dtype=torch.long, device=device)}
+    return gigaflops(denoiser, sample, torch.zeros(1, dtype=torch.long, device=device), **labels)
 
 
 def _stretches(edges: "Sequence[float]") -> list[str]:

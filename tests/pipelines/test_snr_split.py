@@ -234,6 +234,47 @@ def test_both_meanings_of_a_learned_variance():
     assert draw(pipeline).isfinite().all()
 
 
+class Recorded(Toy):
+    """Predicts what the published model did."""
+
+    def forward(self, sample, timestep):
+        return UNet2DOutput(sample=self.recorded)
+
+
+@pytest.mark.parametrize(("row", "timestep"), [(0, 400), (1, 10)])
+def test_ancestral_steps_have_the_published_mean_and_variance(row, timestep):
+    vectors = Vectors("diffusion")
+    x, recorded, mean, log_variance = (
+        vectors[f"ddpm.patch.{name}"][row : row + 1] for name in ("x", "model_output", "mean", "log_variance")
+    )
+    denoiser, samples = Recorded(1.0), []
+    denoiser.recorded = recorded
+    denoiser.register_to_config(out_channels=6)
+    scheduler = DDPMScheduler(variance_type="learned_range", prediction_type="sample")
+    pipeline = quiet(SNRSplitPipeline([denoiser], scheduler, []))
+    pipeline(
+        timesteps=[timestep, timestep - 1],
+        latents=x,
+        generator=torch.Generator().manual_seed(0),
+        callback_on_step_end=lambda pipeline, step, t, tensors: samples.append(tensors["latents"]) or tensors,
+    )
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    assert_matches(samples[0], mean + torch.exp(0.5 * log_variance) * noise)
+
+
+@pytest.mark.filterwarnings("ignore:Denoiser 1 has none")
+def test_dynamic_thresholding_is_the_schedulers(mixed):
+    """x̂0 cut at s = max(1, the 99.5 % quantile of |x̂0|) and divided by it, each sample by its own."""
+    last = {"timesteps": [0], "num_inference_steps": None, "guidance_scale": 4.0, "output_type": "latent"}
+    mixed.scheduler = DDPMScheduler(clip_sample=False)
+    latents = torch.randn(2, 4, 8, 8) * torch.tensor([0.2, 3.0]).view(-1, 1, 1, 1)
+    x0 = draw(mixed, latents=latents, **last)
+    mixed.scheduler = DDPMScheduler(thresholding=True, dynamic_thresholding_ratio=0.995, sample_max_value=100.0)
+    scale = x0.abs().flatten(1).quantile(0.995, dim=1).clamp(min=1).view(-1, 1, 1, 1)
+    assert scale[0] == 1 and scale[1] > 1
+    torch.testing.assert_close(draw(mixed, latents=latents, **last), x0.clamp(-scale, scale) / scale)
+
+
 # In folders, and on accelerators
 
 

@@ -69,6 +69,30 @@ def test_an_expert_sees_its_own_stretch_of_noise(train_patch_here, tmp_path, mon
     assert saved.config.snr_interval == [2.0, 0.25] and not (tmp_path / "pipeline").exists()
 
 
+def test_all_experts_go_on_where_they_were_stopped(train_patch_here, tmp_path, monkeypatch):
+    arguments = {"snr_boundaries": [0.25], "checkpointing_steps": 1, "max_train_steps": 3}
+    train_patch_here(tmp_path / "whole", **arguments)
+
+    forward, calls = PatchedUNet2DModel.forward, []
+
+    def fail_in_the_second_experts_second_step(model, *args, **kwargs):
+        calls.append(model)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return forward(model, *args, **kwargs)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(PatchedUNet2DModel, "forward", fail_in_the_second_experts_second_step)
+        train_patch_here(tmp_path / "stopped", **arguments)
+    with pytest.raises(ValueError, match="no checkpoints of an earlier run"):
+        train_patch_here(tmp_path / "stopped", **arguments)
+    train_patch_here(tmp_path / "stopped", resume_from_checkpoint="latest", **arguments)
+    stopped, whole = (DiffusionPipeline.from_pretrained(tmp_path / name / "pipeline") for name in ("stopped", "whole"))
+    for resumed, expected in zip(stopped.denoisers, whole.denoisers, strict=True):
+        for name, weight in resumed.state_dict().items():
+            assert torch.equal(weight, expected.state_dict()[name]), name
+
+
 def test_one_model_for_all(train_patch_here, tmp_path):
     train_patch_here(tmp_path)
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
@@ -97,3 +121,8 @@ def test_linear_schedules_up_to_another_beta():
 def test_an_expert_that_there_is_not(train_patch_here, tmp_path):
     with pytest.raises(ValueError, match="`expert` to be one of all, 0, 1, but got '2'"):
         train_patch_here(tmp_path, snr_boundaries=[0.25], expert="2")
+
+
+def test_one_checkpoint_for_several_experts(train_patch_here, tmp_path):
+    with pytest.raises(ValueError, match="'latest', each expert's own, to go on with all experts, but got 'here'"):
+        train_patch_here(tmp_path, snr_boundaries=[0.25], resume_from_checkpoint="here")

@@ -230,7 +230,7 @@ class SNRSplitPipeline(DenoisingPipeline):
         self._prepare_timesteps(scheduler, num_inference_steps, timesteps, device)
         owners = self._owners(scheduler, snr_boundaries)
         for index in sorted(set(range(self.num_denoisers)) - set(owners)):
-            warnings.warn(f"Denoiser {index} has none of the {len(owners)} steps.", stacklevel=2)
+            warnings.warn(f"Denoiser {index} has none of the {len(owners)} steps.", stacklevel=3)  # past `no_grad`
         alphas, sigmas = noise_levels(scheduler, self.config.prediction_types)
         step_kwargs = self._step_kwargs(scheduler, generator, eta)
 

@@ -25,6 +25,19 @@ def checkpoint_step(path: Path) -> int:
     return int(path.name.removeprefix(PREFIX))
 
 
+def expect_no_checkpoints(output_dir: "str | os.PathLike") -> None:
+    """
+    Raises:
+        ValueError: if there are some, from which a later run would resume by mistake.
+    """
+    found = checkpoints(output_dir)
+    if found:
+        raise ValueError(
+            "Expected `output_dir` to hold no checkpoints of an earlier run, or `resume_from_checkpoint` to be "
+            f"'latest', but got {found[-1]}."
+        )
+
+
 def resume(accelerator: Accelerator, args: TrainingArguments) -> int:
     """
     Load what `resume_from_checkpoint` asks for, and return how many steps it has done.
@@ -33,12 +46,7 @@ def resume(accelerator: Accelerator, args: TrainingArguments) -> int:
         ValueError: if it is not there, or beyond `max_train_steps`, or if checkpoints are there and none was asked for.
     """
     if args.resume_from_checkpoint is None:
-        found = checkpoints(args.output_dir)
-        if found:  # a later run would resume from them by mistake
-            raise ValueError(
-                "Expected `output_dir` to hold no checkpoints of an earlier run, or `resume_from_checkpoint` to be "
-                f"'latest', but got {found[-1]}."
-            )
+        expect_no_checkpoints(args.output_dir)
         return 0
     if args.resume_from_checkpoint == "latest":
         found = checkpoints(args.output_dir)

@@ -1,0 +1,13 @@
+"""What a denoiser costs."""
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@torch.no_grad()
+def gigaflops(denoiser: ModelMixin, *inputs: torch.Tensor, **kwargs: torch.Tensor) -> float:
+    """10⁹ floating-point operations of a forward pass, an addition and a multiplication being two."""
+    with FlopCounterMode(display=False) as counter:
+        denoiser(*inputs, **kwargs)
+    return counter.get_total_flops() / 1e9
