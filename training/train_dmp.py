@@ -49,6 +49,7 @@ def train_dmp(args: DMPTrainingArguments) -> None:
     if args.method == "full_finetuning":
         recipe = TrainingRecipe(expert_intervals=expert_intervals)
         train(accelerator, args, base, recipe=recipe, **data.for_training)
+        accelerator.end_training()
         return
 
     patch = PromptPatch.for_transformer(
@@ -74,6 +75,7 @@ def train_dmp(args: DMPTrainingArguments) -> None:
         shutil.copytree(
             Path(args.output_dir, "pipeline", "prompt_patch"), Path(args.output_dir, "patch"), dirs_exist_ok=True
         )
+    accelerator.end_training()
 
 
 def loss_weights(args: DMPTrainingArguments) -> dict[str, float]:

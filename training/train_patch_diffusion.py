@@ -47,6 +47,7 @@ class PatchDiffusionTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        self.expert = str(self.expert)  # a preset's bare 0 is a number
         valid = ["all", *map(str, range(len(self.snr_boundaries) + 1))]
         if self.expert not in valid:
             raise ValueError(f"Expected `expert` to be one of {', '.join(valid)}, but got {self.expert!r}.")
@@ -78,6 +79,7 @@ def train_patch_diffusion(args: PatchDiffusionTrainingArguments) -> None:
         summaries = [json.loads((folder / "training_summary.json").read_text()) for folder in folders]
         totals = {name: sum(summary[name] for summary in summaries) for name in ("steps", "train_seconds")}
         Path(args.output_dir, "training_summary.json").write_text(json.dumps(totals | {"experts": summaries}) + "\n")
+    accelerator.end_training()
 
 
 def expert_folder(args: PatchDiffusionTrainingArguments, expert: int) -> Path:

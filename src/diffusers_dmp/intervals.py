@@ -86,7 +86,7 @@ class NoiseIntervals:
             raise ValueError(f"Expected `boundaries` to be positive and to descend, but got {boundaries}.")
 
         num_train_timesteps = scheduler.config.get("num_train_timesteps")
-        if "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("use_flow_sigmas"):
+        if is_flow_matching(scheduler):
             # SNR(t) = ((1 - σ) / σ)² > s  ⇔  t = σ·T < T / (1 + √s)
             inner = [num_train_timesteps / (1 + math.sqrt(boundary)) for boundary in boundaries]
         elif hasattr(scheduler, "alphas_cumprod"):
@@ -220,3 +220,8 @@ def check_train_timesteps(scheduler, num_train_timesteps: int) -> None:
             f"Expected the scheduler's `num_train_timesteps` to be the model's {num_train_timesteps}, "
             f"but got a {type(scheduler).__name__} with {scheduler_timesteps}."
         )
+
+
+def is_flow_matching(scheduler) -> bool:
+    """Whether x_t = (1-σ)·x0 + σ·ε, t = σ·T, whatever ᾱ the scheduler may have besides."""
+    return "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas"))

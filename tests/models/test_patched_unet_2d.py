@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import Vectors, assert_matches, randomised
 from diffusers import AutoModel, DDIMScheduler, DiffusionPipeline
+from diffusers.hooks.group_offloading import ModuleGroup
 
 from diffusers_dmp import ClassConditionalPipeline, PatchedUNet2DModel, convert_checkpoint
 
@@ -120,6 +121,32 @@ def test_half_precision(unet, inputs, dtype, tmp_path):
         torch.testing.assert_close(output.float(), expected, atol=0.2, rtol=0.1)
 
 
+@torch.no_grad()
+def test_layers_offloaded_in_groups(unet, inputs, monkeypatch):
+    """All weights are brought in groups of blocks; on a CPU nothing moves, so the bringing is counted."""
+    expected, brought, bring = unet(**inputs).sample, set(), ModuleGroup.onload_
+
+    def remember(group):
+        brought.update(id(parameter) for module in group.modules for parameter in module.parameters())
+        brought.update(map(id, group.parameters))
+        return bring(group)
+
+    monkeypatch.setattr(ModuleGroup, "onload_", remember)
+    unet.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+    torch.testing.assert_close(unet(**inputs).sample, expected)
+    missed = [name for name, parameter in unet.named_parameters() if id(parameter) not in brought]
+    assert missed == []
+
+
+@torch.no_grad()
+def test_weights_stored_in_eight_bits(unet, inputs):
+    expected = unet(**inputs).sample
+    unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert unet.conv_in.weight.dtype == torch.float8_e4m3fn
+    cast = unet(**inputs).sample
+    assert torch.corrcoef(torch.stack([cast.flatten(), expected.flatten()]))[0, 1] > 0.9
+
+
 def test_positions_are_exact_in_half_precision(tmp_path):
     unet = PatchedUNet2DModel(**TINY)
     unet.save_pretrained(tmp_path)
@@ -186,6 +213,18 @@ def test_the_older_order_of_attention():
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
+def test_super_resolution_is_read_from_the_weights():
+    vectors = Vectors("patch_unet_uncond_p4")
+    weights = vectors.state_dict
+    first = weights["input_blocks.0.0.weight"].unflatten(1, (4, 4, 3))  # rows, columns, colours of a patch
+    first = torch.cat([first, torch.zeros_like(first)], dim=3).flatten(1, 3)  # three more, without effect
+    weights = weights | {"input_blocks.0.0.weight": first}
+    model = convert_checkpoint("patch_diffusion", weights, vectors.config)
+    assert model.config.low_res_channels == 3
+    output = model(vectors["case.a.x"], vectors["case.a.t"], low_res=torch.randn(2, 3, 4, 4)).sample
+    assert_matches(output, vectors["case.a.out"])
+
+
 def test_weights_that_do_not_fit_are_named():
     vectors = Vectors("patch_unet_class_p2")
     missing = {key: tensor for key, tensor in vectors.state_dict.items() if key != "middle_block.1.qkv.bias"}
@@ -230,6 +269,7 @@ def test_inputs_that_do_not_fit(inputs, message):
         ({"attention_levels": (2,)}, r"`attention_levels` to be in \[0, 2\), but got 2"),
         ({"attention_head_dim": 48}, "divide the 64 channels of level 1, but got 48"),
         ({"prediction_type": "x0"}, "one of epsilon, sample, v_prediction, but got 'x0'"),
+        ({"out_channels": 5}, "`in_channels`, 3, or twice as many for a learned variance, but got 5"),
         ({"patch_size": 0}, "`patch_size` to be at least 1, but got 0"),
     ],
 )

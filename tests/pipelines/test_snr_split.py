@@ -9,14 +9,18 @@ import torch
 from accelerate.hooks import CpuOffload
 from conftest import TINY_CONFIG, Vectors, assert_matches, randomised
 from diffusers import (
+    AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
+    PNDMScheduler,
     UNet2DModel,
+    UniPCMultistepScheduler,
 )
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
@@ -32,7 +36,7 @@ from diffusers_dmp import (
     SNRSplitPipeline,
     respaced_timesteps,
 )
-from diffusers_dmp.pipelines.denoising import looks_at_inputs
+from diffusers_dmp.pipelines.denoising import _DenoiserInputs, looks_at_inputs
 from diffusers_dmp.predictions import PREDICTION_TYPES, convert_prediction
 from diffusers_dmp.training.objective import VARIANCE_TYPES
 
@@ -117,12 +121,25 @@ def test_published_trajectories(boundaries, factors, steps, prediction_type):
     assert_matches(images, vectors[f"traj.snr_split.ddim.{name}.sample"])
 
 
-def test_one_denoiser_without_a_boundary_is_the_plain_pipeline(tiny_dit):
+@pytest.mark.parametrize("denoiser_class", [DTRTransformer2DModel, PatchedUNet2DModel])
+def test_one_denoiser_without_a_boundary_is_the_plain_pipeline(denoiser_class, tiny_dtr):
+    """Also where it predicts another thing than the scheduler expects."""
+    denoiser = (
+        tiny_dtr
+        if denoiser_class is DTRTransformer2DModel
+        else randomised(PatchedUNet2DModel(**UNET | {"out_channels": 8}))
+    )
     for scheduler in (DDPMScheduler(variance_type="learned_range"), DDIMScheduler()):
-        plain = quiet(ClassConditionalPipeline(tiny_dit, scheduler))
-        split = quiet(SNRSplitPipeline([tiny_dit], scheduler, [], guidance_scales=[1.5]))
+        plain = quiet(ClassConditionalPipeline(denoiser, scheduler))
+        split = quiet(SNRSplitPipeline([denoiser], scheduler, [], guidance_scales=[1.5]))
         assert torch.equal(draw(split), draw(plain, guidance_scale=1.5))
         assert torch.equal(draw(split, guidance_scale=1.0), draw(plain))
+
+
+def test_denoisers_of_several_dtypes(mixed):
+    images = draw(mixed)
+    mixed.denoiser_1.to(torch.bfloat16)
+    torch.testing.assert_close(draw(mixed), images, atol=0.1, rtol=0.1)
 
 
 def test_a_sample_does_not_depend_on_its_batch(mixed):
@@ -175,10 +192,7 @@ def test_every_scheduler(scheduler_class):
     order = []
     for index, unet in enumerate(unets):
         unet.register_forward_pre_hook(lambda model, args, index=index: order.append(index))
-    types = ["flow_prediction"] * 2 if flow else None
-    if flow:
-        scheduler.register_to_config(prediction_type="flow_prediction")
-    pipeline = quiet(SNRSplitPipeline(unets, scheduler, [0.5], prediction_types=types))
+    pipeline = quiet(SNRSplitPipeline(unets, scheduler, [0.5]))
     steps = 20 if scheduler_class is LCMScheduler else 7
     images = pipeline(num_inference_steps=steps, generator=torch.Generator().manual_seed(0), output_type="pt").images
     assert images.isfinite().all()
@@ -194,6 +208,16 @@ def test_both_evaluations_of_a_second_order_step_are_one_denoisers():
     noisy, clean = denoisers[1].calls, denoisers[0].calls
     assert len(noisy) % 2 == 0 and noisy[-1] == clean[0] or noisy[-1] < 396 <= noisy[-2]
     assert len(noisy) + len(clean) == 19
+
+
+def test_the_four_evaluations_of_a_runge_kutta_step_are_one_denoisers():
+    scheduler = PNDMScheduler(prediction_type="epsilon")
+    pipeline = SNRSplitPipeline([Toy(1.3, "epsilon"), Toy(0.7, "epsilon")], scheduler, [0.0005])
+    scheduler.set_timesteps(10)
+    owners = pipeline._owners(scheduler, None)
+    assert owners[:4] == [1] * 4 and owners[4:] == [0] * (len(owners) - 4)
+    assert scheduler.timesteps[:5].tolist() == [900, 850, 850, 800, 800]
+    assert pipeline.intervals().index(scheduler.timesteps[:4]).tolist() == [1, 0, 0, 0]  # each by itself
 
 
 def test_those_that_look_at_their_timesteps_get_them_on_the_host(mixed):
@@ -221,6 +245,33 @@ def test_predictions_convert_into_one_another():
             torch.testing.assert_close(converted, truth[target], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "scheduler_class", [DPMSolverMultistepScheduler, UniPCMultistepScheduler, EulerDiscreteScheduler]
+)
+@pytest.mark.parametrize("use_karras_sigmas", [False, True])
+def test_converted_predictions_draw_the_same(scheduler_class, use_karras_sigmas):
+    """A scheduler for x0 and one for ε, also where its steps are at noise levels between the timesteps that it names."""
+    unet = randomised(PatchedUNet2DModel(**UNET))
+    images = [
+        draw(
+            quiet(
+                SNRSplitPipeline(
+                    [unet], scheduler_class(prediction_type=kind, use_karras_sigmas=use_karras_sigmas), []
+                )
+            )
+        )
+        for kind in ("sample", "epsilon")
+    ]
+    torch.testing.assert_close(images[1], images[0], atol=2e-5, rtol=1e-4)
+
+
+def test_conversion_where_nothing_is_left_of_the_image():
+    """ᾱ = 0 at the first step."""
+    scheduler = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")
+    unets = [randomised(PatchedUNet2DModel(**UNET), seed) for seed in (0, 1)]
+    assert draw(quiet(SNRSplitPipeline(unets, scheduler, [0.25]))).isfinite().all()
+
+
 def test_both_meanings_of_a_learned_variance():
     """What the scheduler is handed spans the same range in the other sense: f = 1 - u there, (v + 1)/2 in Diffusers."""
     unet = randomised(PatchedUNet2DModel(**UNET | {"out_channels": 8}))
@@ -228,7 +279,8 @@ def test_both_meanings_of_a_learned_variance():
     x_t, timestep = torch.randn(1, 4, 8, 8), torch.tensor(500)
     with torch.no_grad():
         u = unet(x_t, timestep).sample[:, 4:]
-        v = pipeline._predict(unet, x_t, timestep, {}, None, None, True)[:, 4:]
+        inputs = _DenoiserInputs(unet, "sample", None, None, timestep[None], x_t.device, None)
+        v = inputs.predict(0, x_t, None, True)[:, 4:]
     expected = VARIANCE_TYPES["learned_range_sigmoid"](u)
     torch.testing.assert_close(VARIANCE_TYPES["learned_range"](v), expected)
     assert draw(pipeline).isfinite().all()
@@ -311,7 +363,8 @@ def settings(pipeline: SNRSplitPipeline) -> dict:
 def test_only_the_denoiser_at_work_is_on_the_accelerator(monkeypatch):
     """Counted by the hooks that would move them: there is no accelerator here."""
     denoisers = [Toy(1.3), Toy(1.0), Toy(0.7)]
-    pipeline = quiet(SNRSplitPipeline(denoisers, DDIMScheduler(prediction_type="sample"), [2.0, 0.25]))
+    vae = randomised(AutoencoderKL(latent_channels=3, block_out_channels=(4,), norm_num_groups=2, sample_size=8))
+    pipeline = quiet(SNRSplitPipeline(denoisers, DDIMScheduler(prediction_type="sample"), [2.0, 0.25], vae))
     pipeline.enable_model_cpu_offload(device="cpu")
     there, most, pre_forward = [], [], CpuOffload.pre_forward
 
@@ -322,15 +375,24 @@ def test_only_the_denoiser_at_work_is_on_the_accelerator(monkeypatch):
         most.append(len(there))
         return moved
 
+    def watch() -> None:
+        there.clear()
+        for user_hook in pipeline._all_hooks:  # new ones after each call
+            monkeypatch.setattr(
+                user_hook, "offload", lambda model=user_hook.model: there.remove(model) if model in there else None
+            )
+
     monkeypatch.setattr(CpuOffload, "pre_forward", arrive)
-    for user_hook in pipeline._all_hooks:
-        monkeypatch.setattr(
-            user_hook, "offload", lambda model=user_hook.model: there.remove(model) if model in there else None
-        )
+    watch()
     # also where the one between them has no step, whose hook would have moved the noisy end's away
     with pytest.warns(UserWarning, match="Denoiser 1 has none"):
         pipeline(num_inference_steps=4, snr_boundaries=[0.26, 0.25], generator=torch.Generator().manual_seed(0))
     assert len(denoisers[0].calls) > 0 and len(denoisers[2].calls) > 0
+    # and where the cleanest images' has none, whose hook the VAE's would have called
+    watch()
+    with pytest.warns(UserWarning, match="Denoiser 0 has none"):
+        pipeline.scheduler = DDIMScheduler(prediction_type="sample", timestep_spacing="trailing")
+        pipeline(num_inference_steps=4, generator=torch.Generator().manual_seed(0))
     assert set(most) == {1}
 
 
@@ -389,12 +451,18 @@ def test_arguments_that_do_not_fit(arguments, message):
 def test_denoisers_that_do_not_fit():
     unet = PatchedUNet2DModel(**UNET | {"snr_interval": (None, 0.25)})
     SNRSplitPipeline([unet, unet.from_config(unet.config, snr_interval=None)], DDIMScheduler(), [0.25])
-    with pytest.raises(
-        ValueError, match=r"denoiser 0 .* SNR interval \[None, 0.5\], highest first, .* \[None, 0.25\]"
-    ):
-        SNRSplitPipeline([unet, unet], DDIMScheduler(), [0.5])
+    whole = unet.from_config(unet.config, snr_interval=(None, None))
+    pipeline = SNRSplitPipeline([unet, whole], DDIMScheduler(), [0.25])
+    with pytest.raises(ValueError, match="denoiser 0 .* ratios inf to 0.2, but got one for inf to 0.25"):
+        SNRSplitPipeline([unet, whole], DDIMScheduler(), [0.2])
+    with pytest.warns(UserWarning, match="denoiser 0 .* ratios inf to 0.2, but got one for inf to 0.25"):
+        draw(quiet(pipeline), snr_boundaries=[0.2])
+    draw(pipeline, snr_boundaries=[0.5])  # it knows those, too
     with pytest.raises(ValueError, match="the `in_channels` 4 of the first, but got 3 for denoiser 1"):
         SNRSplitPipeline([unet, Toy(1.0)], DDIMScheduler(), [0.25])
+    longer = PatchedUNet2DModel(**UNET | {"num_train_timesteps": 4000})
+    with pytest.raises(ValueError, match="`num_train_timesteps` to be the model's 4000"):
+        draw(SNRSplitPipeline([unet, longer], DDIMScheduler(), [0.25]))
     with pytest.raises(ValueError, match="the 10 classes of the first, but got 5 for denoiser 1"):
         SNRSplitPipeline([unet, PatchedUNet2DModel(**UNET | {"num_classes": 5})], DDIMScheduler(), [0.25])
     with pytest.raises(ValueError, match="1 to 32 `denoisers`, but got 0"):
@@ -403,10 +471,20 @@ def test_denoisers_that_do_not_fit():
         SNRSplitPipeline([Toy(1.0), Toy(2.0)], diffusers.KarrasVeScheduler(), [0.25])
 
 
-def test_predictions_that_cannot_be_converted():
-    pipeline = SNRSplitPipeline([Toy(1.0), Toy(2.0)], FlowMatchEulerDiscreteScheduler(), [0.25])
-    with pytest.raises(ValueError, match="for which none is converted, but got"):
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(),
+        DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+    ],
+    ids=["flow-matching", "of flow sigmas"],
+)
+def test_predictions_that_cannot_be_converted(scheduler):
+    pipeline = SNRSplitPipeline([Toy(1.0), Toy(2.0)], scheduler, [0.25])
+    with pytest.raises(ValueError, match="with other noise levels"):
         pipeline(num_inference_steps=2)
+    with pytest.raises(ValueError, match="of epsilon, sample, v_prediction, but got 'flow_prediction'"):
+        convert_prediction(torch.ones(1), torch.ones(1), torch.ones(1), torch.ones(1), "sample", "flow_prediction")
 
 
 def test_a_guidance_scale_for_each(mixed):

@@ -1,6 +1,9 @@
 """Patch Diffusion's training: one UNet for each stretch of noise, or all of them and their pipeline."""
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,9 +11,11 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import REPOSITORY
 from diffusers import DiffusionPipeline
+from PIL import Image
 from runs import TINY, launch_script
 
 from diffusers_dmp import ClassConditionalPipeline, NoiseIntervals, PatchedUNet2DModel, SNRSplitPipeline
+from diffusers_dmp.digits import write_image_folder
 from diffusers_dmp.training import trainer
 from diffusers_dmp.training.arguments import TrainingArguments
 from diffusers_dmp.training.trainer import make_scheduler
@@ -40,10 +45,11 @@ def train_patch_here(digits, monkeypatch):
     return train
 
 
-def test_all_experts_as_users_start_them(digits, tmp_path):
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_all_experts_as_users_start_them(digits, tmp_path, num_processes):
     preset = tmp_path / "preset.yaml"
     preset.write_text(json.dumps(TINY_UNET | {"snr_boundaries": [0.25], "dataset": str(digits), "report_to": "none"}))
-    launch_script("train_patch_diffusion.py", tmp_path / "run", 1, {"config": preset})
+    launch_script("train_patch_diffusion.py", tmp_path / "run", num_processes, {"config": preset})
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert type(pipeline) is SNRSplitPipeline
     assert [denoiser.config.snr_interval for denoiser in pipeline.denoisers] == [[None, 0.25], [0.25, None]]
@@ -54,7 +60,7 @@ def test_all_experts_as_users_start_them(digits, tmp_path):
     assert [expert["samples_per_expert"] for expert in summary["experts"]] == [[32, 0], [0, 32]]
 
 
-def test_an_expert_sees_its_own_stretch_of_noise(train_patch_here, tmp_path, monkeypatch):
+def test_an_expert_sees_its_own_stretch_of_noise(train_patch_here, digits, tmp_path, monkeypatch):
     seen, forward = [], PatchedUNet2DModel.forward
 
     def remember(model, sample, timestep, **kwargs):
@@ -67,6 +73,11 @@ def test_an_expert_sees_its_own_stretch_of_noise(train_patch_here, tmp_path, mon
     assert (intervals.index(torch.cat(seen)) == 1).all()
     saved = PatchedUNet2DModel.from_pretrained(tmp_path / "expert_1" / "pipeline", subfolder="transformer")
     assert saved.config.snr_interval == [2.0, 0.25] and not (tmp_path / "pipeline").exists()
+
+    seen.clear()
+    validated = {"validation_dataset": str(digits), "max_train_steps": 1}
+    train_patch_here(tmp_path / "validated", snr_boundaries=[2.0, 0.25], expert=1, **validated)  # a number, as in YAML
+    assert (intervals.index(torch.cat(seen)) == 1).all()
 
 
 def test_all_experts_go_on_where_they_were_stopped(train_patch_here, tmp_path, monkeypatch):
@@ -98,6 +109,43 @@ def test_one_model_for_all(train_patch_here, tmp_path):
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     assert type(pipeline) is ClassConditionalPipeline
     assert pipeline.transformer.config.snr_interval == [None, None]
+
+
+def test_images_without_classes(train_patch_here, tmp_path):
+    write_image_folder(tmp_path / "digits" / "all", range(64))
+    for image in (tmp_path / "digits" / "all").glob("*/*.png"):
+        image.rename(tmp_path / "digits" / image.name)
+    shutil.rmtree(tmp_path / "digits" / "all")
+    unconditional = {"dataset": str(tmp_path / "digits"), "sample_steps": 1, "sample_inference_steps": 2}
+    train_patch_here(tmp_path / "run", **unconditional)
+    assert Image.open(tmp_path / "run" / "samples" / "step-2.png").size == (80, 32)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert pipeline.transformer.config.num_classes is None
+    with pytest.raises(ValueError, match="without a null class"):
+        pipeline(guidance_scale=2.0)
+
+
+@pytest.mark.slow
+def test_the_digits_preset(digits, tmp_path):
+    """As `make demo-patch` trains and reports it."""
+    preset = REPOSITORY / "training" / "presets" / "patch_digits.yaml"
+    launch_script("train_patch_diffusion.py", tmp_path, 1, {"config": preset, "dataset": digits, "report_to": "none"})
+    report = run_report(tmp_path)
+    assert report["recognised"] > 0.95 and report["samples"] == 500
+
+
+def test_a_split_pipelines_report(train_patch_here, tmp_path):
+    train_patch_here(tmp_path, snr_boundaries=[0.25])
+    assert run_report(tmp_path)["steps"] == 4
+    assert Image.open(tmp_path / "snr_split.png").size[0] > 500
+
+
+def run_report(folder: Path) -> dict:
+    """What the demo says of a pipeline, in a process of its own."""
+    command = [sys.executable, str(REPOSITORY / "training" / "demo.py"), "report", str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads((folder / "report.json").read_text())
 
 
 def test_the_variance_is_learned_in_the_models_own_sense(train_patch_here, tmp_path, monkeypatch):

@@ -1,8 +1,8 @@
 """Checkpoints of the published implementations in.
 
 DiT: https://github.com/facebookresearch/DiT (`dit`), DTR: https://github.com/byeongjun-park/DTR (`dtr`), Remix-DiT: the
-code of https://arxiv.org/abs/2412.05628 (`remix`), DMP: https://github.com/sangminwoo/DMP (`dmp`). What the shapes of the
-weights tell (width, depth, patch size, channels, classes, learned variance, image size, bases, experts, prompts) need not
+code of https://arxiv.org/abs/2412.05628 (`remix`), DMP: https://github.com/sangminwoo/DMP (`dmp`), Patch Diffusion: see
+`patch_diffusion.py`. What the shapes of the weights tell (width, depth, patch size, channels, classes, learned variance, image size, bases, experts, prompts) need not
 be given.
 """
 
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import load_file
 
 from ..models.dit import DIT_SIZES, DiTModel
@@ -56,21 +57,21 @@ _DTR_ROUTINGS = {"DTR": "window", "random": "random"}  # the original's `init_me
 
 def convert_checkpoint(
     system: str, state_dict: dict[str, torch.Tensor], config: dict[str, Any] | None = None
-) -> DiTModel:
+) -> ModelMixin:
     """
     Turn the state dict of a published implementation into this library's model.
 
     Args:
-        system (`str`): 'dit', 'dtr', 'remix' or 'dmp'.
+        system (`str`): 'dit', 'dtr', 'remix', 'dmp' or 'patch_diffusion'.
         state_dict (`dict[str, torch.Tensor]`): Under the original's parameter names
             ([`load_original_state_dict`] reads it from a file).
         config (`dict`, *optional*): The original constructor's arguments under their own names: `num_heads` (needed for
             a width of no published size), `num_classes`, `class_dropout_prob`, `learn_sigma`, …, and for DTR
-            `sharing_ratio`, `alpha`, `taskcount` and `init_method`, for DMP `vp_type`, `topk` and `uncond`. Where the
-            weights contradict it they are refused.
+            `sharing_ratio`, `alpha`, `taskcount` and `init_method`, for DMP `vp_type`, `topk` and `uncond`, for Patch
+            Diffusion `image_size`, `num_head_channels`, …. Where the weights contradict it they are refused.
 
     Returns:
-        [`DiTModel`], [`DTRTransformer2DModel`] or [`RemixDiTModel`] in eval mode and float32. For 'dmp' a [`DiTModel`] with
+        [`DiTModel`], [`DTRTransformer2DModel`], [`RemixDiTModel`] or [`PatchedUNet2DModel`] in eval mode and float32. For 'dmp' a [`DiTModel`] with
         its patch attached, which is `PromptPatch.attached_to(model)`.
 
     Raises:

@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..models.loading import check_weights
 from ..models.patched_unet_2d import PatchedUNet2DModel
@@ -41,32 +40,29 @@ def module_names(model: PatchedUNet2DModel) -> dict[str, str]:
             names.update({f"{ours}.attn.{name}": f"{original_attention}.{part}" for part, name in _ATTENTION.items()})
             names.update({f"{ours}.attn.to_{part}": f"{original_attention}.qkv" for part in "qkv"})
 
-    def add_level(ours: str, original: str, layers: nn.ModuleList, index: int) -> int:
-        """The layers of one level, of which the first is the original's `index`-th; which comes next."""
-        for number, layer in enumerate(layers):
-            attention = None if layer.attn is None else f"{original}.{index + number}.1"
-            add_layer(f"{ours}.{number}", f"{original}.{index + number}.0", attention)
-        return index + len(layers)
-
     index = 1
-    for level, layers in enumerate(model.down_layers):
-        index = add_level(f"down_layers.{level}", "input_blocks", layers, index)
-        if level < len(model.downsamplers):
-            names[f"downsamplers.{level}.conv"] = f"input_blocks.{index}.0.op"
+    for number, layer in enumerate(model.down_layers, start=1):
+        attention = None if layer.attn is None else f"input_blocks.{index}.1"
+        add_layer(f"down_layers.{number - 1}", f"input_blocks.{index}.0", attention)
+        index += 1
+        level, rest = divmod(number, model.config.layers_per_block)
+        if rest == 0 and level <= len(model.downsamplers):
+            names[f"downsamplers.{level - 1}.conv"] = f"input_blocks.{index}.0.op"
             index += 1
     add_layer("mid_layers.0", "middle_block.0", "middle_block.1")
     add_layer("mid_layers.1", "middle_block.2", None)
-    index = 0
-    for level, layers in enumerate(model.up_layers):
-        index = add_level(f"up_layers.{level}", "output_blocks", layers, index)
-        if level < len(model.upsamplers):
-            names[f"upsamplers.{level}.conv"] = f"output_blocks.{index - 1}.{1 + (layers[-1].attn is not None)}.conv"
+    for index, layer in enumerate(model.up_layers):
+        attention = None if layer.attn is None else f"output_blocks.{index}.1"
+        add_layer(f"up_layers.{index}", f"output_blocks.{index}.0", attention)
+        level, rest = divmod(index + 1, model.config.layers_per_block + 1)
+        if rest == 0 and level <= len(model.upsamplers):
+            names[f"upsamplers.{level - 1}.conv"] = f"output_blocks.{index}.{1 + (layer.attn is not None)}.conv"
     return names
 
 
 def build_patched_unet(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> PatchedUNet2DModel:
     """The model that the shapes of the weights, and what `config` (whose entries are consumed) adds to them, describe."""
-    for key, ndim in {"input_blocks.0.0.weight": 4, "time_embed.0.weight": 2}.items():
+    for key, ndim in {"input_blocks.0.0.weight": 4, "out.2.weight": 4, "time_embed.0.weight": 2}.items():
         shape = tuple(weights[key].shape) if key in weights else None
         if shape is None or len(shape) != ndim:
             raise ValueError(f"Expected {key!r} in `state_dict` to have {ndim} dimensions, but got the shape {shape}.")
@@ -98,7 +94,9 @@ def build_patched_unet(weights: dict[str, torch.Tensor], config: dict[str, Any])
             attention_levels.add(len(widths) - 1)
     model_channels = config.pop("model_channels", weights["time_embed.0.weight"].shape[1])
     in_channels = config.pop("in_channels", 3)
-    patch_size = config.pop("patch_size", math.isqrt(weights["input_blocks.0.0.weight"].shape[1] // in_channels))
+    patch_size = config.pop("patch_size", math.isqrt(len(weights["out.2.weight"]) // in_channels))
+    # a super-resolution model's low-resolution channels come after the image's
+    low_res_channels = weights["input_blocks.0.0.weight"].shape[1] // patch_size**2 - in_channels
     num_label_rows = len(weights["label_embs.weight"]) if "label_embs.weight" in weights else 0
     classifier_free = config.pop("classifier_free", True)
     num_classes = config.pop("num_classes", num_label_rows - classifier_free if num_label_rows else None)
@@ -108,6 +106,7 @@ def build_patched_unet(weights: dict[str, torch.Tensor], config: dict[str, Any])
     multiple = patch_size * 2 ** (len(widths) - 1)
     return PatchedUNet2DModel(
         sample_size=config.pop("image_size", max(256, multiple)),
+        low_res_channels=low_res_channels,
         in_channels=in_channels,
         out_channels=config.pop("out_channels", in_channels * (2 if learns_variance else 1)),
         patch_size=patch_size,

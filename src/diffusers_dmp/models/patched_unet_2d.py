@@ -186,9 +186,8 @@ class PatchedUNet2DModel(ModelMixin, ConfigMixin):
 
         # 2. Down, middle, up
         self.down_layers, self.downsamplers = nn.ModuleList(), nn.ModuleList()
-        for level, width in enumerate(widths):
-            attends = level in attention_levels
-            self.down_layers.append(nn.ModuleList([layer(width, width, attends) for _ in range(layers_per_block)]))
+        for level, width in enumerate(widths):  # one list of all levels' layers, of which Diffusers can offload groups
+            self.down_layers.extend(layer(width, width, level in attention_levels) for _ in range(layers_per_block))
         for width, next_width in zip(widths, widths[1:]):
             # padded at the lower right alone, as TensorFlow's SAME pads even sizes
             self.downsamplers.append(Downsample2D(width, use_conv=True, out_channels=next_width, padding=0, name="op"))
@@ -197,8 +196,7 @@ class PatchedUNet2DModel(ModelMixin, ConfigMixin):
         for level, width in reversed(list(enumerate(widths))):
             attends = level in attention_levels
             # beside its input, each takes what a layer of its level, or the one that led to it, left on the way down
-            layers = [layer(2 * width, width, attends) for _ in range(layers_per_block + 1)]
-            self.up_layers.append(nn.ModuleList(layers))
+            self.up_layers.extend(layer(2 * width, width, attends) for _ in range(layers_per_block + 1))
         for width, next_width in zip(widths[::-1], widths[-2::-1]):
             self.upsamplers.append(Upsample2D(width, use_conv=True, out_channels=next_width))
 
@@ -266,23 +264,23 @@ class PatchedUNet2DModel(ModelMixin, ConfigMixin):
 
         # Down
         skips = [hidden_states]
-        for level, layers in enumerate(self.down_layers):
-            for layer in layers:
-                hidden_states = self._run(layer, hidden_states, temb, class_emb)
-                skips.append(hidden_states)
-            if level < len(self.downsamplers):
-                hidden_states = self.downsamplers[level](hidden_states)
+        for index, layer in enumerate(self.down_layers, start=1):
+            hidden_states = self._run(layer, hidden_states, temb, class_emb)
+            skips.append(hidden_states)
+            level, rest = divmod(index, self.config.layers_per_block)
+            if rest == 0 and level <= len(self.downsamplers):
+                hidden_states = self.downsamplers[level - 1](hidden_states)
                 skips.append(hidden_states)
         # Middle
         for layer in self.mid_layers:
             hidden_states = self._run(layer, hidden_states, temb, class_emb)
         # Up
-        for level, layers in enumerate(self.up_layers):
-            for layer in layers:
-                hidden_states = torch.cat([hidden_states, skips.pop()], dim=1)
-                hidden_states = self._run(layer, hidden_states, temb, class_emb)
-            if level < len(self.upsamplers):
-                hidden_states = self.upsamplers[level](hidden_states)
+        for index, layer in enumerate(self.up_layers, start=1):
+            hidden_states = torch.cat([hidden_states, skips.pop()], dim=1)
+            hidden_states = self._run(layer, hidden_states, temb, class_emb)
+            level, rest = divmod(index, self.config.layers_per_block + 1)
+            if rest == 0 and level <= len(self.upsamplers):
+                hidden_states = self.upsamplers[level - 1](hidden_states)
 
         # Output
         output = self.conv_out(F.silu(self.norm_out(hidden_states)))
@@ -302,7 +300,7 @@ class PatchedUNet2DModel(ModelMixin, ConfigMixin):
         timestep = shared_or_per_sample(timestep)
         if len(timestep) not in (1, len(sample)):
             raise ValueError(f"Expected `timestep` to be one or {len(sample)}, but got {len(timestep)} of them.")
-        features = self.time_proj(timestep.to(sample.device, non_blocking=True)).to(self.conv_in.weight.dtype)
+        features = self.time_proj(timestep.to(sample.device, non_blocking=True)).to(sample.dtype)
         temb = self.time_embedding(features)
         if self.class_embedding is None:
             return temb, None
@@ -363,6 +361,11 @@ def _check_config(config, widths: list[int]) -> None:
                  "num_train_timesteps"):  # fmt: skip
         if config[name] < 1:
             raise ValueError(f"Expected `{name}` to be at least 1, but got {config[name]}.")
+    if config.out_channels not in (None, config.in_channels, 2 * config.in_channels):
+        raise ValueError(
+            f"Expected `out_channels` to be `in_channels`, {config.in_channels}, or twice as many for a learned variance, but "
+            f"got {config.out_channels}."
+        )
     multiple = config.patch_size * 2 ** (len(widths) - 1)
     if config.sample_size % multiple:
         raise ValueError(

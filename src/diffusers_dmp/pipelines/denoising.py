@@ -6,6 +6,8 @@ Legend: B batch, C channels, H and W height and width, in pixels or latent pixel
 
 import inspect
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..intervals import check_timesteps, check_train_timesteps
 from ..models import DiTModel, RemixDiTModel
 from ..patches import PromptPatch
+from ..predictions import convert_prediction, expected_prediction_type, noise_levels
 
 LEARNED_VARIANCES = ("learned", "learned_range")
 
@@ -71,6 +74,79 @@ def looks_at_inputs(denoiser: ModelMixin) -> bool:
     return isinstance(denoiser, RemixDiTModel) or is_patched_dit
 
 
+@dataclass
+class _DenoiserInputs:
+    """What one denoiser is called with, prepared once."""
+
+    denoiser: ModelMixin
+    own_type: str
+    guidance: torch.Tensor | None  # (B or 1, 1, 1, 1)
+    class_labels: torch.LongTensor | None  # (B,)
+    timesteps: torch.Tensor  # (S,)
+    device: torch.device
+    num_classes: int | None
+
+    def __post_init__(self):
+        device = "cpu" if looks_at_inputs(self.denoiser) else self.device
+        self.timesteps = self.timesteps.to(device)
+        self.label_kwargs = {}
+        if self.class_labels is not None:
+            labels = self.class_labels
+            if self.guidance is not None:  # as many null classes behind them
+                labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
+            self.label_kwargs = {"class_labels": labels.to(device)}
+
+    def predict(self, i: int, x_t: torch.Tensor, guidance_channels: int | None, keeps_variance: bool) -> torch.Tensor:
+        """The prediction for step i, (B, C, H, W) → (B, C or 2C, H, W), in the dtype of x_t."""
+        channels = x_t.shape[1]
+        model_input = x_t.to(self.denoiser.dtype)
+        if self.guidance is not None:
+            model_input = torch.cat([model_input, model_input])
+        # expanded, not copied, so that the model sees that the batch shares its timestep
+        timestep = self.timesteps[i].expand(len(model_input))
+        output = self.denoiser(model_input, timestep, **self.label_kwargs).sample.to(x_t.dtype)
+        if self.guidance is not None:
+            output = classifier_free_guidance(output, self.guidance, channels, guidance_channels)
+        if not keeps_variance:
+            return output[:, :channels]
+        if getattr(self.denoiser, "variance_type", None) == "learned_range_sigmoid":
+            # log σ² = u·log β̃ + (1 - u)·log β there, and of v = 1 - 2u in Diffusers' schedulers
+            prediction, variance = output.split(channels, dim=1)
+            output = torch.cat([prediction, 1 - 2 * variance], dim=1)
+        return output
+
+
+@dataclass
+class _Conversion:
+    """From what denoisers predict to what the scheduler is to be handed."""
+
+    alphas: torch.Tensor  # (S,)
+    sigmas: torch.Tensor  # (S,)
+    target_type: str
+
+    @classmethod
+    def between(cls, own_types: list[str], scheduler: SchedulerMixin, device: torch.device) -> "_Conversion | None":
+        """
+        None if there is nothing to convert.
+
+        Raises:
+            ValueError: if the scheduler is a flow-matching one, for which nothing is converted.
+        """
+        target_type = expected_prediction_type(scheduler)
+        if all(own_type == target_type for own_type in own_types):
+            return None
+        alphas, sigmas = noise_levels(scheduler)
+        return cls(alphas.to(device), sigmas.to(device), target_type)
+
+    def __call__(self, i: int, model_output: torch.Tensor, x_t: torch.Tensor, own_type: str) -> torch.Tensor:
+        """Of step i, (B, C or 2C, H, W): a variance stays what it is."""
+        channels = x_t.shape[1]
+        prediction = convert_prediction(
+            model_output[:, :channels], x_t, self.alphas[i], self.sigmas[i], own_type, self.target_type
+        )
+        return torch.cat([prediction.to(model_output.dtype), model_output[:, channels:]], dim=1)
+
+
 class DenoisingPipeline(DiffusionPipeline):
     """
     The parts of a denoising loop. A pipeline that derives from it has the components `scheduler` and `vae` and says which
@@ -114,7 +190,7 @@ class DenoisingPipeline(DiffusionPipeline):
     def has_null_class(self) -> bool:
         """Whether all denoisers learned to go without a label, as guidance needs it."""
         # Diffusers' own DiT always has; it is the one that counts its classes as `num_embeds_ada_norm`
-        return all(
+        return self.num_classes is not None and all(
             denoiser.config.get("class_dropout_prob", 0) > 0 or "num_embeds_ada_norm" in denoiser.config
             for denoiser in self.denoisers
         )
@@ -137,31 +213,88 @@ class DenoisingPipeline(DiffusionPipeline):
                 raise ValueError(f"Expected `class_labels` to be among {list(label2id)}, but got {label!r}.")
         return [label2id[label] for label in labels]
 
-    def _predict(
+    def _generate(
         self,
-        denoiser: ModelMixin,
-        model_input: torch.Tensor,
-        timestep: torch.Tensor,
-        label_kwargs: dict[str, torch.LongTensor],
-        guidance: torch.Tensor | None,
+        own_types: list[str],
+        guidance_scales: list,
+        owners_of_steps: "Callable[[SchedulerMixin], list[int]]",
+        *,
+        class_labels,
+        batch_size: int,
         guidance_channels: int | None,
-        keeps_variance: bool,
-    ) -> torch.Tensor:
-        """(B, C, H, W) → what the scheduler is handed, (B, C or 2C, H, W)."""
-        channels = model_input.shape[1]
-        if guidance is not None:
-            model_input = torch.cat([model_input, model_input])
-        # expanded, not copied, so that the model sees that the batch shares its timestep
-        model_output = denoiser(model_input, timestep.expand(len(model_input)), **label_kwargs).sample
-        if guidance is not None:
-            model_output = classifier_free_guidance(model_output, guidance, channels, guidance_channels)
-        if not keeps_variance:
-            return model_output[:, :channels]
-        if getattr(denoiser, "variance_type", None) == "learned_range_sigmoid":
-            # log σ² = u·log β̃ + (1 - u)·log β there, and of v = 1 - 2u in Diffusers' schedulers
-            prediction, variance = model_output.split(channels, dim=1)
-            model_output = torch.cat([prediction, 1 - 2 * variance], dim=1)
-        return model_output
+        num_inference_steps: int,
+        timesteps: list[int] | None,
+        height: int | None,
+        width: int | None,
+        eta: float,
+        generator,
+        latents: torch.Tensor | None,
+        output_type: str,
+        return_dict: bool,
+        callback_on_step_end,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> "ImagePipelineOutput | tuple":
+        """
+        The pipelines' calls, but for who denoises when.
+
+        Args:
+            own_types (`list[str]`): What each denoiser predicts.
+            guidance_scales (`list`): Each denoiser's.
+            owners_of_steps (`Callable`): From the scheduler, its timesteps set, to the denoiser of each step.
+        """
+        device = self._execution_device
+        self._check_outputs(output_type, callback_on_step_end_tensor_inputs)
+
+        # 1. What is asked for
+        class_labels = self._prepare_labels(class_labels, batch_size)
+        batch_size = self._checked_batch_size(class_labels, batch_size)
+        guidance = [self._prepare_guidance(scale, batch_size) for scale in guidance_scales]
+
+        # 2. When, and by whom
+        scheduler, keeps_variance = self._prepare_scheduler()
+        self._prepare_timesteps(scheduler, num_inference_steps, timesteps, device)
+        owners = owners_of_steps(scheduler)
+        step_kwargs = self._step_kwargs(scheduler, generator, eta)
+        conversion = _Conversion.between(own_types, scheduler, device)
+
+        inputs = [
+            _DenoiserInputs(denoiser, own_type, scale, class_labels, scheduler.timesteps, device, self.num_classes)
+            for denoiser, own_type, scale in zip(self.denoisers, own_types, guidance, strict=True)
+        ]
+
+        # 3. From what
+        latents = self._prepare_latents(batch_size, height, width, generator, latents, device)
+        latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)  # flow-matching ones do without
+
+        # 4. Denoise
+        self._num_timesteps = len(scheduler.timesteps)
+        for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
+            if i > 0 and owners[i] != owners[i - 1]:
+                self._offload(self.denoisers[owners[i - 1]])
+            x_t = latents
+            if hasattr(scheduler, "scale_model_input"):  # flow-matching ones do without
+                x_t = scheduler.scale_model_input(latents, t)
+            model_output = inputs[owners[i]].predict(i, x_t, guidance_channels, keeps_variance)
+            if conversion is not None:
+                model_output = conversion(i, model_output, x_t, own_types[owners[i]])
+            latents = scheduler.step(model_output, t, latents, **step_kwargs).prev_sample
+
+            if callback_on_step_end is not None:
+                latents = callback_on_step_end(self, i, t, {"latents": latents}).pop("latents", latents)
+
+        # 5. To images
+        self._offload(self.denoisers[owners[-1]])
+        images = latents
+        if output_type != "latent":
+            images = self.image_processor.postprocess(self._decode(latents), output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _offload(self, denoiser: ModelMixin) -> None:
+        """Off the accelerator, if that is what `enable_model_cpu_offload` asked for; another model comes."""
+        for hook in getattr(self, "_all_hooks", []):
+            if hook.model is denoiser:
+                hook.offload()
 
     def _check_outputs(self, output_type: str, callback_tensor_inputs: list[str]) -> None:
         if output_type not in ("pil", "np", "pt", "latent"):
@@ -172,13 +305,6 @@ class DenoisingPipeline(DiffusionPipeline):
                 f"Expected `callback_on_step_end_tensor_inputs` to be among {self._callback_tensor_inputs}, "
                 f"but got {sorted(unknown_inputs)}."
             )
-
-    def _finish(self, latents: torch.Tensor, output_type: str, return_dict: bool) -> "ImagePipelineOutput | tuple":
-        images = latents
-        if output_type != "latent":
-            images = self.image_processor.postprocess(self._decode(latents), output_type=output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @property
     def num_timesteps(self) -> int:
@@ -217,14 +343,6 @@ class DenoisingPipeline(DiffusionPipeline):
             raise ValueError(f"Expected `batch_size` to be at least 1, but got {batch_size}.")
         return batch_size
 
-    def _label_kwargs(self, class_labels: torch.LongTensor | None, guided: bool, device) -> dict[str, torch.Tensor]:
-        """The labels, and with guidance as many null classes behind them."""
-        if class_labels is None:
-            return {}
-        if guided:
-            class_labels = torch.cat([class_labels, torch.full_like(class_labels, self.num_classes)])
-        return {"class_labels": class_labels.to(device)}
-
     def _step_kwargs(self, scheduler, generator, eta: float) -> dict:
         parameters = inspect.signature(scheduler.step).parameters
         return {name: value for name, value in {"generator": generator, "eta": eta}.items() if name in parameters}
@@ -245,9 +363,11 @@ class DenoisingPipeline(DiffusionPipeline):
         return scales.to(self._execution_device).view(-1, 1, 1, 1)
 
     def _prepare_timesteps(self, scheduler, num_inference_steps: int, timesteps: list[int] | None, device) -> None:
-        num_train_timesteps = self.denoisers[0].config.get("num_train_timesteps")
-        if num_train_timesteps is not None:
-            check_train_timesteps(scheduler, num_train_timesteps)
+        num_train_timesteps = None
+        for denoiser in self.denoisers:
+            if denoiser.config.get("num_train_timesteps") is not None:
+                num_train_timesteps = denoiser.config.num_train_timesteps
+                check_train_timesteps(scheduler, num_train_timesteps)
         if timesteps is None:
             scheduler.set_timesteps(num_inference_steps, device=device)
         elif "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:

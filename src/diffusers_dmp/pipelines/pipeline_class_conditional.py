@@ -14,7 +14,8 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..patches import PromptPatch
-from .denoising import DenoisingPipeline, looks_at_inputs
+from ..predictions import expected_prediction_type
+from .denoising import DenoisingPipeline
 
 
 class ClassConditionalPipeline(DenoisingPipeline):
@@ -26,7 +27,8 @@ class ClassConditionalPipeline(DenoisingPipeline):
             Called as `transformer(sample, timestep, class_labels=…)`; without labels if its configuration has none of
             `num_classes`, `num_embeds_ada_norm` and `num_class_embeds`.
         scheduler ([`SchedulerMixin`]): Any of Diffusers'. With a learned variance the DDPM ones use it, the others
-            leave it.
+            leave it. What the transformer predicts (`prediction_type` in its configuration, or else what the scheduler
+            expects) is converted into what the scheduler expects.
         vae ([`AutoencoderKL`], *optional*): For a denoiser of latents.
         prompt_patch ([`PromptPatch`], *optional*): Attached to the transformer, in eval mode, unless it is already. The
             pipeline's `prompt_patch` is whatever the transformer has, which is saved with the pipeline.
@@ -117,47 +119,26 @@ class ClassConditionalPipeline(DenoisingPipeline):
             ValueError: if a label, name, size, scale or timestep does not fit the model, or the scheduler was made
                 for another number of training timesteps.
         """
-        device = self._execution_device
-        self._check_outputs(output_type, callback_on_step_end_tensor_inputs)
-
-        # 1. What is asked for
-        inputs_device = "cpu" if looks_at_inputs(self.transformer) else device
-        class_labels = self._prepare_labels(class_labels, batch_size)
-        batch_size = self._checked_batch_size(class_labels, batch_size)
-        guidance = self._prepare_guidance(guidance_scale, batch_size)
-        label_kwargs = self._label_kwargs(class_labels, guidance is not None, inputs_device)
-
-        # 2. When
-        scheduler, keeps_variance = self._prepare_scheduler()
-        self._prepare_timesteps(scheduler, num_inference_steps, timesteps, device)
-        step_kwargs = self._step_kwargs(scheduler, generator, eta)
-
-        # 3. From what
-        latents = self._prepare_latents(batch_size, height, width, generator, latents, device)
-        latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)  # flow-matching ones do without
-
-        # 4. Denoise
-        self._num_timesteps = len(scheduler.timesteps)
-        model_timesteps = scheduler.timesteps.to(inputs_device)
-        for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
-            model_input = latents
-            if hasattr(scheduler, "scale_model_input"):  # flow-matching ones do without
-                model_input = scheduler.scale_model_input(latents, t)
-            model_output = self._predict(
-                self.transformer,
-                model_input,
-                model_timesteps[i],
-                label_kwargs,
-                guidance,
-                guidance_channels,
-                keeps_variance,
-            )
-            latents = scheduler.step(model_output, t, latents, **step_kwargs).prev_sample
-
-            if callback_on_step_end is not None:
-                latents = callback_on_step_end(self, i, t, {"latents": latents}).pop("latents", latents)
-
-        return self._finish(latents, output_type, return_dict)
+        own_type = self.transformer.config.get("prediction_type") or expected_prediction_type(self.scheduler)
+        return self._generate(
+            [own_type],
+            [guidance_scale],
+            lambda scheduler: [0] * len(scheduler.timesteps),
+            class_labels=class_labels,
+            batch_size=batch_size,
+            guidance_channels=guidance_channels,
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            height=height,
+            width=width,
+            eta=eta,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
 
     @property
     def denoisers(self) -> list[ModelMixin]:

@@ -5,6 +5,7 @@ Legend: B batch, C channels, H and W height and width, N denoisers, S denoising 
 """
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable
 
@@ -16,8 +17,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..intervals import NoiseIntervals
 from ..patches import PromptPatch
-from ..predictions import convert_prediction
-from .denoising import DenoisingPipeline, class_count, looks_at_inputs
+from ..predictions import expected_prediction_type
+from .denoising import DenoisingPipeline, class_count
 
 MAX_DENOISERS = 32  # Diffusers reads from the constructor's signature which components there may be
 DENOISER_NAMES = tuple(f"denoiser_{index}" for index in range(MAX_DENOISERS))
@@ -71,7 +72,7 @@ class SNRSplitPipeline(DenoisingPipeline):
         self.model_cpu_offload_seq = "->".join([*DENOISER_NAMES[: len(denoisers)][::-1], "vae"])
         own_types = [denoiser.config.get("prediction_type") for denoiser in denoisers]
         if prediction_types is None:
-            prediction_types = [own or scheduler.config.prediction_type for own in own_types]
+            prediction_types = [own or expected_prediction_type(scheduler) for own in own_types]
         guidance_scales = [1.0] * len(denoisers) if guidance_scales is None else [float(w) for w in guidance_scales]
         self.register_to_config(
             snr_boundaries=[float(boundary) for boundary in snr_boundaries or []],
@@ -116,7 +117,7 @@ class SNRSplitPipeline(DenoisingPipeline):
             "vae": getattr(first, "vae", None),
             "id2label": first.config.get("id2label"),
             "prediction_types": [
-                denoiser.config.get("prediction_type") or pipeline.scheduler.config.prediction_type
+                denoiser.config.get("prediction_type") or expected_prediction_type(pipeline.scheduler)
                 for pipeline, denoiser in zip(pipelines, denoisers)
             ],
         }
@@ -169,7 +170,9 @@ class SNRSplitPipeline(DenoisingPipeline):
         timesteps: list[int] | None = None,
         snr_boundaries: list[float] | None = None,
     ) -> list[int]:
-        """How many of a call's denoising steps each denoiser takes; arguments as the call's."""
+        """
+        How often each denoiser is called; arguments as the call's. A second-order scheduler calls twice for a step.
+        """
         self._prepare_timesteps(self.scheduler, num_inference_steps, timesteps, "cpu")
         owners = self._owners(self.scheduler, snr_boundaries)
         return [owners.count(index) for index in range(self.num_denoisers)]
@@ -203,86 +206,52 @@ class SNRSplitPipeline(DenoisingPipeline):
             snr_boundaries (`list[float]` of length N - 1, *optional*): Instead of the configuration's.
 
         Warns:
-            if a denoiser gets none of the steps.
+            if a denoiser gets none of the steps, or with these boundaries noise that it was not trained on.
         """
-        device = self._execution_device
-        self._check_outputs(output_type, callback_on_step_end_tensor_inputs)
-
-        # 1. What is asked for
-        class_labels = self._prepare_labels(class_labels, batch_size)
-        batch_size = self._checked_batch_size(class_labels, batch_size)
         scales = self.config.guidance_scales if guidance_scale is None else guidance_scale
         scales = list(scales) if isinstance(scales, (list, tuple)) else [scales] * self.num_denoisers
         if len(scales) != self.num_denoisers:
             raise ValueError(
                 f"Expected `guidance_scale` to be a number or {self.num_denoisers} of them, but got {len(scales)}."
             )
-        guidance = [self._prepare_guidance(scale, batch_size) for scale in scales]
-        denoisers = self.denoisers
-        input_devices = ["cpu" if looks_at_inputs(denoiser) else device for denoiser in denoisers]
-        label_kwargs = [
-            self._label_kwargs(class_labels, scale is not None, input_device)
-            for scale, input_device in zip(guidance, input_devices)
-        ]
 
-        # 2. When, and by whom
-        scheduler, keeps_variance = self._prepare_scheduler()
-        self._prepare_timesteps(scheduler, num_inference_steps, timesteps, device)
-        owners = self._owners(scheduler, snr_boundaries)
-        for index in sorted(set(range(self.num_denoisers)) - set(owners)):
-            warnings.warn(f"Denoiser {index} has none of the {len(owners)} steps.", stacklevel=3)  # past `no_grad`
-        alphas, sigmas = noise_levels(scheduler, self.config.prediction_types)
-        step_kwargs = self._step_kwargs(scheduler, generator, eta)
+        def owners_of_steps(scheduler: SchedulerMixin) -> list[int]:
+            owners = self._owners(scheduler, snr_boundaries)
+            for index in sorted(set(range(self.num_denoisers)) - set(owners)):
+                _warn(f"Denoiser {index} has none of the {len(owners)} steps.")
+            return owners
 
-        # 3. From what
-        latents = self._prepare_latents(batch_size, height, width, generator, latents, device)
-        latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)  # flow-matching ones do without
-        channels = latents.shape[1]
-
-        # 4. Denoise
-        self._num_timesteps = len(scheduler.timesteps)
-        model_timesteps = [scheduler.timesteps.to(input_device) for input_device in input_devices]
-        types, target_type = self.config.prediction_types, scheduler.config.get("prediction_type")
-        for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
-            owner = owners[i]
-            if i > 0 and owner != owners[i - 1]:
-                self._offload(denoisers[owners[i - 1]])
-            x_t = latents
-            if hasattr(scheduler, "scale_model_input"):  # flow-matching ones do without
-                x_t = scheduler.scale_model_input(latents, t)
-            output = self._predict(
-                denoisers[owner],
-                x_t,
-                model_timesteps[owner][i],
-                label_kwargs[owner],
-                guidance[owner],
-                guidance_channels,
-                keeps_variance,
-            )
-            if types[owner] != target_type:
-                prediction, variance = output[:, :channels], output[:, channels:]
-                prediction = convert_prediction(prediction, x_t, alphas[i], sigmas[i], types[owner], target_type)
-                output = torch.cat([prediction.to(output.dtype), variance], dim=1)
-            latents = scheduler.step(output, t, latents, **step_kwargs).prev_sample
-
-            if callback_on_step_end is not None:
-                latents = callback_on_step_end(self, i, t, {"latents": latents}).pop("latents", latents)
-
-        # 5. To images
-        return self._finish(latents, output_type, return_dict)
+        if snr_boundaries is not None:
+            for problem in _foreign_intervals(self.denoisers, snr_boundaries):
+                _warn(problem)
+        return self._generate(
+            self.config.prediction_types,
+            scales,
+            owners_of_steps,
+            class_labels=class_labels,
+            batch_size=batch_size,
+            guidance_channels=guidance_channels,
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            height=height,
+            width=width,
+            eta=eta,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
 
     def _owners(self, scheduler: SchedulerMixin, snr_boundaries: list[float] | None) -> list[int]:
         """The denoiser of each step, read once."""
         timesteps = scheduler.timesteps.cpu()
         # all evaluations within one step of a second-order scheduler are made by the denoiser that begins it
         begins = torch.arange(len(timesteps)) // scheduler.order * scheduler.order
+        runge_kutta = len(getattr(scheduler, "prk_timesteps", ()))  # of PNDM's first steps, four each
+        begins[:runge_kutta] = torch.arange(runge_kutta) // 4 * 4
         return self.intervals(snr_boundaries).index(timesteps[begins]).tolist()
-
-    def _offload(self, denoiser: ModelMixin) -> None:
-        """Off the accelerator, if that is what `enable_model_cpu_offload` asked for; another comes."""
-        for hook in getattr(self, "_all_hooks", []):
-            if hook.model is denoiser:
-                hook.offload()
 
 
 def _name_denoisers() -> None:
@@ -299,30 +268,25 @@ def _name_denoisers() -> None:
 _name_denoisers()
 
 
-def noise_levels(scheduler: SchedulerMixin, prediction_types: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    α and σ (S,) of each step's x_t, of unit variance for data of unit variance; float timesteps lie between their neighbours'.
+def _warn(message: str) -> None:
+    """At the line that called the pipeline."""
+    warnings.warn(message, stacklevel=4)
 
-    Raises:
-        ValueError: if the scheduler is a flow-matching one, which has no such x_t, and the predictions would have to be
-            converted for it.
-    """
-    if not hasattr(scheduler, "alphas_cumprod"):
-        target_type = scheduler.config.get("prediction_type")
-        if any(own_type != target_type for own_type in prediction_types):
-            raise ValueError(
-                f"Expected the `prediction_types` to be the {type(scheduler).__name__}'s {target_type}, for which none is "
-                f"converted, but got {prediction_types}."
+
+def _foreign_intervals(denoisers: list[ModelMixin], snr_boundaries: list[float]) -> list[str]:
+    """What is to be said of denoisers that are given noise which they were not trained on."""
+    problems = []
+    bounds = [math.inf, *snr_boundaries, 0.0]
+    for index, (denoiser, highest, lowest) in enumerate(zip(denoisers, bounds, bounds[1:])):
+        trained = denoiser.config.get("snr_interval") or (None, None)
+        trained_highest = math.inf if trained[0] is None else trained[0]
+        trained_lowest = 0.0 if trained[1] is None else trained[1]
+        if highest > trained_highest or lowest < trained_lowest:
+            problems.append(
+                f"Expected denoiser {index} to have been trained on the signal-to-noise ratios {highest} to {lowest}, "
+                f"but got one for {trained_highest} to {trained_lowest}."
             )
-        nothing = torch.empty(0)
-        return nothing, nothing
-    timesteps = scheduler.timesteps.double()
-    alphas_cumprod = scheduler.alphas_cumprod.double().to(timesteps.device)
-    ratios = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()  # σ/α
-    low = timesteps.floor().long().clamp(max=len(ratios) - 1)
-    ratio = torch.lerp(ratios[low], ratios[(low + 1).clamp(max=len(ratios) - 1)], timesteps - low)
-    alphas = (1 + ratio**2).rsqrt()
-    return alphas.float(), (alphas * ratio).float()
+    return problems
 
 
 def _check_denoisers(denoisers: list[ModelMixin], config) -> None:
@@ -331,20 +295,14 @@ def _check_denoisers(denoisers: list[ModelMixin], config) -> None:
             raise ValueError(
                 f"Expected `{name}` to be one for each of {len(denoisers)} denoisers, but got {config[name]}."
             )
-    bounds = [None, *config.snr_boundaries, None]
+    for problem in _foreign_intervals(denoisers, config.snr_boundaries):
+        raise ValueError(problem)
     for index, (denoiser, own_type) in enumerate(zip(denoisers, config.prediction_types)):
         own = denoiser.config
         if own.get("prediction_type") not in (None, own_type):
             raise ValueError(
                 f"Expected denoiser {index} to be given the prediction type {own.prediction_type!r} that it was trained "
                 f"for, but got {own_type!r}."
-            )
-        interval = bounds[index : index + 2]
-        trained = own.get("snr_interval")
-        if trained is not None and list(trained) != interval:
-            raise ValueError(
-                f"Expected denoiser {index} to have been trained on the SNR interval {interval}, highest first, "
-                f"but got one for {list(trained)}."
             )
         for name in ("in_channels", "sample_size"):
             if own[name] != denoisers[0].config[name]:

@@ -48,6 +48,7 @@ def train_dit(
     else:
         model = new_model(model_class, args, config)
     train(accelerator, args, model, recipe=make_recipe(model), **data.for_training)
+    accelerator.end_training()
 
 
 @dataclass(kw_only=True)

@@ -12,7 +12,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from ..intervals import NoiseIntervals
-from ..predictions import PREDICTION_TYPES, to_x0
+from ..predictions import PREDICTION_TYPES, posterior_weights, to_x0
 from .weighting import UncertaintyWeighting, loss_weights
 
 NUM_UNCERTAINTY_CLUSTERS = 8  # DTR, section 5.1
@@ -74,15 +74,15 @@ class DiffusionObjective(nn.Module):
         # β̃_t = β_t·(1 - ᾱ_{t-1}) / (1 - ᾱ_t), which is 0 at t = 0: there its logarithm takes the value of t = 1
         posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
         posterior_variance[0] = posterior_variance[1]
+        posterior_x0, posterior_xt = posterior_weights(alphas_cumprod, alphas_cumprod_prev)
         tables = {
             "weights": loss_weights(weighting, alphas_cumprod, self.prediction_type),
             "alpha": alphas_cumprod.sqrt(),
             "sigma": (1 - alphas_cumprod).sqrt(),
             "log_beta": betas.log(),
             "log_posterior_variance": posterior_variance.log(),
-            # mean of q(x_{t-1} | x_t, x0) = c0·x0 + ct·x_t  (DDPM, equation 7)
-            "posterior_x0": betas * alphas_cumprod_prev.sqrt() / (1 - alphas_cumprod),
-            "posterior_xt": (1 - alphas_cumprod_prev) * (1 - betas).sqrt() / (1 - alphas_cumprod),
+            "posterior_x0": posterior_x0,
+            "posterior_xt": posterior_xt,
         }
         for name, table in tables.items():
             self.register_buffer(name, table.float(), persistent=False)  # (T,)

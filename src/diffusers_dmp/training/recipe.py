@@ -1,5 +1,6 @@
 """What a system trains differently from the plain DiT."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +9,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from ..intervals import NoiseIntervals
+from .arguments import TrainingArguments
 
 
 @dataclass(kw_only=True)
@@ -31,3 +33,10 @@ class TrainingRecipe:
     auxiliary_weights: Callable[[int], dict[str, float]] = lambda step: {}
     describe: Callable[[nn.Module], dict[str, Any]] = lambda model: {}
     components: Callable[[nn.Module], dict[str, ModelMixin]] = lambda model: {"transformer": model}
+
+    def timestep_range(self, args: TrainingArguments) -> tuple[int, int]:
+        """The timesteps [low, high) that the model is trained on."""
+        if self.expert is None:
+            return 0, args.num_train_timesteps
+        low, high = self.expert_intervals.edges[self.expert :][:2]
+        return math.ceil(low), math.ceil(high)

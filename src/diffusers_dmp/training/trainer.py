@@ -78,7 +78,8 @@ def train(
     validation: datasets.Dataset | None = None,
 ) -> None:
     """
-    Train `model` and save it as a pipeline in `args.output_dir/pipeline`.
+    Train `model` and save it as a pipeline in `args.output_dir/pipeline`. Another training may follow; after the last one,
+    the caller's `accelerator.end_training()` parts the processes.
 
     Args:
         accelerator (`Accelerator`): As [`make_accelerator`] returns it.
@@ -141,7 +142,14 @@ def train(
         description = recipe.describe(plain_model)
         if validation is not None:
             description["validation_loss"] = validation_loss(
-                accelerator, plain_model, plain_objective, scheduler, validation, args, vae
+                accelerator,
+                plain_model,
+                plain_objective,
+                scheduler,
+                validation,
+                args,
+                vae,
+                recipe.timestep_range(args),
             )
         return description
 
@@ -216,7 +224,8 @@ def train(
     # Besides the files: with gloo, a process that ends right upon a collective can wait for ever for a thread that still has
     # its tensors to free, and that in turn waits for the interpreter's lock.
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
 
 
 def check_batch_size(accelerator: Accelerator, args: TrainingArguments, objective: DiffusionObjective) -> None:
@@ -297,15 +306,14 @@ def averaged_weights(model: nn.Module, ema: EMAModel | None):
 def draw_samples(
     accelerator: Accelerator, pipeline: ClassConditionalPipeline, args: TrainingArguments, step: int
 ) -> None:
-    """Write `samples/step-<step>.png`, up to ten classes in columns, four rows; also to the tracker."""
+    """Write `samples/step-<step>.png`, up to ten classes in columns (ten without classes), four rows; also to the tracker."""
     pipeline.set_progress_bar_config(disable=True)
-    rows, columns = 4, min(pipeline.num_classes, 10)
+    rows, columns = 4, min(pipeline.num_classes or 10, 10)
+    labels = {"batch_size": rows * columns}
+    if pipeline.num_classes is not None:
+        labels = {"class_labels": list(range(columns)) * rows}
     generator = torch.Generator(accelerator.device).manual_seed(args.seed)
-    images = pipeline(
-        [label for _ in range(rows) for label in range(columns)],
-        num_inference_steps=args.sample_inference_steps,
-        generator=generator,
-    ).images
+    images = pipeline(**labels, num_inference_steps=args.sample_inference_steps, generator=generator).images
     path = Path(args.output_dir, "samples", f"step-{step}.png")
     path.parent.mkdir(exist_ok=True)
     grid = make_image_grid(images, rows, columns)

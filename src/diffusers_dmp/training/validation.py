@@ -27,10 +27,11 @@ def validation_loss(
     dataset: datasets.Dataset,
     args: TrainingArguments,
     vae: AutoencoderKL | None,
+    timestep_range: tuple[int, int],
 ) -> float:
     """
-    The mean of `sample_losses` over every image `args.validation_repeats` times, in eval mode, at timesteps that cover all
-    of them evenly. Each process takes its share; what comes out is the same for any number of them, up to rounding.
+    The mean of `sample_losses` over every image `args.validation_repeats` times, in eval mode, at timesteps that cover
+    `timestep_range` evenly. Each process takes its share; what comes out is the same for any number of them, up to rounding.
 
     Args:
         accelerator (`Accelerator`): Of all processes, each of which has to call.
@@ -39,11 +40,13 @@ def validation_loss(
         dataset (`datasets.Dataset`): As [`load_images`] returns it.
         args ([`TrainingArguments`]): For size, columns and workers.
         vae ([`AutoencoderKL`], *optional*): To validate on its latents.
+        timestep_range (`tuple[int, int]`): What the model is there for, [low, high).
     """
     items = to_tensors(dataset, args.image_size, args.image_channels, args.image_column, args.label_column)
     num_samples = len(dataset) * args.validation_repeats
     order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(VALIDATION_SEED))
-    timesteps = order * args.num_train_timesteps // num_samples
+    low, high = timestep_range
+    timesteps = low + order * (high - low) // num_samples
     own = range(accelerator.process_index, num_samples, accelerator.num_processes)
     loader = DataLoader(
         Subset(ConcatDataset([items] * args.validation_repeats), own),
