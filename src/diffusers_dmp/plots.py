@@ -193,10 +193,10 @@ def snr_split_figure(pipeline: SNRSplitPipeline, num_inference_steps: int = 50) 
     curve.set_xlabel("timestep (0 almost clean, right almost pure noise)")
     curve.set_ylabel("signal-to-noise ratio")
     bars = cost.bar(range(len(costs)), costs, color=[f"C{index}" for index in range(len(costs))])
-    cost.bar_label(bars, [f"{flops:.3g}\n({size / 1e6:.1f} M parameters)" for flops, size in zip(costs, sizes)])
+    cost.bar_label(bars, [f"{flops:.3g}\n{size / 1e6:.1f} M\nparameters" for flops, size in zip(costs, sizes)])
     cost.set_xticks(range(len(costs)), [f"denoiser {index}" for index in range(len(costs))])
     cost.set_ylabel("GFLOPs of a step")
-    cost.margins(y=0.25)
+    cost.margins(y=0.35)
     figure.legend(loc="outside upper center", ncols=2)
     return figure
 

@@ -114,7 +114,7 @@ def test_the_validation_loss_is_the_mean_over_all_images(base_run, validation_di
     scheduler = make_scheduler(args, in_latents=False)
     objective = DiffusionObjective(scheduler, variance_type="learned_range")
     dataset = load_images(str(validation_digits))
-    loss = validation_loss(Accelerator(cpu=True), model, objective, scheduler, dataset, args, None)
+    loss = validation_loss(Accelerator(cpu=True), model, objective, scheduler, dataset, args, None, (0, 1000))
 
     images = to_tensors(dataset, 8, 1)[:]
     x0, labels = torch.stack(images["images"] * 2), torch.tensor(images["class_labels"] * 2)
