@@ -2,7 +2,7 @@
 
 DiT: https://github.com/facebookresearch/DiT (`dit`), DTR: https://github.com/byeongjun-park/DTR (`dtr`), Remix-DiT: the
 code of https://arxiv.org/abs/2412.05628 (`remix`), DMP: https://github.com/sangminwoo/DMP (`dmp`), Patch Diffusion: see
-`patch_diffusion.py`. What the shapes of the weights tell (width, depth, patch size, channels, classes, learned variance, image size, bases, experts, prompts) need not
+`patch_diffusion.py`, ADM: `adm.py`. What the shapes of the weights tell (width, depth, patch size, channels, classes, learned variance, image size, bases, experts, prompts) need not
 be given.
 """
 
@@ -21,6 +21,7 @@ from ..models.dtr_transformer_2d import DTRTransformer2DModel
 from ..models.loading import check_weights
 from ..models.remix_dit import RemixDiTModel
 from ..patches import PromptPatch
+from .adm import build_adm_unet, load_adm_unet
 from .patch_diffusion import build_patched_unet, load_patched_unet
 
 _RENAMED = (  # original → ours
@@ -62,16 +63,17 @@ def convert_checkpoint(
     Turn the state dict of a published implementation into this library's model.
 
     Args:
-        system (`str`): 'dit', 'dtr', 'remix', 'dmp' or 'patch_diffusion'.
+        system (`str`): 'dit', 'dtr', 'remix', 'dmp', 'patch_diffusion' or 'adm'.
         state_dict (`dict[str, torch.Tensor]`): Under the original's parameter names
             ([`load_original_state_dict`] reads it from a file).
         config (`dict`, *optional*): The original constructor's arguments under their own names: `num_heads` (needed for
             a width of no published size), `num_classes`, `class_dropout_prob`, `learn_sigma`, …, and for DTR
             `sharing_ratio`, `alpha`, `taskcount` and `init_method`, for DMP `vp_type`, `topk` and `uncond`, for Patch
-            Diffusion `image_size`, `num_head_channels`, …. Where the weights contradict it they are refused.
+            Diffusion and ADM `image_size`, `num_head_channels`, …. Where the weights contradict it they are refused.
 
     Returns:
-        [`DiTModel`], [`DTRTransformer2DModel`], [`RemixDiTModel`] or [`PatchedUNet2DModel`] in eval mode and float32. For 'dmp' a [`DiTModel`] with
+        [`DiTModel`], [`DTRTransformer2DModel`], [`RemixDiTModel`], [`PatchedUNet2DModel`] or, for 'adm', Diffusers' [`UNet2DModel`],
+        in eval mode and float32. For 'dmp' a [`DiTModel`] with
         its patch attached, which is `PromptPatch.attached_to(model)`.
 
     Raises:
@@ -84,6 +86,7 @@ def convert_checkpoint(
         "remix": _build_remix,
         "dmp": _build_dmp,
         "patch_diffusion": build_patched_unet,
+        "adm": build_adm_unet,
     }
     if system not in builders:
         raise ValueError(f"Expected `system` to be one of {', '.join(builders)}, but got {system!r}.")
@@ -94,8 +97,8 @@ def convert_checkpoint(
         raise ValueError(
             f"Expected `config` to hold arguments of the original {system!r} model, but got {list(config)}."
         )
-    load = load_patched_unet if system == "patch_diffusion" else _load_dit
-    load(model, weights)
+    loaders = {"patch_diffusion": load_patched_unet, "adm": load_adm_unet}
+    loaders.get(system, _load_dit)(model, weights)
     return model.eval()
 
 

@@ -18,10 +18,12 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..guidance.guided_scheduler import replaced
 from ..intervals import check_timesteps, check_train_timesteps
 from ..models import DiTModel, RemixDiTModel
 from ..patches import PromptPatch
 from ..predictions import convert_prediction, expected_prediction_type, noise_levels
+from ..vae import decode_latents, vae_downsampling
 
 LEARNED_VARIANCES = ("learned", "learned_range")
 
@@ -54,11 +56,6 @@ def classifier_free_guidance(
     return torch.cat([prediction.to(model_output.dtype), conditional[:, guided:]], dim=1)
 
 
-def vae_downsampling(vae: AutoencoderKL | None) -> int:
-    """Pixels per latent pixel and axis; 1 without a VAE."""
-    return 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-
-
 def class_count(denoiser: ModelMixin) -> int | None:
     """How many classes a denoiser knows, whatever its configuration calls it; None for one that takes no labels."""
     names = ("num_classes", "num_embeds_ada_norm", "num_class_embeds")
@@ -87,6 +84,7 @@ class _DenoiserInputs:
     num_classes: int | None
 
     def __post_init__(self):
+        self.dtype = self.denoiser.dtype  # which Diffusers looks for anew each time
         device = "cpu" if looks_at_inputs(self.denoiser) else self.device
         self.timesteps = self.timesteps.to(device)
         self.label_kwargs = {}
@@ -99,7 +97,7 @@ class _DenoiserInputs:
     def predict(self, i: int, x_t: torch.Tensor, guidance_channels: int | None, keeps_variance: bool) -> torch.Tensor:
         """The prediction for step i, (B, C, H, W) → (B, C or 2C, H, W), in the dtype of x_t."""
         channels = x_t.shape[1]
-        model_input = x_t.to(self.denoiser.dtype)
+        model_input = x_t.to(self.dtype)
         if self.guidance is not None:
             model_input = torch.cat([model_input, model_input])
         # expanded, not copied, so that the model sees that the batch shares its timestep
@@ -286,7 +284,8 @@ class DenoisingPipeline(DiffusionPipeline):
         self._offload(self.denoisers[owners[-1]])
         images = latents
         if output_type != "latent":
-            images = self.image_processor.postprocess(self._decode(latents), output_type=output_type)
+            decoded = latents if self.vae is None else decode_latents(self.vae, latents)
+            images = self.image_processor.postprocess(decoded, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -385,7 +384,7 @@ class DenoisingPipeline(DiffusionPipeline):
             return self.scheduler, False
         if not isinstance(self.scheduler, (DDPMScheduler, DDPMParallelScheduler)):
             # the DPM-Solver family would cut the prediction, which is all that it gets, to its first 3 channels
-            return type(self.scheduler).from_config(self.scheduler.config, variance_type=None), False
+            return replaced(self.scheduler, variance_type=None), False
         for config in (denoiser.config for denoiser in self.denoisers):
             if config.out_channels != 2 * config.in_channels:
                 raise ValueError(
@@ -414,11 +413,3 @@ class DenoisingPipeline(DiffusionPipeline):
         if latents.shape != shape:
             raise ValueError(f"Expected `latents` to have the shape {shape}, but got {tuple(latents.shape)}.")
         return latents.to(device, self.denoisers[0].dtype)
-
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) latents → images in [-1, 1]."""
-        if self.vae is None:
-            return latents
-        config = self.vae.config
-        latents = latents / config.scaling_factor + (config.get("shift_factor") or 0)
-        return self.vae.decode(latents.to(self.vae.dtype)).sample

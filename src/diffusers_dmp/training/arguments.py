@@ -29,6 +29,10 @@ class DataArguments:
     )
     dataset_split: str = option("train", "Which split of it.")
     image_column: str = option("image", "The data set's column of images.")
+    teacher_image_column: str | None = option(
+        None, "Its column of the same images for a teacher to look at, for PPAP."
+    )
+    teacher_image_size: int | None = option(None, "Their size.")
     label_column: str = option("label", "The data set's column of class labels; without it training is unconditional.")
     image_size: int = option(256, "Images are cropped and scaled to this many pixels.")
     image_channels: int = option(3, "1 (grey), 3 (RGB) or 4 (RGBA).")

@@ -17,6 +17,8 @@ import safetensors.torch
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from .arguments import DataArguments
+
 LATENTS = "latents"  # the column of what `encode_latents` wrote
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 
@@ -54,7 +56,10 @@ def load_images(source: str, image_column: str = "image", split: str = "train") 
             f"but got {image_column!r}."
         )
     # decoded by ourselves, so that a broken file can be named
-    return dataset.cast_column(image_column, datasets.Image(decode=False))
+    for name, feature in dataset.features.items():
+        if isinstance(feature, datasets.Image) or name == image_column:
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+    return dataset
 
 
 def class_names(dataset: datasets.Dataset, label_column: str = "label") -> list[str] | None:
@@ -77,8 +82,27 @@ def class_names(dataset: datasets.Dataset, label_column: str = "label") -> list[
     return [str(label) for label in range(max(dataset[label_column]) + 1)]
 
 
+def training_items(dataset: datasets.Dataset, args: DataArguments) -> datasets.Dataset:
+    """[`to_tensors`] as the arguments have it."""
+    return to_tensors(
+        dataset,
+        args.image_size,
+        args.image_channels,
+        args.image_column,
+        args.label_column,
+        args.teacher_image_column,
+        args.teacher_image_size,
+    )
+
+
 def to_tensors(
-    dataset: datasets.Dataset, image_size: int, channels: int, image_column: str = "image", label_column: str = "label"
+    dataset: datasets.Dataset,
+    image_size: int,
+    channels: int,
+    image_column: str = "image",
+    label_column: str = "label",
+    teacher_image_column: str | None = None,
+    teacher_image_size: int | None = None,
 ) -> datasets.Dataset:
     """
     The same data set, whose items are `images` (C, S, S) in [-1, 1] and, with labels, `class_labels` ().
@@ -88,6 +112,7 @@ def to_tensors(
     Args:
         image_size (`int`): S.
         channels (`int`): C: 1, 3 or 4.
+        teacher_image_column (`str`), teacher_image_size (`int`, *optional*): A second image of each item, `teacher_images`.
 
     Raises:
         ValueError: on reading an item that is not an image; the file is named.
@@ -97,23 +122,41 @@ def to_tensors(
 
     return dataset.with_transform(
         functools.partial(
-            _read_items, image_size=image_size, channels=channels, image_column=image_column, label_column=label_column
+            _read_items,
+            image_size=image_size,
+            channels=channels,
+            image_column=image_column,
+            label_column=label_column,
+            teacher_image_column=teacher_image_column,
+            teacher_image_size=teacher_image_size,
         )
     )
 
 
 def _read_items(
-    columns: dict[str, list], image_size: int, channels: int, image_column: str, label_column: str
+    columns: dict[str, list],
+    image_size: int,
+    channels: int,
+    image_column: str,
+    label_column: str,
+    teacher_image_column: str | None,
+    teacher_image_size: int | None,
 ) -> dict[str, list]:
     if LATENTS in columns:
         latents = [safetensors.torch.load(encoded) for encoded in columns[LATENTS]]
         items = {name: [moments[name].float() for moments in latents] for name in ("mean", "std")}
     else:
-        images = (open_image(encoded).convert(PIL_MODES[channels]) for encoded in columns[image_column])
-        items = {"images": [to_tensor(center_crop(image, image_size)) for image in images]}
+        items = {"images": _read_images(columns[image_column], image_size, channels)}
+    if teacher_image_column is not None:
+        items["teacher_images"] = _read_images(columns[teacher_image_column], teacher_image_size, channels)
     if label_column in columns:
         items["class_labels"] = columns[label_column]
     return items
+
+
+def _read_images(column: list[dict], image_size: int, channels: int) -> list[torch.Tensor]:
+    images = (open_image(encoded).convert(PIL_MODES[channels]) for encoded in column)
+    return [to_tensor(center_crop(image, image_size)) for image in images]
 
 
 def open_image(encoded: dict) -> PIL.Image.Image:

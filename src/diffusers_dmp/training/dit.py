@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from ..conversion import convert_checkpoint, load_original_state_dict
 from ..models import DiTModel, DTRTransformer2DModel, RemixDiTModel
 from ..models.stock_layout import STOCK_CLASSES
-from ..pipelines.denoising import vae_downsampling
+from ..vae import vae_downsampling
 from .arguments import DiTTrainingArguments, TrainingArguments
 from .data import class_names, load_images
 from .latents import check_latents

@@ -4,7 +4,6 @@ Legend: N images, b those encoded at once, C latent channels, S latent size.
 """
 
 import json
-import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,9 +16,10 @@ from diffusers import AutoencoderKL
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..pipelines.denoising import vae_downsampling
+from ..vae import vae_downsampling
 from .arguments import DataArguments, option
 from .data import LATENTS, class_names, load_images, to_tensors
+from .shards import write_shards
 
 DTYPES = ("float32", "float16")
 ENCODING_NAME = "encoding.json"  # beside the shards: what they hold
@@ -51,8 +51,7 @@ def latent_distribution(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch
 
 def encode_latents(args: EncodingArguments) -> None:
     """
-    Write `train-<i>-of-<n>.parquet` into `output_dir`, in the data set's order, each process its own shards. What is there
-    already is kept, so that an interrupted run goes on where it was, on any number of processes.
+    Write `train-<i>-of-<n>.parquet` into `output_dir`, in the data set's order; see [`write_shards`].
 
     Each row has the label, if there is one, and in the column `latents` a safetensors block of `mean` and `std`, both of
     shape (2, C, S, S): of the image, and of its mirror image.
@@ -73,23 +72,10 @@ def encode_latents(args: EncodingArguments) -> None:
     with accelerator.main_process_first():
         _check_encoding(args, len(dataset), vae)
 
-    num_shards = math.ceil(len(dataset) / args.shard_size)
-    paths = [Path(args.output_dir, f"train-{shard:05d}-of-{num_shards:05d}.parquet") for shard in range(num_shards)]
-    missing = [shard for shard, path in enumerate(paths) if not path.exists()]
-    accelerator.wait_for_everyone()  # so that all have seen the same ones
-    rows = {shard: range(len(dataset))[shard * args.shard_size :][: args.shard_size] for shard in missing}
-    own = missing[accelerator.process_index :: accelerator.num_processes]
-    with tqdm(
-        total=sum(len(rows[shard]) for shard in own),
-        desc="Encoding" if accelerator.num_processes == 1 else f"Encoding, 1 of {accelerator.num_processes} processes",
-        unit="image",
-        disable=not accelerator.is_main_process,
-    ) as progress:
-        for shard in own:
-            encoded = _encode_shard(args, dataset.select(rows[shard]), vae, progress)
-            unfinished = paths[shard].with_suffix(".unfinished")
-            encoded.to_parquet(unfinished)
-            unfinished.rename(paths[shard])  # whole or not at all
+    def encode(rows: range, progress: tqdm) -> datasets.Dataset:
+        return _encode_shard(args, dataset.select(rows), vae, progress)
+
+    write_shards(accelerator, args.output_dir, len(dataset), args.shard_size, encode, "Encoding")
     accelerator.end_training()
 
 

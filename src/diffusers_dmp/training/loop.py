@@ -184,7 +184,8 @@ def training_steps(
                     force_drop_ids=own.drop_ids,
                     **expert_kwargs,
                 )
-                objective_output = objective(model_output.sample, x0, own.noise, own.timesteps)
+                own_columns = {name: batch[name] for name in plain_objective.columns}
+                objective_output = objective(model_output.sample, x0, own.noise, own.timesteps, **own_columns)
                 auxiliary_losses = {name: model_output[name] for name in auxiliary_weights}
                 auxiliary_loss = sum(auxiliary_weights[name] * value for name, value in auxiliary_losses.items())
                 accelerator.backward(objective_output.loss + auxiliary_loss)

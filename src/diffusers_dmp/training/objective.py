@@ -54,6 +54,8 @@ class DiffusionObjective(nn.Module):
         ValueError: if the weighting, the prediction type or the variance type is unknown.
     """
 
+    columns: tuple[str, ...] = ()  # of the batch that it looks at beside the images
+
     def __init__(self, scheduler, weighting: str = "constant", variance_type: str | None = None):
         super().__init__()
         self.prediction_type = scheduler.config.prediction_type

@@ -25,6 +25,8 @@ class TrainingRecipe:
         describe (`Callable[[nn.Module], dict[str, Any]]`): What the summary says of the model, `before` and `after`
             training.
         components (`Callable[[nn.Module], dict[str, ModelMixin]]`): What the pipeline is to have of what was trained.
+        objective (`nn.Module`, *optional*): To train on instead of a [`DiffusionObjective`], and called as one.
+        save (`Callable[[nn.Module], None]`, *optional*): Write what was trained, instead of a pipeline.
     """
 
     expert_intervals: NoiseIntervals | None = None
@@ -33,6 +35,8 @@ class TrainingRecipe:
     auxiliary_weights: Callable[[int], dict[str, float]] = lambda step: {}
     describe: Callable[[nn.Module], dict[str, Any]] = lambda model: {}
     components: Callable[[nn.Module], dict[str, ModelMixin]] = lambda model: {"transformer": model}
+    objective: nn.Module | None = None
+    save: Callable[[nn.Module], None] | None = None
 
     def timestep_range(self, args: TrainingArguments) -> tuple[int, int]:
         """The timesteps [low, high) that the model is trained on."""

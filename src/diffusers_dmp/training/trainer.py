@@ -27,7 +27,7 @@ from transformers import get_scheduler
 from ..pipelines import ClassConditionalPipeline
 from .arguments import TrainingArguments
 from .checkpoints import resume, save_checkpoint
-from .data import GlobalBatchSampler, endless_batches, to_tensors
+from .data import GlobalBatchSampler, endless_batches, training_items
 from .loop import training_steps
 from .loss_log import ExpertCounts, LossLog, trackable
 from .objective import DiffusionObjective
@@ -78,7 +78,7 @@ def train(
     validation: datasets.Dataset | None = None,
 ) -> None:
     """
-    Train `model` and save it as a pipeline in `args.output_dir/pipeline`. Another training may follow; after the last one,
+    Train `model` and save it, as a pipeline in `args.output_dir/pipeline` if `recipe` does not say how. Another training may follow; after the last one,
     the caller's `accelerator.end_training()` parts the processes.
 
     Args:
@@ -101,7 +101,7 @@ def train(
     # 1. Objective and process
     scheduler = make_scheduler(args, in_latents=vae is not None)
     variance_type = getattr(model, "variance_type", "learned_range") if args.learn_sigma else None
-    objective = DiffusionObjective(scheduler, args.weighting, variance_type)
+    objective = recipe.objective or DiffusionObjective(scheduler, args.weighting, variance_type)
     check_batch_size(accelerator, args, objective)
     if recipe.expert_intervals is not None and objective.uncertainty is not None:
         raise ValueError(
@@ -211,7 +211,9 @@ def train(
     # 5. Save
     accelerator.wait_for_everyone()
     with averaged_weights(accelerator.unwrap_model(model), ema):
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and recipe.save is not None:
+            recipe.save(accelerator.unwrap_model(model))
+        elif accelerator.is_main_process:
             finished_pipeline().save_pretrained(os.path.join(args.output_dir, "pipeline"))
         after = describe()
     if accelerator.is_main_process:
@@ -266,7 +268,7 @@ def make_batches(
     first_slice = accelerator.process_index * args.gradient_accumulation_steps
     own_slices = range(first_slice, first_slice + args.gradient_accumulation_steps)
     sampler = GlobalBatchSampler(len(dataset), args.batch_size, args.seed, num_slices, own_slices, first_step)
-    items = to_tensors(dataset, args.image_size, args.image_channels, args.image_column, args.label_column)
+    items = training_items(dataset, args)
     pin_memory = accelerator.device.type == "cuda"
     return endless_batches(items, sampler, args.dataloader_num_workers, pin_memory)
 

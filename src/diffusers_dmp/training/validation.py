@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from .arguments import TrainingArguments
-from .data import to_tensors
+from .data import training_items
 from .loop import StepRandomness, clean_samples
 from .objective import DiffusionObjective
 
@@ -42,7 +42,7 @@ def validation_loss(
         vae ([`AutoencoderKL`], *optional*): To validate on its latents.
         timestep_range (`tuple[int, int]`): What the model is there for, [low, high).
     """
-    items = to_tensors(dataset, args.image_size, args.image_channels, args.image_column, args.label_column)
+    items = training_items(dataset, args)
     num_samples = len(dataset) * args.validation_repeats
     order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(VALIDATION_SEED))
     low, high = timestep_range
@@ -67,7 +67,8 @@ def validation_loss(
         x_t = scheduler.add_noise(x0, randomness.noise, randomness.timesteps)
         # a Remix-DiT looks at the timesteps, for which an accelerator would have to be waited
         model_output = model(x_t, timesteps[samples], class_labels=batch.get("class_labels")).sample
-        total += objective(model_output, x0, randomness.noise, randomness.timesteps).sample_losses.sum()
+        own_columns = {name: batch[name] for name in objective.columns}
+        total += objective(model_output, x0, randomness.noise, randomness.timesteps, **own_columns).sample_losses.sum()
     model.train(was_training)
     return accelerator.reduce(total, "sum").item() / num_samples
 

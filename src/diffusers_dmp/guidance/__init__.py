@@ -1,0 +1,13 @@
+from .experts import GuidanceExperts
+from .guided_scheduler import GuidedScheduler
+from .targets import ClassTarget, DepthTarget, GuidanceTarget, SegmentationTarget, WeightedTargets
+
+__all__ = [
+    "ClassTarget",
+    "DepthTarget",
+    "GuidanceExperts",
+    "GuidanceTarget",
+    "GuidedScheduler",
+    "SegmentationTarget",
+    "WeightedTargets",
+]

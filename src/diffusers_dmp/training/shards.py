@@ -1,0 +1,47 @@
+"""Data sets that are made in parquet shards: by any number of processes, each its own, and on where it was interrupted."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+
+def write_shards(
+    accelerator: Accelerator,
+    output_dir: "str | Path",
+    num_items: int,
+    shard_size: int,
+    make_shard: Callable[[range, tqdm], datasets.Dataset],
+    description: str,
+) -> None:
+    """
+    Write `train-<i>-of-<n>.parquet` into `output_dir`, whole or not at all. What is there already is kept.
+
+    Args:
+        accelerator (`Accelerator`): Of all processes, each of which has to call.
+        num_items (`int`), shard_size (`int`): Rows in all, and of a shard.
+        make_shard (`Callable`): From the rows of a shard, and the progress to update, to the shard.
+        description (`str`): Of the progress.
+    """
+    num_shards = math.ceil(num_items / shard_size)
+    paths = [Path(output_dir, f"train-{shard:05d}-of-{num_shards:05d}.parquet") for shard in range(num_shards)]
+    missing = [shard for shard, path in enumerate(paths) if not path.exists()]
+    accelerator.wait_for_everyone()  # so that all have seen the same ones
+    rows = {shard: range(num_items)[shard * shard_size :][:shard_size] for shard in missing}
+    own = missing[accelerator.process_index :: accelerator.num_processes]
+    with tqdm(
+        total=sum(len(rows[shard]) for shard in own),
+        desc=description
+        if accelerator.num_processes == 1
+        else f"{description}, 1 of {accelerator.num_processes} processes",
+        unit="image",
+        disable=not accelerator.is_main_process,
+    ) as progress:
+        for shard in own:
+            made = make_shard(rows[shard], progress)
+            unfinished = paths[shard].with_suffix(".unfinished")
+            made.to_parquet(unfinished)
+            unfinished.rename(paths[shard])

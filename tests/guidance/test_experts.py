@@ -1,0 +1,252 @@
+"""One vision model, one adapter per stretch of noise."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import FIXTURES
+from networks import NETWORKS, PLAIN, LinearClassifier, make_resnet, make_vit
+from peft.tuners.lora import LoraLayer
+from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
+from transformers.utils import ModelOutput
+
+from diffusers_dmp import GuidanceExperts, NoiseIntervals
+from diffusers_dmp.guidance.preprocessing import ImagePreprocessor
+
+TIMESTEPS = torch.tensor([950, 10, 250, 390, 30])  # experts 4, 0, 1, 1, 0
+
+
+@pytest.fixture(params=NETWORKS)
+def network(request):
+    return NETWORKS[request.param]()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def adapted(network, **kwargs) -> GuidanceExperts:
+    """Experts that differ from the network and one another, as after training, statistics included."""
+    experts = GuidanceExperts(network, **{**PLAIN, "rank": 4, "lora_alpha": 8} | kwargs)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for tensor in experts.expert_tensors().values():
+            if tensor.is_floating_point():
+                tensor.add_(0.1 * torch.rand(tensor.shape, generator=generator))
+    return experts
+
+
+def result(output: ModelOutput) -> torch.Tensor:
+    return output.predicted_depth if "predicted_depth" in output else output.logits
+
+
+# What they compute
+
+
+def test_published_intervals():
+    table = json.loads((FIXTURES / "diffusion.json").read_text())
+    for num_experts in (1, 3, 5):
+        ranges = table[f"ppap.train_ranges.{num_experts}"]
+        edges = NoiseIntervals.uniform(num_experts).edges
+        assert [[low, high] for low, high in zip(edges, edges[1:])] == ranges
+
+
+@pytest.mark.parametrize("method", ["ppap", "multi_experts"])
+@torch.no_grad()
+def test_fresh_experts_are_the_network(network, images, method):
+    expected = result(network(ImagePreprocessor([0.5] * 3, [0.5] * 3, None)(images)))
+    experts = GuidanceExperts(network, **PLAIN, method=method)
+    for expert in (0, 4, 2):
+        assert torch.equal(result(experts.run_expert(expert, images)), expected)
+
+
+@torch.no_grad()
+def test_experts_differ(network, images):
+    experts = adapted(network)
+    outputs = [result(experts.run_expert(expert, images)) for expert in range(5)]
+    for one in range(5):
+        for other in range(one):
+            assert not torch.allclose(outputs[one], outputs[other], atol=1e-3)
+
+
+@torch.no_grad()
+def test_merged_is_unmerged(network, images):
+    """With α/γ = 2, which the reference forgets for its linears."""
+    experts = adapted(network)
+    for expert in (1, 3, 1):
+        unmerged = result(experts.run_expert(expert, images, merged=False))
+        merged = result(experts.run_expert(expert, images, merged=True))
+        torch.testing.assert_close(merged, unmerged, atol=1e-5, rtol=1e-4)
+    assert all(layer.merged for layer in experts.modules() if isinstance(layer, LoraLayer))
+
+
+@torch.no_grad()
+def test_switching_for_ever_does_not_wear_the_weights(images):
+    experts = adapted(make_resnet())
+    first = result(experts.run_expert(2, images))
+    for switch in range(300):
+        experts.run_expert(switch % 5, images[:1])
+    torch.testing.assert_close(result(experts.run_expert(2, images)), first, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["ppap", "multi_experts"])
+@torch.no_grad()
+def test_each_image_gets_its_own_expert(network, images, method):
+    experts = adapted(network, method=method)
+    together = result(experts(images, TIMESTEPS))
+    for i, expert in enumerate([4, 0, 1, 1, 0]):
+        torch.testing.assert_close(
+            together[i], result(experts(images[i : i + 1], TIMESTEPS[i]))[0], atol=1e-5, rtol=1e-4
+        )
+        alone = result(experts.run_expert(expert, images[i : i + 1]))
+        torch.testing.assert_close(together[i], alone[0], atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_of_a_mixed_batch(images):
+    experts = adapted(make_resnet())
+    images.requires_grad_()
+    (together,) = torch.autograd.grad(result(experts(images, TIMESTEPS)).square().sum(), images)
+    for i in range(5):
+        alone = result(experts(images[i : i + 1], TIMESTEPS[i])).square().sum()
+        torch.testing.assert_close(torch.autograd.grad(alone, images)[0][i], together[i], atol=1e-5, rtol=1e-3)
+
+
+def test_the_head_stays_the_networks(network):
+    own = GuidanceExperts(network, **PLAIN).expert_tensors(0)
+    assert not [name for name in own if "classifier" in name]
+    assert [name for name in own if name.endswith("lora_A.weight")]
+
+
+def test_the_papers_layers():
+    """ResNet: stem and the first two convolutions of each block; transformers: all of attention."""
+    own = GuidanceExperts(make_resnet(), **PLAIN).expert_tensors(0)
+    layers = {name.removesuffix(".lora_A.weight") for name in own if name.endswith("lora_A.weight")}
+    blocks = [f"resnet.encoder.stages.{stage}.layers.{layer}" for stage, layer in [(0, 0), (1, 0), (1, 1)]]
+    expected = {f"{block}.layer.{index}.convolution" for block in blocks for index in (0, 1)}
+    assert layers == expected | {"resnet.embedder.embedder.convolution"}
+    own = GuidanceExperts(make_vit(), **PLAIN).expert_tensors(0)
+    layers = {name.removesuffix(".lora_A.weight") for name in own if name.endswith("lora_A.weight")}
+    assert layers == {f"vit.layers.{i}.attention.{part}_proj" for i in (0, 1) for part in "qkvo"}
+
+
+# What is trained
+
+
+def test_only_the_expert_in_training_changes(images):
+    experts = GuidanceExperts(make_resnet(), **PLAIN, rank=4)
+    before = copy.deepcopy({name: tensor.detach().clone() for name, tensor in experts.expert_tensors().items()})
+    parameters = experts.requires_grad_of_expert(3)
+    assert {name for name, tensor in experts.named_parameters() if tensor.requires_grad} != set()
+    optimizer = torch.optim.SGD(parameters.values(), lr=0.1)
+    experts.train()
+    for _ in range(2):  # B moves first, A after it
+        optimizer.zero_grad()
+        result(experts.run_expert(3, images)).square().mean().backward()
+        optimizer.step()
+    experts.eval()
+    experts.run_expert(0, images)  # another one's turn
+    changed = {name for name, tensor in experts.expert_tensors().items() if not torch.equal(tensor, before[name])}
+    assert changed and all(name.startswith("expert_3.") for name in changed)
+    for ending in ("lora_A.weight", "lora_B.weight", "normalization.bias", "running_mean", "num_batches_tracked"):
+        assert [name for name in changed if name.endswith(ending)], ending
+
+
+# In folders
+
+
+@pytest.mark.parametrize("method", ["ppap", "multi_experts", "finetune"])
+@torch.no_grad()
+def test_round_trip(images, tmp_path, method):
+    make_resnet().save_pretrained(tmp_path / "base")
+    settings = {"method": method, "num_experts": 1 if method == "finetune" else 5}
+    experts = adapted(type(make_resnet()).from_pretrained(tmp_path / "base"), **settings)
+    experts.run_expert(0, images)  # merged when it is saved
+    experts.save_pretrained(tmp_path / "experts")
+    loaded = GuidanceExperts.from_pretrained(tmp_path / "experts")
+    assert dict(loaded.config).items() <= dict(experts.config).items() and loaded.config.method == method
+    for timestep in (10, 990):
+        timestep = torch.tensor(timestep)
+        torch.testing.assert_close(result(loaded(images, timestep)), result(experts(images, timestep)))
+    for name, tensor in loaded.expert_tensors().items():
+        assert torch.equal(tensor, experts.expert_tensors()[name]), name
+    if method == "ppap":
+        size, base_size = (
+            (tmp_path / path).stat().st_size
+            for path in ("experts/guidance_experts.safetensors", "base/model.safetensors")
+        )
+        assert [name for name in loaded.expert_tensors() if name.endswith("running_var")] and size < 5 * base_size
+        loaded.load_expert_tensors(experts.expert_tensors())  # into merged weights
+        torch.testing.assert_close(result(loaded(images, timestep)), result(experts(images, timestep)))
+
+
+def test_what_the_image_processor_says(tmp_path):
+    make_resnet().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="preprocessor_config.json, or `image_mean`"):
+        GuidanceExperts.from_base(str(tmp_path))
+    settings = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "size": {"shortest_edge": 8}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    experts = GuidanceExperts.from_base(str(tmp_path))
+    assert (experts.config.image_mean, experts.config.image_size) == ([0.1, 0.2, 0.3], 8)
+    white = torch.ones(1, 3, 16, 32)
+    assert experts.preprocess(white).shape == (1, 3, 8, 16)
+    torch.testing.assert_close(experts.preprocess(white)[0, :, 0, 0], torch.tensor([0.9 / 0.4, 0.8 / 0.5, 0.7 / 0.6]))
+    assert experts.preprocess(torch.ones(1, 1, 16, 16)).shape == (1, 3, 8, 8)  # a grey image
+    assert experts.config.base_model_name_or_path == str(tmp_path)
+
+
+def test_moving_moves_all_experts():
+    experts = adapted(make_resnet())
+    experts.run_expert(1, torch.zeros(1, 3, 16, 16))
+    experts.to(torch.float64)
+    assert {tensor.dtype for tensor in experts.expert_tensors().values()} == {torch.float64, torch.int64}
+
+
+# Bad input
+
+
+def test_another_base_model(tmp_path):
+    make_resnet().save_pretrained(tmp_path / "base")
+    GuidanceExperts.from_base(str(tmp_path / "base"), **PLAIN, image_size=None).save_pretrained(tmp_path / "experts")
+    make_resnet(num_labels=7).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="that the experts in .* were made for .* with other weights in .*other"):
+        GuidanceExperts.from_pretrained(tmp_path / "experts", base_model=tmp_path / "other")
+
+
+def test_families_without_a_default():
+    network = MobileNetV2ForImageClassification(MobileNetV2Config(image_size=16, num_labels=3))
+    with pytest.raises(ValueError, match=r"`target_modules` to be .* such as 'mobilenet.*', but got 'mobilenet_v2'"):
+        GuidanceExperts(network, **PLAIN)
+    GuidanceExperts(network, **PLAIN, target_modules=r".*conv_stem\.first_conv\.convolution")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "lora"}, "one of ppap, multi_experts, finetune, but got 'lora'"),
+        ({"method": "finetune"}, "`num_experts` to be 1 for the method 'finetune', but got 5"),
+        ({"image_std": [1.0]}, "to have one length"),
+    ],
+)
+def test_arguments_that_do_not_fit(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        GuidanceExperts(make_resnet(), **PLAIN | arguments)
+
+
+def test_tensors_that_do_not_fit():
+    experts = GuidanceExperts(make_resnet(), **PLAIN)
+    tensors = experts.expert_tensors()
+    name = next(name for name in tensors if name.endswith("lora_A.weight"))
+    with pytest.raises(ValueError, match="none by the name"):
+        experts.load_expert_tensors({key: tensor for key, tensor in tensors.items() if key != name})
+    with pytest.raises(ValueError, match="one more by the name 'more'"):
+        experts.load_expert_tensors(tensors | {"more": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"to have the shape .*, but got \(1,\)"):
+        experts.load_expert_tensors(tensors | {name: torch.zeros(1)})
+
+
+def test_a_network_from_nowhere_cannot_be_named(tmp_path):
+    experts = GuidanceExperts(LinearClassifier(torch.ones(2, 3)), **PLAIN, method="multi_experts")
+    with pytest.raises(ValueError, match="`base_model_name_or_path` to be given"):
+        experts.save_pretrained(tmp_path)

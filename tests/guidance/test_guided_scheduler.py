@@ -1,0 +1,362 @@
+"""Guidance in the scheduler: any pipeline, one line."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY_CONFIG, Vectors, assert_matches, randomised
+from diffusers import (
+    AutoencoderKL,
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
+from networks import PLAIN, linear_experts, make_resnet
+
+from diffusers_dmp import (
+    ClassConditionalPipeline,
+    ClassTarget,
+    DiTModel,
+    GuidanceExperts,
+    GuidedScheduler,
+    SNRSplitPipeline,
+    respaced_timesteps,
+)
+from diffusers_dmp.predictions import PREDICTION_TYPES, convert_prediction, noise_levels
+
+LABELS = [1, 3]
+
+
+def make_unet(channels: int = 3, seed: int = 0) -> UNet2DModel:
+    return randomised(
+        UNet2DModel(8, channels, channels, block_out_channels=(8, 8), down_block_types=("DownBlock2D",) * 2,
+                    up_block_types=("UpBlock2D",) * 2, norm_num_groups=4, layers_per_block=1), seed,
+    )  # fmt: skip
+
+
+def guided(scheduler, target=None, **kwargs) -> GuidedScheduler:
+    return GuidedScheduler(scheduler, linear_experts(), target or ClassTarget(LABELS), **kwargs)
+
+
+def toy_noise(x_t: torch.Tensor) -> torch.Tensor:
+    """The toy denoiser of the published guidance: ε = 0.6·x_t."""
+    return 0.6 * x_t
+
+
+def draw(pipeline: DiffusionPipeline, **kwargs) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    images = pipeline(batch_size=2, num_inference_steps=4, generator=generator, output_type="np", **kwargs).images
+    return torch.from_numpy(images)
+
+
+def log_likelihood(images: torch.Tensor) -> float:
+    """Of what is asked for, in images (B, H, W, C) in [0, 1]."""
+    logits = (images * 2 - 1).movedim(-1, 1).flatten(1) @ Vectors("diffusion")["guidance.W"].T
+    return F.log_softmax(logits, -1)[range(2), LABELS].mean().item()
+
+
+# What is published
+
+
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+@torch.no_grad()
+def test_published_ddim(kind):
+    """25 steps, whatever the model predicts; x̂0 is clipped before it is guided."""
+    vectors = Vectors("diffusion")
+    scheduler = guided(DDIMScheduler(prediction_type=kind), ClassTarget(vectors["guidance.y"]))
+    scheduler.set_timesteps(25)
+    assert scheduler.timesteps.tolist() == respaced_timesteps(1000, "ddim25")
+    x_t = vectors["guidance.noise"]
+    for t, alpha, sigma in zip(scheduler.timesteps, *noise_levels(scheduler)):
+        prediction = convert_prediction(toy_noise(x_t), x_t, alpha, sigma, "epsilon", kind)
+        x_t = scheduler.step(prediction, t, x_t).prev_sample
+    assert_matches(x_t, vectors["guidance.ddim25.sample"])
+
+
+@torch.no_grad()
+def test_published_ddpm_mean():
+    vectors = Vectors("diffusion")
+    x_t = vectors["guidance.noise"]
+    inner = DDPMScheduler(variance_type="learned_range")
+    output = torch.cat([toy_noise(x_t), torch.zeros_like(x_t)], dim=1)
+    scheduler = guided(inner, ClassTarget(vectors["guidance.y"]))
+    for each in (inner, scheduler):
+        each.set_timesteps(1000)
+    step = scheduler.step(output, 300, x_t, generator=torch.Generator().manual_seed(0)).prev_sample
+    noise = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(0))
+    sigma = (0.5 * inner._get_variance(300, predicted_variance=output[:, 3:])).exp()
+    assert_matches(step - sigma * noise, vectors["guidance.ddpm_mean_t300"])
+
+
+@torch.no_grad()
+def test_a_gradient_as_long_as_the_mean():
+    """μ + σ²·s·∇·‖μ‖/‖∇‖, each image's own."""
+    inner = DDPMScheduler(variance_type="fixed_small", clip_sample=False)
+    x_t = torch.randn(2, 3, 8, 8) * torch.tensor([1.0, 3.0]).view(2, 1, 1, 1)
+    mean = inner.step(toy_noise(x_t), 500, x_t, generator=torch.Generator().manual_seed(0)).prev_sample
+    noise = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(0))
+    variance = inner._get_variance(500)
+    mean = mean - variance.sqrt() * noise
+    scheduler = guided(inner, scale=20.0, rescale_to_mean=True)
+    step = scheduler.step(toy_noise(x_t), 500, x_t, generator=torch.Generator().manual_seed(0)).prev_sample
+    shift = (step - variance.sqrt() * noise - mean).flatten(1).norm(dim=1)
+    torch.testing.assert_close(shift, 20 * variance * mean.flatten(1).norm(dim=1), atol=1e-4, rtol=1e-3)
+
+
+# In other solvers
+
+
+SOLVERS = [DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler,
+           EulerDiscreteScheduler, HeunDiscreteScheduler, LCMScheduler, PNDMScheduler, UniPCMultistepScheduler]  # fmt: skip
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda cls: cls.__name__)
+def test_every_solver_goes_where_it_is_asked_to(solver):
+    unclipped = {"clip_sample": False} if solver in (DDIMScheduler, DDPMScheduler, LCMScheduler) else {}
+    pipeline = ClassConditionalPipeline(make_unet(), solver(prediction_type="epsilon", **unclipped))
+    without = draw(pipeline)
+    pipeline.scheduler = guided(pipeline.scheduler, scale=3.0)
+    with_guidance = draw(pipeline)
+    assert log_likelihood(with_guidance) > log_likelihood(without) + 0.1
+    pipeline.scheduler.scale = 0.0
+    torch.testing.assert_close(draw(pipeline), without, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("solver", [DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler])
+def test_all_predictions_are_guided_alike(solver):
+    images = []
+    for kind in PREDICTION_TYPES:
+        unet = make_unet()
+        unet.register_to_config(prediction_type="epsilon")  # converted for the scheduler
+        pipeline = ClassConditionalPipeline(unet, solver(prediction_type=kind))
+        pipeline.scheduler = guided(pipeline.scheduler, scale=2.0)
+        images.append(draw(pipeline))
+    torch.testing.assert_close(images[1], images[0], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(images[2], images[0], atol=1e-3, rtol=1e-3)
+
+
+def test_in_diffusers_own_pipelines():
+    for pipeline in (DDPMPipeline(make_unet(), DDPMScheduler()), DDIMPipeline(make_unet(), DDIMScheduler())):
+        without = draw(pipeline)
+        pipeline.scheduler = guided(pipeline.scheduler, scale=5.0)
+        assert log_likelihood(draw(pipeline)) > log_likelihood(without) + 0.1
+
+
+def test_in_a_split_pipeline():
+    pipeline = SNRSplitPipeline([make_unet(seed=0), make_unet(seed=1)], DDIMScheduler(), [0.25])
+    without = draw(pipeline)
+    pipeline.scheduler = guided(pipeline.scheduler, scale=5.0)
+    assert log_likelihood(draw(pipeline)) > log_likelihood(without) + 0.1
+
+
+@pytest.mark.parametrize("scheduler_class", [DDPMScheduler, DPMSolverMultistepScheduler])
+def test_beside_a_learned_variance(scheduler_class):
+    """And beside classifier-free guidance. A DPM-Solver would cut the prediction to three channels; see `around`."""
+    transformer = randomised(DiTModel(**TINY_CONFIG))
+    pipeline = ClassConditionalPipeline(transformer, scheduler_class(variance_type="learned_range"))
+    experts = linear_experts(torch.randn(5, 256, generator=torch.Generator().manual_seed(0)))
+    experts.preprocess = torch.nn.Identity()
+    pipeline.scheduler = GuidedScheduler(pipeline.scheduler, experts, ClassTarget(1))
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline([1, 2], num_inference_steps=3, guidance_scale=1.5, output_type="latent").images
+    assert images.shape == (2, 4, 8, 8) and images.isfinite().all()
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    pipeline = ClassConditionalPipeline(make_unet(), DDIMScheduler())
+    noise = torch.randn(2, 3, 8, 8)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = guided(pipeline.scheduler)
+    together = pipeline(batch_size=2, latents=noise, num_inference_steps=4, output_type="latent").images
+    for i in range(2):
+        pipeline.scheduler = guided(pipeline.scheduler.scheduler, ClassTarget(LABELS[i]))
+        alone = pipeline(latents=noise[i : i + 1], num_inference_steps=4, output_type="latent").images
+        torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=1e-4)
+
+
+def test_two_networks_at_once():
+    """One guided scheduler around another."""
+    pipeline = ClassConditionalPipeline(make_unet(), DDIMScheduler(clip_sample=False))
+    noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    pipeline.scheduler = guided(guided(pipeline.scheduler, scale=1.5), scale=0.5)
+    pipeline.set_progress_bar_config(disable=True)
+    both = pipeline(batch_size=2, latents=noise, num_inference_steps=3, output_type="latent").images
+    pipeline.scheduler = guided(DDIMScheduler(clip_sample=False), scale=2.0)
+    once = pipeline(batch_size=2, latents=noise, num_inference_steps=3, output_type="latent").images
+    torch.testing.assert_close(both, once, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    """Samples in half precision, gradients in float32."""
+    scheduler = guided(DDIMScheduler(clip_sample=False), scale=2.0)
+    exact = guided(DDIMScheduler(clip_sample=False), scale=2.0)
+    x_t = torch.randn(2, 3, 8, 8)
+    seen = []
+    scheduler.experts.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    for each in (scheduler, exact):
+        each.set_timesteps(10)
+    step = scheduler.step(toy_noise(x_t).to(dtype), scheduler.timesteps[2], x_t.to(dtype)).prev_sample
+    expected = exact.step(toy_noise(x_t), exact.timesteps[2], x_t).prev_sample
+    assert step.dtype == dtype and seen == [torch.float32]
+    torch.testing.assert_close(step.float(), expected, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_where_no_gradients_are_kept(context):
+    scheduler, x_t = guided(DDIMScheduler()), torch.randn(2, 3, 8, 8)
+    scheduler.set_timesteps(1000)
+    expected = scheduler.step(toy_noise(x_t), 500, x_t).prev_sample
+    with context():
+        assert torch.equal(scheduler.step(toy_noise(x_t.clone()), 500, x_t.clone()).prev_sample, expected)
+
+
+def test_latents_are_guided_by_the_image_that_they_will_be():
+    """∇ by x_t of log p(y | decode(x̂0)), the noise held fixed."""
+    vae = randomised(AutoencoderKL(latent_channels=4, block_out_channels=(4,), norm_num_groups=2, sample_size=8))
+    scheduler = guided(DDIMScheduler(clip_sample=False), scale=3.0, vae=vae)
+    scheduler.set_timesteps(10)
+    x_t, noise, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), scheduler.timesteps[4]
+    step = scheduler.step(noise, t, x_t).prev_sample
+    alpha, sigma = (level[4] for level in noise_levels(scheduler))
+    leaf = x_t.clone().requires_grad_()
+    images = vae.decode((leaf - sigma * noise) / alpha / vae.config.scaling_factor).sample
+    log_probs = F.log_softmax(images.flatten(1) @ Vectors("diffusion")["guidance.W"].T, -1)
+    (gradient,) = torch.autograd.grad(log_probs[range(2), LABELS].sum(), leaf)
+    plain = DDIMScheduler(clip_sample=False)
+    plain.set_timesteps(10)
+    expected = plain.step(noise - sigma * 3.0 * gradient, t, x_t).prev_sample
+    torch.testing.assert_close(step, expected.detach(), atol=1e-4, rtol=1e-3)
+
+
+# When
+
+
+def guided_timesteps(scheduler: GuidedScheduler, num_inference_steps: int) -> list[int]:
+    seen = []
+    scheduler.experts.register_forward_pre_hook(lambda module, args: seen.append(int(args[1])))
+    pipeline = ClassConditionalPipeline(make_unet(), scheduler.scheduler)
+    pipeline.scheduler = scheduler
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline(batch_size=2, num_inference_steps=num_inference_steps)
+    return seen
+
+
+def test_in_a_stretch_of_noise():
+    scheduler = guided(DDIMScheduler(), timestep_range=(300, 800))
+    assert guided_timesteps(scheduler, 10) == [700, 600, 500, 400, 300]
+
+
+def test_every_other_step():
+    assert guided_timesteps(guided(DDIMScheduler(), every=2), 6) == [830, 498, 166]
+
+
+def test_both_evaluations_of_a_second_order_step():
+    assert len(guided_timesteps(guided(HeunDiscreteScheduler(), every=2), 4)) == 4
+
+
+def test_not_where_there_is_nothing_yet():
+    """ᾱ = 0 at the first step."""
+    scheduler = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction")
+    assert guided_timesteps(guided(scheduler), 4) == [749, 499, 249]
+
+
+# In the place of a scheduler
+
+
+def test_it_stands_for_its_scheduler(tmp_path):
+    inner = DDIMScheduler(num_train_timesteps=1000, beta_end=0.03)
+    scheduler = guided(inner)
+    assert isinstance(scheduler, DDIMScheduler) and isinstance(scheduler, GuidedScheduler)
+    assert scheduler.config == inner.config and scheduler.init_noise_sigma == 1 and scheduler.order == 1
+    for method in ("step", "set_timesteps"):
+        own, expected = (inspect.signature(getattr(each, method)).parameters for each in (scheduler, inner))
+        assert list(own) == list(expected)
+    assert DPMSolverMultistepScheduler.from_config(scheduler.config).config.beta_end == 0.03
+    scheduler.set_timesteps(7, "cpu")
+    assert len(scheduler.timesteps) == 7
+    twin = copy.deepcopy(scheduler)
+    twin.scale = 0
+    assert scheduler.scale == 7.5 and twin.scheduler is not scheduler.scheduler
+
+
+def test_a_guided_pipeline_is_saved_without_its_guidance(tmp_path):
+    pipeline = ClassConditionalPipeline(make_unet(), DDIMScheduler(beta_end=0.03))
+    pipeline.scheduler = guided(pipeline.scheduler)
+    pipeline.save_pretrained(tmp_path)
+    assert "GuidedScheduler" not in (tmp_path / "model_index.json").read_text()
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(loaded.scheduler) is DDIMScheduler and loaded.scheduler.config.beta_end == 0.03
+    assert loaded.scheduler.config.clip_sample
+
+
+def test_timesteps_stay_where_they_are_looked_at():
+    """On the CPU, whatever device a pipeline asks for: no step waits for an accelerator to say which timestep it is."""
+    scheduler = guided(DDIMScheduler())
+    scheduler.set_timesteps(5, device="meta")
+    assert scheduler.timesteps.device.type == "cpu"
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "arguments", "message"),
+    [
+        (FlowMatchEulerDiscreteScheduler(), {}, "with other noise levels"),
+        (DDIMScheduler(num_train_timesteps=500), {}, "to be the model's 1000, but got a DDIMScheduler with 500"),
+        (DDIMScheduler(), {"rescale_to_mean": True}, "a DDPMScheduler for `rescale_to_mean`"),
+        (DDIMScheduler(), {"every": 0}, "`every` to be at least 1"),
+        (DDIMScheduler(), {"on_nonfinite": "stop"}, "one of raise, unguided, but got 'stop'"),
+    ],
+)
+def test_arguments_that_do_not_fit(scheduler, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        guided(scheduler, **arguments)
+
+
+@pytest.mark.parametrize("on_nonfinite", ["raise", "unguided"])
+def test_gradients_that_are_not_finite(on_nonfinite):
+    inner = DDIMScheduler(clip_sample=False)
+    scheduler = guided(inner, scale=float("inf"), timestep_range=(0, 500), on_nonfinite=on_nonfinite)
+    pipeline = ClassConditionalPipeline(make_unet(), inner)
+    expected = draw(pipeline)
+    pipeline.scheduler = scheduler
+    if on_nonfinite == "raise":
+        with pytest.raises(FloatingPointError, match="at timestep 250, from expert 0"):
+            draw(pipeline)
+    else:
+        torch.testing.assert_close(draw(pipeline), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_timestep_that_was_not_set():
+    scheduler = guided(DDIMScheduler())
+    scheduler.set_timesteps(2)
+    with pytest.raises(ValueError, match=r"`timestep` to be one of \[500, 0\], but got 3"):
+        scheduler.step(torch.zeros(1, 3, 8, 8), 3, torch.zeros(1, 3, 8, 8))
+
+
+def test_real_experts_in_turn():
+    """A ResNet with an adapter per interval: the steps of one interval are guided by one expert."""
+    experts = GuidanceExperts(make_resnet(), **PLAIN)
+    scheduler = GuidedScheduler(DDIMScheduler(), experts, ClassTarget(3))
+    acting = []
+    pipeline = ClassConditionalPipeline(make_unet(), DDIMScheduler())
+    pipeline.scheduler = scheduler
+    experts.experts.network.register_forward_pre_hook(lambda *_: acting.append(experts.experts.active))
+    draw(pipeline)
+    assert acting == [3, 2, 1, 0]
