@@ -9,7 +9,7 @@ TRAIN = $(BIN)/accelerate launch --num_machines 1 --num_processes 1 --dynamo_bac
 # a third of the modules is ever imported: those are compiled when they first are, and the rest never (--no-compile)
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-remix demo-dmp demo-patch test test-slow lint format clean
+.PHONY: demo demo-remix demo-dmp demo-patch demo-ppap test test-slow lint format clean
 
 demo: .venv/demo.installed
 	$(BIN)/python training/demo.py data
@@ -39,6 +39,16 @@ demo-patch: .venv/demo.installed
 	rm -rf outputs/patch_digits/expert_*/checkpoint-*
 	$(TRAIN) training/train_patch_diffusion.py --config training/presets/patch_digits.yaml
 	$(BIN)/python training/demo.py report outputs/patch_digits
+
+demo-ppap: .venv/demo.installed
+	$(BIN)/python training/demo.py data
+	rm -rf outputs/dit_digits_unconditional/checkpoint-* outputs/ppap_digits/expert_*
+	$(TRAIN) training/train_dit.py --config training/presets/dit_digits_unconditional.yaml
+	$(BIN)/python training/demo.py classifier outputs/digits_classifier
+	$(TRAIN) training/generate_guidance_data.py --pipeline outputs/dit_digits_unconditional/pipeline \
+	  --num_images 3000 --batch_size 500 --output_dir outputs/ppap_digits_data
+	$(TRAIN) training/train_ppap.py --config training/presets/ppap_digits.yaml
+	$(BIN)/python training/demo.py guidance outputs/ppap_digits
 
 test: .venv/test.installed
 	$(BIN)/python -m pytest -q

@@ -1,6 +1,7 @@
-"""The demo's two ends: `python training/demo.py data` writes the digits, `… report FOLDER` loads what was trained on them.
+"""The demo's ends: `python training/demo.py data` writes the digits, `… report FOLDER` loads what was trained on them.
+`… classifier FOLDER` fits a classifier that `… guidance FOLDER` compares experts made of it with.
 
-`report` runs in a process of its own, so that nothing but the pipeline folder links it with the training.
+The reports run in processes of their own, so that nothing but folders links them with the training.
 """
 
 import argparse
@@ -8,15 +9,25 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 from matplotlib.figure import Figure
 
 from diffusers_dmp import (  # registers the pipeline with Diffusers, too
+    ClassTarget,
     DTRTransformer2DModel,
+    GuidanceExperts,
+    GuidedScheduler,
     RemixDiTModel,
     SNRSplitPipeline,
 )
-from diffusers_dmp.digits import NUM_CLASSES, TRAINING_IMAGES, VALIDATION_IMAGES, fit_reader, write_image_folder
+from diffusers_dmp.digits import (
+    NUM_CLASSES,
+    TRAINING_IMAGES,
+    VALIDATION_IMAGES,
+    fit_classifier,
+    fit_reader,
+    write_image_folder,
+)
 from diffusers_dmp.plots import (
     gate_figure,
     mixing_figure,
@@ -28,8 +39,10 @@ from diffusers_dmp.plots import (
 )
 
 OUTPUT = Path("outputs/demo")
+UNCONDITIONAL = Path("outputs/dit_digits_unconditional")
 SAMPLES_PER_CLASS = 50
 GUIDANCE_SCALE = 1.5
+PPAP_SCALE = 7.5  # of guidance by a classifier, the paper's
 NUM_INFERENCE_STEPS = 25
 
 
@@ -72,6 +85,35 @@ def report(folder: Path) -> None:
     )
 
 
+def guidance_report(folder: Path) -> None:
+    """An unconditional pipeline without guidance, guided by the classifier as it is, and by experts made of it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipeline = DiffusionPipeline.from_pretrained(UNCONDITIONAL / "pipeline").to(device)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    experts = GuidanceExperts.from_pretrained(folder / "experts")
+    clean = GuidanceExperts.from_base(experts.config.base_model_name_or_path, method="finetune", num_experts=1)
+    labels = [label for label in range(NUM_CLASSES) for _ in range(SAMPLES_PER_CLASS)]
+    plain, reader = pipeline.scheduler, fit_reader()
+
+    summary = {"samples": len(labels), "guidance_scale": PPAP_SCALE, "num_inference_steps": NUM_INFERENCE_STEPS}
+    for name, network in {"unguided": None, "classifier": clean, "experts": experts}.items():
+        pipeline.scheduler = plain
+        if network is not None:
+            pipeline.scheduler = GuidedScheduler(plain, network, ClassTarget(labels), PPAP_SCALE)
+        generator = torch.Generator(device).manual_seed(0)
+        images = pipeline(batch_size=len(labels), num_inference_steps=NUM_INFERENCE_STEPS, generator=generator).images
+        columns = [images[label * SAMPLES_PER_CLASS :][:8] for label in range(NUM_CLASSES)]
+        sample_grid(columns, pixel_size=6).save(folder / f"{name}.png")
+        pixels = pipeline.image_processor.pil_to_numpy(images).reshape(len(images), -1)  # (N, 64) in [0, 1]
+        summary[name] = round(float((reader.predict(pixels) == labels).mean()), 4)
+    summary["expert_bytes"] = (folder / "experts" / "guidance_experts.safetensors").stat().st_size
+    training = json.loads((folder / "training_summary.json").read_text())
+    summary |= {name: training[name] for name in ("steps", "train_seconds")}
+    (folder / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(json.dumps(summary, indent=2))
+    print(f"Look at unguided.png, classifier.png and experts.png in {folder}.")
+
+
 def specialisation_figures(pipeline: DiffusionPipeline, training: dict) -> dict[str, Figure]:
     """What shows how the model's parts share the noise levels."""
     model = pipeline.denoisers[0]
@@ -95,12 +137,16 @@ def specialisation_figures(pipeline: DiffusionPipeline, training: dict) -> dict[
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("data", "report"))
-    parser.add_argument("folder", type=Path, nargs="?", default=OUTPUT, help="a training's output_dir, for `report`")
+    parser.add_argument("part", choices=("data", "report", "classifier", "guidance"))
+    parser.add_argument(
+        "folder", type=Path, nargs="?", default=OUTPUT, help="a training's output_dir, or the classifier's"
+    )
     args = parser.parse_args()
     if args.part == "data":
         write_image_folder(OUTPUT / "digits")
         write_image_folder(OUTPUT / "digits_train", TRAINING_IMAGES)
         write_image_folder(OUTPUT / "digits_validation", VALIDATION_IMAGES)
+    elif args.part == "classifier":
+        fit_classifier(args.folder)
     else:
-        report(args.folder)
+        {"report": report, "guidance": guidance_report}[args.part](args.folder)

@@ -261,6 +261,18 @@ def test_in_a_stretch_of_noise():
     assert guided_timesteps(scheduler, 10) == [700, 600, 500, 400, 300]
 
 
+def test_a_step_without_guidance_is_the_schedulers_own():
+    """Clipping and all, also where x̂0 would be far out of range, as at the first steps of a cosine schedule."""
+    inner = DDIMScheduler(beta_schedule="squaredcos_cap_v2")
+    pipeline = ClassConditionalPipeline(make_unet(), inner)
+    without = draw(pipeline)
+    pipeline.scheduler = guided(inner, timestep_range=(2000, 3000))
+    assert torch.equal(draw(pipeline), without)
+    pipeline.scheduler = guided(inner, scale=5.0)
+    assert log_likelihood(draw(pipeline)) > log_likelihood(without) + 0.1
+    assert inner.config.clip_sample
+
+
 def test_every_other_step():
     assert guided_timesteps(guided(DDIMScheduler(), every=2), 6) == [830, 498, 166]
 

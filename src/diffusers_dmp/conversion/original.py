@@ -2,7 +2,7 @@
 
 DiT: https://github.com/facebookresearch/DiT (`dit`), DTR: https://github.com/byeongjun-park/DTR (`dtr`), Remix-DiT: the
 code of https://arxiv.org/abs/2412.05628 (`remix`), DMP: https://github.com/sangminwoo/DMP (`dmp`), Patch Diffusion: see
-`patch_diffusion.py`, ADM: `adm.py`. What the shapes of the weights tell (width, depth, patch size, channels, classes, learned variance, image size, bases, experts, prompts) need not
+`patch_diffusion.py`, ADM: `adm.py`, PPAP: `ppap.py`. What the shapes of the weights tell (width, depth, patch size, channels, classes, learned variance, image size, bases, experts, prompts) need not
 be given.
 """
 
@@ -16,6 +16,7 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import load_file
 
+from ..guidance import GuidanceExperts
 from ..models.dit import DIT_SIZES, DiTModel
 from ..models.dtr_transformer_2d import DTRTransformer2DModel
 from ..models.loading import check_weights
@@ -23,6 +24,7 @@ from ..models.remix_dit import RemixDiTModel
 from ..patches import PromptPatch
 from .adm import build_adm_unet, load_adm_unet
 from .patch_diffusion import build_patched_unet, load_patched_unet
+from .ppap import convert_ppap
 
 _RENAMED = (  # original → ours
     ("x_embedder.", "pos_embed."),
@@ -57,15 +59,17 @@ _DTR_ROUTINGS = {"DTR": "window", "random": "random"}  # the original's `init_me
 
 
 def convert_checkpoint(
-    system: str, state_dict: dict[str, torch.Tensor], config: dict[str, Any] | None = None
-) -> ModelMixin:
+    system: str,
+    state_dict: "dict[str, torch.Tensor] | Sequence[dict[str, torch.Tensor]]",
+    config: dict[str, Any] | None = None,
+) -> "ModelMixin | GuidanceExperts":
     """
     Turn the state dict of a published implementation into this library's model.
 
     Args:
-        system (`str`): 'dit', 'dtr', 'remix', 'dmp', 'patch_diffusion' or 'adm'.
+        system (`str`): 'dit', 'dtr', 'remix', 'dmp', 'patch_diffusion', 'adm' or 'ppap'.
         state_dict (`dict[str, torch.Tensor]`): Under the original's parameter names
-            ([`load_original_state_dict`] reads it from a file).
+            ([`load_original_state_dict`] reads it from a file); for 'ppap' a list of them, one for each expert.
         config (`dict`, *optional*): The original constructor's arguments under their own names: `num_heads` (needed for
             a width of no published size), `num_classes`, `class_dropout_prob`, `learn_sigma`, …, and for DTR
             `sharing_ratio`, `alpha`, `taskcount` and `init_method`, for DMP `vp_type`, `topk` and `uncond`, for Patch
@@ -73,7 +77,7 @@ def convert_checkpoint(
 
     Returns:
         [`DiTModel`], [`DTRTransformer2DModel`], [`RemixDiTModel`], [`PatchedUNet2DModel`] or, for 'adm', Diffusers' [`UNet2DModel`],
-        in eval mode and float32. For 'dmp' a [`DiTModel`] with
+        in eval mode and float32; for 'ppap' [`GuidanceExperts`]. For 'dmp' a [`DiTModel`] with
         its patch attached, which is `PromptPatch.attached_to(model)`.
 
     Raises:
@@ -88,18 +92,26 @@ def convert_checkpoint(
         "patch_diffusion": build_patched_unet,
         "adm": build_adm_unet,
     }
-    if system not in builders:
-        raise ValueError(f"Expected `system` to be one of {', '.join(builders)}, but got {system!r}.")
+    if system not in (*builders, "ppap"):
+        raise ValueError(f"Expected `system` to be one of {', '.join(builders)}, ppap, but got {system!r}.")
     config = dict(config or {})
+    if system == "ppap":
+        experts = convert_ppap(state_dict, config)
+        _expect_consumed(config, system)
+        return experts
     weights = {key: tensor.float() for key, tensor in state_dict.items()}
     model = builders[system](weights, config)
+    _expect_consumed(config, system)
+    loaders = {"patch_diffusion": load_patched_unet, "adm": load_adm_unet}
+    loaders.get(system, _load_dit)(model, weights)
+    return model.eval()
+
+
+def _expect_consumed(config: dict[str, Any], system: str) -> None:
     if config:
         raise ValueError(
             f"Expected `config` to hold arguments of the original {system!r} model, but got {list(config)}."
         )
-    loaders = {"patch_diffusion": load_patched_unet, "adm": load_adm_unet}
-    loaders.get(system, _load_dit)(model, weights)
-    return model.eval()
 
 
 def load_original_state_dict(path: "str | os.PathLike", use_ema: bool = True) -> dict[str, torch.Tensor]:

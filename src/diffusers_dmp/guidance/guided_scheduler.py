@@ -6,6 +6,7 @@ Legend: B batch, C channels, H and W height and width, in pixels or latent pixel
 
 import functools
 import inspect
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -101,12 +102,6 @@ class GuidedScheduler:
         self.vae = vae
         self.on_nonfinite = on_nonfinite
         self._nonfinite, self._noise_levels = [], None
-        # x̂0 is clipped before it is guided, as published: the noise that is guided is that of the clipped x̂0
-        self._clips = scheduler.config.get("thresholding") or scheduler.config.get("clip_sample")
-        self._stepped = scheduler
-        if self._clips and not self.guides_mean:
-            switches = {name: False for name in ("thresholding", "clip_sample") if name in scheduler.config}
-            self._stepped = replaced(scheduler, **switches)
 
     @property
     def __class__(self) -> type:
@@ -114,13 +109,9 @@ class GuidedScheduler:
         return self.scheduler.__class__
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("scheduler", "_stepped"):  # not there yet, while it is copied
+        if name == "scheduler":  # not there yet, while it is copied
             raise AttributeError(name)
-        return getattr(self.scheduler if name in ("config", "_internal_dict") else self._stepped, name)
-
-    def save_pretrained(self, *args, **kwargs) -> Any:
-        """The scheduler's own."""
-        return self.scheduler.save_pretrained(*args, **kwargs)
+        return getattr(self.scheduler, name)
 
     def around(self, scheduler: SchedulerMixin) -> "GuidedScheduler":
         """The same guidance around another scheduler."""
@@ -139,13 +130,13 @@ class GuidedScheduler:
     @property
     def set_timesteps(self):
         """The scheduler's own, but that the timesteps stay on the CPU, so that no step has to wait to know them."""
-        signature = inspect.signature(self._stepped.set_timesteps)
+        signature = inspect.signature(self.scheduler.set_timesteps)
 
-        @functools.wraps(self._stepped.set_timesteps)
+        @functools.wraps(self.scheduler.set_timesteps)
         def set_timesteps(*args, **kwargs) -> None:
             arguments = signature.bind(*args, **kwargs)
             arguments.arguments["device"] = "cpu"
-            self._stepped.set_timesteps(*arguments.args, **arguments.kwargs)
+            self.scheduler.set_timesteps(*arguments.args, **arguments.kwargs)
             self._nonfinite, self._noise_levels = [], None
 
         return set_timesteps
@@ -154,16 +145,17 @@ class GuidedScheduler:
     def step(self):
         """The scheduler's own, guided; with its signature, which pipelines look at."""
 
-        @functools.wraps(self._stepped.step)
+        @functools.wraps(self.scheduler.step)
         def step(model_output: torch.Tensor, timestep, sample: torch.Tensor, *args, **kwargs):
             position = self._position(timestep)
             if not self._guides(position):
-                result = self._stepped.step(model_output, timestep, sample, *args, **kwargs)
+                result = self.scheduler.step(model_output, timestep, sample, *args, **kwargs)
             elif self.guides_mean:
                 result = self._step_with_guided_mean(position, model_output, sample, *args, **kwargs)
             else:
                 guided = self._guided_prediction(position, model_output, sample)
-                result = self._stepped.step(guided, timestep, sample, *args, **kwargs)
+                with self._unclipped():
+                    result = self.scheduler.step(guided, timestep, sample, *args, **kwargs)
             if position == len(self.timesteps) - 1:
                 self._raise_nonfinite()
             return result
@@ -172,8 +164,8 @@ class GuidedScheduler:
 
     def _position(self, timestep) -> int:
         """Of the step under way; a timestep on an accelerator, which none of ours is, is waited for."""
-        if getattr(self._stepped, "step_index", None) is not None:
-            return self._stepped.step_index  # a second-order scheduler has a timestep twice
+        if getattr(self.scheduler, "step_index", None) is not None:
+            return self.scheduler.step_index  # a second-order scheduler has a timestep twice
         matches = (self.timesteps == torch.as_tensor(timestep).cpu()).nonzero()
         if len(matches) == 0:
             raise ValueError(f"Expected `timestep` to be one of {self.timesteps.tolist()}, but got {timestep}.")
@@ -188,7 +180,7 @@ class GuidedScheduler:
     def _level(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         """α and σ of a step's x_t, on the CPU."""
         if self._noise_levels is None:
-            self._noise_levels = noise_levels(self._stepped)
+            self._noise_levels = noise_levels(self.scheduler)
         alphas, sigmas = self._noise_levels
         return alphas[position], sigmas[position]
 
@@ -198,9 +190,10 @@ class GuidedScheduler:
         prediction, rest = model_output[:, :channels].float(), model_output[:, channels:]
         kind = self.config.prediction_type
         alpha, sigma = self._level(position)
-        x_t = self._stepped.scale_model_input(sample, self.timesteps[position]).float()
+        x_t = self.scheduler.scale_model_input(sample, self.timesteps[position]).float()
         gradient = self._gradient(position, prediction, x_t)
-        if self._clips:
+        if self.config.get("thresholding") or self.config.get("clip_sample"):
+            # before it is guided, as published: the noise that is guided is that of the clipped x̂0
             x0 = self._clipped(to_x0(prediction, x_t, alpha, sigma, kind))
             prediction = convert_prediction(x0, x_t, alpha, sigma, "sample", kind)
         # ε - σ·s·∇log p, and what that makes of x0 = (x_t - σ·ε)/α and v = (ε - σ·x_t)/α
@@ -214,6 +207,16 @@ class GuidedScheduler:
             return self.scheduler._threshold_sample(x0)
         return x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
 
+    @contextmanager
+    def _unclipped(self):
+        """The scheduler without clipping, once."""
+        switches = {name: self.config[name] for name in ("thresholding", "clip_sample") if name in self.config}
+        self.scheduler.register_to_config(**dict.fromkeys(switches, False))
+        try:
+            yield
+        finally:
+            self.scheduler.register_to_config(**switches)
+
     def _step_with_guided_mean(
         self,
         position: int,
@@ -225,7 +228,7 @@ class GuidedScheduler:
     ):
         """The step of the scheduler, whose noise does not depend on its mean, and σ²·s·∇log p on top."""
         channels, t = sample.shape[1], int(self.timesteps[position])
-        output = self._stepped.step(model_output, t, sample, *args, return_dict=True, **kwargs)
+        output = self.scheduler.step(model_output, t, sample, *args, return_dict=True, **kwargs)
         mean = None
         if self.rescale_to_mean:
             mean = self._mean(output.pred_original_sample.float(), sample.float(), t)
@@ -235,16 +238,16 @@ class GuidedScheduler:
         return output if return_dict else tuple(output.values())
 
     def _mean(self, x0: torch.Tensor, x_t: torch.Tensor, t: int) -> torch.Tensor:
-        previous = int(self._stepped.previous_timestep(t))
-        alphas_cumprod = self._stepped.alphas_cumprod
+        previous = int(self.scheduler.previous_timestep(t))
+        alphas_cumprod = self.scheduler.alphas_cumprod
         alpha_prev = alphas_cumprod[previous] if previous >= 0 else torch.ones(())
         x0_weight, xt_weight = posterior_weights(alphas_cumprod[t], alpha_prev)
         return x0_weight * x0 + xt_weight * x_t
 
     def _variance(self, variance_output: torch.Tensor, t: int) -> torch.Tensor:
         """σ² of the step, learned or not."""
-        variance_type = self._stepped.variance_type
-        variance = self._stepped._get_variance(t, predicted_variance=variance_output.float())
+        variance_type = self.scheduler.variance_type
+        variance = self.scheduler._get_variance(t, predicted_variance=variance_output.float())
         if variance_type == "learned_range":
             return variance.exp()
         return variance**2 if variance_type == "fixed_small_log" else variance  # which is σ there

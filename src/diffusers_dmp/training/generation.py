@@ -1,0 +1,121 @@
+"""Images that a diffusion model itself makes, for networks to learn from without anybody's data."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import diffusers
+import numpy as np
+import PIL.Image
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from tqdm.auto import tqdm
+
+from .arguments import option
+from .shards import write_shards
+
+IMAGE, TEACHER_IMAGE = "image", "teacher_image"  # the columns
+SETTINGS_NAME = "generation.json"
+
+
+@dataclass(kw_only=True)
+class GenerationArguments:
+    pipeline: str = option("", "Folder or Hub id of the pipeline that draws.")
+    super_resolution_pipeline: str | None = option(
+        None, "One that enlarges what the first draws: the teacher of a low-resolution student looks at its images."
+    )
+    output_dir: str = option("outputs/guidance_data", "Where the parquet shards are written.")
+    num_images: int = option(500_000, "How many.")
+    batch_size: int = option(100, "How many at a time.")
+    shard_size: int = option(1000, "How many to a file.")
+    seed: int = option(0, "With an image's index it decides the image alone.")
+    num_inference_steps: int = option(25, "Denoising steps.")
+    scheduler: str = option(
+        "DDIMScheduler", "Diffusers' scheduler to draw with, in the pipeline's settings; empty for its own."
+    )
+    pipeline_arguments: str = option("{}", 'Further arguments of the pipelines\' calls, as JSON: {"prompt": ""}, say.')
+    dtype: str = option("float32", "Of the pipelines: float32, float16 or bfloat16.")
+
+    def __post_init__(self):
+        for name in ("num_images", "batch_size", "shard_size", "num_inference_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Expected `{name}` to be at least 1, but got {getattr(self, name)}.")
+        if not self.pipeline:
+            raise ValueError("Expected `pipeline` to be a folder or Hub id, but got nothing.")
+        if self.scheduler and not hasattr(diffusers, self.scheduler):
+            raise ValueError(f"Expected `scheduler` to be a class of Diffusers, but got {self.scheduler!r}.")
+
+
+def generate_images(args: GenerationArguments) -> None:
+    """
+    Write parquet shards of images (see [`write_shards`]) in the column `image`, and with a super-resolution pipeline the same
+    ones enlarged in `teacher_image`.
+
+    Raises:
+        ValueError: if `output_dir` holds images that were made otherwise.
+    """
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    with accelerator.main_process_first():
+        _check_settings(args)
+    stages = (
+        [args.pipeline] if args.super_resolution_pipeline is None else [args.pipeline, args.super_resolution_pipeline]
+    )
+    pipelines = [_load(name, args, accelerator.device) for name in stages]
+
+    def make_shard(rows: range, progress: tqdm) -> datasets.Dataset:
+        columns = {name: [] for name in (IMAGE, TEACHER_IMAGE)[: len(pipelines)]}
+        for start in range(0, len(rows), args.batch_size):
+            indices = rows[start : start + args.batch_size]
+            columns[IMAGE] += _draw(pipelines[0], args, indices)
+            if len(pipelines) == 2:
+                columns[TEACHER_IMAGE] += _draw(pipelines[1], args, indices, columns[IMAGE][-len(indices) :])
+            progress.update(len(indices))
+        return datasets.Dataset.from_dict(
+            columns, features=datasets.Features(dict.fromkeys(columns, datasets.Image()))
+        )
+
+    write_shards(accelerator, args.output_dir, args.num_images, args.shard_size, make_shard, "Drawing")
+    accelerator.end_training()
+
+
+def _load(name: str, args: GenerationArguments, device: torch.device) -> DiffusionPipeline:
+    pipeline = DiffusionPipeline.from_pretrained(name, dtype=getattr(torch, args.dtype)).to(device)
+    if args.scheduler:
+        pipeline.scheduler = getattr(diffusers, args.scheduler).from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _draw(
+    pipeline: DiffusionPipeline, args: GenerationArguments, indices: range, small: list[PIL.Image.Image] | None = None
+) -> list[PIL.Image.Image]:
+    """One image for each index, of a generator of its own; with `small` ones, those enlarged."""
+    arguments = json.loads(args.pipeline_arguments)
+    if "prompt" in arguments:
+        arguments["prompt"] = [arguments["prompt"]] * len(indices)
+    elif small is None:
+        arguments["batch_size"] = len(indices)
+    if small is not None:
+        arguments["image"] = small
+    states = [np.random.SeedSequence([args.seed, index]).generate_state(1, np.uint64).item() for index in indices]
+    generators = [torch.Generator(pipeline.device).manual_seed(state) for state in states]
+    return pipeline(**arguments, generator=generators, num_inference_steps=args.num_inference_steps).images
+
+
+def _check_settings(args: GenerationArguments) -> None:
+    """Remember what decides the images, or compare with what was remembered."""
+    free = ("output_dir", "batch_size")
+    settings = {name: value for name, value in vars(args).items() if name not in free}
+    path = Path(args.output_dir, SETTINGS_NAME)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        path.write_text(json.dumps(settings, indent=2) + "\n")
+        return
+    earlier = json.loads(path.read_text())
+    for name, value in settings.items():
+        if earlier.get(name) != value:
+            raise ValueError(
+                f"Expected `{name}` to be {earlier.get(name)!r}, as of the images in {args.output_dir!r}, but got {value!r}."
+            )

@@ -1,0 +1,241 @@
+"""PPAP's training: images that a diffusion model drew, and experts on them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import REPOSITORY, TINY_CONFIG, Vectors, assert_matches, randomised
+from datasets import Dataset, Features, Image, load_dataset
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from networks import make_dpt, make_resnet
+from runs import launch_script
+from torch.nn import functional as F
+
+from diffusers_dmp import ClassConditionalPipeline, DiTModel, GuidanceExperts
+from diffusers_dmp.training.data import load_images, training_items
+from diffusers_dmp.training.distillation import distillation_losses
+from diffusers_dmp.training.generation import GenerationArguments, generate_images
+
+TINY = {
+    "image_size": 8,
+    "image_channels": 1,
+    "random_flip": False,
+    "rank": 2,
+    "num_experts": 2,
+    "batch_size": 16,
+    "max_train_steps": 2,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "checkpointing_steps": 2,
+    "report_to": "none",
+}
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    """A classifier as the Hub has them."""
+    make_resnet(num_channels=1).save_pretrained(tmp_path / "base")
+    settings = {"image_mean": [0.5], "image_std": [0.5], "size": {"height": 32, "width": 32}}
+    (tmp_path / "base" / "preprocessor_config.json").write_text(json.dumps(settings))
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def pipeline(tmp_path) -> Path:
+    transformer = randomised(
+        DiTModel(**TINY_CONFIG | {"in_channels": 1, "out_channels": 1, "num_classes": 1, "class_dropout_prob": 0.0})
+    )
+    ClassConditionalPipeline(transformer, DDPMScheduler()).save_pretrained(tmp_path / "pipeline")
+    return tmp_path / "pipeline"
+
+
+@pytest.fixture
+def train_ppap_here(digits, base, monkeypatch):
+    """In this process."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "training"))
+    from train_ppap import PPAPTrainingArguments, train_ppap
+
+    def train(output_dir: Path, **arguments) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        defaults = TINY | {"dataset": str(digits), "base_model": str(base), "output_dir": str(output_dir)}
+        train_ppap(PPAPTrainingArguments(**defaults | arguments))
+
+    return train
+
+
+def draw(pipeline: Path, output_dir: Path, **arguments) -> Dataset:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    defaults = {"num_images": 10, "batch_size": 4, "shard_size": 6, "num_inference_steps": 2}
+    generate_images(GenerationArguments(pipeline=str(pipeline), output_dir=str(output_dir), **defaults | arguments))
+    return load_dataset(str(output_dir), split="train")
+
+
+# Images without data
+
+
+def test_images_depend_on_seed_and_index_alone(pipeline, tmp_path):
+    images = draw(pipeline, tmp_path / "one")["image"]
+    assert len(images) == 10 and images[0].size == (8, 8)
+    others = draw(pipeline, tmp_path / "two", batch_size=3)["image"]
+    assert all(one.tobytes() == other.tobytes() for one, other in zip(images, others, strict=True))
+    assert images[0].tobytes() != images[1].tobytes()
+
+
+def test_drawing_goes_on_where_it_was(pipeline, tmp_path):
+    images = draw(pipeline, tmp_path / "run")["image"]
+    first, second = sorted((tmp_path / "run").glob("*.parquet"))
+    kept, lost = first.read_bytes(), second.read_bytes()
+    second.unlink()
+    before = first.stat().st_mtime_ns
+    again = draw(pipeline, tmp_path / "run")["image"]
+    assert first.stat().st_mtime_ns == before and first.read_bytes() == kept and second.read_bytes() == lost
+    assert [image.tobytes() for image in again] == [image.tobytes() for image in images]
+    with pytest.raises(ValueError, match="`num_inference_steps` to be 2, as of the images in .*, but got 3"):
+        draw(pipeline, tmp_path / "run", num_inference_steps=3)
+
+
+def test_drawing_on_two_processes(pipeline, tmp_path):
+    images = draw(pipeline, tmp_path / "one")["image"]
+    arguments = {"pipeline": pipeline, "num_images": 10, "batch_size": 4, "shard_size": 6, "num_inference_steps": 2}
+    launch_script("generate_guidance_data.py", tmp_path / "two", 2, arguments)
+    others = load_dataset(str(tmp_path / "two"), split="train")["image"]
+    assert [image.tobytes() for image in others] == [image.tobytes() for image in images]
+
+
+def test_drawing_with_diffusers_own_pipeline(tmp_path):
+    unet = UNet2DModel(8, 3, 3, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+                       norm_num_groups=4, layers_per_block=1)  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    images = draw(tmp_path / "ddpm", tmp_path / "run", scheduler="")["image"]
+    assert images[9].mode == "RGB"
+
+
+# What is learned
+
+
+def test_published_distillation():
+    vectors = Vectors("diffusion")
+    losses = distillation_losses(vectors["ppap.kd.student_logits"], vectors["ppap.kd.teacher_logits"], is_depth=False)
+    assert_matches(losses, vectors["ppap.kd.loss_per_sample"])
+
+
+def test_depth_is_learned_by_squares():
+    student, teacher = torch.randn(2, 4, 5), torch.randn(2, 4, 5)
+    expected = torch.stack([F.mse_loss(student[i], teacher[i]) for i in range(2)])
+    torch.testing.assert_close(distillation_losses(student, teacher, is_depth=True), expected)
+
+
+# Training
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_all_experts_as_users_start_them(pipeline, base, tmp_path, num_processes):
+    draw(pipeline, tmp_path / "data", num_images=32)
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(json.dumps(TINY | {"dataset": str(tmp_path / "data"), "base_model": str(base)}))
+    launch_script("train_ppap.py", tmp_path / "run", num_processes, {"config": preset})
+    experts, fresh = (
+        GuidanceExperts.from_pretrained(tmp_path / "run" / "experts"),
+        GuidanceExperts.from_base(str(base), num_experts=2, rank=2),
+    )
+    assert experts.config.method == "ppap" and experts.intervals.edges == (0, 500, 1000)
+    moved = {
+        name
+        for name, tensor in experts.expert_tensors().items()
+        if not torch.equal(tensor, fresh.expert_tensors()[name])
+    }
+    for expert in (0, 1):
+        for ending in ("lora_B.weight", "normalization.weight", "running_mean"):
+            assert [name for name in moved if name.startswith(f"expert_{expert}.") and name.endswith(ending)]
+    summary = json.loads((tmp_path / "run" / "training_summary.json").read_text())
+    assert summary["steps"] == 4
+    assert [each["samples_per_expert"] for each in summary["experts"]] == [[32, 0], [0, 32]]
+
+
+@pytest.mark.parametrize(("method", "num_experts"), [("multi_experts", 2), ("finetune", 1)])
+def test_the_baselines_learn_from_labels(train_ppap_here, base, tmp_path, method, num_experts):
+    train_ppap_here(tmp_path / "run", method=method)
+    experts = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts")
+    assert experts.config.method == method and experts.config.num_experts == num_experts
+    network = make_resnet(num_channels=1).state_dict()
+    tensors = experts.expert_tensors()
+    assert not torch.equal(tensors["expert_0.classifier.1.weight"], network["classifier.1.weight"])  # the head, too
+
+
+def test_one_by_one_is_all(train_ppap_here, tmp_path):
+    train_ppap_here(tmp_path / "all")
+    for expert in ("1", 0):
+        train_ppap_here(tmp_path / "each", expert=expert)
+        assert (tmp_path / "each" / "experts").exists() == (expert == 0)
+    together, apart = (GuidanceExperts.from_pretrained(tmp_path / name / "experts") for name in ("all", "each"))
+    for name, tensor in together.expert_tensors().items():
+        torch.testing.assert_close(apart.expert_tensors()[name], tensor)
+
+
+def test_an_expert_goes_on_where_it_was_stopped(train_ppap_here, tmp_path):
+    arguments = {"checkpointing_steps": 1, "max_train_steps": 3, "checkpoints_total_limit": 3}
+    train_ppap_here(tmp_path / "run", **arguments)
+    whole = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts").expert_tensors()
+    for step in (2, 3):
+        shutil.rmtree(tmp_path / "run" / "expert_1" / f"checkpoint-{step}")
+    with pytest.raises(ValueError, match="no checkpoints of an earlier run"):
+        train_ppap_here(tmp_path / "run", **arguments)
+    train_ppap_here(tmp_path / "run", resume_from_checkpoint="latest", **arguments)
+    resumed = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts").expert_tensors()
+    for name, tensor in whole.items():
+        assert torch.equal(resumed[name], tensor), name
+
+
+def test_depth_from_pairs_of_resolutions(train_ppap_here, pipeline, tmp_path):
+    """The student sees the small image, noisy; the teacher the large one."""
+    make_dpt().save_pretrained(tmp_path / "depth")
+    settings = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 32, "width": 32}}
+    (tmp_path / "depth" / "preprocessor_config.json").write_text(json.dumps(settings))
+    images = [image.convert("RGB") for image in draw(pipeline, tmp_path / "small", num_images=16)["image"]]
+    pairs = {"image": images, "teacher_image": [image.resize((16, 16)) for image in images]}
+    (tmp_path / "pairs").mkdir()
+    features = Features(dict.fromkeys(pairs, Image()))
+    Dataset.from_dict(pairs, features=features).to_parquet(tmp_path / "pairs" / "train.parquet")
+    pairs = {"dataset": str(tmp_path / "pairs"), "image_channels": 3, "teacher_image_column": "teacher_image"}
+    train_ppap_here(tmp_path / "run", base_model=str(tmp_path / "depth"), teacher_image_size=16, **pairs)
+    experts = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts")
+    assert experts(torch.zeros(2, 3, 8, 8), torch.tensor(700)).predicted_depth.shape == (2, 64, 64)
+    from train_ppap import PPAPTrainingArguments
+
+    arguments = PPAPTrainingArguments(**TINY | pairs | {"teacher_image_size": 16})
+    item = training_items(load_images(pairs["dataset"]), arguments)[0]
+    assert item["images"].shape == (3, 8, 8) and item["teacher_images"].shape == (3, 16, 16)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "lora"}, "one of ppap, multi_experts, finetune, but got 'lora'"),
+        ({"expert": "2"}, "`expert` to be one of all, 0, 1, but got '2'"),
+        ({"sample_steps": 5}, "`sample_steps` to be 0"),
+        ({"resume_from_checkpoint": "here"}, "'latest', each expert's own"),
+        ({"teacher_image_size": 16}, "both or neither, but got None and 16"),
+        ({"teacher_image_size": 16, "teacher_image_column": "t", "random_flip": True}, "`random_flip` to be false"),
+    ],
+)
+def test_arguments_that_do_not_fit(train_ppap_here, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        train_ppap_here(tmp_path, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_images": 0}, "`num_images` to be at least 1"),
+        ({"scheduler": "Euler"}, "a class of Diffusers, but got 'Euler'"),
+    ],
+)
+def test_drawing_that_cannot_be(pipeline, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        draw(pipeline, tmp_path / "run", **arguments)

@@ -1,0 +1,10 @@
+"""Draw the images that guidance experts are trained on, without data or labels (PPAP, https://arxiv.org/abs/2212.05973).
+
+accelerate launch training/generate_guidance_data.py --pipeline outputs/unconditional/pipeline --num_images 500000
+"""
+
+from diffusers_dmp.training.arguments import parse_arguments
+from diffusers_dmp.training.generation import GenerationArguments, generate_images
+
+if __name__ == "__main__":
+    generate_images(parse_arguments(GenerationArguments))
