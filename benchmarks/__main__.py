@@ -1,13 +1,13 @@
-"""`python -m benchmarks dtr|remix|dmp|patch [--preset DiT-S/2] [--device cuda] [--compile]`"""
+"""`python -m benchmarks dtr|remix|dmp|patch|ppap [--preset DiT-S/2] [--device cuda] [--compile]`"""
 
 import argparse
 
 import torch
 
-from . import dmp, dtr, patch, remix
+from . import dmp, dtr, patch, ppap, remix
 from .timing import HEADER, hardware, keep_freed_memory
 
-SYSTEMS = {"dtr": dtr.run, "remix": remix.run, "dmp": dmp.run, "patch": patch.run}
+SYSTEMS = {"dtr": dtr.run, "remix": remix.run, "dmp": dmp.run, "patch": patch.run, "ppap": ppap.run}
 
 
 def main() -> None:

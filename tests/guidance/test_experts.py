@@ -82,6 +82,16 @@ def test_merged_is_unmerged(network, images):
     assert all(layer.merged for layer in experts.modules() if isinstance(layer, LoraLayer))
 
 
+def test_merging_is_pefts():
+    experts = adapted(make_resnet())
+    for name, layer in experts.experts.layers.items():
+        weight = layer.get_base_layer().weight.clone()
+        delta = layer.get_delta_weight("expert_1")
+        experts.experts.activate(1, merged=True)
+        torch.testing.assert_close(layer.get_base_layer().weight, weight + delta, msg=name)
+        experts.experts.activate(0, merged=False)
+
+
 @torch.no_grad()
 def test_switching_for_ever_does_not_wear_the_weights(images):
     experts = adapted(make_resnet())
@@ -215,10 +225,14 @@ def test_another_base_model(tmp_path):
 
 
 def test_families_without_a_default():
-    network = MobileNetV2ForImageClassification(MobileNetV2Config(image_size=16, num_labels=3))
+    network = MobileNetV2ForImageClassification(MobileNetV2Config(image_size=32, num_labels=3))
     with pytest.raises(ValueError, match=r"`target_modules` to be .* such as 'mobilenet.*', but got 'mobilenet_v2'"):
         GuidanceExperts(network, **PLAIN)
-    GuidanceExperts(network, **PLAIN, target_modules=r".*conv_stem\.first_conv\.convolution")
+    experts = adapted(network, target_modules=r".*conv_stem\.first_conv\.convolution")
+    assert [name for name in experts.expert_tensors(0) if "lora_A" in name]
+    network = MobileNetV2ForImageClassification(network.config)
+    with pytest.raises(ValueError, match="no convolution in groups, .* but got '.*conv_3x3.convolution'"):
+        GuidanceExperts(network, **PLAIN, rank=32, target_modules=r".*conv_stem\.conv_3x3\.convolution")
 
 
 @pytest.mark.parametrize(

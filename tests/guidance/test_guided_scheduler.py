@@ -117,6 +117,19 @@ def test_a_gradient_as_long_as_the_mean():
     torch.testing.assert_close(shift, 20 * variance * mean.flatten(1).norm(dim=1), atol=1e-4, rtol=1e-3)
 
 
+def test_no_gradient_is_no_guidance():
+    """Where the network sees nothing, there is nothing to be as long as the mean."""
+    scheduler = GuidedScheduler(
+        DDPMScheduler(), linear_experts(torch.zeros(5, 192)), ClassTarget(1), rescale_to_mean=True
+    )
+    x_t = torch.randn(2, 3, 8, 8)
+    steps = [
+        each.step(toy_noise(x_t), 500, x_t, generator=torch.Generator().manual_seed(0)).prev_sample
+        for each in (scheduler, DDPMScheduler())
+    ]
+    assert torch.equal(*steps)
+
+
 # In other solvers
 
 

@@ -222,6 +222,11 @@ class GuidanceExperts(nn.Module, ConfigMixin, PushToHubMixin):
                 )
             tensor.copy_(tensors[name])
 
+    @property
+    def device(self) -> torch.device:
+        """Where everything is."""
+        return next(self.parameters()).device
+
     def forward(self, images: torch.Tensor, timesteps: torch.Tensor) -> ModelOutput:
         """
         Each image's own expert on it.

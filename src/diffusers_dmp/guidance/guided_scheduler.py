@@ -260,7 +260,8 @@ class GuidedScheduler:
         whose gradient is not finite.
         """
         device, timestep = x_t.device, self.timesteps[position]
-        self.experts.to(device)
+        if self.experts.device != device:
+            self.experts.to(device)
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -276,8 +277,9 @@ class GuidedScheduler:
             (gradient,) = torch.autograd.grad(log_likelihood.sum(), x_t)
         if mean is not None:
             # Deviation from reference: as long as each image's own mean, where it takes the first's for the whole batch
-            lengths = gradient.flatten(1).norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
-            gradient = gradient * (mean.flatten(1).norm(dim=1) / lengths).view(-1, 1, 1, 1)
+            length, mean_length = (tensor.flatten(1).norm(dim=1) for tensor in (gradient, mean))
+            factor = torch.where(length > 0, mean_length / length, 0)
+            gradient = gradient * factor.view(-1, 1, 1, 1)
         gradient = self.scale * gradient
         finite = gradient.flatten(1).isfinite().all(1)
         self._nonfinite.append((timestep, (~finite).any()))
