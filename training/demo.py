@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 from matplotlib.figure import Figure
 
 from diffusers_dmp import (  # registers the pipeline with Diffusers, too
@@ -89,29 +89,34 @@ def guidance_report(folder: Path) -> None:
     """An unconditional pipeline without guidance, guided by the classifier as it is, and by experts made of it."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = DiffusionPipeline.from_pretrained(UNCONDITIONAL / "pipeline").to(device)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     experts = GuidanceExperts.from_pretrained(folder / "experts")
     clean = GuidanceExperts.from_base(experts.config.base_model_name_or_path, method="finetune", num_experts=1)
     labels = [label for label in range(NUM_CLASSES) for _ in range(SAMPLES_PER_CLASS)]
-    plain, reader = pipeline.scheduler, fit_reader()
+    reader = fit_reader()  # another kind of model than the one that guides
 
-    summary = {"samples": len(labels), "guidance_scale": PPAP_SCALE, "num_inference_steps": NUM_INFERENCE_STEPS}
-    for name, network in {"unguided": None, "classifier": clean, "experts": experts}.items():
-        pipeline.scheduler = plain
-        if network is not None:
-            pipeline.scheduler = GuidedScheduler(plain, network, ClassTarget(labels), PPAP_SCALE)
-        generator = torch.Generator(device).manual_seed(0)
-        images = pipeline(batch_size=len(labels), num_inference_steps=NUM_INFERENCE_STEPS, generator=generator).images
-        columns = [images[label * SAMPLES_PER_CLASS :][:8] for label in range(NUM_CLASSES)]
-        sample_grid(columns, pixel_size=6).save(folder / f"{name}.png")
-        pixels = pipeline.image_processor.pil_to_numpy(images).reshape(len(images), -1)  # (N, 64) in [0, 1]
-        summary[name] = round(float((reader.predict(pixels) == labels).mean()), 4)
+    summary = {"samples": len(labels), "guidance_scale": PPAP_SCALE}
+    for sampler, num_inference_steps in ((DDIMScheduler, 25), (DDPMScheduler, 50)):
+        plain = sampler.from_config(pipeline.scheduler.config)
+        name = f"{sampler.__name__.removesuffix('Scheduler').lower()}{num_inference_steps}"
+        summary[name] = {}
+        for guide, network in {"unguided": None, "classifier": clean, "experts": experts}.items():
+            pipeline.scheduler = plain
+            if network is not None:
+                pipeline.scheduler = GuidedScheduler(plain, network, ClassTarget(labels), PPAP_SCALE)
+            generator = torch.Generator(device).manual_seed(0)
+            images = pipeline(
+                batch_size=len(labels), num_inference_steps=num_inference_steps, generator=generator
+            ).images
+            columns = [images[label * SAMPLES_PER_CLASS :][:8] for label in range(NUM_CLASSES)]
+            sample_grid(columns, pixel_size=6).save(folder / f"{name}_{guide}.png")
+            pixels = pipeline.image_processor.pil_to_numpy(images).reshape(len(images), -1)  # (N, 64) in [0, 1]
+            summary[name][guide] = round(float((reader.predict(pixels) == labels).mean()), 4)
     summary["expert_bytes"] = (folder / "experts" / "guidance_experts.safetensors").stat().st_size
     training = json.loads((folder / "training_summary.json").read_text())
     summary |= {name: training[name] for name in ("steps", "train_seconds")}
     (folder / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary, indent=2))
-    print(f"Look at unguided.png, classifier.png and experts.png in {folder}.")
+    print(f"Look at the pictures in {folder}: without guidance, by the classifier as it is, and by the experts.")
 
 
 def specialisation_figures(pipeline: DiffusionPipeline, training: dict) -> dict[str, Figure]:
