@@ -24,6 +24,7 @@ setup(
         "diffusers>=0.42,<0.43",  # registration.py relies on its loading tables
         "huggingface-hub>=1.0,<3",
         "numpy>=1.26",
+        "peft>=0.18,<0.22",
         "pillow>=10.0",
         "pyyaml>=6.0",
         "safetensors>=0.5",
