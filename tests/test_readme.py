@@ -65,7 +65,15 @@ def test_the_report_of_a_patch(demo_folder, monkeypatch):
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "CONTRIBUTING.md", "docs/training.md", "docs/weights.md", "docs/patches.md", "docs/snr_split.md"],
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/training.md",
+        "docs/weights.md",
+        "docs/patches.md",
+        "docs/snr_split.md",
+        "docs/guidance.md",
+    ],
 )
 def test_links_lead_somewhere(page):
     path = REPOSITORY / page

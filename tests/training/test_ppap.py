@@ -15,6 +15,7 @@ from runs import launch_script
 from torch.nn import functional as F
 
 from diffusers_dmp import ClassConditionalPipeline, DiTModel, GuidanceExperts
+from diffusers_dmp.digits import fit_classifier
 from diffusers_dmp.training.data import load_images, training_items
 from diffusers_dmp.training.distillation import distillation_losses
 from diffusers_dmp.training.generation import GenerationArguments, generate_images
@@ -208,6 +209,30 @@ def test_depth_from_pairs_of_resolutions(train_ppap_here, pipeline, tmp_path):
     arguments = PPAPTrainingArguments(**TINY | pairs | {"teacher_image_size": 16})
     item = training_items(load_images(pairs["dataset"]), arguments)[0]
     assert item["images"].shape == (3, 8, 8) and item["teacher_images"].shape == (3, 16, 16)
+
+
+@pytest.mark.slow
+def test_the_digits_experts_guide_best(digits, tmp_path, monkeypatch):
+    """As `make demo-ppap`: better than the classifier that they were made of, and than chance."""
+    presets = REPOSITORY / "training" / "presets"
+    base = {"config": presets / "dit_digits_unconditional.yaml", "dataset": digits, "report_to": "none"}
+    launch_script("train_dit.py", tmp_path / "base", 1, base)
+    fit_classifier(tmp_path / "classifier")
+    pipeline = {"pipeline": tmp_path / "base" / "pipeline", "num_images": 3000, "batch_size": 500}
+    launch_script("generate_guidance_data.py", tmp_path / "data", 1, pipeline)
+    experts = {"config": presets / "ppap_digits.yaml", "dataset": tmp_path / "data", "report_to": "none"}
+    launch_script("train_ppap.py", tmp_path / "ppap", 1, experts | {"base_model": tmp_path / "classifier"})
+
+    monkeypatch.syspath_prepend(str(REPOSITORY / "training"))
+    import demo
+
+    monkeypatch.setattr(demo, "UNCONDITIONAL", tmp_path / "base")
+    demo.guidance_report(tmp_path / "ppap")
+    report = json.loads((tmp_path / "ppap" / "report.json").read_text())
+    for sampler in ("ddim25", "ddpm50"):
+        recognised = report[sampler]
+        assert recognised["unguided"] < 0.2
+        assert recognised["experts"] > recognised["classifier"] + 0.1
 
 
 # Bad input
