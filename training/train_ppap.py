@@ -65,6 +65,8 @@ class PPAPTrainingArguments(TrainingArguments):
                 f"Expected `resume_from_checkpoint` to be 'latest', each expert's own, to go on with all experts, "
                 f"but got {self.resume_from_checkpoint!r}."
             )
+        if self.vae is not None:
+            raise ValueError(f"Expected no `vae`, as the experts look at images, but got {self.vae!r}.")
         if (self.teacher_image_column is None) != (self.teacher_image_size is None):
             raise ValueError(
                 "Expected `teacher_image_column` and `teacher_image_size` both or neither, but got "
@@ -81,7 +83,8 @@ def train_ppap(args: PPAPTrainingArguments) -> None:
     data = load_training_data(accelerator, args)
     experts = make_experts(args)
     teacher = copy.deepcopy(experts)
-    if args.method == "ppap" or data.label_names is None:
+    is_classifier = experts.config.base_model_class.endswith("ForImageClassification")
+    if args.method == "ppap" or data.label_names is None or not is_classifier:
         objective = DistillationObjective(teacher, args.num_train_timesteps, args.teacher_image_column is not None)
     else:
         objective = LabelObjective(args.num_train_timesteps)
@@ -101,7 +104,9 @@ def train_ppap(args: PPAPTrainingArguments) -> None:
             objective=objective,
             save=lambda student: save_expert(experts, student.expert, folders[student.expert]),
         )
-        train(make_accelerator(own_args), own_args, student, recipe=recipe, **data.for_training)
+        # some networks have layers that they never call, as DPT its first fusion layer's first residual one
+        own_accelerator = make_accelerator(own_args, find_unused_parameters=True)
+        train(own_accelerator, own_args, student, recipe=recipe, **data.for_training)
     if accelerator.is_main_process and all((folder / WEIGHTS_NAME).exists() for folder in folders):
         bundle(experts, folders, Path(args.output_dir))
     accelerator.end_training()

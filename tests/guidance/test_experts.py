@@ -148,7 +148,8 @@ def test_only_the_expert_in_training_changes(images):
     experts = GuidanceExperts(make_resnet(), **PLAIN, rank=4)
     before = copy.deepcopy({name: tensor.detach().clone() for name, tensor in experts.expert_tensors().items()})
     parameters = experts.requires_grad_of_expert(3)
-    assert {name for name, tensor in experts.named_parameters() if tensor.requires_grad} != set()
+    trained = {id(tensor) for tensor in experts.parameters() if tensor.requires_grad}
+    assert trained <= {id(tensor) for tensor in parameters.values()} and len(parameters) > 10
     optimizer = torch.optim.SGD(parameters.values(), lr=0.1)
     experts.train()
     for _ in range(2):  # B moves first, A after it
@@ -182,13 +183,27 @@ def test_round_trip(images, tmp_path, method):
     for name, tensor in loaded.expert_tensors().items():
         assert torch.equal(tensor, experts.expert_tensors()[name]), name
     if method == "ppap":
-        size, base_size = (
-            (tmp_path / path).stat().st_size
-            for path in ("experts/guidance_experts.safetensors", "base/model.safetensors")
-        )
-        assert [name for name in loaded.expert_tensors() if name.endswith("running_var")] and size < 5 * base_size
+        assert [name for name in loaded.expert_tensors() if name.endswith("running_var")]
+        own_bytes = sum(tensor.nbytes for tensor in experts.expert_tensors().values())
+        size = (tmp_path / "experts" / "guidance_experts.safetensors").stat().st_size
+        assert own_bytes < size < own_bytes + 2**17  # and a header: nothing of the network
         loaded.load_expert_tensors(experts.expert_tensors())  # into merged weights
         torch.testing.assert_close(result(loaded(images, timestep)), result(experts(images, timestep)))
+
+
+def test_a_network_in_half_precision(tmp_path):
+    make_resnet().half().save_pretrained(tmp_path / "base")
+    network = type(make_resnet()).from_pretrained(tmp_path / "base", dtype=torch.float16)
+    GuidanceExperts(network, **PLAIN).save_pretrained(tmp_path / "experts")
+    experts = GuidanceExperts.from_pretrained(tmp_path / "experts")
+    assert result(experts(torch.zeros(1, 3, 32, 32), torch.tensor(5))).dtype == torch.float32
+
+
+def test_weights_in_another_layout_are_merged(images):
+    experts = adapted(make_resnet())
+    expected = result(experts.run_expert(1, images, merged=False))
+    experts.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(result(experts.run_expert(1, images, merged=True)), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_what_the_image_processor_says(tmp_path):

@@ -213,6 +213,18 @@ def test_two_networks_at_once():
     torch.testing.assert_close(both, once, atol=1e-4, rtol=1e-3)
 
 
+def test_a_vae_in_half_precision():
+    """Its gradient would vanish: it is taken in float32."""
+    vae = randomised(AutoencoderKL(latent_channels=4, block_out_channels=(4,), norm_num_groups=2, sample_size=8))
+    x_t, steps = torch.randn(2, 4, 8, 8), []
+    for own in (vae, copy.deepcopy(vae).half()):
+        scheduler = guided(DDIMScheduler(clip_sample=False), scale=1.0, vae=own)
+        scheduler.set_timesteps(10)
+        steps.append(scheduler.step(x_t, scheduler.timesteps[4], x_t).prev_sample)
+    torch.testing.assert_close(steps[1], steps[0], atol=1e-2, rtol=1e-2)
+    assert own.dtype == torch.float16
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
     """Samples in half precision, gradients in float32."""
@@ -294,10 +306,31 @@ def test_both_evaluations_of_a_second_order_step():
     assert len(guided_timesteps(guided(HeunDiscreteScheduler(), every=2), 4)) == 4
 
 
-def test_not_where_there_is_nothing_yet():
-    """ᾱ = 0 at the first step."""
-    scheduler = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction")
+@pytest.mark.parametrize(
+    "solver", [DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler]
+)
+def test_not_where_there_is_nothing_yet(solver):
+    """ᾱ = 0 at the first step, or the 2⁻²⁴ that some take for it."""
+    scheduler = solver(rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction")
     assert guided_timesteps(guided(scheduler), 4) == [749, 499, 249]
+
+
+def test_a_stretch_holds_whole_steps():
+    """Of a second-order scheduler: both evaluations of those that begin in it."""
+    scheduler = guided(HeunDiscreteScheduler(timestep_spacing="trailing"), timestep_range=(300, 800))
+    assert guided_timesteps(scheduler, 5) == [799, 599, 599, 399, 399, 199]
+
+
+def test_every_other_step_from_where_a_pipeline_begins():
+    scheduler = guided(EulerDiscreteScheduler(timestep_spacing="trailing"), every=2)
+    seen = []
+    scheduler.experts.register_forward_pre_hook(lambda module, args: seen.append(int(args[1])))
+    scheduler.set_timesteps(10)
+    scheduler.set_begin_index(5)
+    x_t = torch.randn(2, 3, 8, 8)
+    for t in scheduler.timesteps[5:]:
+        x_t = scheduler.step(toy_noise(scheduler.scale_model_input(x_t, t)), t, x_t).prev_sample
+    assert seen == [499, 299, 99]
 
 
 # In the place of a scheduler
@@ -314,9 +347,31 @@ def test_it_stands_for_its_scheduler(tmp_path):
     assert DPMSolverMultistepScheduler.from_config(scheduler.config).config.beta_end == 0.03
     scheduler.set_timesteps(7, "cpu")
     assert len(scheduler.timesteps) == 7
+    assert len(scheduler) == 1000
     twin = copy.deepcopy(scheduler)
     twin.scale = 0
     assert scheduler.scale == 7.5 and twin.scheduler is not scheduler.scheduler
+
+
+def test_one_target_for_two_networks():
+    """Each looks the name up for itself."""
+    target = ClassTarget("LABEL_2")
+    first = guided(DDIMScheduler(), target)
+    renamed = linear_experts()
+    renamed.network_config.id2label = {index: f"LABEL_{(index + 1) % 5}" for index in range(5)}
+    second = GuidedScheduler(first, renamed, target)
+    assert (first.target.indices.item(), second.target.indices.item()) == (2, 1)
+    second.target = ClassTarget("LABEL_3")
+    assert second.target.indices.item() == 2 and not hasattr(target, "indices")
+
+
+def test_tuples_instead_of_outputs():
+    scheduler, x_t = guided(DDPMScheduler()), torch.randn(2, 3, 8, 8)
+    generators = [torch.Generator().manual_seed(0) for _ in range(3)]
+    output = scheduler.step(toy_noise(x_t), 500, x_t, generator=generators[0])
+    by_name = scheduler.step(toy_noise(x_t), 500, x_t, generator=generators[1], return_dict=False)
+    by_place = scheduler.step(toy_noise(x_t), 500, x_t, generators[2], False)
+    assert torch.equal(by_name[0], output.prev_sample) and torch.equal(by_place[0], output.prev_sample)
 
 
 def test_a_guided_pipeline_is_saved_without_its_guidance(tmp_path):
@@ -366,6 +421,24 @@ def test_gradients_that_are_not_finite(on_nonfinite):
             draw(pipeline)
     else:
         torch.testing.assert_close(draw(pipeline), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_overflow_in_half_precision():
+    """Guidance that is finite in float32, but not in the samples' dtype."""
+    scheduler = guided(DDIMScheduler(clip_sample=False), scale=1e6, on_nonfinite="unguided")
+    plain = DDIMScheduler(clip_sample=False)
+    x_t = torch.randn(2, 3, 8, 8).half()
+    for each in (scheduler, plain):
+        each.set_timesteps(10)
+    t = scheduler.timesteps[3]
+    assert torch.equal(
+        scheduler.step(toy_noise(x_t), t, x_t).prev_sample, plain.step(toy_noise(x_t), t, x_t).prev_sample
+    )
+    scheduler = guided(DDIMScheduler(clip_sample=False), scale=1e6)
+    scheduler.set_timesteps(2)
+    scheduler.step(toy_noise(x_t), scheduler.timesteps[0], x_t)
+    with pytest.raises(FloatingPointError, match="at timestep 500, from expert 0"):
+        scheduler.step(toy_noise(x_t), scheduler.timesteps[1], x_t)
 
 
 def test_a_timestep_that_was_not_set():

@@ -190,25 +190,61 @@ def test_an_expert_goes_on_where_it_was_stopped(train_ppap_here, tmp_path):
         assert torch.equal(resumed[name], tensor), name
 
 
-def test_depth_from_pairs_of_resolutions(train_ppap_here, pipeline, tmp_path):
-    """The student sees the small image, noisy; the teacher the large one."""
+@pytest.fixture
+def depth_base(tmp_path) -> Path:
     make_dpt().save_pretrained(tmp_path / "depth")
     settings = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 32, "width": 32}}
     (tmp_path / "depth" / "preprocessor_config.json").write_text(json.dumps(settings))
+    return tmp_path / "depth"
+
+
+@pytest.fixture
+def pairs(pipeline, tmp_path) -> dict:
+    """A data set of small images, and large ones of something else, so that one can tell who looks at which."""
     images = [image.convert("RGB") for image in draw(pipeline, tmp_path / "small", num_images=16)["image"]]
-    pairs = {"image": images, "teacher_image": [image.resize((16, 16)) for image in images]}
+    columns = {"image": images, "teacher_image": [image.resize((16, 16)).rotate(90) for image in images]}
     (tmp_path / "pairs").mkdir()
-    features = Features(dict.fromkeys(pairs, Image()))
-    Dataset.from_dict(pairs, features=features).to_parquet(tmp_path / "pairs" / "train.parquet")
-    pairs = {"dataset": str(tmp_path / "pairs"), "image_channels": 3, "teacher_image_column": "teacher_image"}
-    train_ppap_here(tmp_path / "run", base_model=str(tmp_path / "depth"), teacher_image_size=16, **pairs)
-    experts = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts")
-    assert experts(torch.zeros(2, 3, 8, 8), torch.tensor(700)).predicted_depth.shape == (2, 64, 64)
+    features = Features(dict.fromkeys(columns, Image()))
+    Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "pairs" / "train.parquet")
+    arguments = {"image_channels": 3, "teacher_image_column": "teacher_image", "teacher_image_size": 16}
+    return {"dataset": str(tmp_path / "pairs")} | arguments
+
+
+def test_depth_from_pairs_of_resolutions(train_ppap_here, depth_base, pairs, tmp_path, monkeypatch):
+    """The student sees the small image, noisy; the teacher the large one."""
+    seen, run_expert = {8: [], 16: []}, GuidanceExperts.run_expert
+
+    def remember(experts, expert, images, merged=None):
+        seen[images.shape[-1]].append(images)
+        return run_expert(experts, expert, images, merged)
+
+    monkeypatch.setattr(GuidanceExperts, "run_expert", remember)
+    train_ppap_here(tmp_path / "run", base_model=str(depth_base), **pairs)
+    assert len(seen[8]) == len(seen[16]) == 4
     from train_ppap import PPAPTrainingArguments
 
-    arguments = PPAPTrainingArguments(**TINY | pairs | {"teacher_image_size": 16})
-    item = training_items(load_images(pairs["dataset"]), arguments)[0]
-    assert item["images"].shape == (3, 8, 8) and item["teacher_images"].shape == (3, 16, 16)
+    items = training_items(load_images(pairs["dataset"]), PPAPTrainingArguments(**TINY | pairs))[:]
+    large = {image.numpy().tobytes() for image in items["teacher_images"]}
+    assert {image.numpy().tobytes() for image in torch.cat(seen[16])} == large  # as they are
+    small = {image.numpy().tobytes() for image in items["images"]}
+    assert not small & {image.numpy().tobytes() for image in torch.cat(seen[8])}  # with noise
+    monkeypatch.undo()
+    experts = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts")
+    assert experts(torch.zeros(2, 3, 8, 8), torch.tensor(700)).predicted_depth.shape == (2, 64, 64)
+
+
+def test_depth_on_two_processes(depth_base, pairs, tmp_path):
+    """Of a network with layers that it never calls, and whose gradients nobody may wait for."""
+    arguments = TINY | pairs | {"base_model": depth_base, "expert": 0, "num_experts": 1}
+    launch_script("train_ppap.py", tmp_path / "run", 2, arguments)
+    assert (tmp_path / "run" / "experts" / "guidance_experts.safetensors").exists()
+
+
+@pytest.mark.parametrize("method", ["multi_experts", "finetune"])
+def test_the_baselines_of_a_depth_model_have_a_teacher(train_ppap_here, depth_base, tmp_path, method):
+    """Though the images have classes."""
+    train_ppap_here(tmp_path, base_model=str(depth_base), method=method, image_channels=3, max_train_steps=1)
+    assert GuidanceExperts.from_pretrained(tmp_path / "experts").config.method == method
 
 
 @pytest.mark.slow
@@ -245,6 +281,7 @@ def test_the_digits_experts_guide_best(digits, tmp_path, monkeypatch):
         ({"expert": "2"}, "`expert` to be one of all, 0, 1, but got '2'"),
         ({"sample_steps": 5}, "`sample_steps` to be 0"),
         ({"resume_from_checkpoint": "here"}, "'latest', each expert's own"),
+        ({"vae": "vae"}, "no `vae`, as the experts look at images"),
         ({"teacher_image_size": 16}, "both or neither, but got None and 16"),
         ({"teacher_image_size": 16, "teacher_image_column": "t", "random_flip": True}, "`random_flip` to be false"),
     ],

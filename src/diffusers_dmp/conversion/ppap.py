@@ -28,7 +28,8 @@ def convert_ppap(state_dicts: "Sequence[dict[str, torch.Tensor]]", config: dict[
     """
     Args:
         state_dicts (a list of E `dict[str, torch.Tensor]`): Each expert's checkpoint, the cleanest images' first.
-        config (`dict`): `gamma` (16) and `lora_alpha` (8) of its LoRA; `num_train_timesteps` (1000).
+        config (`dict`): `gamma` (16) and `lora_alpha` (8) of its LoRA; `num_train_timesteps` (1000); `base_model_folder`, where to
+            write the network, without which the experts cannot be saved: they only name it.
 
     Returns:
         [`GuidanceExperts`] of a network that is made of their frozen weights. As published, it sees images in [-1, 1] without
@@ -52,6 +53,10 @@ def convert_ppap(state_dicts: "Sequence[dict[str, torch.Tensor]]", config: dict[
             f"Expected `state_dict` to hold the ResNet's weights, but {name!r} is {'missing' if missing else 'unknown'}."
         )
 
+    base_model_folder = config.pop("base_model_folder", None)
+    if base_model_folder is not None:
+        network.save_pretrained(base_model_folder)
+
     factors = [
         {name: peft_factors(lora_a, lora_b, _conv_shape(plain, name)) for name, (lora_a, lora_b) in lora.items()}
         for _, lora in experts
@@ -63,6 +68,7 @@ def convert_ppap(state_dicts: "Sequence[dict[str, torch.Tensor]]", config: dict[
         image_std=[0.5] * 3,
         num_experts=len(experts),
         num_train_timesteps=config.pop("num_train_timesteps", 1000),
+        base_model_name_or_path=base_model_folder and str(base_model_folder),
         rank=rank,
         lora_alpha=lora_alpha,
         target_modules="|".join(re.escape(name) for name in ranks),

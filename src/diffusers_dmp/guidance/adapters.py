@@ -173,7 +173,8 @@ class LoraExperts(nn.Module):
 def _add_lora(layer: LoraLayer, adapter: str, sign: int) -> None:
     """W ± α/γ·B·A in place, as PEFT's own merging (which goes through a convolution, several times slower)."""
     lora_a, lora_b = layer.lora_A[adapter].weight.flatten(1), layer.lora_B[adapter].weight.flatten(1)
-    layer.get_base_layer().weight.view(len(lora_b), -1).addmm_(lora_b, lora_a, alpha=sign * layer.scaling[adapter])
+    weight = layer.get_base_layer().weight
+    weight.add_((lora_b @ lora_a).view(weight.shape), alpha=sign * layer.scaling[adapter])
 
 
 def _own_tensors(network: nn.Module):

@@ -39,7 +39,7 @@ class GuidanceExperts(nn.Module, ConfigMixin, PushToHubMixin):
 
     Args:
         network (`PreTrainedModel`): Of transformers, for image classification, depth estimation or segmentation. It becomes
-            a part of this module, changed in place.
+            a part of this module, changed in place, in float32.
         image_mean, image_std (`list[float]`), image_size (`int` or `list[int]`, *optional*): See [`ImagePreprocessor`].
         num_experts (`int`): E.
         num_train_timesteps (`int`): T.
@@ -80,6 +80,7 @@ class GuidanceExperts(nn.Module, ConfigMixin, PushToHubMixin):
             raise ValueError(f"Expected `num_experts` to be 1 for the method 'finetune', but got {num_experts}.")
         if target_modules is None and method == "ppap":
             target_modules = lora_targets(network)
+        network.float()
         self.intervals = NoiseIntervals.uniform(num_experts, num_train_timesteps)
         self.register_to_config(
             image_mean=image_mean,

@@ -4,6 +4,7 @@ https://arxiv.org/abs/2212.05973, after https://arxiv.org/abs/2105.05233, algori
 Legend: B batch, C channels, H and W height and width, in pixels or latent pixels, T diffusion timesteps.
 """
 
+import copy
 import functools
 import inspect
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from ..predictions import (
     PREDICTION_TYPES,
     check_noise_levels,
     convert_prediction,
+    expected_prediction_type,
     noise_levels,
     posterior_weights,
     to_x0,
@@ -26,7 +28,9 @@ from .experts import GuidanceExperts
 from .targets import GuidanceTarget
 
 NONFINITE = ("raise", "unguided")
-MIN_ALPHA = 1e-4  # below, as at ᾱ = 0, there is no image in x_t to be guided
+MIN_ALPHA = (
+    1e-3  # below, there is no image in x_t to be guided: at ᾱ = 0, or the 2⁻²⁴ that some schedulers take for it
+)
 
 
 class GuidedScheduler:
@@ -51,10 +55,10 @@ class GuidedScheduler:
             only).
         timestep_range (`tuple[float, float]`, *optional*): Guide only where low <= t < high.
         every (`int`): Guide every so manieth step, from the first on.
-        vae ([`AutoencoderKL`], *optional*): For latents: x̂0 is decoded, and the experts look at that.
-        on_nonfinite (`str`): What to do where a gradient is infinite or not a number: 'unguided' leaves that image's step
-            without guidance; 'raise' does too, so that nothing is ever read back from an accelerator, and raises a
-            `FloatingPointError` at the last step.
+        vae ([`AutoencoderKL`], *optional*): For latents: x̂0 is decoded, in float32, and the experts look at that.
+        on_nonfinite (`str`): What to do where guidance is infinite or not a number, in the samples' own dtype: 'unguided'
+            leaves that image's step without it; 'raise' does too, so that nothing is ever read back from an accelerator, and
+            raises a `FloatingPointError` at the last of the timesteps (not where a pipeline is stopped before).
 
     Raises:
         ValueError: if the scheduler has no ᾱ or other training timesteps than the experts, an argument is out of range, or the
@@ -76,10 +80,10 @@ class GuidedScheduler:
     ):
         experts.intervals.check_scheduler(scheduler)
         check_noise_levels(scheduler)
-        if scheduler.config.prediction_type not in PREDICTION_TYPES:
+        kind = expected_prediction_type(scheduler)
+        if kind not in PREDICTION_TYPES:
             raise ValueError(
-                f"Expected the scheduler's `prediction_type` to be one of {', '.join(PREDICTION_TYPES)}, but got "
-                f"{scheduler.config.prediction_type!r}."
+                f"Expected the scheduler's `prediction_type` to be one of {', '.join(PREDICTION_TYPES)}, but got {kind!r}."
             )
         self.guides_mean = isinstance(scheduler, (DDPMScheduler, DDPMParallelScheduler))
         if rescale_to_mean and not self.guides_mean:
@@ -90,16 +94,17 @@ class GuidedScheduler:
             raise ValueError(f"Expected `every` to be at least 1, but got {every}.")
         if on_nonfinite not in NONFINITE:
             raise ValueError(f"Expected `on_nonfinite` to be one of {', '.join(NONFINITE)}, but got {on_nonfinite!r}.")
-        target.prepare(experts.network_config)
         self.scheduler = scheduler
         self.__module__ = scheduler.__class__.__module__
-        self.experts = experts.eval()
+        self.experts = experts.float().eval()
         self.target = target
         self.scale = scale
         self.rescale_to_mean = rescale_to_mean
         self.timestep_range = timestep_range
         self.every = every
         self.vae = vae
+        if vae is not None and vae.dtype != torch.float32:
+            self.vae = copy.deepcopy(vae).float()
         self.on_nonfinite = on_nonfinite
         self._nonfinite, self._noise_levels = [], None
 
@@ -112,6 +117,19 @@ class GuidedScheduler:
         if name == "scheduler":  # not there yet, while it is copied
             raise AttributeError(name)
         return getattr(self.scheduler, name)
+
+    def __len__(self) -> int:
+        return len(self.scheduler)
+
+    @property
+    def target(self) -> GuidanceTarget:
+        """What is asked for: a copy, as it looks its names up in this scheduler's network."""
+        return self._target
+
+    @target.setter
+    def target(self, target: GuidanceTarget) -> None:
+        self._target = copy.deepcopy(target)
+        self._target.prepare(self.experts.network_config)
 
     def around(self, scheduler: SchedulerMixin) -> "GuidedScheduler":
         """The same guidance around another scheduler."""
@@ -174,7 +192,9 @@ class GuidedScheduler:
     def _guides(self, position: int) -> bool:
         low, high = self.timestep_range or (0, float("inf"))
         # both evaluations of a second-order scheduler's step are guided, or neither
-        chosen = low <= self.timesteps[position] < high and position // self.order % self.every == 0
+        step = position // self.order
+        first_step = (getattr(self.scheduler, "begin_index", None) or 0) // self.order
+        chosen = low <= self.timesteps[step * self.order] < high and (step - first_step) % self.every == 0
         return chosen and self._level(position)[0] > MIN_ALPHA
 
     def _level(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -198,8 +218,16 @@ class GuidedScheduler:
             prediction = convert_prediction(x0, x_t, alpha, sigma, "sample", kind)
         # ε - σ·s·∇log p, and what that makes of x0 = (x_t - σ·ε)/α and v = (ε - σ·x_t)/α
         factor = {"epsilon": 1, "sample": -sigma / alpha, "v_prediction": 1 / alpha}[kind]
-        prediction = prediction - factor * sigma * gradient
-        return torch.cat([prediction.to(model_output.dtype), rest], dim=1)
+        guided = prediction - factor * sigma * self.scale * gradient
+        dtype = model_output.dtype
+        return torch.cat([self._finite(position, guided.to(dtype), prediction.to(dtype)), rest], dim=1)
+
+    def _finite(self, position: int, guided: torch.Tensor, unguided: torch.Tensor) -> torch.Tensor:
+        """Each image's guided tensor, or where that is not finite the unguided one."""
+        finite = guided.flatten(1).isfinite().all(1)
+        if self.on_nonfinite == "raise":
+            self._nonfinite.append((self.timesteps[position], (~finite).any()))
+        return torch.where(finite.view(-1, 1, 1, 1), guided, unguided)
 
     def _clipped(self, x0: torch.Tensor) -> torch.Tensor:
         """As the scheduler itself would."""
@@ -217,25 +245,22 @@ class GuidedScheduler:
         finally:
             self.scheduler.register_to_config(**switches)
 
-    def _step_with_guided_mean(
-        self,
-        position: int,
-        model_output: torch.Tensor,
-        sample: torch.Tensor,
-        *args,
-        return_dict: bool = True,
-        **kwargs,
-    ):
+    def _step_with_guided_mean(self, position: int, model_output: torch.Tensor, sample: torch.Tensor, *args, **kwargs):
         """The step of the scheduler, whose noise does not depend on its mean, and σ²·s·∇log p on top."""
         channels, t = sample.shape[1], int(self.timesteps[position])
-        output = self.scheduler.step(model_output, t, sample, *args, return_dict=True, **kwargs)
-        mean = None
+        call = inspect.signature(self.scheduler.step).bind(model_output, t, sample, *args, **kwargs)
+        return_dict = call.arguments.get("return_dict", True)
+        call.arguments["return_dict"] = True
+        output = self.scheduler.step(*call.args, **call.kwargs)
+        gradient = self._gradient(position, model_output[:, :channels].float(), sample.float())
         if self.rescale_to_mean:
+            # Deviation from reference: as long as each image's own mean, where it takes the first's for the whole batch
             mean = self._mean(output.pred_original_sample.float(), sample.float(), t)
-        gradient = self._gradient(position, model_output[:, :channels].float(), sample.float(), mean)
-        shift = self._variance(model_output[:, channels:], t) * gradient
-        output.prev_sample = (output.prev_sample.float() + shift).to(output.prev_sample.dtype)
-        return output if return_dict else tuple(output.values())
+            length, mean_length = (tensor.flatten(1).norm(dim=1) for tensor in (gradient, mean))
+            gradient = gradient * torch.where(length > 0, mean_length / length, 0).view(-1, 1, 1, 1)
+        guided = output.prev_sample.float() + self._variance(model_output[:, channels:], t) * self.scale * gradient
+        output.prev_sample = self._finite(position, guided.to(output.prev_sample.dtype), output.prev_sample)
+        return output if return_dict else output.to_tuple()
 
     def _mean(self, x0: torch.Tensor, x_t: torch.Tensor, t: int) -> torch.Tensor:
         previous = int(self.scheduler.previous_timestep(t))
@@ -252,42 +277,29 @@ class GuidedScheduler:
             return variance.exp()
         return variance**2 if variance_type == "fixed_small_log" else variance  # which is σ there
 
-    def _gradient(
-        self, position: int, prediction: torch.Tensor, x_t: torch.Tensor, mean: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """
-        s·∇ log p(y | x_t) by x_t (B, C, H, W), in float32, with ∇ as long as `mean`, if there is one; 0 for an image
-        whose gradient is not finite.
-        """
-        device, timestep = x_t.device, self.timesteps[position]
-        if self.experts.device != device:
-            self.experts.to(device)
+    def _gradient(self, position: int, prediction: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
+        """∇ log p(y | x_t) by x_t (B, C, H, W), in float32."""
+        device = x_t.device
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(device.type, enabled=False),
         ):
+            if self.experts.device != device:
+                self.experts.to(device)
             x_t = x_t.detach().clone().requires_grad_()
             images = x_t
             if self.vae is not None:
                 alpha, sigma = self._level(position)
                 x0 = to_x0(prediction.detach().clone(), x_t, alpha, sigma, self.config.prediction_type)
-                images = decode_latents(self.vae, x0).float()
-            log_likelihood = self.target.log_likelihood(self.experts(images, timestep))
+                images = decode_latents(self.vae, x0)
+            log_likelihood = self.target.log_likelihood(self.experts(images, self.timesteps[position]))
             (gradient,) = torch.autograd.grad(log_likelihood.sum(), x_t)
-        if mean is not None:
-            # Deviation from reference: as long as each image's own mean, where it takes the first's for the whole batch
-            length, mean_length = (tensor.flatten(1).norm(dim=1) for tensor in (gradient, mean))
-            factor = torch.where(length > 0, mean_length / length, 0)
-            gradient = gradient * factor.view(-1, 1, 1, 1)
-        gradient = self.scale * gradient
-        finite = gradient.flatten(1).isfinite().all(1)
-        self._nonfinite.append((timestep, (~finite).any()))
-        return torch.where(finite.view(-1, 1, 1, 1), gradient, 0)
+        return gradient
 
     def _raise_nonfinite(self) -> None:
         found, self._nonfinite = self._nonfinite, []
-        if self.on_nonfinite == "unguided" or not found:
+        if not found:
             return
         flags = torch.stack([flag for _, flag in found]).tolist()  # read once, after all steps
         for (timestep, _), flag in zip(found, flags):

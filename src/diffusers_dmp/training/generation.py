@@ -84,6 +84,9 @@ def _load(name: str, args: GenerationArguments, device: torch.device) -> Diffusi
     pipeline = DiffusionPipeline.from_pretrained(name, dtype=getattr(torch, args.dtype)).to(device)
     if args.scheduler:
         pipeline.scheduler = getattr(diffusers, args.scheduler).from_config(pipeline.scheduler.config)
+    for name in ("watermarker", "safety_checker"):  # they would draw into images that are only learned from
+        if getattr(pipeline, name, None) is not None:
+            setattr(pipeline, name, None)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

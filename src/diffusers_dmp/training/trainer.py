@@ -39,9 +39,13 @@ MIN_LR_SCHEDULE = "cosine_with_min_lr"  # the one that takes `min_lr_rate`
 logger = logging.getLogger(__name__)
 
 
-def make_accelerator(args: TrainingArguments) -> Accelerator:
+def make_accelerator(args: TrainingArguments, find_unused_parameters: bool = False) -> Accelerator:
     """
     The processes, devices and trackers of a training.
+
+    Args:
+        args ([`TrainingArguments`]): Everything that can be set.
+        find_unused_parameters (`bool`): Whether the model may have parameters that its output does not depend on.
 
     Raises:
         ValueError: if the tracker that `report_to` names is not installed.
@@ -56,8 +60,9 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")),
         kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False)
-        ],  # they are the same tables everywhere
+            # buffers are the same tables everywhere
+            DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=find_unused_parameters)
+        ],
     )
     if accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         logger.warning(

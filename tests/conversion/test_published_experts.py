@@ -10,7 +10,7 @@ from conftest import FIXTURES, Vectors
 from networks import make_resnet
 from torch.nn import functional as F
 
-from diffusers_dmp import convert_checkpoint
+from diffusers_dmp import GuidanceExperts, convert_checkpoint
 from diffusers_dmp.conversion.ppap import peft_factors
 
 RANK, ALPHA = 2, 8
@@ -79,7 +79,8 @@ def test_published_convolution():
 @torch.no_grad()
 def test_published_experts(published, tmp_path):
     checkpoints, networks = published
-    experts = convert_checkpoint("ppap", checkpoints, {"gamma": RANK, "lora_alpha": ALPHA})
+    config = {"gamma": RANK, "lora_alpha": ALPHA, "base_model_folder": tmp_path / "base"}
+    experts = convert_checkpoint("ppap", checkpoints, config)
     images = torch.randn(2, 3, 32, 32)
     for expert, network in enumerate(networks):
         expected = network(images).logits
@@ -87,6 +88,9 @@ def test_published_experts(published, tmp_path):
             logits = experts.run_expert(expert, images, merged=merged).logits
             torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
     assert experts.intervals.edges == (0, 500, 1000)
+    experts.save_pretrained(tmp_path / "experts")
+    loaded = GuidanceExperts.from_pretrained(tmp_path / "experts")
+    torch.testing.assert_close(loaded.run_expert(1, images).logits, expected, atol=2e-5, rtol=1e-4)
 
 
 def test_checkpoints_that_do_not_fit(published):
