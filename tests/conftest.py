@@ -92,6 +92,12 @@ def digits(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
+def same_random_numbers():
+    """In every run, whatever ran before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def fresh_accelerator():
     """Accelerate keeps one state per process."""
     yield

@@ -6,10 +6,12 @@ import torch
 from conftest import TINY_CONFIG
 from diffusers import DDIMScheduler
 from matplotlib.figure import Figure
+from PIL import Image
 
 from diffusers_dmp import DiTModel, DTRTransformer2DModel, SNRSplitPipeline
 from diffusers_dmp.costs import gigaflops
 from diffusers_dmp.plots import (
+    comparison_figure,
     gate_figure,
     mixing_figure,
     prompt_usage_figure,
@@ -65,6 +67,14 @@ def test_prompt_usage_figure(tmp_path):
     extremes = [path.vertices[:, 1].tolist() for path in figure.axes[0].collections[0].get_paths()]
     assert np.allclose(extremes, [[1.5, 1.5], [0.6, 1.2], [0.3, 0.9]])
     figure.savefig(tmp_path / "usage.png")
+
+
+def test_comparison_figure(tmp_path):
+    grids = {"one": Image.new("L", (60, 40), 30), "other": Image.new("L", (60, 40), 200)}
+    figure = comparison_figure(grids)
+    assert [axes.get_title() for axes in figure.axes] == ["one", "other"]
+    assert [int(axes.images[0].get_array()[0, 0]) for axes in figure.axes] == [30, 200]
+    figure.savefig(tmp_path / "comparison.png")
 
 
 def test_snr_split_figure(tmp_path):

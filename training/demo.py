@@ -29,6 +29,7 @@ from diffusers_dmp.digits import (
     write_image_folder,
 )
 from diffusers_dmp.plots import (
+    comparison_figure,
     gate_figure,
     mixing_figure,
     prompt_usage_figure,
@@ -98,7 +99,7 @@ def guidance_report(folder: Path) -> None:
     for sampler, num_inference_steps in ((DDIMScheduler, 25), (DDPMScheduler, 50)):
         plain = sampler.from_config(pipeline.scheduler.config)
         name = f"{sampler.__name__.removesuffix('Scheduler').lower()}{num_inference_steps}"
-        summary[name] = {}
+        summary[name], grids = {}, {}
         for guide, network in {"unguided": None, "classifier": clean, "experts": experts}.items():
             pipeline.scheduler = plain
             if network is not None:
@@ -108,15 +109,17 @@ def guidance_report(folder: Path) -> None:
                 batch_size=len(labels), num_inference_steps=num_inference_steps, generator=generator
             ).images
             columns = [images[label * SAMPLES_PER_CLASS :][:8] for label in range(NUM_CLASSES)]
-            sample_grid(columns, pixel_size=6).save(folder / f"{name}_{guide}.png")
+            grids[guide] = sample_grid(columns, pixel_size=6)
             pixels = pipeline.image_processor.pil_to_numpy(images).reshape(len(images), -1)  # (N, 64) in [0, 1]
             summary[name][guide] = round(float((reader.predict(pixels) == labels).mean()), 4)
+        titles = {f"{guide}: {summary[name][guide]:.1%} recognised": grid for guide, grid in grids.items()}
+        comparison_figure(titles).savefig(folder / f"{name}.png", dpi=100)
     summary["expert_bytes"] = (folder / "experts" / "guidance_experts.safetensors").stat().st_size
     training = json.loads((folder / "training_summary.json").read_text())
     summary |= {name: training[name] for name in ("steps", "train_seconds")}
     (folder / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary, indent=2))
-    print(f"Look at the pictures in {folder}: without guidance, by the classifier as it is, and by the experts.")
+    print(f"Look at ddim25.png and ddpm50.png in {folder}: unguided, by the classifier as it is, and by the experts.")
 
 
 def specialisation_figures(pipeline: DiffusionPipeline, training: dict) -> dict[str, Figure]:

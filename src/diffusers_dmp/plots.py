@@ -29,6 +29,17 @@ def sample_grid(columns: "list[list[Image.Image]]", pixel_size: int = 1, gap: in
     return grid
 
 
+def comparison_figure(grids: dict[str, Image.Image]) -> Figure:
+    """Pictures of one size side by side, each under its name."""
+    width, height = next(iter(grids.values())).size
+    figure = Figure(figsize=(len(grids) * width / 100 + 0.2, height / 100 + 0.5), layout="constrained")
+    for axes, (name, grid) in zip(figure.subplots(1, len(grids), squeeze=False).flat, grids.items()):
+        axes.imshow(grid, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes.set_title(name)
+        axes.set_axis_off()
+    return figure
+
+
 def routing_figure(model: DTRTransformer2DModel) -> Figure:
     """
     The channels that each timestep of a DTR model activates (the paper's figure 3; https://arxiv.org/abs/2310.07138).

@@ -425,7 +425,7 @@ def test_gradients_that_are_not_finite(on_nonfinite):
 
 def test_overflow_in_half_precision():
     """Guidance that is finite in float32, but not in the samples' dtype."""
-    scheduler = guided(DDIMScheduler(clip_sample=False), scale=1e6, on_nonfinite="unguided")
+    scheduler = guided(DDIMScheduler(clip_sample=False), scale=1e9, on_nonfinite="unguided")
     plain = DDIMScheduler(clip_sample=False)
     x_t = torch.randn(2, 3, 8, 8).half()
     for each in (scheduler, plain):
@@ -434,7 +434,7 @@ def test_overflow_in_half_precision():
     assert torch.equal(
         scheduler.step(toy_noise(x_t), t, x_t).prev_sample, plain.step(toy_noise(x_t), t, x_t).prev_sample
     )
-    scheduler = guided(DDIMScheduler(clip_sample=False), scale=1e6)
+    scheduler = guided(DDIMScheduler(clip_sample=False), scale=1e9)
     scheduler.set_timesteps(2)
     scheduler.step(toy_noise(x_t), scheduler.timesteps[0], x_t)
     with pytest.raises(FloatingPointError, match="at timestep 500, from expert 0"):

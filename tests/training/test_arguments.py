@@ -59,6 +59,7 @@ def test_every_preset_parses(preset, monkeypatch):
     from train_dmp import DMPTrainingArguments
     from train_dtr import DTRTrainingArguments
     from train_patch_diffusion import PatchDiffusionTrainingArguments
+    from train_ppap import PPAPTrainingArguments
     from train_remix import RemixTrainingArguments
 
     arguments = {
@@ -67,6 +68,7 @@ def test_every_preset_parses(preset, monkeypatch):
         "remix": RemixTrainingArguments,
         "dmp": DMPTrainingArguments,
         "patch": PatchDiffusionTrainingArguments,
+        "ppap": PPAPTrainingArguments,
     }
     args = parse_arguments(arguments[preset.stem.split("_")[0]], ["--config", str(preset)])
     for name, value in yaml.safe_load(preset.read_text()).items():
