@@ -11,7 +11,7 @@ from PIL import Image
 from .costs import gigaflops
 from .models import DTRTransformer2DModel
 from .pipelines import SNRSplitPipeline
-from .pipelines.denoising import class_count
+from .pipelines.denoiser_inputs import class_count
 
 
 def sample_grid(columns: "list[list[Image.Image]]", pixel_size: int = 1, gap: int = 1) -> Image.Image:

@@ -88,7 +88,7 @@ def test_published_vectors(name, case):
 @pytest.mark.parametrize("name", ["dmp_tiny", "dmp_prepend"])
 @torch.no_grad()
 def test_published_guidance(name):
-    from diffusers_dmp.pipelines.denoising import classifier_free_guidance
+    from diffusers_dmp.pipelines.denoiser_inputs import classifier_free_guidance
 
     vectors = Vectors(name)
     model = convert_checkpoint("dmp", vectors.state_dict, vectors.config)

@@ -28,7 +28,7 @@ from diffusers_dmp import (
     convert_checkpoint,
     respaced_timesteps,
 )
-from diffusers_dmp.pipelines.denoising import classifier_free_guidance
+from diffusers_dmp.pipelines.denoiser_inputs import classifier_free_guidance
 
 SCHEDULERS = [
     getattr(diffusers, name)

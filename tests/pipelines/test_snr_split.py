@@ -36,7 +36,7 @@ from diffusers_dmp import (
     SNRSplitPipeline,
     respaced_timesteps,
 )
-from diffusers_dmp.pipelines.denoising import _DenoiserInputs, looks_at_inputs
+from diffusers_dmp.pipelines.denoiser_inputs import DenoiserInputs, looks_at_inputs
 from diffusers_dmp.predictions import PREDICTION_TYPES, convert_prediction
 from diffusers_dmp.training.objective import VARIANCE_TYPES
 
@@ -279,7 +279,7 @@ def test_both_meanings_of_a_learned_variance():
     x_t, timestep = torch.randn(1, 4, 8, 8), torch.tensor(500)
     with torch.no_grad():
         u = unet(x_t, timestep).sample[:, 4:]
-        inputs = _DenoiserInputs(unet, "sample", None, None, timestep[None], x_t.device, None)
+        inputs = DenoiserInputs(unet, "sample", None, None, timestep[None], x_t.device, None)
         v = inputs.predict(0, x_t, None, True)[:, 4:]
     expected = VARIANCE_TYPES["learned_range_sigmoid"](u)
     torch.testing.assert_close(VARIANCE_TYPES["learned_range"](v), expected)

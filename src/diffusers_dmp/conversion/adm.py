@@ -5,7 +5,7 @@ ones and LSUN's, unconditional or not, whose residual blocks sample down and up 
 import torch
 from diffusers import UNet2DModel
 
-from ..models.loading import check_weights
+from .renaming import load_renamed
 
 _RESNET = {
     "in_layers.0": "norm1",
@@ -75,25 +75,8 @@ def build_adm_unet(weights: dict[str, torch.Tensor], config: dict) -> UNet2DMode
 
 
 def load_adm_unet(model: UNet2DModel, weights: dict[str, torch.Tensor]) -> None:
-    """
-    Fill the model with the original's weights.
-
-    Raises:
-        ValueError: if one is missing, unknown, or of another shape; it is named.
-    """
-    originals = _module_names(model)
-    names = {}  # from ours to the original's
-    for name in model.state_dict():
-        module, _, part = name.rpartition(".")
-        names[name] = f"{originals[module]}.{part}"
-    for key in names.values():
-        if key not in weights:
-            raise ValueError(f"Expected `state_dict` to hold {key!r}, but it is missing.")
-    renamed = {name: _translated(name, weights[key], model) for name, key in names.items()}
-    known = set(names.values())
-    surplus = {key: weights[key] for key in weights if key not in known}
-    check_weights(model, renamed | surplus, "state_dict", lambda name: names.get(name, name))
-    model.load_state_dict(renamed)
+    """Fill the model with the original's weights; see [`load_renamed`]."""
+    load_renamed(model, weights, _module_names(model), _translated)
 
 
 def _layers_per_block(weights: dict[str, torch.Tensor]) -> int:

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from ..models.loading import check_weights
 from ..models.patched_unet_2d import PatchedUNet2DModel
+from .renaming import load_renamed
 
 _RES_BLOCK = {
     "in_layers.0": "norm1",
@@ -122,29 +122,8 @@ def build_patched_unet(weights: dict[str, torch.Tensor], config: dict[str, Any])
 
 
 def load_patched_unet(model: PatchedUNet2DModel, weights: dict[str, torch.Tensor]) -> None:
-    """
-    Fill the model with the original's weights.
-
-    Raises:
-        ValueError: if one is missing, unknown, or of another shape; it is named.
-    """
-    originals = module_names(model)
-    names = {}  # from ours to the original's
-    for name in model.state_dict():
-        module, _, part = name.rpartition(".")
-        names[name] = f"{originals[module]}.{part}"
-    for key in names.values():
-        if key not in weights:
-            raise ValueError(f"Expected `state_dict` to hold {key!r}, but it is missing.")
-    renamed = {name: _translated(name, weights[key], model) for name, key in names.items()}
-    known = set(names.values())
-    check_weights(
-        model,
-        renamed | {key: weights[key] for key in weights if key not in known},
-        "state_dict",
-        lambda name: names.get(name, name),
-    )
-    model.load_state_dict(renamed)
+    """Fill the model with the original's weights; see [`load_renamed`]."""
+    load_renamed(model, weights, module_names(model), _translated)
 
 
 def _translated(name: str, tensor: torch.Tensor, model: PatchedUNet2DModel) -> torch.Tensor:

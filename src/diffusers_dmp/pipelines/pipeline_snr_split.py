@@ -18,7 +18,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from ..intervals import NoiseIntervals
 from ..patches import PromptPatch
 from ..predictions import expected_prediction_type
-from .denoising import DenoisingPipeline, class_count
+from .denoiser_inputs import class_count
+from .denoising import DenoisingPipeline
 
 MAX_DENOISERS = 32  # Diffusers reads from the constructor's signature which components there may be
 DENOISER_NAMES = tuple(f"denoiser_{index}" for index in range(MAX_DENOISERS))
