@@ -94,7 +94,7 @@ def test_drawing_goes_on_where_it_was(pipeline, tmp_path):
     again = draw(pipeline, tmp_path / "run")["image"]
     assert first.stat().st_mtime_ns == before and first.read_bytes() == kept and second.read_bytes() == lost
     assert [image.tobytes() for image in again] == [image.tobytes() for image in images]
-    with pytest.raises(ValueError, match="`num_inference_steps` to be 2, as of the images in .*, but got 3"):
+    with pytest.raises(ValueError, match="`num_inference_steps` to be 2, as in the images that .* holds, but got 3"):
         draw(pipeline, tmp_path / "run", num_inference_steps=3)
 
 

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from .arguments import option
-from .shards import write_shards
+from .shards import remember_settings, write_shards
 
 IMAGE, TEACHER_IMAGE = "image", "teacher_image"  # the columns
 SETTINGS_NAME = "generation.json"
@@ -108,17 +108,7 @@ def _draw(
 
 
 def _check_settings(args: GenerationArguments) -> None:
-    """Remember what decides the images, or compare with what was remembered."""
+    """Of what decides the images, and so not how many are drawn at a time."""
     free = ("output_dir", "batch_size")
     settings = {name: value for name, value in vars(args).items() if name not in free}
-    path = Path(args.output_dir, SETTINGS_NAME)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        path.write_text(json.dumps(settings, indent=2) + "\n")
-        return
-    earlier = json.loads(path.read_text())
-    for name, value in settings.items():
-        if earlier.get(name) != value:
-            raise ValueError(
-                f"Expected `{name}` to be {earlier.get(name)!r}, as of the images in {args.output_dir!r}, but got {value!r}."
-            )
+    remember_settings(Path(args.output_dir, SETTINGS_NAME), settings, "images")

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ..vae import vae_downsampling
 from .arguments import DataArguments, option
 from .data import LATENTS, class_names, load_images, to_tensors
-from .shards import write_shards
+from .shards import remember_settings, write_shards
 
 DTYPES = ("float32", "float16")
 ENCODING_NAME = "encoding.json"  # beside the shards: what they hold
@@ -125,20 +125,7 @@ def _check_encoding(args: EncodingArguments, num_images: int, vae: AutoencoderKL
         if os.path.exists(encoding[name]):
             encoding[name] = os.path.abspath(encoding[name])
     encoding |= {"num_images": num_images, **vae_fingerprint(vae)}
-    path = Path(args.output_dir, ENCODING_NAME)
-    if not path.exists():
-        os.makedirs(args.output_dir, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(encoding, indent=2) + "\n")
-        unfinished.rename(path)
-        return
-    recorded = json.loads(path.read_text())
-    for name, value in encoding.items():
-        if recorded.get(name) != value:
-            raise ValueError(
-                f"Expected `{name}` to be {recorded.get(name)!r}, as in the encoding that {args.output_dir!r} holds, "
-                f"but got {value!r}."
-            )
+    remember_settings(Path(args.output_dir, ENCODING_NAME), encoding, "encoding")
 
 
 def check_latents(

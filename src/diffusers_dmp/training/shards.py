@@ -1,12 +1,41 @@
 """Data sets that are made in parquet shards: by any number of processes, each its own, and on where it was interrupted."""
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 from accelerate import Accelerator
 from tqdm.auto import tqdm
+
+
+def remember_settings(path: Path, settings: dict[str, Any], of: str) -> None:
+    """
+    Record what decides the shards beside `path`, or compare it with what is recorded there.
+
+    Args:
+        path (`Path`): The record, in their folder, which is made if need be.
+        settings (`dict[str, Any]`): What JSON can hold.
+        of (`str`): What the shards are, for the error.
+
+    Raises:
+        ValueError: if one differs from what is recorded.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(settings, indent=2) + "\n")
+        unfinished.rename(path)
+        return
+    recorded = json.loads(path.read_text())
+    for name, value in settings.items():
+        if recorded.get(name) != value:
+            raise ValueError(
+                f"Expected `{name}` to be {recorded.get(name)!r}, as in the {of} that {str(path.parent)!r} holds, "
+                f"but got {value!r}."
+            )
 
 
 def write_shards(
