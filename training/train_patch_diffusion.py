@@ -11,7 +11,7 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 
 from diffusers_dmp import NoiseIntervals, PatchedUNet2DModel, SNRSplitPipeline
-from diffusers_dmp.training.arguments import TrainingArguments, option, parse_arguments
+from diffusers_dmp.training.arguments import TrainingArguments, check_expert, option, parse_arguments
 from diffusers_dmp.training.checkpoints import expect_no_checkpoints
 from diffusers_dmp.training.dit import TrainingData, load_training_data
 from diffusers_dmp.training.recipe import TrainingRecipe
@@ -48,14 +48,7 @@ class PatchDiffusionTrainingArguments(TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         self.expert = str(self.expert)  # a preset's bare 0 is a number
-        valid = ["all", *map(str, range(len(self.snr_boundaries) + 1))]
-        if self.expert not in valid:
-            raise ValueError(f"Expected `expert` to be one of {', '.join(valid)}, but got {self.expert!r}.")
-        if self.expert == "all" and self.snr_boundaries and self.resume_from_checkpoint not in (None, "latest"):
-            raise ValueError(
-                f"Expected `resume_from_checkpoint` to be 'latest', each expert's own, to go on with all experts, "
-                f"but got {self.resume_from_checkpoint!r}."
-            )
+        check_expert(self.expert, len(self.snr_boundaries) + 1, self.resume_from_checkpoint)
 
 
 def train_patch_diffusion(args: PatchDiffusionTrainingArguments) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_dmp import GuidanceExperts
 from diffusers_dmp.guidance.experts import METHODS
-from diffusers_dmp.training.arguments import TrainingArguments, option, parse_arguments
+from diffusers_dmp.training.arguments import TrainingArguments, check_expert, option, parse_arguments
 from diffusers_dmp.training.checkpoints import expect_no_checkpoints
 from diffusers_dmp.training.distillation import DistillationObjective, ExpertStudent, LabelObjective
 from diffusers_dmp.training.dit import load_training_data
@@ -55,16 +55,9 @@ class PPAPTrainingArguments(TrainingArguments):
         if self.method == "finetune":
             self.num_experts = 1
         self.check_at_least_one("num_experts", "rank")
-        valid = ["all", *map(str, range(self.num_experts))]
-        if self.expert not in valid:
-            raise ValueError(f"Expected `expert` to be one of {', '.join(valid)}, but got {self.expert!r}.")
+        check_expert(self.expert, self.num_experts, self.resume_from_checkpoint)
         if self.sample_steps:
             raise ValueError(f"Expected `sample_steps` to be 0, as nothing is sampled, but got {self.sample_steps}.")
-        if self.expert == "all" and self.num_experts > 1 and self.resume_from_checkpoint not in (None, "latest"):
-            raise ValueError(
-                f"Expected `resume_from_checkpoint` to be 'latest', each expert's own, to go on with all experts, "
-                f"but got {self.resume_from_checkpoint!r}."
-            )
         if self.vae is not None:
             raise ValueError(f"Expected no `vae`, as the experts look at images, but got {self.vae!r}.")
         if (self.teacher_image_column is None) != (self.teacher_image_size is None):

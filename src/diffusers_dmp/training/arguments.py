@@ -140,6 +140,23 @@ class DiTTrainingArguments(TrainingArguments):
     class_dropout_prob: float = option(0.1, "How often a label is dropped, for classifier-free guidance.")
 
 
+def check_expert(expert: str, num_experts: int, resume_from_checkpoint: str | None) -> None:
+    """
+    Of a training of one of several experts, or of all in turn.
+
+    Raises:
+        ValueError: if `expert` is neither 'all' nor an index, or all are to go on from one checkpoint.
+    """
+    valid = ["all", *map(str, range(num_experts))]
+    if expert not in valid:
+        raise ValueError(f"Expected `expert` to be one of {', '.join(valid)}, but got {expert!r}.")
+    if expert == "all" and num_experts > 1 and resume_from_checkpoint not in (None, "latest"):
+        raise ValueError(
+            "Expected `resume_from_checkpoint` to be 'latest', each expert's own, to go on with all experts, "
+            f"but got {resume_from_checkpoint!r}."
+        )
+
+
 def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None = None) -> Arguments:
     """
     Read `--config preset.yaml`, then let the command line override it.
