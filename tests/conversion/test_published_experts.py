@@ -93,10 +93,84 @@ def test_published_experts(published, tmp_path):
     torch.testing.assert_close(loaded.run_expert(1, images).logits, expected, atol=2e-5, rtol=1e-4)
 
 
+def published_deit(seed: int) -> dict[str, torch.Tensor]:
+    """A checkpoint as the published code writes it, of two blocks of two heads; the frozen weights are those of seed 0."""
+    frozen, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
+    width, layers = (
+        128,
+        {"attn.qkv": (384, 128), "attn.proj": (128, 128), "mlp.fc1": (256, 128), "mlp.fc2": (128, 256)},
+    )
+    weights = {
+        "cls_token": torch.randn(1, 1, width, generator=frozen),
+        "pos_embed": torch.randn(1, 1 + 4, width, generator=frozen),
+        "patch_embed.proj.weight": torch.randn(width, 3, 8, 8, generator=frozen) / 14,
+        "head.weight": torch.randn(10, width, generator=frozen) / 11,
+        "norm.weight": 1 + 0.1 * torch.randn(width, generator=frozen),
+    }
+    sizes = {"patch_embed.proj": width, "head": 10, "norm": width}
+    for block in range(2):
+        for norm in ("norm1", "norm2"):
+            weights[f"blocks.{block}.{norm}.weight"] = 1 + 0.1 * torch.randn(width, generator=frozen)
+            sizes[f"blocks.{block}.{norm}"] = width
+        for layer, (rows, columns) in layers.items():
+            name = f"blocks.{block}.{layer}"
+            inner = f"{name}.linear" if "attn" in layer else name
+            weights[f"{inner}.weight"] = torch.randn(rows, columns, generator=frozen) / 11
+            sizes[inner] = rows
+            if "attn" in layer:
+                weights[f"{name}.lora_A"] = torch.randn(RANK, columns, generator=own) / 11
+                weights[f"{name}.lora_B"] = torch.randn(rows, RANK, generator=own)
+    weights |= {f"{name}.bias": 0.1 * torch.randn(size, generator=own) for name, size in sizes.items()}
+    return {f"deit.classifier.{name}": tensor for name, tensor in weights.items()}
+
+
+def run_published_deit(checkpoint: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+    """What the published code computes with it: timm's DeiT-S, LoRA unscaled, images unnormalised."""
+    weights = {name.removeprefix("deit.classifier."): tensor for name, tensor in checkpoint.items()}
+
+    def linear(x, name):
+        inner = f"{name}.linear" if f"{name}.linear.weight" in weights else name
+        y = F.linear(x, weights[f"{inner}.weight"], weights[f"{inner}.bias"])
+        return y + x @ weights[f"{name}.lora_A"].T @ weights[f"{name}.lora_B"].T if inner != name else y
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-6)
+
+    x = F.conv2d(images, weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"], stride=8)
+    x = torch.cat([weights["cls_token"].expand(len(x), -1, -1), x.flatten(2).mT], 1) + weights["pos_embed"]
+    for block in ("blocks.0", "blocks.1"):
+        qkv = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv")
+        q, k, v = qkv.unflatten(-1, (3, -1, 64)).permute(2, 0, 3, 1, 4)  # each (B, heads, tokens, 64)
+        x = x + linear(((q @ k.mT / 8).softmax(-1) @ v).transpose(1, 2).flatten(2), f"{block}.attn.proj")
+        x = x + linear(F.gelu(linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1")), f"{block}.mlp.fc2")
+    return linear(norm(x, "norm")[:, 0], "head")
+
+
+@torch.no_grad()
+def test_published_deit(tmp_path):
+    checkpoints = [published_deit(seed=1), published_deit(seed=2)]
+    experts = convert_checkpoint("ppap", checkpoints, {"base_model_folder": tmp_path / "base"})
+    images = torch.randn(2, 3, 16, 16)
+    for expert, checkpoint in enumerate(checkpoints):
+        expected = run_published_deit(checkpoint, images)
+        for merged in (False, True):
+            logits = experts.run_expert(expert, images, merged=merged).logits
+            torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
+    larger = torch.randn(2, 3, 32, 32)
+    resized = F.interpolate(larger, (16, 16), mode="bilinear", antialias=True)
+    expected_of_resized = run_published_deit(checkpoints[1], resized)
+    torch.testing.assert_close(experts.run_expert(1, larger).logits, expected_of_resized, atol=2e-5, rtol=1e-4)
+    experts.save_pretrained(tmp_path / "experts")
+    loaded = GuidanceExperts.from_pretrained(tmp_path / "experts")
+    torch.testing.assert_close(loaded.run_expert(1, images).logits, expected, atol=2e-5, rtol=1e-4)
+
+
 def test_checkpoints_that_do_not_fit(published):
     checkpoints, _ = published
-    with pytest.raises(ValueError, match="a ResNet's weights, but got 'blocks.0.attn'"):
-        convert_checkpoint("ppap", [{"blocks.0.attn.weight": torch.zeros(1)}])
+    with pytest.raises(ValueError, match="a ResNet's or a DeiT's weights, but got 'midas.scratch'"):
+        convert_checkpoint("ppap", [{"midas.scratch.weight": torch.zeros(1)}])
+    with pytest.raises(ValueError, match="a DeiT's weights, but got 'blocks.0.ls1.gamma'"):
+        convert_checkpoint("ppap", [published_deit(1) | {"deit.classifier.blocks.0.ls1.gamma": torch.zeros(1)}])
     with pytest.raises(ValueError, match="'classifier.1.bias' is missing"):
         convert_checkpoint("ppap", [{key: each for key, each in checkpoints[0].items() if "fc.bias" not in key}])
     other = checkpoints[1] | {"resnet.fc.weight": torch.zeros_like(checkpoints[1]["resnet.fc.weight"])}

@@ -57,6 +57,7 @@ class LoraExperts(nn.Module):
         rank (`int`), lora_alpha (`float`): γ and α of LoRA; W + α/γ·B·A.
         target_modules (`str` or `list[str]`): See [`LORA_TARGETS`].
         rank_pattern (`dict[str, int]`), alpha_pattern (`dict[str, float]`, *optional*): Where a module's differ, as in PEFT.
+        adapt_head_bias (`bool`): Let the head's bias be each expert's own, too.
 
     Raises:
         ValueError: if a target is a convolution in groups.
@@ -71,9 +72,10 @@ class LoraExperts(nn.Module):
         target_modules: "str | list[str]",
         rank_pattern: dict[str, int] | None = None,
         alpha_pattern: dict[str, float] | None = None,
+        adapt_head_bias: bool = False,
     ):
         super().__init__()
-        slots = list(_own_tensors(network))  # before LoRA's own modules take their modules' names
+        slots = list(_own_tensors(network, adapt_head_bias))  # before LoRA's own modules take their modules' names
         config = LoraConfig(
             r=rank,
             lora_alpha=lora_alpha,
@@ -177,10 +179,10 @@ def _add_lora(layer: LoraLayer, adapter: str, sign: int) -> None:
     weight.add_((lora_b @ lora_a).view(weight.shape), alpha=sign * layer.scaling[adapter])
 
 
-def _own_tensors(network: nn.Module):
-    """Name, module, kind (`_parameters` or `_buffers`) and key of what is copied for each expert: all but the head's."""
+def _own_tensors(network: nn.Module, adapt_head_bias: bool):
+    """Name, module, kind (`_parameters` or `_buffers`) and key of what is copied for each expert: none of the head's but its bias."""
     for module_name, module in network.named_modules():
-        if _HEAD.search(module_name):
+        if _HEAD.search(module_name) and not adapt_head_bias:
             continue
         is_norm = isinstance(module, _NORMS) or type(module).__name__.endswith("Norm")
         for kind in ("_parameters", "_buffers"):

@@ -48,6 +48,8 @@ class GuidanceExperts(nn.Module, ConfigMixin, PushToHubMixin):
         rank (`int`), lora_alpha (`float`): γ and α; LoRA counts α/γ.
         target_modules (`str` or `list[str]`, *optional*): Which layers get LoRA, as PEFT reads it; the paper's by default.
         rank_pattern, alpha_pattern (`dict`, *optional*): Exceptions by layer, as PEFT reads them.
+        adapt_head_bias (`bool`): Let a classifier's last bias be each expert's own as well, as the published code does for DeiT;
+            the paper leaves the head as it is.
         base_model_name_or_path (`str`, *optional*): Where the network was loaded from.
 
     Raises:
@@ -71,6 +73,7 @@ class GuidanceExperts(nn.Module, ConfigMixin, PushToHubMixin):
         target_modules: "str | list[str] | None" = None,
         rank_pattern: dict[str, int] | None = None,
         alpha_pattern: dict[str, float] | None = None,
+        adapt_head_bias: bool = False,
         base_model_name_or_path: str | None = None,
     ):
         super().__init__()
@@ -94,6 +97,7 @@ class GuidanceExperts(nn.Module, ConfigMixin, PushToHubMixin):
             target_modules=target_modules,
             rank_pattern=rank_pattern,
             alpha_pattern=alpha_pattern,
+            adapt_head_bias=adapt_head_bias,
             base_model_name_or_path=base_model_name_or_path or network.name_or_path,
             base_model_class=type(network).__name__,
             base_model_sha256=_sha256(network),
@@ -101,7 +105,14 @@ class GuidanceExperts(nn.Module, ConfigMixin, PushToHubMixin):
         self.preprocess = ImagePreprocessor(image_mean, image_std, image_size)
         if method == "ppap":
             self.experts = LoraExperts(
-                network, num_experts, rank, lora_alpha, target_modules, rank_pattern, alpha_pattern
+                network,
+                num_experts,
+                rank,
+                lora_alpha,
+                target_modules,
+                rank_pattern,
+                alpha_pattern,
+                adapt_head_bias,
             )
         else:
             self.experts = FullExperts(network, num_experts)
@@ -268,7 +279,8 @@ class GuidanceExperts(nn.Module, ConfigMixin, PushToHubMixin):
         return network(self.preprocess(images))
 
     def requires_grad_of_expert(self, expert: int) -> dict[str, nn.Parameter]:
-        """Let one expert be trained; its parameters by name. PPAP never trains a classifier's head."""
+        """Let one expert be trained; its parameters by name. Of a classifier's head, PPAP trains
+        its bias at most."""
         self.requires_grad_(False)
         parameters = {
             name: tensor for name, tensor in self.expert_tensors(expert).items() if isinstance(tensor, nn.Parameter)
