@@ -4,9 +4,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "src/diffusers_dmp/__init__.py").read_text()).group(1)
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "src/diffusers_dmp/version.py").read_text()).group(1)
 
-DEMO = ["matplotlib>=3.8", "scikit-learn>=1.4"]
+DEMO = ["scikit-learn>=1.4"]
 
 setup(
     name="diffusers-dmp",
@@ -15,15 +15,20 @@ setup(
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    package_dir={"": "src"},
-    packages=find_packages("src"),
+    package_dir={"": "src", "diffusers_dmp.cards": "pipelines"},
+    packages=[*find_packages("src"), "diffusers_dmp.cards"],
+    package_data={"diffusers_dmp.cards": ["*.md", "*/*.md"]},
+    entry_points={"console_scripts": ["diffusers-dmp = diffusers_dmp.cli:main"]},
     python_requires=">=3.11",
     install_requires=[
         "accelerate>=1.10,<2",
         "datasets>=4.0,<6",
         "diffusers>=0.42,<0.43",  # registration.py relies on its loading tables
         "huggingface-hub>=1.0,<3",
+        "jinja2>=3.1",
+        "matplotlib>=3.8",
         "numpy>=1.26",
+        "packaging>=23",
         "peft>=0.18,<0.22",
         "pillow>=10.0",
         "pyyaml>=6.0",
@@ -31,6 +36,7 @@ setup(
         "tensorboard>=2.16",
         "torch>=2.6",
         "transformers>=5.0,<6",
+        "typer>=0.15",
     ],
     extras_require={
         "demo": DEMO,

@@ -10,6 +10,8 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="diffusers-dmp-tests-"
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from hub_server import HubServer
+from huggingface_hub import constants
 from hypothesis import settings
 from safetensors import safe_open
 
@@ -103,3 +105,14 @@ def fresh_accelerator():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The Hub, on the loopback interface."""
+    # the network is off above; without hf_xet and telemetry the client talks to this server alone
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+    with HubServer(tokens={"hf_writer": "user", "hf_reader": "reader"}) as hub:
+        yield hub

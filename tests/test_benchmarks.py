@@ -5,7 +5,10 @@ import torch
 from conftest import REPOSITORY
 
 
-@pytest.mark.parametrize("system", ["dtr", "remix", "dmp", "patch", "ppap"])
+SLOW = [pytest.param(system, marks=pytest.mark.slow) for system in ("remix", "patch", "ppap")]
+
+
+@pytest.mark.parametrize("system", ["dtr", "dmp", *SLOW])
 def test_a_benchmark_runs(system, monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY))
     from benchmarks import timing

@@ -33,10 +33,12 @@ def test_routing_figure():
 
 def test_mixing_figure(tmp_path):
     before, after = [[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]], [[0.7, 0.3], [0.4, 0.6], [0.25, 0.75]]
-    figure = mixing_figure(before, after, (0, 333, 666, 1000))
+    figure = mixing_figure({"before": before, "after": after}, (0, 333, 666, 1000), timestep=333)
     for axes, coefficients in zip(figure.axes, (before, after)):
         assert np.allclose(axes.images[0].get_array(), coefficients)
         assert [text.get_text() for text in axes.texts] == [f"{share:.2f}" for row in coefficients for share in row]
+        (mark,) = axes.patches
+        assert mark.get_y() == 0.5  # expert 1
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["0: 0–332", "1: 333–665", "2: 666–999"]
     figure.savefig(tmp_path / "mixing.png")
 

@@ -19,4 +19,4 @@ def test_every_public_class_is_found_by_both_ways():
 def test_refuses_another_diffusers(monkeypatch, version):
     monkeypatch.setattr(diffusers, "__version__", version)
     with pytest.raises(ImportError, match=f"0.42.*0.43.*{version}"):
-        register()
+        register(diffusers_dmp, [])

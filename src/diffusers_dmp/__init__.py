@@ -1,56 +1,45 @@
 """Diffusion models whose parts are specialised by noise level, for Diffusers.
 
-Importing this package registers its classes, so that `DiffusionPipeline.from_pretrained` finds them.
+Importing this package registers its classes, so that `DiffusionPipeline.from_pretrained` finds them. They themselves are
+imported when they are first used.
 """
 
-from .conversion import convert_checkpoint, load_original_state_dict, to_diffusers_experts
-from .guidance import (
-    ClassTarget,
-    DepthTarget,
-    GuidanceExperts,
-    GuidanceTarget,
-    GuidedScheduler,
-    SegmentationTarget,
-    WeightedTargets,
-)
-from .intervals import NoiseIntervals
-from .models import DiTModel, DTRTransformer2DModel, PatchedUNet2DModel, RemixDiTModel
-from .patches import Conditioning, PromptPatch, TransformerLayout, register_layout
-from .pipelines import ClassConditionalPipeline, SNRSplitPipeline, respaced_timesteps
+import sys
+from typing import TYPE_CHECKING
+
+from diffusers.utils import _LazyModule
+
 from .registration import register
+from .version import __version__
 
-__version__ = "0.1.0"
-__all__ = [
-    "ClassConditionalPipeline",
-    "ClassTarget",
-    "Conditioning",
-    "DTRTransformer2DModel",
-    "DepthTarget",
-    "DiTModel",
-    "GuidanceExperts",
-    "GuidanceTarget",
-    "GuidedScheduler",
-    "NoiseIntervals",
-    "PatchedUNet2DModel",
-    "PromptPatch",
-    "RemixDiTModel",
-    "SNRSplitPipeline",
-    "SegmentationTarget",
-    "TransformerLayout",
-    "WeightedTargets",
-    "convert_checkpoint",
-    "load_original_state_dict",
-    "register_layout",
-    "respaced_timesteps",
-    "to_diffusers_experts",
-]
+_MODELS = ["DTRTransformer2DModel", "DiTModel", "PatchedUNet2DModel", "RemixDiTModel"]
+_PIPELINES = ["ClassConditionalPipeline", "SNRSplitPipeline"]
+_IMPORT_STRUCTURE = {
+    "conversion": ["convert_checkpoint", "load_original_state_dict", "to_diffusers_experts"],
+    "guidance": [
+        "ClassTarget",
+        "DepthTarget",
+        "GuidanceExperts",
+        "GuidanceTarget",
+        "GuidedScheduler",
+        "SegmentationTarget",
+        "WeightedTargets",
+    ],
+    "intervals": ["NoiseIntervals"],
+    "models": _MODELS,
+    "patches": ["Conditioning", "PromptPatch", "TransformerLayout", "register_layout"],
+    "pipelines": [*_PIPELINES, "respaced_timesteps"],
+}
 
-register(
-    DiTModel,
-    DTRTransformer2DModel,
-    RemixDiTModel,
-    PatchedUNet2DModel,
-    PromptPatch,
-    ClassConditionalPipeline,
-    SNRSplitPipeline,
-)
+if TYPE_CHECKING:
+    from .conversion import *
+    from .guidance import *
+    from .intervals import NoiseIntervals
+    from .models import *
+    from .patches import *
+    from .pipelines import *
+else:
+    sys.modules[__name__] = _LazyModule(
+        __name__, __file__, _IMPORT_STRUCTURE, module_spec=__spec__, extra_objects={"__version__": __version__}
+    )
+    register(sys.modules[__name__], [*_MODELS, "PromptPatch", *_PIPELINES])

@@ -5,12 +5,15 @@ from collections.abc import Sequence
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 from .costs import gigaflops
-from .models import DTRTransformer2DModel
-from .pipelines import SNRSplitPipeline
+from .intervals import NoiseIntervals
+from .models import DTRTransformer2DModel, RemixDiTModel
+from .pipelines import ClassConditionalPipeline, SNRSplitPipeline
 from .pipelines.denoiser_inputs import class_count
 
 
@@ -40,9 +43,53 @@ def comparison_figure(grids: dict[str, Image.Image]) -> Figure:
     return figure
 
 
-def routing_figure(model: DTRTransformer2DModel) -> Figure:
+def specialisation_figures(
+    pipeline: "ClassConditionalPipeline | SNRSplitPipeline",
+    timestep: int | None = None,
+    num_inference_steps: int = 50,
+    training_summary: dict | None = None,
+) -> dict[str, Figure]:
+    """
+    How the parts of a pipeline share the noise levels, whichever of this package's systems it is of.
+
+    Args:
+        pipeline: Loaded or trained.
+        timestep (`int`, *optional*): One to mark.
+        num_inference_steps (`int`): Of the sampling whose steps are counted.
+        training_summary (`dict`, *optional*): What `training_summary.json` holds, to compare with the beginning of the training.
+
+    Returns:
+        `dict[str, Figure]`: By names for files, the main one first; none for a model of one part.
+    """
+    model = pipeline.denoisers[0]
+    if isinstance(pipeline, SNRSplitPipeline):
+        return {"snr_split": snr_split_figure(pipeline, num_inference_steps, timestep)}
+    if pipeline.prompt_patch is not None and pipeline.prompt_patch.config.gate != "none":
+        timesteps = torch.arange(0, pipeline.scheduler.config.num_train_timesteps, 25)
+        gates = pipeline.prompt_patch.gate_weights(timesteps)
+        return {"gates": gate_figure(gates, timesteps, timestep), "prompt_usage": prompt_usage_figure(gates)}
+    if isinstance(model, DTRTransformer2DModel):
+        return {"routing": routing_figure(model, timestep)}
+    if isinstance(model, RemixDiTModel):
+        edges = model.intervals.edges
+        coefficients = {"after training": model.mixing_coefficients.tolist()}
+        if training_summary is None:
+            return {"mixing": mixing_figure(coefficients, edges, timestep)}
+        coefficients = {"before training": training_summary["before"]["mixing_coefficients"]} | coefficients
+        return {
+            "mixing": mixing_figure(coefficients, edges, timestep),
+            "training_share": training_share_figure(training_summary["samples_per_expert"], edges),
+        }
+    return {}
+
+
+def routing_figure(model: DTRTransformer2DModel, timestep: int | None = None) -> Figure:
     """
     The channels that each timestep of a DTR model activates (the paper's figure 3; https://arxiv.org/abs/2310.07138).
+
+    Args:
+        model ([`DTRTransformer2DModel`]): Whose blocks are routed alike.
+        timestep (`int`, *optional*): One to mark.
     """
     masks = model.task_routing.masks().cpu().numpy()  # (T, D)
     num_train_timesteps, dim = masks.shape
@@ -63,28 +110,35 @@ def routing_figure(model: DTRTransformer2DModel) -> Figure:
     axes.set_xlabel("timestep (0 almost clean, right almost pure noise)")
     axes.set_ylabel("channel")
     axes.set_title(f"Channels that a timestep uses (dark): {share:.0%} of {dim}, the same in every block")
+    _mark(axes, timestep)
     return figure
 
 
 def mixing_figure(
-    before: "Sequence[Sequence[float]]", after: "Sequence[Sequence[float]]", edges: "Sequence[float]"
+    coefficients: "dict[str, Sequence[Sequence[float]]]", edges: "Sequence[float]", timestep: int | None = None
 ) -> Figure:
     """
-    The mixing coefficients of a Remix-DiT before and after training (https://arxiv.org/abs/2412.05628).
+    The mixing coefficients of a Remix-DiT (https://arxiv.org/abs/2412.05628), in one panel or more.
 
     Args:
-        before, after (each of shape (E, K)): `model.mixing_coefficients.tolist()`, or as in `training_summary.json`.
+        coefficients (each of shape (E, K), by title): `model.mixing_coefficients.tolist()`, or as in `training_summary.json`.
         edges (of length E + 1): `model.intervals.edges`.
+        timestep (`int`, *optional*): One whose expert to mark.
     """
-    num_experts, num_bases = len(after), len(after[0])
-    figure = Figure(figsize=(3 + 1.1 * num_bases, 1.5 + 0.4 * num_experts), layout="constrained")
-    for axes, coefficients, title in zip(figure.subplots(1, 2, sharey=True), (before, after), ("before", "after")):
-        image = axes.imshow(coefficients, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        for expert, row in enumerate(coefficients):
+    first = next(iter(coefficients.values()))
+    num_experts, num_bases = len(first), len(first[0])
+    figure = Figure(figsize=(3 + 0.6 * len(coefficients) * num_bases, 1.5 + 0.4 * num_experts), layout="constrained")
+    panels = figure.subplots(1, len(coefficients), sharey=True, squeeze=False).flat
+    for axes, (title, rows) in zip(panels, coefficients.items()):
+        image = axes.imshow(rows, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        for expert, row in enumerate(rows):
             for basis, share in enumerate(row):
                 axes.text(basis, expert, f"{share:.2f}", ha="center", va="center", color="w" if share > 0.6 else "k")
         axes.set_xticks(range(num_bases), [f"basis {basis}" for basis in range(num_bases)])
-        axes.set_title(f"{title} training")
+        axes.set_title(title)
+        if timestep is not None:
+            owner = int(NoiseIntervals(tuple(edges)).index(torch.tensor(timestep)))
+            axes.add_patch(Rectangle((-0.5, owner - 0.5), num_bases, 1, fill=False, edgecolor="tab:red", linewidth=2))
     figure.axes[0].set_yticks(range(num_experts), _stretches(edges))
     figure.axes[0].set_ylabel("expert, by its timesteps (0 almost clean)")
     figure.colorbar(image, ax=figure.axes, label="share in the expert's weights")
@@ -113,7 +167,7 @@ def training_share_figure(samples_per_expert: "Sequence[int]", edges: "Sequence[
     return figure
 
 
-def gate_figure(gates: torch.Tensor, timesteps: torch.Tensor) -> Figure:
+def gate_figure(gates: torch.Tensor, timesteps: torch.Tensor, timestep: int | None = None) -> Figure:
     """
     What each block of a patched transformer gets of each of its prompts, over the timesteps
     (https://arxiv.org/abs/2405.17825).
@@ -121,6 +175,7 @@ def gate_figure(gates: torch.Tensor, timesteps: torch.Tensor) -> Figure:
     Args:
         gates (`torch.Tensor` of shape (S, L, M)): `patch.gate_weights(timesteps)`.
         timesteps (`torch.Tensor` of shape (S,)): Ascending.
+        timestep (`int`, *optional*): One to mark.
     """
     num_blocks, num_prompts = gates.shape[1:]
     relative = (gates * num_prompts).permute(1, 2, 0).cpu().numpy()  # (L, M, S), 1 for an equal share
@@ -144,6 +199,7 @@ def gate_figure(gates: torch.Tensor, timesteps: torch.Tensor) -> Figure:
             vmax=1 + largest,
         )
         axes.set_title(f"block {block}")
+        _mark(axes, timestep)
     figure.supxlabel("timestep (0 almost clean, right almost pure noise)")
     figure.supylabel("prompt")
     figure.colorbar(image, ax=figure.axes, label="weight (1: an equal share)")
@@ -176,7 +232,7 @@ def prompt_usage_figure(gates: torch.Tensor) -> Figure:
     return figure
 
 
-def snr_split_figure(pipeline: SNRSplitPipeline, num_inference_steps: int = 50) -> Figure:
+def snr_split_figure(pipeline: SNRSplitPipeline, num_inference_steps: int = 50, timestep: int | None = None) -> Figure:
     """
     Which denoiser owns which timesteps, over the signal-to-noise ratio, and what each of its steps costs an image, without
     guidance (https://arxiv.org/abs/2207.04316).
@@ -184,6 +240,7 @@ def snr_split_figure(pipeline: SNRSplitPipeline, num_inference_steps: int = 50) 
     Args:
         pipeline ([`SNRSplitPipeline`]): With a scheduler that has `alphas_cumprod`.
         num_inference_steps (`int`): Of the sampling that is counted.
+        timestep (`int`, *optional*): One to mark.
     """
     alphas_cumprod = pipeline.scheduler.alphas_cumprod
     snr = alphas_cumprod / (1 - alphas_cumprod)
@@ -200,6 +257,7 @@ def snr_split_figure(pipeline: SNRSplitPipeline, num_inference_steps: int = 50) 
         curve.axvspan(low, high, color=f"C{index}", alpha=0.3, label=f"{name}: {steps[index]} of {sum(steps)} steps")
     for boundary in pipeline.config.snr_boundaries:
         curve.axhline(boundary, color="gray", linestyle="--")
+    _mark(curve, timestep)
     curve.set_yscale("log")
     curve.set_xlabel("timestep (0 almost clean, right almost pure noise)")
     curve.set_ylabel("signal-to-noise ratio")
@@ -210,6 +268,11 @@ def snr_split_figure(pipeline: SNRSplitPipeline, num_inference_steps: int = 50) 
     cost.margins(y=0.35)
     figure.legend(loc="outside upper center", ncols=2)
     return figure
+
+
+def _mark(axes: Axes, timestep: int | None) -> None:
+    if timestep is not None:
+        axes.axvline(timestep, color="tab:red", linewidth=2)
 
 
 def _step_gigaflops(denoiser: ModelMixin) -> float:

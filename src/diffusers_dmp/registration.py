@@ -1,22 +1,30 @@
-"""How Diffusers finds this package's classes: the only place that touches its loading tables.
+"""How Diffusers finds this package's classes: the only place that touches its loading.
 
-A pipeline folder names its components as `["diffusers_dmp", "DiTModel"]`. Diffusers looks such a library up as an
-attribute of `diffusers.pipelines` first, which needs neither trust in remote code nor code in the repository; and a
-class that is named without a library (the pipeline's own, or a model loaded by `AutoModel`) as an attribute of `diffusers`.
+A pipeline's folder names its components as `["diffusers_dmp", "DiTModel"]`, and itself as `["pipeline", "SNRSplitPipeline"]`.
+Without this package Diffusers takes both from the code files beside them, if it is trusted to; with it they are found here:
+a library is an attribute of `diffusers.pipelines`, which Diffusers asks first; a class that is named without a library is an
+attribute of `diffusers`; and a class that would come out of a repository's code is this package's, if that has one by its name.
 """
 
 import sys
+from types import ModuleType
 
 import diffusers
+from diffusers.utils import dynamic_modules_utils
 from packaging.version import Version
 
-PACKAGE = __package__
+from .naming import PACKAGE
+
 SUPPORTED_VERSIONS = ("0.42", "0.43")  # from, to (exclusive)
 
 
-def register(*classes: type) -> None:
+def register(package: ModuleType, class_names: list[str]) -> None:
     """
-    Make Diffusers' loaders find `classes`, which the package's top level must export under their own names.
+    Make Diffusers' loaders find classes, which are imported when they are first asked for.
+
+    Args:
+        package: Whose attributes they are.
+        class_names (`list[str]`): Models and pipelines.
 
     Raises:
         ImportError: if the installed Diffusers is of another version than those whose loading was tested.
@@ -27,8 +35,23 @@ def register(*classes: type) -> None:
             f"Expected diffusers >= {oldest} and < {first_unsupported}, whose loading this package "
             f"extends, but got {diffusers.__version__}."
         )
-    setattr(diffusers.pipelines, PACKAGE, sys.modules[PACKAGE])
-    for cls in classes:
-        # `save_pretrained` takes the library's name from here; a module's own path would not load from the Hub
-        cls.__module__ = PACKAGE
-        setattr(diffusers, cls.__name__, cls)
+    setattr(diffusers.pipelines, PACKAGE, package)
+
+    class Diffusers(type(diffusers)):
+        """The module, which imports its own classes lazily as well."""
+
+        def __getattr__(self, name: str):
+            return getattr(package, name) if name in class_names else super().__getattr__(name)
+
+    diffusers.__class__ = Diffusers
+
+    load_code = dynamic_modules_utils.get_class_from_dynamic_module
+
+    def get_class(pretrained_model_name_or_path, module_file, subfolder=None, class_name=None, **kwargs) -> type:
+        if module_file == "pipeline.py" and class_name in class_names:
+            return getattr(package, class_name)
+        return load_code(pretrained_model_name_or_path, module_file, subfolder, class_name, **kwargs)
+
+    for name, module in list(sys.modules.items()):  # its own, and those that have imported it by name already
+        if name.startswith("diffusers.") and vars(module).get(load_code.__name__) is load_code:
+            setattr(module, load_code.__name__, get_class)

@@ -206,6 +206,7 @@ def test_a_patch_for_a_remix_dit(digits, tmp_path, train_dmp_here):
     assert patch_weights(tmp_path / "run")["prompts"].abs().max() > 0
 
 
+@pytest.mark.slow
 def test_two_processes_follow_one(digits, validation_digits, base_run, tmp_path):
     """Without a gate, whose noise each process draws for itself."""
     for num_processes in (1, 2):

@@ -111,6 +111,7 @@ def test_goes_on_where_it_was_interrupted(encode, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.unfinished"))
 
 
+@pytest.mark.slow
 def test_the_rest_is_shared_by_all_processes(encode, images, vae, tmp_path):
     encode(tmp_path)
     for path in shards(tmp_path)[::2]:  # both of them the first process's, to begin with

@@ -45,7 +45,7 @@ def train_patch_here(digits, monkeypatch):
     return train
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_all_experts_as_users_start_them(digits, tmp_path, num_processes):
     preset = tmp_path / "preset.yaml"
     preset.write_text(json.dumps(TINY_UNET | {"snr_boundaries": [0.25], "dataset": str(digits), "report_to": "none"}))
@@ -60,7 +60,7 @@ def test_all_experts_as_users_start_them(digits, tmp_path, num_processes):
     assert [expert["samples_per_expert"] for expert in summary["experts"]] == [[32, 0], [0, 32]]
 
 
-def test_an_expert_sees_its_own_stretch_of_noise(train_patch_here, digits, tmp_path, monkeypatch):
+def test_an_expert_sees_its_own_stretch_of_noise(train_patch_here, tmp_path, monkeypatch):
     seen, forward = [], PatchedUNet2DModel.forward
 
     def remember(model, sample, timestep, **kwargs):
@@ -75,7 +75,8 @@ def test_an_expert_sees_its_own_stretch_of_noise(train_patch_here, digits, tmp_p
     assert saved.config.snr_interval == [2.0, 0.25] and not (tmp_path / "pipeline").exists()
 
     seen.clear()
-    validated = {"validation_dataset": str(digits), "max_train_steps": 1}
+    held_out = write_image_folder(tmp_path / "held_out", range(100))
+    validated = {"validation_dataset": str(held_out), "max_train_steps": 1}
     train_patch_here(tmp_path / "validated", snr_boundaries=[2.0, 0.25], expert=1, **validated)  # a number, as in YAML
     assert (intervals.index(torch.cat(seen)) == 1).all()
 
@@ -134,6 +135,7 @@ def test_the_digits_preset(digits, tmp_path):
     assert report["recognised"] > 0.95 and report["samples"] == 500
 
 
+@pytest.mark.slow
 def test_a_split_pipelines_report(train_patch_here, tmp_path):
     train_patch_here(tmp_path, snr_boundaries=[0.25])
     assert run_report(tmp_path)["steps"] == 4

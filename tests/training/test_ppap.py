@@ -98,6 +98,7 @@ def test_drawing_goes_on_where_it_was(pipeline, tmp_path):
         draw(pipeline, tmp_path / "run", num_inference_steps=3)
 
 
+@pytest.mark.slow
 def test_drawing_on_two_processes(pipeline, tmp_path):
     images = draw(pipeline, tmp_path / "one")["image"]
     arguments = {"pipeline": pipeline, "num_images": 10, "batch_size": 4, "shard_size": 6, "num_inference_steps": 2}
@@ -132,7 +133,7 @@ def test_depth_is_learned_by_squares():
 # Training
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_all_experts_as_users_start_them(pipeline, base, tmp_path, num_processes):
     draw(pipeline, tmp_path / "data", num_images=32)
     preset = tmp_path / "preset.yaml"
@@ -166,6 +167,7 @@ def test_the_baselines_learn_from_labels(train_ppap_here, base, tmp_path, method
     assert not torch.equal(tensors["expert_0.classifier.1.weight"], network["classifier.1.weight"])  # the head, too
 
 
+@pytest.mark.slow
 def test_one_by_one_is_all(train_ppap_here, tmp_path):
     train_ppap_here(tmp_path / "all")
     for expert in ("1", 0):
@@ -233,6 +235,7 @@ def test_depth_from_pairs_of_resolutions(train_ppap_here, depth_base, pairs, tmp
     assert experts(torch.zeros(2, 3, 8, 8), torch.tensor(700)).predicted_depth.shape == (2, 64, 64)
 
 
+@pytest.mark.slow
 def test_depth_on_two_processes(depth_base, pairs, tmp_path):
     """Of a network with layers that it never calls, and whose gradients nobody may wait for."""
     arguments = TINY | pairs | {"base_model": depth_base, "expert": 0, "num_experts": 1}

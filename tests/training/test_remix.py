@@ -128,6 +128,7 @@ def test_experts_are_drawn_evenly():
     assert intervals.index(timesteps).tolist() == [5] * 6 + [2] * 6
 
 
+@pytest.mark.slow
 def test_two_processes_train_an_expert_each(digits, dit_run, tmp_path):
     launch("train_remix.py", tmp_path, num_processes=2, dataset=digits, max_train_steps=2,
            pretrained_model_name_or_path=dit_run / "pipeline", **REMIX)  # fmt: skip
@@ -147,6 +148,7 @@ def test_resumes_bit_for_bit(remix_run, digits, dit_run, tmp_path):
         assert summary(tmp_path)[name] == summary(remix_run)[name]
 
 
+@pytest.mark.slow
 def test_accumulated_micro_batches_follow_the_whole_batch(train_remix_here, tmp_path):
     train_remix_here(tmp_path / "whole")
     train_remix_here(tmp_path / "parts", gradient_accumulation_steps=2)

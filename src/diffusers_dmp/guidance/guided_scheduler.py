@@ -309,10 +309,3 @@ class GuidedScheduler:
                     f"Expected guidance of scale {self.scale} to have finite gradients, but got others at timestep "
                     f"{timestep.item():g}, from expert {expert}. `on_nonfinite='unguided'` leaves such steps unguided."
                 )
-
-
-def replaced(scheduler: SchedulerMixin, **settings) -> SchedulerMixin:
-    """A new scheduler with other settings, guided as it was."""
-    if type(scheduler) is GuidedScheduler:
-        return scheduler.around(replaced(scheduler.scheduler, **settings))
-    return type(scheduler).from_config(scheduler.config, **settings)

@@ -16,6 +16,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from ..intervals import check_timesteps
+from ..naming import PACKAGE
+from ..standalone import StandaloneModelMixin
+from .conditions import checked_labels, shared_or_per_sample
 from .dit_layers import DiTBlock, TimestepLabelEmbedding
 from .loading import in_dtype
 from .stock_layout import STOCK_CLASSES, config_from_stock, load_stock, stock_from_dit, weights_from_stock
@@ -34,7 +37,7 @@ DIT_PRESETS = {
 }
 
 
-class DiTModel(ModelMixin, ConfigMixin, AttentionMixin):
+class DiTModel(StandaloneModelMixin, ModelMixin, ConfigMixin, AttentionMixin):
     r"""
     DiT (https://arxiv.org/abs/2212.09748) with one embedder for all blocks, as it was published.
 
@@ -66,6 +69,7 @@ class DiTModel(ModelMixin, ConfigMixin, AttentionMixin):
         ValueError: if a number is not positive, `class_dropout_prob` lies outside [0, 1], or D is not a multiple of 4.
     """
 
+    __module__ = PACKAGE  # the library that `save_pretrained` names
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DiTBlock"]
     _repeated_blocks = ["DiTBlock"]
@@ -292,43 +296,6 @@ class DiTModel(ModelMixin, ConfigMixin, AttentionMixin):
                 f"Expected the height and width of `hidden_states` to be divisible by the `patch_size` "
                 f"{self.config.patch_size}, but got {height} x {width}."
             )
-
-
-def checked_labels(
-    class_labels: torch.LongTensor | None, num_classes: int, num_rows: int, sample: torch.Tensor
-) -> torch.LongTensor:
-    """
-    Labels (B,) on the sample's device: the null class, or the only one, where none are given.
-
-    Args:
-        num_classes (`int`): Without the null class.
-        num_rows (`int`): Of the table of labels, one more with a null class.
-        sample (`torch.Tensor` of shape (B, …)): What they are the labels of.
-
-    Raises:
-        ValueError: if a label is out of range (on the CPU), or missing for a model without a null class.
-    """
-    if class_labels is None:
-        if num_rows == num_classes > 1:
-            raise ValueError(
-                f"Expected `class_labels` for a model of {num_rows} classes and no null class, but got None."
-            )
-        # the last row is the null class, or the only one
-        return torch.full((len(sample),), num_rows - 1, device=sample.device)
-    readable = class_labels.is_cpu and not torch.compiler.is_compiling()  # elsewhere a look would stall the device
-    if readable and (class_labels.min() < 0 or class_labels.max() >= num_rows):
-        raise ValueError(f"Expected `class_labels` to be in [0, {num_rows}), but got {class_labels.tolist()}.")
-    return class_labels.to(sample.device, non_blocking=True)
-
-
-def shared_or_per_sample(timestep: torch.Tensor) -> torch.Tensor:
-    """
-    One timestep (1,) for a batch that shares it, else (B,). Whether it is shared is read from the tensor's shape and
-    strides (`t.expand(B)` has stride 0), never from its values, which would stall an accelerator.
-    """
-    if timestep.ndim == 0:
-        return timestep[None]
-    return timestep[:1] if timestep.stride(0) == 0 else timestep
 
 
 def unpatchify(hidden_states: torch.Tensor, height: int, width: int, patch_size: int) -> torch.Tensor:

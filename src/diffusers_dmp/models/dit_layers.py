@@ -11,6 +11,8 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.normalization import AdaLayerNormZero
 from torch import nn
 
+from .conditions import drop_labels
+
 
 class DiTAttnProcessor:
     """Self-attention through whichever backend `set_attention_backend` chose."""
@@ -126,12 +128,3 @@ class TimestepLabelEmbedding(nn.Module):
         label_embedding = self.class_embedder(class_labels)  # (B, D)
         time_features = self.time_proj(timestep).to(label_embedding.dtype)  # (B or 1, 256)
         return self.timestep_embedder(time_features) + label_embedding
-
-
-def drop_labels(
-    class_labels: torch.LongTensor, null_class: int, drop_prob: float, force_drop_ids: torch.BoolTensor | None
-) -> torch.LongTensor:
-    """Labels (B,), the null class where `force_drop_ids` says so, or, without it, at random."""
-    if force_drop_ids is None and drop_prob > 0:
-        force_drop_ids = torch.rand(class_labels.shape, device=class_labels.device) < drop_prob
-    return class_labels if force_drop_ids is None else class_labels.masked_fill(force_drop_ids, null_class)

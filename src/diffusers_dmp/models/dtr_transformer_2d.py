@@ -8,6 +8,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from ..naming import PACKAGE
 from .dit import DiTModel
 from .dit_layers import DiTBlock
 
@@ -108,6 +109,7 @@ class DTRTransformer2DModel(DiTModel):
         ValueError: as [`DiTModel`] and [`TaskRouting`] do.
     """
 
+    __module__ = PACKAGE  # the library that `save_pretrained` names
     _no_split_modules = ["DTRBlock"]
     _repeated_blocks = ["DTRBlock"]
 

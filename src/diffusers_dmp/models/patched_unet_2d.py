@@ -18,9 +18,10 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from ..intervals import check_timesteps
+from ..naming import PACKAGE
 from ..predictions import PREDICTION_TYPES
-from .dit import checked_labels, shared_or_per_sample
-from .dit_layers import drop_labels
+from ..standalone import StandaloneModelMixin
+from .conditions import checked_labels, drop_labels, shared_or_per_sample
 
 NORM_GROUPS = 32
 POSITION_SCALE = 64  # the positions' range, whatever the number of patches
@@ -98,7 +99,7 @@ class PatchedUNetLayer(nn.Module):
         return hidden_states if self.attn is None else self.attn(hidden_states)
 
 
-class PatchedUNet2DModel(ModelMixin, ConfigMixin):
+class PatchedUNet2DModel(StandaloneModelMixin, ModelMixin, ConfigMixin):
     r"""
     The UNet of Patch Diffusion (https://arxiv.org/abs/2207.04316): ADM's on patches of p x p pixels.
 
@@ -127,6 +128,7 @@ class PatchedUNet2DModel(ModelMixin, ConfigMixin):
             divisible by patch size and downsampling.
     """
 
+    __module__ = PACKAGE  # the library that `save_pretrained` names
     _supports_gradient_checkpointing = True
     _no_split_modules = ["PatchedUNetLayer"]
     _repeated_blocks = ["PatchedUNetLayer"]

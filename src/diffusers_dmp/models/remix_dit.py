@@ -17,7 +17,9 @@ from torch import nn
 
 from ..caching import tensor_state
 from ..intervals import NoiseIntervals
-from .dit import DIT_PRESETS, DiTModel, checked_labels
+from ..naming import PACKAGE
+from .conditions import checked_labels
+from .dit import DIT_PRESETS, DiTModel
 from .loading import check_weights, in_dtype
 from .remix_layers import BasisLinear, RemixBlock, mix
 
@@ -61,6 +63,7 @@ class RemixDiTModel(DiTModel):
         ValueError: as [`DiTModel`] does, and for less than one basis or expert.
     """
 
+    __module__ = PACKAGE  # the library that `save_pretrained` names
     _no_split_modules = ["RemixBlock"]
     _repeated_blocks = ["RemixBlock"]
 
@@ -188,7 +191,8 @@ class RemixDiTModel(DiTModel):
 
     def basis_names(self) -> list[str]:
         """The entries of the state dict that come in K bases."""
-        linears = [name for name, module in self.named_modules() if isinstance(module, BasisLinear)]
+        # by name: see naming.py
+        linears = [name for name, module in self.named_modules() if type(module).__name__ == BasisLinear.__name__]
         return [f"{name}.{part}" for name in linears for part in ("weight", "bias")]
 
     @property

@@ -187,10 +187,17 @@ def unwrapped(transformer: nn.Module) -> nn.Module:
     return transformer._orig_mod if is_compiled_module(transformer) else transformer
 
 
+def patch_of(transformer: nn.Module) -> "PromptPatch | None":
+    """The patch that a transformer has, if it has one."""
+    attachment = attachment_of(unwrapped(transformer))
+    return None if attachment is None else attachment.patch
+
+
 def attachment_of(transformer: nn.Module) -> Attachment | None:
     """What patches a transformer."""
     owners = (getattr(hook, "__self__", None) for hook in transformer._forward_hooks.values())
-    return next((owner for owner in owners if isinstance(owner, Attachment)), None)
+    # by name: see naming.py
+    return next((owner for owner in owners if type(owner).__name__ == Attachment.__name__), None)
 
 
 def _joined(output: "BaseOutput | tuple", losses: dict[str, torch.Tensor]) -> "BaseOutput | tuple":

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 from torch import nn
 
-from ..models.dit import DiTModel
+from ..naming import PACKAGE, full_name
 
 # The functions below have names because lambdas, and hence transformers with a patch, could not be pickled.
 
@@ -93,18 +93,18 @@ class TransformerLayout:
 _PIXART_TIME = Conditioning(embedder="adaln_single", read=_second_output)
 _STOCK_EMBEDDER = {"embedder": "transformer_blocks.0.norm1.emb", "after": "pos_embed"}  # all blocks have copies of it
 
-_LAYOUTS: dict[type[nn.Module], TransformerLayout] = {
-    DiTModel: TransformerLayout(  # DTR and Remix-DiT as well
+_LAYOUTS: dict[str, TransformerLayout] = {  # by the full names of classes
+    f"{PACKAGE}.DiTModel": TransformerLayout(  # DTR and Remix-DiT as well
         conditioning=Conditioning(embedder="time_label_embed"),
         time_conditioning=Conditioning(embedder="time_label_embed.timestep_embedder"),
         depends_on=("timestep", "class_labels", "force_drop_ids"),
     ),
-    DiTTransformer2DModel: TransformerLayout(
+    full_name(DiTTransformer2DModel): TransformerLayout(
         conditioning=Conditioning(**_STOCK_EMBEDDER, read=_stock_embedding),
         time_conditioning=Conditioning(**_STOCK_EMBEDDER, read=_stock_time_embedding),
         depends_on=("timestep", "class_labels"),
     ),
-    PixArtTransformer2DModel: TransformerLayout(  # it has a caption instead of a label, and attends to it
+    full_name(PixArtTransformer2DModel): TransformerLayout(  # it has a caption instead of a label, and attends to it
         conditioning=_PIXART_TIME,
         time_conditioning=_PIXART_TIME,
         depends_on=("timestep", "added_cond_kwargs"),
@@ -129,7 +129,7 @@ def register_layout(transformer_class: type[nn.Module], layout: TransformerLayou
         transformer_class (`type`): It and its subclasses are meant.
         layout ([`TransformerLayout`]): Where to find what.
     """
-    _LAYOUTS[transformer_class] = layout
+    _LAYOUTS[full_name(transformer_class)] = layout
 
 
 def layout_of(transformer: nn.Module) -> TransformerLayout:
@@ -140,9 +140,9 @@ def layout_of(transformer: nn.Module) -> TransformerLayout:
         ValueError: if there is none.
     """
     for cls in type(transformer).__mro__:
-        if cls in _LAYOUTS:
-            return _LAYOUTS[cls]
+        if full_name(cls) in _LAYOUTS:
+            return _LAYOUTS[full_name(cls)]
     raise ValueError(
-        f"Expected `transformer` to be one of {', '.join(cls.__name__ for cls in _LAYOUTS)}, but got a "
+        f"Expected `transformer` to be one of {', '.join(name.rpartition('.')[2] for name in _LAYOUTS)}, but got a "
         f"{type(transformer).__name__}; `diffusers_dmp.register_layout` teaches patches another class."
     )

@@ -13,7 +13,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
-from .attachment import Attachment, attachment_of, unwrapped
+from ..naming import PACKAGE
+from ..standalone import StandaloneModelMixin
+from .attachment import Attachment, patch_of, unwrapped
 from .layouts import layout_of
 
 MODES = ("add", "prepend")
@@ -37,7 +39,7 @@ class PromptGates(BaseOutput):
     load_loss: torch.Tensor | None = None
 
 
-class PromptPatch(ModelMixin, ConfigMixin):
+class PromptPatch(StandaloneModelMixin, ModelMixin, ConfigMixin):
     r"""
     Diffusion Model Patching (https://arxiv.org/abs/2405.17825): L x M prompts of width D, of which each block of a frozen
     transformer gets a mixture that depends on timestep and label.
@@ -74,6 +76,8 @@ class PromptPatch(ModelMixin, ConfigMixin):
         ValueError: if a number is not positive, `mode` or `gate` is unknown, `topk` outside (0, 1] or so small that it
             keeps no prompt.
     """
+
+    __module__ = PACKAGE  # the library that `save_pretrained` names
 
     @register_to_config
     def __init__(
@@ -121,8 +125,7 @@ class PromptPatch(ModelMixin, ConfigMixin):
     @staticmethod
     def attached_to(transformer: nn.Module) -> "PromptPatch | None":
         """The patch that a transformer has, if it has one."""
-        attachment = attachment_of(unwrapped(transformer))
-        return None if attachment is None else attachment.patch
+        return patch_of(transformer)
 
     @property
     def transformer(self) -> nn.Module | None:

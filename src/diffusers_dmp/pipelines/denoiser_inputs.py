@@ -10,8 +10,8 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ..models import DiTModel, RemixDiTModel
-from ..patches import PromptPatch
+from ..naming import descends_from
+from ..patches.attachment import patch_of
 from ..predictions import convert_prediction, expected_prediction_type, noise_levels
 
 
@@ -54,8 +54,8 @@ def looks_at_inputs(denoiser: ModelMixin) -> bool:
     Whether a denoiser reads its timesteps and labels on the host: a Remix-DiT does, and a patch that keeps its gates. They
     are left on the CPU for it, as an accelerator would have to be waited for at every step.
     """
-    is_patched_dit = isinstance(denoiser, DiTModel) and PromptPatch.attached_to(denoiser) is not None
-    return isinstance(denoiser, RemixDiTModel) or is_patched_dit
+    is_patched_dit = descends_from(denoiser, "DiTModel") and patch_of(denoiser) is not None
+    return descends_from(denoiser, "RemixDiTModel") or is_patched_dit
 
 
 @dataclass

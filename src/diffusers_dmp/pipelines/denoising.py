@@ -16,15 +16,15 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..guidance.guided_scheduler import replaced
 from ..intervals import check_timesteps, check_train_timesteps
+from ..standalone import StandalonePipelineMixin
 from ..vae import decode_latents, vae_downsampling
 from .denoiser_inputs import Conversion, DenoiserInputs, class_count
 
 LEARNED_VARIANCES = ("learned", "learned_range")
 
 
-class DenoisingPipeline(DiffusionPipeline):
+class DenoisingMixin(StandalonePipelineMixin):
     """
     The parts of a denoising loop. A pipeline that derives from it has the components `scheduler` and `vae` and says which
     are its denoisers.
@@ -38,7 +38,7 @@ class DenoisingPipeline(DiffusionPipeline):
         raise NotImplementedError
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: "str | os.PathLike", **kwargs) -> "DenoisingPipeline":
+    def from_pretrained(cls, pretrained_model_name_or_path: "str | os.PathLike", **kwargs) -> "DiffusionPipeline":
         """
         See [`DiffusionPipeline.from_pretrained`].
 
@@ -263,7 +263,7 @@ class DenoisingPipeline(DiffusionPipeline):
             return self.scheduler, False
         if not isinstance(self.scheduler, (DDPMScheduler, DDPMParallelScheduler)):
             # the DPM-Solver family would cut the prediction, which is all that it gets, to its first 3 channels
-            return replaced(self.scheduler, variance_type=None), False
+            return _replaced(self.scheduler, variance_type=None), False
         for config in (denoiser.config for denoiser in self.denoisers):
             if config.out_channels != 2 * config.in_channels:
                 raise ValueError(
@@ -292,3 +292,10 @@ class DenoisingPipeline(DiffusionPipeline):
         if latents.shape != shape:
             raise ValueError(f"Expected `latents` to have the shape {shape}, but got {tuple(latents.shape)}.")
         return latents.to(device, self.denoisers[0].dtype)
+
+
+def _replaced(scheduler: SchedulerMixin, **settings) -> SchedulerMixin:
+    """A new scheduler with other settings, guided as it was."""
+    if hasattr(scheduler, "around"):  # a `GuidedScheduler`, which is an instance of what it guides
+        return scheduler.around(_replaced(scheduler.scheduler, **settings))
+    return type(scheduler).from_config(scheduler.config, **settings)

@@ -13,12 +13,13 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ..patches import PromptPatch
+from ..naming import PACKAGE
+from ..patches.attachment import patch_of
 from ..predictions import expected_prediction_type
-from .denoising import DenoisingPipeline
+from .denoising import DenoisingMixin
 
 
-class ClassConditionalPipeline(DenoisingPipeline):
+class ClassConditionalPipeline(DenoisingMixin, DiffusionPipeline):
     """
     Generate images with one denoiser.
 
@@ -35,6 +36,7 @@ class ClassConditionalPipeline(DenoisingPipeline):
         id2label (`dict[str, str]`, *optional*): The names of the classes by index (a string, as JSON will have it).
     """
 
+    __module__ = PACKAGE  # the library that `save_pretrained` names
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae", "prompt_patch"]
     _exclude_from_cpu_offload = ["prompt_patch"]  # it is small, and its transformer calls it
@@ -45,7 +47,7 @@ class ClassConditionalPipeline(DenoisingPipeline):
         scheduler: SchedulerMixin,
         vae: AutoencoderKL | None = None,
         id2label: dict[str, str] | None = None,
-        prompt_patch: PromptPatch | None = None,
+        prompt_patch: ModelMixin | None = None,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, prompt_patch=prompt_patch)
@@ -63,12 +65,12 @@ class ClassConditionalPipeline(DenoisingPipeline):
         super().enable_group_offload(*args, exclude_modules=[*exclude_modules, *patches], **kwargs)
 
     @property
-    def prompt_patch(self) -> PromptPatch | None:
+    def prompt_patch(self) -> ModelMixin | None:
         """The patch that the transformer has."""
-        return PromptPatch.attached_to(self.transformer)
+        return patch_of(self.transformer)
 
     @prompt_patch.setter
-    def prompt_patch(self, patch: PromptPatch | None) -> None:
+    def prompt_patch(self, patch: ModelMixin | None) -> None:
         if patch is not None and patch is not self.prompt_patch:
             patch.attach(self.transformer).eval()
 

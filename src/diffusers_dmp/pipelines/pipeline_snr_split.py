@@ -5,9 +5,11 @@ Legend: B batch, C channels, H and W height and width, N denoisers, S denoising 
 """
 
 import inspect
+import json
 import math
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -16,16 +18,17 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..intervals import NoiseIntervals
-from ..patches import PromptPatch
+from ..naming import PACKAGE
+from ..patches.attachment import patch_of
 from ..predictions import expected_prediction_type
 from .denoiser_inputs import class_count
-from .denoising import DenoisingPipeline
+from .denoising import DenoisingMixin
 
 MAX_DENOISERS = 32  # Diffusers reads from the constructor's signature which components there may be
 DENOISER_NAMES = tuple(f"denoiser_{index}" for index in range(MAX_DENOISERS))
 
 
-class SNRSplitPipeline(DenoisingPipeline):
+class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
     """
     Generate images with N denoisers in turn, from the one for the lowest signal-to-noise ratios to that for the highest.
 
@@ -37,7 +40,7 @@ class SNRSplitPipeline(DenoisingPipeline):
             with the same (latent) channels, size and classes.
         scheduler ([`SchedulerMixin`]): With an SNR for each timestep; see [`NoiseIntervals.from_snr`].
         snr_boundaries (`list[float]` of length N - 1): Descending. Denoiser i owns s_i >= SNR > s_{i+1}, with s_0 = ∞ and
-            s_N = 0.
+            s_N = 0. Here and below a `dict` by index will do, as it is saved.
         vae ([`AutoencoderKL`], *optional*): For denoisers of latents.
         prediction_types (`list[str]` of length N, *optional*): 'epsilon', 'sample' or 'v_prediction' each; by default what
             the denoiser's configuration says, or else the scheduler's.
@@ -50,20 +53,24 @@ class SNRSplitPipeline(DenoisingPipeline):
             differ.
     """
 
+    __module__ = PACKAGE  # the library that `save_pretrained` names
     _optional_components = ["scheduler", "vae", *DENOISER_NAMES]  # as Diffusers calls those with a default
 
     def __init__(
         self,
         denoisers: list[ModelMixin] | None = None,
         scheduler: SchedulerMixin | None = None,
-        snr_boundaries: list[float] | None = None,
+        snr_boundaries: "list[float] | dict[str, float] | None" = None,
         vae: AutoencoderKL | None = None,
-        prediction_types: list[str] | None = None,
-        guidance_scales: list[float] | None = None,
+        prediction_types: "list[str] | dict[str, str] | None" = None,
+        guidance_scales: "list[float] | dict[str, float] | None" = None,
         id2label: dict[str, str] | None = None,
         **named_denoisers: ModelMixin | None,
     ):
         super().__init__()
+        snr_boundaries, prediction_types, guidance_scales = map(
+            _listed, (snr_boundaries, prediction_types, guidance_scales)
+        )
         if denoisers is None:  # as they come from a folder
             denoisers = [named_denoisers[name] for name in DENOISER_NAMES if named_denoisers.get(name) is not None]
         if not 1 <= len(denoisers) <= MAX_DENOISERS:
@@ -143,12 +150,19 @@ class SNRSplitPipeline(DenoisingPipeline):
             ValueError: if a denoiser has a patch, which would be lost.
         """
         for index, denoiser in enumerate(self.denoisers):
-            if PromptPatch.attached_to(denoiser) is not None:
+            if patch_of(denoiser) is not None:
                 raise ValueError(
                     f"Expected denoisers without patches, for which this pipeline has no folder, but got one on denoiser "
                     f"{index}; save it by itself, and `detach()` it."
                 )
         super().save_pretrained(save_directory, **kwargs)
+
+    def to_json_string(self) -> str:
+        """See [`ConfigMixin.to_json_string`]. In `model_index.json` the Hub's downloads take any list for a component."""
+        config = json.loads(super().to_json_string())
+        for name in ("snr_boundaries", "prediction_types", "guidance_scales"):
+            config[name] = dict(enumerate(config[name]))
+        return json.dumps(config, indent=2) + "\n"
 
     def intervals(self, snr_boundaries: list[float] | None = None) -> NoiseIntervals:
         """
@@ -267,6 +281,11 @@ def _name_denoisers() -> None:
 
 
 _name_denoisers()
+
+
+def _listed(values: "list | dict[str, Any] | None") -> "list | None":
+    """The list of a `dict` by index."""
+    return [values[str(index)] for index in range(len(values))] if isinstance(values, dict) else values
 
 
 def _warn(message: str) -> None:

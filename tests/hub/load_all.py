@@ -1,0 +1,55 @@
+"""Run by test_loading.py in an interpreter of its own: load, sample, save and load again, from the Hub and from the disk.
+
+`python load_all.py (package|code) IN OUT`: IN holds the seed's noise, OUT gets each pipeline's samples and copies.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from diffusers import AutoModel, DiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+mode, noise_file, output = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+names = sys.argv[4:]
+noise = load_file(noise_file)["noise"]
+trust = {}
+if mode == "package":
+    import diffusers_dmp
+else:
+    assert importlib.util.find_spec("diffusers_dmp") is None
+    trust = {"trust_remote_code": True}
+
+samples = {}
+
+
+def draw(name: str, pipeline: DiffusionPipeline) -> None:
+    pipeline.set_progress_bar_config(disable=True)
+    samples[name] = pipeline([3, 5], latents=noise, num_inference_steps=4, output_type="latent").images
+
+
+for name in names:
+    if mode == "code":
+        try:
+            DiffusionPipeline.from_pretrained(f"user/{name}")
+        except ValueError as error:
+            assert "Pass `trust_remote_code=True`" in str(error), error
+        else:
+            raise AssertionError(f"{name} was loaded without trust")
+    pipeline = DiffusionPipeline.from_pretrained(f"user/{name}", **trust)
+    draw(f"{name}.hub", pipeline)
+    pipeline.save_pretrained(output / name)
+    draw(f"{name}.again", DiffusionPipeline.from_pretrained(output / name, **trust))
+
+    if mode == "package":
+        own_class = getattr(diffusers_dmp, type(pipeline).__name__)
+        assert type(own_class.from_pretrained(f"user/{name}")) is own_class
+        folder = "denoiser_0" if hasattr(pipeline, "denoiser_0") else "transformer"
+        model_class = getattr(diffusers_dmp, type(getattr(pipeline, folder)).__name__)
+        assert type(AutoModel.from_pretrained(f"user/{name}", subfolder=folder)) is model_class
+        assert type(model_class.from_pretrained(f"user/{name}", subfolder=folder)) is model_class
+        assert type(AutoModel.from_pretrained(f"user/{name}-model")) is model_class
+
+executed = any(module.startswith("diffusers_modules") for module in sys.modules)
+assert executed == (mode == "code")
+save_file({name: tensor.contiguous() for name, tensor in samples.items()}, output / "samples.safetensors")
