@@ -10,15 +10,11 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
-from matplotlib.figure import Figure
 
 from diffusers_dmp import (  # registers the pipeline with Diffusers, too
     ClassTarget,
-    DTRTransformer2DModel,
     GuidanceExperts,
     GuidedScheduler,
-    RemixDiTModel,
-    SNRSplitPipeline,
 )
 from diffusers_dmp.digits import (
     NUM_CLASSES,
@@ -30,13 +26,8 @@ from diffusers_dmp.digits import (
 )
 from diffusers_dmp.plots import (
     comparison_figure,
-    gate_figure,
-    mixing_figure,
-    prompt_usage_figure,
-    routing_figure,
     sample_grid,
-    snr_split_figure,
-    training_share_figure,
+    specialisation_figures,
 )
 
 OUTPUT = Path("outputs/demo")
@@ -60,7 +51,7 @@ def report(folder: Path) -> None:
     columns = [images[label * SAMPLES_PER_CLASS :][: min(8, SAMPLES_PER_CLASS)] for label in range(NUM_CLASSES)]
     sample_grid(columns, pixel_size=6).save(folder / "samples.png")
     training = json.loads((folder / "training_summary.json").read_text())
-    pictures = specialisation_figures(pipeline, training)
+    pictures = specialisation_figures(pipeline, num_inference_steps=NUM_INFERENCE_STEPS, training_summary=training)
     for name, figure in pictures.items():
         figure.savefig(folder / f"{name}.png", dpi=120)
 
@@ -79,8 +70,8 @@ def report(folder: Path) -> None:
         summary["patch_parameters"] = pipeline.prompt_patch.num_parameters()
     if "validation_loss" in training.get("after", {}):
         summary["validation_loss"] = {when: training[when]["validation_loss"] for when in ("before", "after")}
-    (folder / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(json.dumps(summary, indent=2))
+    settings = {name: summary[name] for name in ("samples", "guidance_scale", "num_inference_steps")}
+    write_results(folder, summary, [{"metric": "recognised", "value": summary["recognised"], "settings": settings}])
     print(
         f"The pipeline is in {folder / 'pipeline'}. Look at {', '.join(f'{name}.png' for name in ('samples', *pictures))}."
     )
@@ -95,7 +86,7 @@ def guidance_report(folder: Path) -> None:
     labels = [label for label in range(NUM_CLASSES) for _ in range(SAMPLES_PER_CLASS)]
     reader = fit_reader()  # another kind of model than the one that guides
 
-    summary = {"samples": len(labels), "guidance_scale": PPAP_SCALE}
+    summary, results = {"samples": len(labels), "guidance_scale": PPAP_SCALE}, []
     for sampler, num_inference_steps in ((DDIMScheduler, 25), (DDPMScheduler, 50)):
         plain = sampler.from_config(pipeline.scheduler.config)
         name = f"{sampler.__name__.removesuffix('Scheduler').lower()}{num_inference_steps}"
@@ -112,35 +103,23 @@ def guidance_report(folder: Path) -> None:
             grids[guide] = sample_grid(columns, pixel_size=6)
             pixels = pipeline.image_processor.pil_to_numpy(images).reshape(len(images), -1)  # (N, 64) in [0, 1]
             summary[name][guide] = round(float((reader.predict(pixels) == labels).mean()), 4)
+            settings = {"guided by": guide, "scheduler": sampler.__name__, "num_inference_steps": num_inference_steps}
+            settings |= {"samples": len(labels), "guidance_scale": PPAP_SCALE}
+            results.append({"metric": "recognised", "value": summary[name][guide], "settings": settings})
         titles = {f"{guide}: {summary[name][guide]:.1%} recognised": grid for guide, grid in grids.items()}
         comparison_figure(titles).savefig(folder / f"{name}.png", dpi=100)
     summary["expert_bytes"] = (folder / "experts" / "guidance_experts.safetensors").stat().st_size
     training = json.loads((folder / "training_summary.json").read_text())
     summary |= {name: training[name] for name in ("steps", "train_seconds")}
-    (folder / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(json.dumps(summary, indent=2))
+    write_results(folder, summary, results)
     print(f"Look at ddim25.png and ddpm50.png in {folder}: unguided, by the classifier as it is, and by the experts.")
 
 
-def specialisation_figures(pipeline: DiffusionPipeline, training: dict) -> dict[str, Figure]:
-    """What shows how the model's parts share the noise levels."""
-    model = pipeline.denoisers[0]
-    if isinstance(pipeline, SNRSplitPipeline):
-        return {"snr_split": snr_split_figure(pipeline, NUM_INFERENCE_STEPS)}
-    if pipeline.prompt_patch is not None:
-        timesteps = torch.arange(0, model.config.num_train_timesteps, 25)
-        gates = pipeline.prompt_patch.gate_weights(timesteps)
-        return {"gates": gate_figure(gates, timesteps), "prompt_usage": prompt_usage_figure(gates)}
-    if isinstance(model, DTRTransformer2DModel):
-        return {"routing": routing_figure(model)}
-    if isinstance(model, RemixDiTModel):
-        before, after = (training[when]["mixing_coefficients"] for when in ("before", "after"))
-        edges = model.intervals.edges
-        return {
-            "mixing": mixing_figure(before, after, edges),
-            "training_share": training_share_figure(training["samples_per_expert"], edges),
-        }
-    return {}
+def write_results(folder: Path, summary: dict, results: list[dict]) -> None:
+    """The report, and in the form that a model card takes over."""
+    (folder / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(json.dumps(summary, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,18 @@
+"""Digits by a patched DiT, and by the same one without its patch: `python pipelines/dmp/example.py [FOLDER OR HUB ID]`."""
+
+import sys
+
+import torch
+from diffusers import DiffusionPipeline
+
+import diffusers_dmp  # noqa: F401  registers its classes
+from diffusers_dmp.plots import comparison_figure, sample_grid
+
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else "outputs/dmp_digits/pipeline")
+grids = {}
+for name in ("patched", "without the patch"):
+    images = pipe(list(range(10)), num_inference_steps=25, generator=torch.Generator().manual_seed(0)).images
+    grids[name] = sample_grid([[image] for image in images], pixel_size=6)
+    if pipe.prompt_patch is not None:
+        pipe.prompt_patch.detach()  # leaves no trace
+comparison_figure(grids).savefig("dmp_samples.png")

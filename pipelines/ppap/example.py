@@ -1,0 +1,18 @@
+"""Digits that were asked for, by a model that knows no classes: `python pipelines/ppap/example.py`, after `make demo-ppap`."""
+
+import torch
+from diffusers import DiffusionPipeline
+
+from diffusers_dmp import ClassTarget, GuidanceExperts, GuidedScheduler
+from diffusers_dmp.plots import comparison_figure, sample_grid
+
+pipe = DiffusionPipeline.from_pretrained("outputs/dit_digits_unconditional/pipeline")
+experts = GuidanceExperts.from_pretrained("outputs/ppap_digits/experts")
+unguided = pipe.scheduler
+guided = GuidedScheduler(unguided, experts, ClassTarget(list(range(10))), scale=7.5)
+grids = {}
+for name, scheduler in {"unguided": unguided, "0 to 9 asked for": guided}.items():
+    pipe.scheduler = scheduler
+    images = pipe(batch_size=10, num_inference_steps=25, generator=torch.Generator().manual_seed(0)).images
+    grids[name] = sample_grid([[image] for image in images], pixel_size=6)
+comparison_figure(grids).savefig("ppap_samples.png")

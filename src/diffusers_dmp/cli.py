@@ -1,0 +1,221 @@
+"""`diffusers-dmp`: draw samples, convert published weights, publish, plot, and say what is in a folder."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=__doc__)
+
+Folder = Annotated[
+    str, typer.Argument(help="A folder (also a training's `output_dir`), or a Hub id such as user/name.")
+]
+
+
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "dpm": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+Scheduler = StrEnum("Scheduler", list(SCHEDULERS))
+System = StrEnum("System", ["dit", "dtr", "remix", "dmp", "patch_diffusion", "adm", "ppap"])
+
+# The commands import what they need themselves, so that `--help` is there at once.
+
+
+@app.command()
+def sample(
+    pipeline: Folder,
+    output: Annotated[Path, typer.Option(help="The picture to write: a grid, a class in each column.")] = Path(
+        "samples.png"
+    ),
+    label: Annotated[
+        list[str] | None, typer.Option(help="A class, by index or name; may be repeated. All by default.")
+    ] = None,
+    per_class: Annotated[int, typer.Option(min=1, help="Images of each class.")] = 4,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
+    guidance_scale: Annotated[float, typer.Option(help="Of classifier-free guidance; 1 is without.")] = 1.0,
+    scheduler: Annotated[Scheduler | None, typer.Option(help="The pipeline's own by default.")] = None,
+    seed: Annotated[int, typer.Option(help="What the initial noise is drawn by.")] = 0,
+    pixel_size: Annotated[int, typer.Option(min=1, help="How many pixels of the picture's a pixel becomes.")] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; the accelerator that there is by default.")] = None,
+) -> None:
+    """
+    Draw a grid of samples.
+
+    diffusers-dmp sample outputs/demo --label 3 --label 8 --guidance-scale 1.5 --pixel-size 6
+    """
+    import diffusers
+    import torch
+    from diffusers.utils.torch_utils import get_device
+
+    from .plots import sample_grid
+
+    pipe = load_pipeline(pipeline).to(device or get_device())
+    if scheduler is not None:
+        scheduler_class = getattr(diffusers, SCHEDULERS[scheduler])
+        pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config)
+    num_classes = pipe.num_classes
+    labels = [int(each) if each.isdigit() else pipe.get_label_ids(each)[0] for each in label or []]
+    columns = labels or ([None] if num_classes in (None, 1) else list(range(min(num_classes, 10))))
+    asked = None if columns == [None] else [each for each in columns for _ in range(per_class)]
+    images = pipe(
+        class_labels=asked,
+        batch_size=per_class,
+        guidance_scale=guidance_scale,
+        num_inference_steps=steps,
+        generator=torch.Generator(pipe.device).manual_seed(seed),
+    ).images
+    sample_grid([images[i : i + per_class] for i in range(0, len(images), per_class)], pixel_size).save(output)
+    typer.echo(f"{len(images)} images in {output}")
+
+
+@app.command()
+def convert(
+    system: Annotated[System, typer.Argument(help="Whose code wrote the checkpoint.")],
+    checkpoints: Annotated[
+        list[Path], typer.Argument(help="Its file; for ppap one for each expert; or a folder with pickled weights.")
+    ],
+    output: Annotated[Path, typer.Option(help="The folder to write.")],
+    config: Annotated[
+        Path | None, typer.Option(help="YAML of what the weights do not tell, such as the number of heads.")
+    ] = None,
+) -> None:
+    """
+    Make safetensors of a published checkpoint. Pickles are read with `weights_only=True`: tensors, no code.
+
+    diffusers-dmp convert dit DiT-XL-2-256x256.pt --output dit-xl-2
+    """
+    from .conversion import convert_checkpoint, load_original_state_dict
+
+    settings = yaml.safe_load(config.read_text()) if config else {}
+    if checkpoints[0].is_dir():
+        _convert_folder(checkpoints[0], output)
+    elif system is System.ppap:
+        states = [load_original_state_dict(path) for path in checkpoints]
+        convert_checkpoint(
+            system.value, states, {"base_model_folder": output / "base_model"} | settings
+        ).save_pretrained(output)
+    else:
+        model = convert_checkpoint(system.value, load_original_state_dict(checkpoints[0]), settings)
+        patch = _patch_of(model)
+        if patch is None:
+            model.save_pretrained(output)
+        else:
+            patch.detach().save_pretrained(output / "patch")
+            model.save_pretrained(output / "transformer")
+    typer.echo(f"Written to {output}")
+
+
+@app.command()
+def publish(
+    folder: Annotated[
+        Path, typer.Argument(help="A training's `output_dir`, or that of a pipeline, model, patch or experts.")
+    ],
+    repo_id: Annotated[str, typer.Argument(help="Where to: user/name.")],
+    license: Annotated[str, typer.Option(help="Of the weights: apache-2.0, mit, cc-by-nc-4.0, …")],
+    private: Annotated[bool, typer.Option("--private", help="For nobody else to see.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="Write into a repository that there is already.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go up.")] = False,
+    base_model: Annotated[str | None, typer.Option(help="Hub id of what it was made of.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Hub id of what it was trained on.")] = None,
+) -> None:
+    """
+    Upload to the Hugging Face Hub: weights, code for those without this package, and a model card.
+
+    diffusers-dmp publish outputs/demo user/dtr-digits --license apache-2.0 --dry-run
+    """
+    from .hub import publish
+
+    published = publish(
+        folder,
+        repo_id,
+        license=license,
+        private=private,
+        update=update,
+        dry_run=dry_run,
+        base_model=base_model,
+        dataset=dataset,
+    )
+    for name, size in published.files.items():
+        typer.echo(f"{size:>12,}  {name}")
+    typer.echo(f"\n{published.card}" if dry_run else f"Published at {published.url}")
+
+
+@app.command()
+def plot(
+    pipeline: Folder,
+    output: Annotated[Path, typer.Option(help="The folder for the pictures.")] = Path("."),
+    timestep: Annotated[int | None, typer.Option(min=0, help="One to mark.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Of the sampling whose steps are counted.")] = 50,
+) -> None:
+    """
+    Draw how a pipeline's parts share the noise levels: routing windows, mixing coefficients, gates, or the SNR split.
+
+    diffusers-dmp plot outputs/demo --timestep 300
+    """
+    from .plots import specialisation_figures
+
+    output.mkdir(parents=True, exist_ok=True)
+    figures = specialisation_figures(load_pipeline(pipeline), timestep, steps)
+    for name, figure in figures.items():
+        figure.savefig(output / f"{name}.png", dpi=120)
+        typer.echo(output / f"{name}.png")
+    if not figures:
+        typer.echo("This pipeline is of one part, which handles every noise level.")
+
+
+@app.command()
+def info(folder: Folder) -> None:
+    """
+    Say what is in a folder: system, intervals, training, evaluation. No weights are loaded.
+
+    diffusers-dmp info outputs/demo
+    """
+    from .folders import read_folder
+
+    typer.echo(yaml.safe_dump(read_folder(_local(folder)).summary(), sort_keys=False, allow_unicode=True).rstrip())
+
+
+def load_pipeline(name: str):
+    """The pipeline of a folder, of a training's, or of the Hub."""
+    from diffusers import DiffusionPipeline
+
+    nested = Path(name, "pipeline")
+    return DiffusionPipeline.from_pretrained(nested if nested.is_dir() else name)
+
+
+def main() -> None:
+    """With what is wrong in one line, where it is the user's to put right."""
+    try:
+        app()
+    except (ValueError, OSError, ImportError) as error:
+        typer.secho(f"diffusers-dmp: {error}", fg="red", err=True)
+        raise SystemExit(2) from error
+
+
+def _local(name: str) -> Path:
+    """The folder, or what is small of a repository: weights are fetched for their sizes."""
+    from huggingface_hub import snapshot_download
+
+    return Path(name) if Path(name).is_dir() else Path(snapshot_download(name))
+
+
+def _convert_folder(folder: Path, output: Path) -> None:
+    """A model's folder with pickled weights, into one with safetensors."""
+    import diffusers_dmp
+
+    from .folders import read_folder
+
+    contents = read_folder(folder)
+    getattr(diffusers_dmp, contents.class_name).from_pretrained(folder, use_safetensors=False).save_pretrained(output)
+
+
+def _patch_of(model):
+    from .patches import PromptPatch
+
+    return PromptPatch.attached_to(model)

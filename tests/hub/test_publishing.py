@@ -1,0 +1,205 @@
+"""Published with one call, from a training's folder."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import HfApi, ModelCard
+from networks import PLAIN, make_resnet
+from PIL import Image
+from systems import PIPELINES, patched
+
+import diffusers_dmp
+from diffusers_dmp import GuidanceExperts, PromptPatch
+from diffusers_dmp.folders import read_folder
+from diffusers_dmp.hub import publish
+
+LICENSE = {"license": "apache-2.0"}
+EVALUATION = [{"metric": "recognised", "value": 0.986, "settings": {"samples": 500, "guidance_scale": 1.5}}]
+
+
+@pytest.fixture
+def training(tmp_path):
+    """What a training leaves, and a demo's report on it."""
+    folder = tmp_path / "output"
+    PIPELINES["remix"]().save_pretrained(folder / "pipeline")
+    (folder / "checkpoint-100").mkdir()
+    (folder / "checkpoint-100" / "optimizer.bin").write_bytes(b"pickle")
+    arguments = {"dataset": "user/digits", "max_train_steps": 600, "output_dir": str(folder), "vae": None}
+    (folder / "training_arguments.yaml").write_text(yaml.safe_dump(arguments))
+    (folder / "evaluation.json").write_text(json.dumps(EVALUATION))
+    for name in ("samples", "mixing"):
+        Image.new("L", (8, 8)).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.fixture
+def to_hub(hub, monkeypatch):
+    """How to publish on the loopback Hub; no token but the one that is given."""
+    monkeypatch.setattr("diffusers_dmp.hub.get_token", lambda: None)
+    return LICENSE | {"endpoint": hub.url, "token": "hf_writer"}
+
+
+def test_what_goes_up(hub, to_hub, training):
+    publication = publish(training, "user/remix-digits", **to_hub, private=True)
+    assert publication.url == f"{hub.url}/user/remix-digits"
+    repo = hub.repos["user/remix-digits"]
+    assert repo.private
+    assert len(repo.commits) == 2  # the Hub's own, and one for all files
+    names = {
+        "README.md", "model_index.json", "pipeline.py", "transformer/config.json", "transformer/diffusers_dmp.py",
+        "transformer/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json", "samples.png", "mixing.png",
+        "training_arguments.yaml", "evaluation.json",
+    }  # fmt: skip
+    assert repo.files.keys() - {".gitattributes"} == names == publication.files.keys()
+    assert publication.card.encode() == repo.files["README.md"]
+
+
+def test_card(training):
+    card = ModelCard(publish(training, "user/remix-digits", **LICENSE, dry_run=True).card)
+    data = card.data
+    assert (data.library_name, data.license, data.datasets) == ("diffusers", "apache-2.0", ["user/digits"])
+    assert data.pipeline_tag == "unconditional-image-generation"
+    (result,) = data.eval_results
+    assert (result.metric_type, result.metric_value) == ("recognised", 0.986)
+    assert result.metric_args == EVALUATION[0]["settings"]
+    for expected in (
+        'DiffusionPipeline.from_pretrained("user/remix-digits")',
+        'DiffusionPipeline.from_pretrained("user/remix-digits", trust_remote_code=True)',
+        "https://arxiv.org/abs/2412.05628",
+        "![Samples](samples.png)",
+        "![mixing](mixing.png)",
+        "max_train_steps: 600",
+        "4 experts, of the timesteps from 0, 250, 500, 750",
+        "| recognised | 0.986 | samples: 500, guidance_scale: 1.5 |",
+    ):
+        assert expected in card.text
+    assert "output_dir" not in card.text  # a path says nothing elsewhere
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_system_has_a_card(tmp_path, name):
+    PIPELINES[name]().save_pretrained(tmp_path)
+    contents = read_folder(tmp_path)
+    card = publish(tmp_path, f"user/{name}", **LICENSE, dry_run=True).card
+    assert f'from_pretrained("user/{name}"' in card
+    assert f"arxiv:{diffusers_dmp.hub.PAPERS[contents.system]}" in ModelCard(card).data.tags
+
+
+def test_folders_of_before_get_this_versions_code(hub, to_hub, tmp_path):
+    PIPELINES["dtr"]().save_pretrained(tmp_path)
+    expected = (tmp_path / "transformer" / "diffusers_dmp.py").read_bytes()
+    (tmp_path / "transformer" / "diffusers_dmp.py").write_text("older")
+    (tmp_path / "pipeline.py").unlink()
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"_class_name": "ClassConditionalPipeline"}))
+    publish(tmp_path, "user/dtr", **to_hub)
+    files = hub.repos["user/dtr"].files
+    assert files["transformer/diffusers_dmp.py"] == expected
+    assert json.loads(files["model_index.json"])["_class_name"] == ["pipeline", "ClassConditionalPipeline"]
+    assert "pipeline.py" in files
+
+
+def test_a_patch_alone(hub, to_hub, tmp_path):
+    patched().prompt_patch.save_pretrained(tmp_path)
+    card = publish(tmp_path, "user/patch", **to_hub, base_model="user/dit").card
+    assert ModelCard(card).data.base_model == "user/dit"
+    assert 'PromptPatch.from_pretrained("user/patch").attach(pipe.transformer)' in card
+    (tmp_path / "again").mkdir()
+    HfApi(endpoint=hub.url, token="hf_writer").snapshot_download("user/patch", local_dir=tmp_path / "again")
+    assert PromptPatch.from_pretrained(tmp_path / "again").num_parameters() == patched().prompt_patch.num_parameters()
+
+
+LOAD_EXPERTS = """
+import sys, torch
+from diffusers_dmp import GuidanceExperts
+experts = GuidanceExperts.from_pretrained("user/experts")
+assert experts.config.base_model_name_or_path == "user/resnet"
+torch.save(experts.run_expert(3, torch.zeros(1, 3, 32, 32)).logits.detach(), sys.argv[1])
+"""
+
+
+def test_guidance_experts_alone(hub, to_hub, tmp_path):
+    """Their network is named only: it has to be on the Hub itself."""
+    network = make_resnet()
+    network.save_pretrained(tmp_path / "resnet")
+    experts = GuidanceExperts(network, **PLAIN, base_model_name_or_path=str(tmp_path / "resnet"))
+    with torch.no_grad():
+        for name, tensor in experts.expert_tensors().items():
+            if ".lora_" in name:
+                tensor.add_(0.1)
+    experts.save_pretrained(tmp_path / "experts")
+    with pytest.raises(ValueError, match="base model of guidance experts to be on the Hub.*resnet"):
+        publish(tmp_path / "experts", "user/experts", **to_hub)
+    with pytest.raises(ValueError, match="base model of guidance experts to be on the Hub.*'user/resnet'"):
+        publish(tmp_path / "experts", "user/experts", **to_hub, base_model="user/resnet")
+
+    api = HfApi(endpoint=hub.url, token="hf_writer")
+    api.create_repo("user/resnet")
+    api.upload_folder(repo_id="user/resnet", folder_path=tmp_path / "resnet")
+    publish(tmp_path / "experts", "user/experts", **to_hub, base_model="user/resnet")
+    environment = os.environ | hub.environment(tmp_path / "home")
+    command = [sys.executable, "-c", LOAD_EXPERTS, str(tmp_path / "logits.pt")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    expected = experts.run_expert(3, torch.zeros(1, 3, 32, 32)).logits.detach()
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected)
+
+
+def test_a_dry_run_leaves_no_trace(hub, to_hub, training):
+    publication = publish(training, "user/remix-digits", **to_hub, dry_run=True)
+    assert "model_index.json" in publication.files
+    assert publication.url is None
+    assert not hub.requests
+
+
+def test_names_that_are_taken(hub, to_hub, training):
+    publish(training, "user/remix-digits", **to_hub)
+    with pytest.raises(ValueError, match="`repo_id` to be a new name.*'user/remix-digits', which is taken"):
+        publish(training, "user/remix-digits", **to_hub)
+    (training / "mixing.png").unlink()
+    publish(training, "user/remix-digits", **to_hub, update=True)
+    assert len(hub.repos["user/remix-digits"].commits) == 3
+
+
+def test_without_a_token(to_hub, training):
+    with pytest.raises(ValueError, match="a token to write with.*hf auth login"):
+        publish(training, "user/remix-digits", **to_hub | {"token": None})
+
+
+@pytest.mark.parametrize("repo_id", ["a/b/c", "user/na me", "--", ""])
+def test_names_that_are_none(to_hub, training, repo_id):
+    with pytest.raises(ValueError, match="`repo_id` to be like 'user/name'"):
+        publish(training, repo_id, **to_hub)
+
+
+def test_pickled_weights(training):
+    weights = training / "pipeline" / "transformer" / "diffusion_pytorch_model.bin"
+    weights.write_bytes(b"pickle")
+    with pytest.raises(ValueError, match="safetensors, but got transformer/diffusion_pytorch_model.bin"):
+        publish(training, "user/remix-digits", **LICENSE)
+
+
+def test_folders_of_others(tmp_path):
+    with pytest.raises(ValueError, match="to hold a model_index.json or config.json"):
+        publish(tmp_path, "user/x", **LICENSE)
+    make_resnet().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="to hold one of GuidanceExperts, .* but got None"):
+        publish(tmp_path, "user/x", **LICENSE)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json' to be JSON"):
+        publish(tmp_path, "user/x", **LICENSE)
+
+
+def test_info(training):
+    summary = read_folder(training).summary()
+    assert summary["system"] == "remix"
+    assert summary["parameters"] == PIPELINES["remix"]().transformer.num_parameters()
+    assert summary["components"] == {"scheduler": "DDIMScheduler", "transformer": "RemixDiTModel"}
+    assert summary["training"]["max_train_steps"] == 600
+    assert summary["evaluation"] == EVALUATION
+    assert summary["saved by"] == f"diffusers_dmp {diffusers_dmp.__version__}"

@@ -1,0 +1,126 @@
+"""`diffusers-dmp` at the command line."""
+
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import TINY_CONFIG, Vectors, randomised
+from diffusers import DDIMScheduler
+from PIL import Image
+from typer.testing import CliRunner
+
+from diffusers_dmp import ClassConditionalPipeline, DTRTransformer2DModel, PromptPatch, RemixDiTModel
+from diffusers_dmp.cli import SCHEDULERS, app, main
+
+GREY = TINY_CONFIG | {"in_channels": 1, "out_channels": 1}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A training's `output_dir`."""
+    pipeline = ClassConditionalPipeline(
+        randomised(DTRTransformer2DModel(**GREY)), DDIMScheduler(), id2label={"3": "three", "5": "five"}
+    )
+    pipeline.save_pretrained(tmp_path / "output" / "pipeline")
+    return tmp_path / "output"
+
+
+def run(*arguments) -> str:
+    result = CliRunner().invoke(app, [str(each) for each in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.mark.parametrize("command", [[], ["sample"], ["convert"], ["publish"], ["plot"], ["info"]])
+def test_help(command):
+    output = run(*command, "--help")
+    assert "Usage" in output
+    if command:
+        assert "diffusers-dmp" in output  # an example
+
+
+@pytest.mark.parametrize("scheduler", [None, *SCHEDULERS])
+def test_sample(folder, tmp_path, scheduler):
+    chosen = [] if scheduler is None else ["--scheduler", scheduler]
+    picture = tmp_path / "grid.png"
+    run("sample", folder, "--output", picture, "--label", "three", "--label", 8, "--per-class", 3, "--steps", 2,
+        "--guidance-scale", 1.5, "--pixel-size", 2, "--device", "cpu", *chosen)  # fmt: skip
+    image = Image.open(picture)
+    assert image.size == (2 * (16 + 2) + 2, 3 * (16 + 2) + 2)
+    assert len(image.getcolors()) > 2
+
+
+def test_samples_are_decided_by_the_seed(folder, tmp_path):
+    pictures = []
+    for index, seed in enumerate((0, 0, 1)):
+        run("sample", folder, "--output", tmp_path / f"{index}.png", "--steps", 2, "--seed", seed, "--device", "cpu")
+        pictures.append(Image.open(tmp_path / f"{index}.png").tobytes())
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_convert(tmp_path):
+    published = Vectors("dtr_tiny")
+    torch.save({"ema": published.state_dict}, tmp_path / "checkpoint.pt")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(published.config))
+    command = ["convert", "dtr", tmp_path / "checkpoint.pt", "--output", tmp_path / "model"]
+    run(*command, "--config", tmp_path / "config.yaml")
+    assert DTRTransformer2DModel.from_pretrained(tmp_path / "model").num_parameters() > 0
+
+
+def test_convert_a_patch(tmp_path):
+    """DMP's checkpoints hold both; each goes to a folder of its own."""
+    published = Vectors("dmp_tiny")
+    torch.save(published.state_dict, tmp_path / "checkpoint.pt")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(published.config))
+    run("convert", "dmp", tmp_path / "checkpoint.pt", "--output", tmp_path, "--config", tmp_path / "config.yaml")
+    assert PromptPatch.from_pretrained(tmp_path / "patch").config.depth > 0
+    assert (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").is_file()
+
+
+def test_convert_pickled_weights(tmp_path):
+    model = randomised(RemixDiTModel(**GREY, num_bases=2, num_experts=4))
+    model.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    run("convert", "remix", tmp_path / "pickled", "--output", tmp_path / "safe")
+    again = RemixDiTModel.from_pretrained(tmp_path / "safe")
+    assert all(map(torch.equal, again.parameters(), model.parameters()))
+
+
+def test_publish_shows_what_would_go_up(folder):
+    output = run("publish", folder, "user/dtr", "--license", "mit", "--dry-run")
+    assert "transformer/diffusion_pytorch_model.safetensors" in output
+    assert "license: mit" in output
+
+
+def test_plot(folder, tmp_path):
+    run("plot", folder, "--output", tmp_path / "plots", "--timestep", 300)
+    assert Image.open(tmp_path / "plots" / "routing.png").size[0] > 500
+
+
+def test_info(folder):
+    summary = yaml.safe_load(run("info", folder))
+    assert (summary["system"], summary["class"]) == ("dtr", "ClassConditionalPipeline")
+
+
+def test_mistakes_are_said_in_a_line(folder, capsys, monkeypatch):
+    for arguments, said in {
+        ("info", "/nowhere/at/all"): "nowhere/at/all",
+        ("info", folder.parent): "to hold a model_index.json",
+        (
+            "sample",
+            folder,
+            "--label",
+            "seven",
+            "--device",
+            "cpu",
+        ): "Expected `class_labels` to be among ['three', 'five']",
+        ("publish", folder, "user/dtr", "--license", "mit"): "a token to write with",
+    }.items():
+        monkeypatch.setattr(sys, "argv", ["diffusers-dmp", *map(str, arguments)])
+        monkeypatch.setattr("diffusers_dmp.hub.get_token", lambda: None)
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert "Traceback" not in error
