@@ -4,7 +4,6 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-
 SLOW = [pytest.param(system, marks=pytest.mark.slow) for system in ("remix", "patch", "ppap")]
 
 
