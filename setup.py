@@ -35,6 +35,7 @@ setup(
         "safetensors>=0.5",
         "tensorboard>=2.16",
         "torch>=2.6",
+        "torchmetrics>=1.4",
         "transformers>=5.0,<6",
         "typer>=0.15",
     ],

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 from conftest import TINY_CONFIG, Vectors, randomised
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -102,7 +102,11 @@ def test_info(folder):
     assert (summary["system"], summary["class"]) == ("dtr", "ClassConditionalPipeline")
 
 
-def test_mistakes_are_said_in_a_line(folder, capsys, monkeypatch):
+def test_mistakes_are_said_in_a_line(folder, tmp_path, capsys, monkeypatch):
+    garbage, stock = tmp_path / "garbage.pt", tmp_path / "stock"
+    garbage.write_bytes(b"garbage")
+    DDPMPipeline(UNet2DModel(8, block_out_channels=(32,), down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"]),
+                 DDPMScheduler()).save_pretrained(stock)  # fmt: skip
     for arguments, said in {
         ("info", "/nowhere/at/all"): "nowhere/at/all",
         ("info", folder.parent): "to hold a model_index.json",
@@ -114,6 +118,19 @@ def test_mistakes_are_said_in_a_line(folder, capsys, monkeypatch):
             "--device",
             "cpu",
         ): "Expected `class_labels` to be among ['three', 'five']",
+        ("sample", folder, "--device", "gpu"): "`--device` to be one that there is, but got 'gpu'",
+        ("sample", folder, "--output", "grid.mp4"): "to be a picture in a folder that there is, but got 'grid.mp4'",
+        ("plot", folder, "--timestep", 1000): "`--timestep` to be at most 999, but got 1000",
+        ("convert", "dit", garbage, "--output", "x"): "to hold tensors and nothing that runs",
+        ("convert", "dit", garbage, garbage, "--output", "x"): "one checkpoint of dit, but got 2",
+        (
+            "convert",
+            "dit",
+            folder,
+            "--output",
+            "x",
+        ): "the folder of a model of dit, but got that of a ClassConditional",
+        ("sample", stock): "to hold a ClassConditionalPipeline or SNRSplitPipeline, but got a DDPMPipeline",
         ("publish", folder, "user/dtr", "--license", "mit"): "a token to write with",
     }.items():
         monkeypatch.setattr(sys, "argv", ["diffusers-dmp", *map(str, arguments)])
@@ -121,6 +138,5 @@ def test_mistakes_are_said_in_a_line(folder, capsys, monkeypatch):
         with pytest.raises(SystemExit) as stopped:
             main()
         assert stopped.value.code == 2
-        error = capsys.readouterr().err
-        assert said in error
-        assert "Traceback" not in error
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("diffusers-dmp: ")]
+        assert said in line

@@ -32,6 +32,7 @@ from diffusers_dmp.plots import (
 
 OUTPUT = Path("outputs/demo")
 UNCONDITIONAL = Path("outputs/dit_digits_unconditional")
+DATASET = "scikit-learn digits"
 SAMPLES_PER_CLASS = 50
 GUIDANCE_SCALE = 1.5
 PPAP_SCALE = 7.5  # of guidance by a classifier, the paper's
@@ -71,7 +72,8 @@ def report(folder: Path) -> None:
     if "validation_loss" in training.get("after", {}):
         summary["validation_loss"] = {when: training[when]["validation_loss"] for when in ("before", "after")}
     settings = {name: summary[name] for name in ("samples", "guidance_scale", "num_inference_steps")}
-    write_results(folder, summary, [{"metric": "recognised", "value": summary["recognised"], "settings": settings}])
+    recognised = {"metric": "recognised", "value": summary["recognised"], "dataset": DATASET, "settings": settings}
+    write_results(folder, summary, [recognised])
     print(
         f"The pipeline is in {folder / 'pipeline'}. Look at {', '.join(f'{name}.png' for name in ('samples', *pictures))}."
     )
@@ -105,7 +107,9 @@ def guidance_report(folder: Path) -> None:
             summary[name][guide] = round(float((reader.predict(pixels) == labels).mean()), 4)
             settings = {"guided by": guide, "scheduler": sampler.__name__, "num_inference_steps": num_inference_steps}
             settings |= {"samples": len(labels), "guidance_scale": PPAP_SCALE}
-            results.append({"metric": "recognised", "value": summary[name][guide], "settings": settings})
+            metric = f"recognised, {guide}, {name}"
+            value = summary[name][guide]
+            results.append({"metric": metric, "value": value, "dataset": DATASET, "settings": settings})
         titles = {f"{guide}: {summary[name][guide]:.1%} recognised": grid for guide, grid in grids.items()}
         comparison_figure(titles).savefig(folder / f"{name}.png", dpi=100)
     summary["expert_bytes"] = (folder / "experts" / "guidance_experts.safetensors").stat().st_size

@@ -25,6 +25,7 @@ _IMPORT_STRUCTURE = {
         "SegmentationTarget",
         "WeightedTargets",
     ],
+    "hub": ["publish"],
     "intervals": ["NoiseIntervals"],
     "models": _MODELS,
     "patches": ["Conditioning", "PromptPatch", "TransformerLayout", "register_layout"],
@@ -34,6 +35,7 @@ _IMPORT_STRUCTURE = {
 if TYPE_CHECKING:
     from .conversion import *
     from .guidance import *
+    from .hub import publish
     from .intervals import NoiseIntervals
     from .models import *
     from .patches import *
@@ -42,4 +44,5 @@ else:
     sys.modules[__name__] = _LazyModule(
         __name__, __file__, _IMPORT_STRUCTURE, module_spec=__spec__, extra_objects={"__version__": __version__}
     )
+    sys.modules[__name__].__doc__ = __doc__
     register(sys.modules[__name__], [*_MODELS, "PromptPatch", *_PIPELINES])

@@ -14,7 +14,7 @@ from .naming import PACKAGE
 
 # What stands in the file for this module.
 _STAND_IN = '''
-def source_of(cls: type, source: str = Path(__file__).read_text()) -> str:
+def source_of(cls: type, source: str = Path(__file__).read_text(encoding="utf-8")) -> str:
     """This file as it was executed; the next component's may have taken its place since."""
     return source
 '''
@@ -37,7 +37,7 @@ def source_of(cls: type) -> str:
             imports["pathlib"].add("Path")
             parts.append(_STAND_IN)
             continue
-        text = Path(importlib.util.find_spec(module).origin).read_text()
+        text = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
         statements = ast.parse(text).body
         for name in _names(statements):
             if owners.setdefault(name, module) != module:
@@ -48,7 +48,7 @@ def source_of(cls: type) -> str:
             if isinstance(statement, ast.Import):
                 imports[None].update(ast.unparse(statement).removeprefix("import ").split(", "))
             elif isinstance(statement, ast.ImportFrom) and not statement.level:
-                imports[statement.module].update(ast.unparse(alias) for alias in statement.names)
+                imports[statement.module].update(map(ast.unparse, statement.names))
         parts.append(f"\n# {module.replace('.', '/')}.py\n{_without_imports(text, statements)}")
     header = (
         f'"""`{cls.__name__}` for those who do not have the package {PACKAGE}, put together of its modules when it was saved.\n\n'
@@ -65,7 +65,7 @@ def _needed_by(module: str) -> list[str]:
         if name in needed:
             return
         if name != __name__:
-            for statement in ast.parse(Path(importlib.util.find_spec(name).origin).read_text()).body:
+            for statement in ast.parse(Path(importlib.util.find_spec(name).origin).read_text(encoding="utf-8")).body:
                 if isinstance(statement, ast.ImportFrom) and statement.level:
                     visit(
                         importlib.util.resolve_name("." * statement.level + statement.module, name.rpartition(".")[0])

@@ -21,6 +21,7 @@ SCHEDULERS = {
     "euler": "EulerDiscreteScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
+MAX_COLUMNS = 10  # of classes that were not asked for
 Scheduler = StrEnum("Scheduler", list(SCHEDULERS))
 System = StrEnum("System", ["dit", "dtr", "remix", "dmp", "patch_diffusion", "adm", "ppap"])
 
@@ -34,11 +35,14 @@ def sample(
         "samples.png"
     ),
     label: Annotated[
-        list[str] | None, typer.Option(help="A class, by index or name; may be repeated. All by default.")
+        list[str] | None,
+        typer.Option(help="A class, by index or name; may be repeated. By default all, or the first ten."),
     ] = None,
     per_class: Annotated[int, typer.Option(min=1, help="Images of each class.")] = 4,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
-    guidance_scale: Annotated[float, typer.Option(help="Of classifier-free guidance; 1 is without.")] = 1.0,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Of classifier-free guidance; 1 is without. The pipeline's own by default.")
+    ] = None,
     scheduler: Annotated[Scheduler | None, typer.Option(help="The pipeline's own by default.")] = None,
     seed: Annotated[int, typer.Option(help="What the initial noise is drawn by.")] = 0,
     pixel_size: Annotated[int, typer.Option(min=1, help="How many pixels of the picture's a pixel becomes.")] = 1,
@@ -52,23 +56,31 @@ def sample(
     import diffusers
     import torch
     from diffusers.utils.torch_utils import get_device
+    from PIL import Image
 
     from .plots import sample_grid
 
-    pipe = load_pipeline(pipeline).to(device or get_device())
+    if output.suffix.lower() not in Image.registered_extensions() or not output.parent.is_dir():
+        raise ValueError(f"Expected `--output` to be a picture in a folder that there is, but got {str(output)!r}.")
+    pipe = load_pipeline(pipeline)
+    try:
+        pipe.to(device or get_device())
+    except RuntimeError as error:
+        raise ValueError(f"Expected `--device` to be one that there is, but got {device!r}.") from error
     if scheduler is not None:
-        scheduler_class = getattr(diffusers, SCHEDULERS[scheduler])
-        pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config)
-    num_classes = pipe.num_classes
-    labels = [int(each) if each.isdigit() else pipe.get_label_ids(each)[0] for each in label or []]
-    columns = labels or ([None] if num_classes in (None, 1) else list(range(min(num_classes, 10))))
-    asked = None if columns == [None] else [each for each in columns for _ in range(per_class)]
+        # many solvers cannot begin where there is nothing but noise, as some schedules end
+        settings = {"timestep_spacing": "leading"}
+        pipe.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(pipe.scheduler.config, **settings)
+    labels = [int(each) if each.isdecimal() else pipe.get_label_ids(each)[0] for each in label or []]
+    if not labels and (pipe.num_classes or 1) > 1:
+        labels = list(range(min(pipe.num_classes, MAX_COLUMNS)))
+    guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     images = pipe(
-        class_labels=asked,
+        class_labels=[each for each in labels for _ in range(per_class)] or None,
         batch_size=per_class,
-        guidance_scale=guidance_scale,
         num_inference_steps=steps,
         generator=torch.Generator(pipe.device).manual_seed(seed),
+        **guidance,
     ).images
     sample_grid([images[i : i + per_class] for i in range(0, len(images), per_class)], pixel_size).save(output)
     typer.echo(f"{len(images)} images in {output}")
@@ -78,7 +90,10 @@ def sample(
 def convert(
     system: Annotated[System, typer.Argument(help="Whose code wrote the checkpoint.")],
     checkpoints: Annotated[
-        list[Path], typer.Argument(help="Its file; for ppap one for each expert; or a folder with pickled weights.")
+        list[Path],
+        typer.Argument(
+            help="Its file; for ppap one for each expert, the cleanest images' first; or a model's folder with pickled weights."
+        ),
     ],
     output: Annotated[Path, typer.Option(help="The folder to write.")],
     config: Annotated[
@@ -91,18 +106,20 @@ def convert(
     diffusers-dmp convert dit DiT-XL-2-256x256.pt --output dit-xl-2
     """
     from .conversion import convert_checkpoint, load_original_state_dict
+    from .patches.attachment import patch_of
 
-    settings = yaml.safe_load(config.read_text()) if config else {}
+    settings = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}) if config else {}
+    if len(checkpoints) > 1 and system is not System.ppap:
+        raise ValueError(f"Expected one checkpoint of {system.value}, but got {len(checkpoints)}.")
     if checkpoints[0].is_dir():
-        _convert_folder(checkpoints[0], output)
+        _convert_folder(system.value, checkpoints[0], output)
     elif system is System.ppap:
         states = [load_original_state_dict(path) for path in checkpoints]
-        convert_checkpoint(
-            system.value, states, {"base_model_folder": output / "base_model"} | settings
-        ).save_pretrained(output)
+        settings = {"base_model_folder": output / "base_model"} | settings
+        convert_checkpoint(system.value, states, settings).save_pretrained(output)
     else:
         model = convert_checkpoint(system.value, load_original_state_dict(checkpoints[0]), settings)
-        patch = _patch_of(model)
+        patch = patch_of(model)
         if patch is None:
             model.save_pretrained(output)
         else:
@@ -119,7 +136,9 @@ def publish(
     repo_id: Annotated[str, typer.Argument(help="Where to: user/name.")],
     license: Annotated[str, typer.Option(help="Of the weights: apache-2.0, mit, cc-by-nc-4.0, …")],
     private: Annotated[bool, typer.Option("--private", help="For nobody else to see.")] = False,
-    update: Annotated[bool, typer.Option("--update", help="Write into a repository that there is already.")] = False,
+    update: Annotated[
+        bool, typer.Option("--update", help="Replace all that is in a repository that there is, its card too.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go up.")] = False,
     base_model: Annotated[str | None, typer.Option(help="Hub id of what it was made of.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Hub id of what it was trained on.")] = None,
@@ -141,7 +160,7 @@ def publish(
         base_model=base_model,
         dataset=dataset,
     )
-    for name, size in published.files.items():
+    for name, size in published.sizes.items():
         typer.echo(f"{size:>12,}  {name}")
     typer.echo(f"\n{published.card}" if dry_run else f"Published at {published.url}")
 
@@ -160,8 +179,12 @@ def plot(
     """
     from .plots import specialisation_figures
 
+    pipe = load_pipeline(pipeline)
+    last = pipe.scheduler.config.num_train_timesteps - 1
+    if timestep is not None and timestep > last:
+        raise ValueError(f"Expected `--timestep` to be at most {last}, but got {timestep}.")
+    figures = specialisation_figures(pipe, timestep, steps)
     output.mkdir(parents=True, exist_ok=True)
-    figures = specialisation_figures(load_pipeline(pipeline), timestep, steps)
     for name, figure in figures.items():
         figure.savefig(output / f"{name}.png", dpi=120)
         typer.echo(output / f"{name}.png")
@@ -172,7 +195,7 @@ def plot(
 @app.command()
 def info(folder: Folder) -> None:
     """
-    Say what is in a folder: system, intervals, training, evaluation. No weights are loaded.
+    Say what is in a folder: system, intervals, training, evaluation. No weights are loaded, nor fetched from the Hub.
 
     diffusers-dmp info outputs/demo
     """
@@ -185,37 +208,45 @@ def load_pipeline(name: str):
     """The pipeline of a folder, of a training's, or of the Hub."""
     from diffusers import DiffusionPipeline
 
+    import diffusers_dmp
+
     nested = Path(name, "pipeline")
-    return DiffusionPipeline.from_pretrained(nested if nested.is_dir() else name)
+    pipeline = DiffusionPipeline.from_pretrained(nested if nested.is_dir() else name)
+    if not isinstance(pipeline, (diffusers_dmp.ClassConditionalPipeline, diffusers_dmp.SNRSplitPipeline)):
+        raise ValueError(
+            f"Expected {name!r} to hold a ClassConditionalPipeline or SNRSplitPipeline, but got a {type(pipeline).__name__}."
+        )
+    return pipeline
 
 
 def main() -> None:
     """With what is wrong in one line, where it is the user's to put right."""
     try:
         app()
-    except (ValueError, OSError, ImportError) as error:
-        typer.secho(f"diffusers-dmp: {error}", fg="red", err=True)
+    except (ValueError, OSError, ImportError, yaml.YAMLError) as error:
+        typer.secho(f"diffusers-dmp: {' '.join(str(error).split())}", fg="red", err=True)
         raise SystemExit(2) from error
 
 
 def _local(name: str) -> Path:
-    """The folder, or what is small of a repository: weights are fetched for their sizes."""
+    """The folder, or what tells of a repository."""
     from huggingface_hub import snapshot_download
 
-    return Path(name) if Path(name).is_dir() else Path(snapshot_download(name))
+    patterns = ["*.json", "*.yaml"]
+    return Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=patterns))
 
 
-def _convert_folder(folder: Path, output: Path) -> None:
+def _convert_folder(system: str, folder: Path, output: Path) -> None:
     """A model's folder with pickled weights, into one with safetensors."""
     import diffusers_dmp
 
     from .folders import read_folder
 
     contents = read_folder(folder)
-    getattr(diffusers_dmp, contents.class_name).from_pretrained(folder, use_safetensors=False).save_pretrained(output)
-
-
-def _patch_of(model):
-    from .patches import PromptPatch
-
-    return PromptPatch.attached_to(model)
+    if contents.system != system or contents.is_pipeline or system == "ppap":
+        raise ValueError(
+            f"Expected the folder of a model of {system}, but got that of a {contents.class_name}"
+            f"{', whose components are converted one by one' if contents.is_pipeline else ''}."
+        )
+    model_class = getattr(diffusers_dmp, contents.class_name)
+    model_class.from_pretrained(contents.path, use_safetensors=False).save_pretrained(output)

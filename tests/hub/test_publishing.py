@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -11,15 +12,16 @@ import yaml
 from huggingface_hub import HfApi, ModelCard
 from networks import PLAIN, make_resnet
 from PIL import Image
-from systems import PIPELINES, patched
+from systems import DIT, PIPELINES, patched, with_one
 
 import diffusers_dmp
-from diffusers_dmp import GuidanceExperts, PromptPatch
+from diffusers_dmp import DiTModel, GuidanceExperts, PromptPatch
 from diffusers_dmp.folders import read_folder
-from diffusers_dmp.hub import publish
+from diffusers_dmp.hub import PAPERS, publish
 
 LICENSE = {"license": "apache-2.0"}
-EVALUATION = [{"metric": "recognised", "value": 0.986, "settings": {"samples": 500, "guidance_scale": 1.5}}]
+SETTINGS = {"samples": 500, "guidance_scale": 1.5}
+EVALUATION = [{"metric": "recognised", "value": 0.986, "dataset": "scikit-learn digits", "settings": SETTINGS}]
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def training(tmp_path):
     PIPELINES["remix"]().save_pretrained(folder / "pipeline")
     (folder / "checkpoint-100").mkdir()
     (folder / "checkpoint-100" / "optimizer.bin").write_bytes(b"pickle")
-    arguments = {"dataset": "user/digits", "max_train_steps": 600, "output_dir": str(folder), "vae": None}
+    arguments = {"dataset": "user/digits", "max_train_steps": 600, "output_dir": str(folder), "vae": str(tmp_path)}
     (folder / "training_arguments.yaml").write_text(yaml.safe_dump(arguments))
     (folder / "evaluation.json").write_text(json.dumps(EVALUATION))
     for name in ("samples", "mixing"):
@@ -66,7 +68,7 @@ def test_card(training):
     assert data.pipeline_tag == "unconditional-image-generation"
     (result,) = data.eval_results
     assert (result.metric_type, result.metric_value) == ("recognised", 0.986)
-    assert result.metric_args == EVALUATION[0]["settings"]
+    assert (result.dataset_name, result.metric_args) == ("scikit-learn digits", SETTINGS)
     for expected in (
         'DiffusionPipeline.from_pretrained("user/remix-digits")',
         'DiffusionPipeline.from_pretrained("user/remix-digits", trust_remote_code=True)',
@@ -74,20 +76,28 @@ def test_card(training):
         "![Samples](samples.png)",
         "![mixing](mixing.png)",
         "max_train_steps: 600",
-        "4 experts, of the timesteps from 0, 250, 500, 750",
+        "4 experts, from the timestep 0, 250, 500, 750",
         "| recognised | 0.986 | samples: 500, guidance_scale: 1.5 |",
     ):
         assert expected in card.text
-    assert "output_dir" not in card.text  # a path says nothing elsewhere
+    assert str(training.parent) not in card.text  # a path says nothing elsewhere
 
 
-@pytest.mark.parametrize("name", PIPELINES)
-def test_every_system_has_a_card(tmp_path, name):
-    PIPELINES[name]().save_pretrained(tmp_path)
-    contents = read_folder(tmp_path)
-    card = publish(tmp_path, f"user/{name}", **LICENSE, dry_run=True).card
-    assert f'from_pretrained("user/{name}"' in card
-    assert f"arxiv:{diffusers_dmp.hub.PAPERS[contents.system]}" in ModelCard(card).data.tags
+def unconditional():
+    return with_one(DiTModel(**DIT | {"num_classes": 1, "class_dropout_prob": 0.0}))
+
+
+@pytest.mark.parametrize("name, make", [*PIPELINES.items(), ("unconditional", unconditional)])
+def test_every_card_says_what_runs(tmp_path, monkeypatch, name, make):
+    make().save_pretrained(tmp_path / "user" / name)
+    publication = publish(tmp_path / "user" / name, f"user/{name}", **LICENSE, dry_run=True)
+    contents = read_folder(tmp_path / "user" / name)
+    assert f"arxiv:{PAPERS[contents.system][0]}" in ModelCard(publication.card).data.tags
+    monkeypatch.chdir(tmp_path)  # where the repository's name is a folder's
+    with_package, _ = re.findall(r"```py\n(.+?)```", publication.card, re.DOTALL)
+    scope = {}
+    exec(with_package, scope)
+    assert scope["image"].size == (8, 8)
 
 
 def test_folders_of_before_get_this_versions_code(hub, to_hub, tmp_path):
@@ -164,6 +174,50 @@ def test_names_that_are_taken(hub, to_hub, training):
     (training / "mixing.png").unlink()
     publish(training, "user/remix-digits", **to_hub, update=True)
     assert len(hub.repos["user/remix-digits"].commits) == 3
+    assert "mixing.png" not in hub.repos["user/remix-digits"].files
+
+
+def test_nothing_becomes_public_that_is_to_be_private(hub, to_hub, training):
+    publish(training, "user/remix-digits", **to_hub)
+    with pytest.raises(ValueError, match="'user/remix-digits' to be private already, .* but got a public repository"):
+        publish(training, "user/remix-digits", **to_hub, private=True, update=True)
+    assert len(hub.repos["user/remix-digits"].commits) == 2
+
+
+def test_nothing_goes_up_that_was_not_meant(hub, to_hub, training, tmp_path):
+    """Of a folder beside others: neither what lies about them, nor what is hidden."""
+    for name in ("holiday.png", "evaluation.json", "training_arguments.yaml"):
+        (tmp_path / name).write_text("[]")
+    (training / "pipeline" / ".env").write_text("TOKEN=secret")
+    (training / "pipeline" / ".cache").mkdir()
+    (training / "pipeline" / ".cache" / "config.json").write_text("{}")
+    (training / "pipeline" / "notes.py").write_text("")
+    moved = (training / "pipeline").rename(tmp_path / "moved")
+    names = publish(moved, "user/dit", **LICENSE, dry_run=True).files.keys()
+    assert names == {
+        "README.md", "model_index.json", "pipeline.py", "transformer/config.json", "transformer/diffusers_dmp.py",
+        "transformer/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json",
+    }  # fmt: skip
+
+
+def test_what_was_published_is_published_again(hub, to_hub, training, tmp_path):
+    first = publish(training, "user/remix-digits", **to_hub)
+    api = HfApi(endpoint=hub.url, token="hf_writer")
+    folder = api.snapshot_download("user/remix-digits", local_dir=tmp_path / "again")
+    summary, expected = read_folder(folder).summary(), read_folder(training).summary()
+    for paths in (summary["training"], expected["training"]):
+        paths.pop("output_dir", None), paths.pop("vae")
+    assert summary == expected
+    again = publish(folder, "user/copy", **to_hub)
+    assert again.files.keys() == first.files.keys()
+    assert again.card == first.card.replace("remix-digits", "copy")
+
+
+def test_hub_ids_that_the_hub_does_not_know_are_left_out(hub, to_hub, training):
+    """They may be folders of another place."""
+    assert ModelCard(publish(training, "user/remix-digits", **to_hub).card).data.datasets is None
+    HfApi(endpoint=hub.url, token="hf_writer").create_repo("user/digits", repo_type="dataset")
+    assert ModelCard(publish(training, "user/more", **to_hub).card).data.datasets == ["user/digits"]
 
 
 def test_without_a_token(to_hub, training):
@@ -171,7 +225,7 @@ def test_without_a_token(to_hub, training):
         publish(training, "user/remix-digits", **to_hub | {"token": None})
 
 
-@pytest.mark.parametrize("repo_id", ["a/b/c", "user/na me", "--", ""])
+@pytest.mark.parametrize("repo_id", ["name", "a/b/c", "user/na me", "--", ""])
 def test_names_that_are_none(to_hub, training, repo_id):
     with pytest.raises(ValueError, match="`repo_id` to be like 'user/name'"):
         publish(training, repo_id, **to_hub)
@@ -189,6 +243,9 @@ def test_folders_of_others(tmp_path):
         publish(tmp_path, "user/x", **LICENSE)
     make_resnet().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="to hold one of GuidanceExperts, .* but got None"):
+        publish(tmp_path, "user/x", **LICENSE)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="config.json' to hold a JSON object, but got list"):
         publish(tmp_path, "user/x", **LICENSE)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json' to be JSON"):

@@ -9,6 +9,7 @@ be given.
 import argparse
 import math
 import os
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -128,7 +129,12 @@ def load_original_state_dict(path: "str | os.PathLike", use_ema: bool = True) ->
     if str(path).endswith(".safetensors"):
         return load_file(path)
     with torch.serialization.safe_globals([argparse.Namespace]):  # the training arguments lie in the same file
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, EOFError) as error:
+            raise ValueError(
+                f"Expected {str(path)!r} to hold tensors and nothing that runs, but got another file."
+            ) from error
     for entry in ("ema", "model") if use_ema else ("model",):
         if entry in checkpoint:
             checkpoint = checkpoint[entry]

@@ -182,9 +182,10 @@ def _add_lora(layer: LoraLayer, adapter: str, sign: int) -> None:
 def _own_tensors(network: nn.Module, adapt_head_bias: bool):
     """Name, module, kind (`_parameters` or `_buffers`) and key of what is copied for each expert: none of the head's but its bias."""
     for module_name, module in network.named_modules():
-        if _HEAD.search(module_name) and not adapt_head_bias:
+        in_head = bool(_HEAD.search(module_name))
+        if in_head and not adapt_head_bias:
             continue
-        is_norm = isinstance(module, _NORMS) or type(module).__name__.endswith("Norm")
+        is_norm = not in_head and (isinstance(module, _NORMS) or type(module).__name__.endswith("Norm"))
         for kind in ("_parameters", "_buffers"):
             for key, tensor in getattr(module, kind).items():
                 if tensor is not None and (is_norm or key == "bias"):

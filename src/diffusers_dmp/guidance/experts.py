@@ -19,6 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..intervals import NoiseIntervals
+from ..standalone import VersionedMixin, check_version
 from .adapters import FullExperts, LoraExperts, lora_targets
 from .preprocessing import ImagePreprocessor, processor_settings
 
@@ -26,7 +27,7 @@ METHODS = ("ppap", "multi_experts", "finetune")
 WEIGHTS_NAME = "guidance_experts.safetensors"
 
 
-class GuidanceExperts(nn.Module, ConfigMixin, PushToHubMixin):
+class GuidanceExperts(VersionedMixin, nn.Module, ConfigMixin, PushToHubMixin):
     """
     E experts on noisy images, each for the timesteps [⌊e·T/E⌋, ⌊(e+1)·T/E⌋), made of one network for clean ones.
 
@@ -100,7 +101,7 @@ class GuidanceExperts(nn.Module, ConfigMixin, PushToHubMixin):
             adapt_head_bias=adapt_head_bias,
             base_model_name_or_path=base_model_name_or_path or network.name_or_path,
             base_model_class=type(network).__name__,
-            base_model_sha256=_sha256(network),
+            base_model_sha256=network_sha256(network),
         )
         self.preprocess = ImagePreprocessor(image_mean, image_std, image_size)
         if method == "ppap":
@@ -134,7 +135,7 @@ class GuidanceExperts(nn.Module, ConfigMixin, PushToHubMixin):
         if not {"image_mean", "image_std", "image_size"} <= set(kwargs):
             kwargs = processor_settings(pretrained_model_name_or_path) | kwargs
         kwargs.setdefault("base_model_name_or_path", pretrained_model_name_or_path)
-        return cls(_load_network(pretrained_model_name_or_path), **kwargs)
+        return cls(load_network(pretrained_model_name_or_path), **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -159,11 +160,13 @@ class GuidanceExperts(nn.Module, ConfigMixin, PushToHubMixin):
         if not folder.is_dir():
             patterns = [cls.config_name, WEIGHTS_NAME]
             folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=patterns, **kwargs))
-        config = {name: value for name, value in cls.load_config(folder).items() if not name.startswith("_")}
+        saved = cls.load_config(folder)
+        check_version(saved)
+        config = {name: value for name, value in saved.items() if not name.startswith("_")}
         base_model_class, fingerprint = config.pop("base_model_class"), config.pop("base_model_sha256")
         base_model = str(base_model or config["base_model_name_or_path"])
-        network = _load_network(base_model)
-        if (type(network).__name__, _sha256(network)) != (base_model_class, fingerprint):
+        network = load_network(base_model)
+        if (type(network).__name__, network_sha256(network)) != (base_model_class, fingerprint):
             raise ValueError(
                 f"Expected `base_model` to be the {base_model_class} that the experts in {str(folder)!r} were made for "
                 f"({config['base_model_name_or_path']!r}), but got a {type(network).__name__} with other weights in {base_model!r}."
@@ -290,7 +293,7 @@ class GuidanceExperts(nn.Module, ConfigMixin, PushToHubMixin):
         return parameters
 
 
-def _load_network(name_or_path: str) -> PreTrainedModel:
+def load_network(name_or_path: str) -> PreTrainedModel:
     """Of the class that it was saved as."""
     config = AutoConfig.from_pretrained(name_or_path)
     network_class = getattr(transformers, (config.architectures or ["none"])[0], None)
@@ -302,7 +305,7 @@ def _load_network(name_or_path: str) -> PreTrainedModel:
     return network_class.from_pretrained(name_or_path, dtype=torch.float32).eval()
 
 
-def _sha256(network: PreTrainedModel) -> str:
+def network_sha256(network: PreTrainedModel) -> str:
     """Tells one network's weights from another's."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):

@@ -191,8 +191,8 @@ class RemixDiTModel(DiTModel):
 
     def basis_names(self) -> list[str]:
         """The entries of the state dict that come in K bases."""
-        # by name: see naming.py
-        linears = [name for name, module in self.named_modules() if type(module).__name__ == BasisLinear.__name__]
+        # by a mark, not by class: see naming.py
+        linears = [name for name, module in self.named_modules() if getattr(module, "has_bases", False)]
         return [f"{name}.{part}" for name in linears for part in ("weight", "bias")]
 
     @property

@@ -104,6 +104,8 @@ class BasisLinear(nn.Module):
         in_features (`int`), out_features (`int`): As in `nn.Linear`.
     """
 
+    has_bases = True
+
     def __init__(self, num_bases: int, in_features: int, out_features: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_bases, out_features, in_features))

@@ -4,7 +4,6 @@ Legend: B batch, C channels, H and W height and width, in pixels or latent pixel
 """
 
 import inspect
-import os
 from collections.abc import Callable
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMParallelScheduler, DDPMScheduler
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -36,22 +35,6 @@ class DenoisingMixin(StandalonePipelineMixin):
     def denoisers(self) -> list[ModelMixin]:
         """All that the pipeline has, alike in channels, size and classes."""
         raise NotImplementedError
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: "str | os.PathLike", **kwargs) -> "DiffusionPipeline":
-        """
-        See [`DiffusionPipeline.from_pretrained`].
-
-        Raises:
-            ValueError: if a local folder holds no pipeline.
-        """
-        folder = str(pretrained_model_name_or_path)
-        if os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, cls.config_name)):
-            raise ValueError(
-                f"Expected `pretrained_model_name_or_path` to be a pipeline folder with a {cls.config_name}, "
-                f"but got {folder!r}, which has none."
-            )
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def _set_up_images(self, vae: AutoencoderKL | None, id2label: dict[str, str] | None) -> None:
         self.register_to_config(id2label=id2label and {str(index): name for index, name in id2label.items()})

@@ -5,11 +5,9 @@ Legend: B batch, C channels, H and W height and width, N denoisers, S denoising 
 """
 
 import inspect
-import json
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -21,6 +19,7 @@ from ..intervals import NoiseIntervals
 from ..naming import PACKAGE
 from ..patches.attachment import patch_of
 from ..predictions import expected_prediction_type
+from ..standalone import listed
 from .denoiser_inputs import class_count
 from .denoising import DenoisingMixin
 
@@ -69,7 +68,7 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
     ):
         super().__init__()
         snr_boundaries, prediction_types, guidance_scales = map(
-            _listed, (snr_boundaries, prediction_types, guidance_scales)
+            listed, (snr_boundaries, prediction_types, guidance_scales)
         )
         if denoisers is None:  # as they come from a folder
             denoisers = [named_denoisers[name] for name in DENOISER_NAMES if named_denoisers.get(name) is not None]
@@ -156,13 +155,6 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
                     f"{index}; save it by itself, and `detach()` it."
                 )
         super().save_pretrained(save_directory, **kwargs)
-
-    def to_json_string(self) -> str:
-        """See [`ConfigMixin.to_json_string`]. In `model_index.json` the Hub's downloads take any list for a component."""
-        config = json.loads(super().to_json_string())
-        for name in ("snr_boundaries", "prediction_types", "guidance_scales"):
-            config[name] = dict(enumerate(config[name]))
-        return json.dumps(config, indent=2) + "\n"
 
     def intervals(self, snr_boundaries: list[float] | None = None) -> NoiseIntervals:
         """
@@ -281,11 +273,6 @@ def _name_denoisers() -> None:
 
 
 _name_denoisers()
-
-
-def _listed(values: "list | dict[str, Any] | None") -> "list | None":
-    """The list of a `dict` by index."""
-    return [values[str(index)] for index in range(len(values))] if isinstance(values, dict) else values
 
 
 def _warn(message: str) -> None:
