@@ -9,7 +9,7 @@ TRAIN = $(BIN)/accelerate launch --num_machines 1 --num_processes 1 --dynamo_bac
 # a third of the modules is ever imported: those are compiled when they first are, and the rest never (--no-compile)
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-remix demo-dmp demo-patch demo-ppap test test-slow lint format clean
+.PHONY: demo demo-remix demo-dmp demo-patch demo-ppap space space-models test test-slow lint format clean
 
 demo: .venv/demo.installed
 	$(BIN)/python training/demo.py data
@@ -49,6 +49,12 @@ demo-ppap: .venv/demo.installed
 	  --num_images 3000 --batch_size 500 --output_dir outputs/ppap_digits_data
 	$(TRAIN) training/train_ppap.py --config training/presets/ppap_digits.yaml
 	$(BIN)/python training/demo.py guidance outputs/ppap_digits
+
+space: .venv/space.installed
+	$(BIN)/python spaces/app.py
+
+space-models: .venv/space.installed
+	CPU_THREADS=$(CPU_THREADS) $(BIN)/python spaces/make_models.py
 
 test: .venv/test.installed
 	$(BIN)/python -m pytest -q

@@ -7,6 +7,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "src/diffusers_dmp/version.py").read_text()).group(1)
 
 DEMO = ["scikit-learn>=1.4"]
+SPACE = ["gradio>=6.31,<7", *DEMO]
 
 setup(
     name="diffusers-dmp",
@@ -41,7 +42,7 @@ setup(
     ],
     extras_require={
         "demo": DEMO,
-        "space": ["gradio>=6.0,<7", *DEMO],
-        "test": ["hypothesis>=6.100", "pytest>=8.0", "ruff>=0.9", *DEMO],
+        "space": SPACE,
+        "test": ["hypothesis>=6.100", "pytest>=8.0", "ruff>=0.9", "selenium>=4.20", *SPACE],
     },
 )

@@ -11,7 +11,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from diffusers_dmp import ClassConditionalPipeline, DTRTransformer2DModel, PromptPatch, RemixDiTModel
-from diffusers_dmp.cli import SCHEDULERS, app, main
+from diffusers_dmp.cli import app, main
+from diffusers_dmp.schedulers import SCHEDULERS
 
 GREY = TINY_CONFIG | {"in_channels": 1, "out_channels": 1}
 
@@ -40,7 +41,7 @@ def test_help(command):
         assert "diffusers-dmp" in output  # an example
 
 
-@pytest.mark.parametrize("scheduler", [None, *SCHEDULERS])
+@pytest.mark.parametrize("scheduler", [None, "ddim", *SCHEDULERS])
 def test_sample(folder, tmp_path, scheduler):
     chosen = [] if scheduler is None else ["--scheduler", scheduler]
     picture = tmp_path / "grid.png"

@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 import yaml
 
+from .schedulers import SCHEDULERS, make_like
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=__doc__)
 
 Folder = Annotated[
@@ -14,15 +16,8 @@ Folder = Annotated[
 ]
 
 
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "dpm": "DPMSolverMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
 MAX_COLUMNS = 10  # of classes that were not asked for
-Scheduler = StrEnum("Scheduler", list(SCHEDULERS))
+Scheduler = StrEnum("Scheduler", {name: name for name in SCHEDULERS})
 System = StrEnum("System", ["dit", "dtr", "remix", "dmp", "patch_diffusion", "adm", "ppap"])
 
 # The commands import what they need themselves, so that `--help` is there at once.
@@ -43,7 +38,9 @@ def sample(
     guidance_scale: Annotated[
         float | None, typer.Option(help="Of classifier-free guidance; 1 is without. The pipeline's own by default.")
     ] = None,
-    scheduler: Annotated[Scheduler | None, typer.Option(help="The pipeline's own by default.")] = None,
+    scheduler: Annotated[
+        Scheduler | None, typer.Option(case_sensitive=False, help="The pipeline's own by default.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="What the initial noise is drawn by.")] = 0,
     pixel_size: Annotated[int, typer.Option(min=1, help="How many pixels of the picture's a pixel becomes.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; the accelerator that there is by default.")] = None,
@@ -53,7 +50,6 @@ def sample(
 
     diffusers-dmp sample outputs/demo --label 3 --label 8 --guidance-scale 1.5 --pixel-size 6
     """
-    import diffusers
     import torch
     from diffusers.utils.torch_utils import get_device
     from PIL import Image
@@ -68,9 +64,7 @@ def sample(
     except RuntimeError as error:
         raise ValueError(f"Expected `--device` to be one that there is, but got {device!r}.") from error
     if scheduler is not None:
-        # many solvers cannot begin where there is nothing but noise, as some schedules end
-        settings = {"timestep_spacing": "leading"}
-        pipe.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(pipe.scheduler.config, **settings)
+        pipe.scheduler = make_like(pipe.scheduler, scheduler)
     labels = [int(each) if each.isdecimal() else pipe.get_label_ids(each)[0] for each in label or []]
     if not labels and (pipe.num_classes or 1) > 1:
         labels = list(range(min(pipe.num_classes, MAX_COLUMNS)))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,6 +12,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from .costs import gigaflops
+from .guidance import GuidanceExperts
 from .intervals import NoiseIntervals
 from .models import DTRTransformer2DModel, RemixDiTModel
 from .pipelines import ClassConditionalPipeline, SNRSplitPipeline
@@ -267,6 +269,32 @@ def snr_split_figure(pipeline: SNRSplitPipeline, num_inference_steps: int = 50, 
     cost.set_ylabel("GFLOPs of a step")
     cost.margins(y=0.35)
     figure.legend(loc="outside upper center", ncols=2)
+    return figure
+
+
+def experts_figure(experts: GuidanceExperts, scheduler: SchedulerMixin, timestep: int | None = None) -> Figure:
+    """
+    Which of PPAP's experts guides at which timesteps, over how much of the image there is in x_t
+    (https://arxiv.org/abs/2212.05973).
+
+    Args:
+        experts ([`GuidanceExperts`]): Of as many timesteps as the scheduler.
+        scheduler ([`SchedulerMixin`]): With `alphas_cumprod`.
+        timestep (`int`, *optional*): One to mark.
+    """
+    edges = experts.intervals.edges
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(scheduler.alphas_cumprod, color="k")
+    for expert, (low, high) in enumerate(zip(edges, edges[1:])):
+        axes.axvspan(low, high, color=f"C{expert}", alpha=0.3)
+        axes.text((low + high) / 2, 1.08, f"expert {expert}", ha="center", va="center")
+    _mark(axes, timestep)
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_ylim(0, 1.15)
+    axes.set_xlabel("timestep (0 almost clean, right almost pure noise)")
+    axes.set_ylabel("share of the image in the noisy one, ᾱ")
+    axes.set_title("Which expert of the vision model guides")
     return figure
 
 

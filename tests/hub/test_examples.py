@@ -9,7 +9,7 @@ from conftest import REPOSITORY, randomised
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, DiTPipeline, DiTTransformer2DModel
 from networks import make_resnet
 from PIL import Image
-from systems import DIT, PIPELINES, UNET, with_one
+from small_pipelines import DIT, PIPELINES, UNET, with_one
 
 from diffusers_dmp import ClassConditionalPipeline, DiTModel, GuidanceExperts, PatchedUNet2DModel, SNRSplitPipeline
 

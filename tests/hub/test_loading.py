@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
-from systems import PIPELINES, make_all
+from small_pipelines import PIPELINES, make_all
 
 from diffusers_dmp import SNRSplitPipeline
 

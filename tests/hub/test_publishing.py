@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import HfApi, ModelCard
 from networks import PLAIN, make_resnet
 from PIL import Image
-from systems import DIT, PIPELINES, patched, with_one
+from small_pipelines import DIT, PIPELINES, patched, with_one
 
 import diffusers_dmp
 from diffusers_dmp import DiTModel, GuidanceExperts, PromptPatch

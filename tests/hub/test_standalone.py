@@ -9,7 +9,7 @@ import torch
 from conftest import randomised
 from diffusers import DiffusionPipeline
 from networks import PLAIN, make_resnet
-from systems import DIT, PIPELINES
+from small_pipelines import DIT, PIPELINES
 
 import diffusers_dmp
 from diffusers_dmp import ClassConditionalPipeline, DiTModel, DTRTransformer2DModel, GuidanceExperts, SNRSplitPipeline

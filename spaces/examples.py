@@ -1,0 +1,48 @@
+"""Requests whose answers ship with the Space, so that they are there at once. `make_models.py` draws the pictures."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from systems import TITLES
+
+PICTURES = Path(__file__).parent / "pictures"
+
+
+@dataclass(frozen=True)
+class Example:
+    """
+    Args:
+        label (`str`): What its button says.
+        values (`tuple`): Of the request, in the order of `Studio.requests`.
+        systems (`tuple[str, ...]`): Whose pictures it shows.
+        picture (`str`): What their files' names begin with.
+    """
+
+    label: str
+    values: tuple
+    systems: tuple[str, ...]
+    picture: str
+
+    def paths(self, count: int) -> list[Path]:
+        """The files of its `count` pictures."""
+        return [PICTURES / f"{self.picture}_{index}.png" for index in range(count)]
+
+
+EVERY = tuple(TITLES)
+EXAMPLES = {
+    "generate": [
+        Example("All digits by DTR", ("dtr", "all", 20, 1.5, 25, "DDPM", 0, False), ("dtr",), "generate_dtr"),
+        Example("Threes by Remix-DiT", ("remix", "3", 20, 1.5, 25, "DPM-Solver++", 1, False), ("remix",), "generate_remix"),
+        Example("Eights by Patch Diffusion", ("patch", "8", 20, 1.5, 50, "DDIM", 2, False), ("patch",), "generate_patch"),
+    ],
+    "compare": [
+        Example("All five, all digits", (list(EVERY), "all", 1.5, 25, "DDPM", 0, False), EVERY, "compare_all"),
+        Example("All five, fours", (list(EVERY), "4", 1.5, 25, "DDPM", 3, False), EVERY, "compare_four"),
+    ],
+    "specialise": [Example("DTR at timestep 500", ("dtr", 500), ("dtr",), "specialise_dtr")],
+    "guide": [
+        Example("All digits, scale 7.5", ("all", 20, 7.5, 25, "DDPM", 0, False), ("ppap",), "guide_all"),
+        Example("Sevens, scale 7.5", ("7", 20, 7.5, 25, "DDPM", 1, False), ("ppap",), "guide_seven"),
+        Example("Sevens, scale 2", ("7", 20, 2.0, 25, "DDPM", 1, False), ("ppap",), "guide_seven_weak"),
+    ],
+}  # fmt: skip
