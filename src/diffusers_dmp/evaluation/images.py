@@ -1,0 +1,68 @@
+"""Images from wherever they are, as uint8 arrays in batches.
+
+Legend: N images, H and W height and width, C channels.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ..training.data import load_images, open_image
+from .npz import NpzImages
+
+
+class DatasetImages:
+    """
+    The images of a data set, of one size.
+
+    Args:
+        source (`str`): See [`load_images`].
+        split (`str`): Which part of it.
+    """
+
+    def __init__(self, source: str, split: str = "train"):
+        self.source = source
+        self.dataset = load_images(source, split=split)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def batches(self, batch_size: int) -> Iterator[np.ndarray]:
+        """
+        Of the shape (n, H, W, 3), in order; grey images in three equal channels.
+
+        Raises:
+            ValueError: if their sizes differ.
+        """
+        size = None
+        for batch in self.dataset.iter(batch_size):
+            images = [open_image(encoded).convert("RGB") for encoded in batch["image"]]
+            size = size or images[0].size
+            for image in images:
+                if image.size != size:
+                    raise ValueError(
+                        f"Expected the images of {self.source!r} to be of one size, but got {size[0]} x {size[1]} and "
+                        f"{image.width} x {image.height} pixels."
+                    )
+            yield np.stack([np.asarray(image) for image in images])
+
+
+def open_images(source: "str | os.PathLike", split: str = "train") -> "NpzImages | DatasetImages":
+    """
+    Images to look at: `len` of them, and `batches(batch_size)`.
+
+    Args:
+        source: An `.npz` file (see [`NpzImages`]), or what [`load_images`] takes: a folder of images or of parquet files, one
+            such file, or a data set's id on the Hub.
+        split (`str`): Of a data set.
+
+    Raises:
+        ValueError: if it is none of that.
+    """
+    if str(source).endswith(".npz"):
+        if not Path(source).is_file():
+            raise ValueError(f"Expected {str(source)!r} to be a file, but there is none.")
+        return NpzImages(source)
+    return DatasetImages(str(source), split)

@@ -1,0 +1,106 @@
+"""Batches of images as ADM's evaluation has them: an `.npz` with uint8 images (N, H, W, 3) in `arr_0` and labels (N,) in `arr_1`.
+
+They are read and written piece by piece: 50,000 images of 256 x 256 pixels are 10 GB.
+"""
+
+import os
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+IMAGES, LABELS = "arr_0", "arr_1"
+
+
+def write_npz(
+    path: "str | os.PathLike", batches: Iterable[np.ndarray], shape: tuple[int, ...], labels: np.ndarray | None = None
+) -> None:
+    """
+    Write the file, whole or not at all.
+
+    Args:
+        path: Its name.
+        batches (of `np.ndarray` of shape (n, H, W, C)): uint8; one is held at a time.
+        shape: (N, H, W, C) of all.
+        labels (`np.ndarray` of shape (N,), *optional*): int64.
+
+    Raises:
+        ValueError: if the batches are others than `shape` says.
+    """
+    unfinished = Path(path).with_suffix(".unfinished")
+    with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with _entry(archive, IMAGES) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_2_0(file, header)
+            written = 0
+            for batch in batches:
+                if batch.dtype != np.uint8 or batch.shape[1:] != shape[1:]:
+                    raise ValueError(
+                        f"Expected uint8 images of the shape {shape[1:]}, but got {batch.dtype} {batch.shape[1:]}."
+                    )
+                file.write(np.ascontiguousarray(batch).data)
+                written += len(batch)
+        if written != shape[0]:
+            raise ValueError(f"Expected {shape[0]} images, but got {written}.")
+        if labels is not None:
+            with _entry(archive, LABELS) as file:
+                np.lib.format.write_array(file, np.ascontiguousarray(labels, dtype=np.int64))
+    unfinished.replace(path)
+
+
+class NpzImages:
+    """
+    The images of such a file.
+
+    Args:
+        path: Its name.
+
+    Raises:
+        ValueError: if it is none, was not written to its end, or its images are not uint8 of the shape (N, H, W, 3 or 1).
+    """
+
+    def __init__(self, path: "str | os.PathLike"):
+        self.path = Path(path)
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                names = archive.namelist()
+                if f"{IMAGES}.npy" in names:
+                    with archive.open(f"{IMAGES}.npy") as file:
+                        self.shape, is_fortran, dtype = _read_header(file)
+        except (zipfile.BadZipFile, EOFError) as error:
+            raise ValueError(f"Expected {str(path)!r} to be a whole .npz file, but got {error}.") from error
+        if f"{IMAGES}.npy" not in names:
+            raise ValueError(f"Expected {str(path)!r} to hold images in {IMAGES!r}, but got {names}.")
+        if dtype != np.uint8 or len(self.shape) != 4 or self.shape[-1] not in (1, 3) or is_fortran:
+            raise ValueError(
+                f"Expected {IMAGES!r} in {str(path)!r} to be uint8 of the shape (N, H, W, 3), but got {dtype} {self.shape}."
+            )
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def batches(self, batch_size: int) -> Iterator[np.ndarray]:
+        """Of the shape (n, H, W, C), in order."""
+        size = int(np.prod(self.shape[1:]))
+        with zipfile.ZipFile(self.path) as archive, archive.open(f"{IMAGES}.npy") as file:
+            _read_header(file)
+            for start in range(0, len(self), batch_size):
+                count = min(batch_size, len(self) - start)
+                content = file.read(count * size)
+                if len(content) != count * size:
+                    raise ValueError(
+                        f"Expected {str(self.path)!r} to hold {len(self)} images, but it ends in number {start}."
+                    )
+                yield np.frombuffer(content, np.uint8).reshape(count, *self.shape[1:])
+
+
+def _entry(archive: zipfile.ZipFile, name: str):
+    # as NumPy names it, with the same date whenever it is written, so that equal images make equal files
+    return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
+
+
+def _read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
+    major, _ = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+    return read(file)
