@@ -49,6 +49,8 @@ for name in names:
         assert type(AutoModel.from_pretrained(f"user/{name}", subfolder=folder)) is model_class
         assert type(model_class.from_pretrained(f"user/{name}", subfolder=folder)) is model_class
         assert type(AutoModel.from_pretrained(f"user/{name}-model")) is model_class
+        pipeline.push_to_hub(f"user/{name}-pushed")
+        draw(f"{name}.pushed", DiffusionPipeline.from_pretrained(f"user/{name}-pushed"))
 
 executed = any(module.startswith("diffusers_modules") for module in sys.modules)
 assert executed == (mode == "code")

@@ -163,6 +163,7 @@ print(hf_hub_download(repo_id, "README.md"))
     assert (tmp_path / "home/hub/models--user--repo").is_dir()
 
 
+@pytest.mark.slow
 def test_diffusers(hub, api, tmp_path):
     """A stock pipeline is loaded from the server by its name, and pushed to it under another."""
     unet = UNet2DModel(

@@ -56,7 +56,7 @@ def test_every_pipeline_over_http(hub, tmp_path, site_packages, mode):
 
     output = tmp_path / "output"
     output.mkdir()
-    environment = os.environ | hub.environment(tmp_path / "home")
+    environment = os.environ | hub.environment(tmp_path / "home", token="hf_writer")
     interpreter = [sys.executable]
     if mode == "code":
         environment["PYTHONPATH"] = str(site_packages)
@@ -69,6 +69,9 @@ def test_every_pipeline_over_http(hub, tmp_path, site_packages, mode):
     for name, images in expected.items():
         torch.testing.assert_close(samples[f"{name}.hub"], images)
         torch.testing.assert_close(samples[f"{name}.again"], images)
+        if mode == "package":
+            torch.testing.assert_close(samples[f"{name}.pushed"], images)
+            assert {"pipeline.py", "model_index.json"} <= hub.repos[f"user/{name}-pushed"].files.keys()
         first, second = (
             {file.relative_to(folder): read(file) for file in folder.rglob("*") if file.is_file()}
             for folder in (tmp_path / "saved" / name, output / name)

@@ -666,6 +666,7 @@ def test_a_patch_given_to_a_pipeline_is_put_into_eval_mode(tiny_dit):
     assert PromptPatch.attached_to(tiny_dit) is pipeline.prompt_patch and not pipeline.prompt_patch.training
 
 
+@pytest.mark.slow
 def test_the_pipeline_in_a_fresh_process(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
     torch.save(draw(pipeline), tmp_path / "images.pt")

@@ -331,6 +331,7 @@ def test_round_trip_twice(latent_pipeline, tmp_path, loader):
     assert not list(tmp_path.rglob("*.bin"))
 
 
+@pytest.mark.slow
 def test_loads_in_a_fresh_process(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
     code = (

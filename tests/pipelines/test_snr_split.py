@@ -330,6 +330,7 @@ def test_dynamic_thresholding_is_the_schedulers(mixed):
 # In folders, and on accelerators
 
 
+@pytest.mark.slow
 def test_round_trip_through_a_fresh_process(mixed, tmp_path):
     mixed.register_to_config(guidance_scales=[1.5, 1.0])
     mixed.save_pretrained(tmp_path / "pipeline")

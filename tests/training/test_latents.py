@@ -79,6 +79,7 @@ def test_shards_hold_every_image_and_its_mirror_image(encode, images, vae, tmp_p
             torch.testing.assert_close(moments["std"][side], expected.std[0], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_does(encode, images, vae, tmp_path):
     encode(tmp_path / "one")
     arguments = ENCODING | {"dataset": images, "vae": vae}
