@@ -6,13 +6,13 @@ from pathlib import Path
 
 import datasets
 import diffusers
-import numpy as np
 import PIL.Image
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
+from ..drawing import draw, load_to_draw
 from .arguments import option
 from .shards import remember_settings, write_shards
 
@@ -62,7 +62,7 @@ def generate_images(args: GenerationArguments) -> None:
     stages = (
         [args.pipeline] if args.super_resolution_pipeline is None else [args.pipeline, args.super_resolution_pipeline]
     )
-    pipelines = [_load(name, args, accelerator.device) for name in stages]
+    pipelines = [load_to_draw(name, accelerator.device, args.dtype, args.scheduler) for name in stages]
 
     def make_shard(rows: range, progress: tqdm) -> datasets.Dataset:
         columns = {name: [] for name in (IMAGE, TEACHER_IMAGE)[: len(pipelines)]}
@@ -80,17 +80,6 @@ def generate_images(args: GenerationArguments) -> None:
     accelerator.end_training()
 
 
-def _load(name: str, args: GenerationArguments, device: torch.device) -> DiffusionPipeline:
-    pipeline = DiffusionPipeline.from_pretrained(name, dtype=getattr(torch, args.dtype)).to(device)
-    if args.scheduler:
-        pipeline.scheduler = getattr(diffusers, args.scheduler).from_config(pipeline.scheduler.config)
-    for name in ("watermarker", "safety_checker"):  # they would draw into images that are only learned from
-        if getattr(pipeline, name, None) is not None:
-            setattr(pipeline, name, None)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def _draw(
     pipeline: DiffusionPipeline, args: GenerationArguments, indices: range, small: list[PIL.Image.Image] | None = None
 ) -> list[PIL.Image.Image]:
@@ -102,9 +91,7 @@ def _draw(
         arguments["batch_size"] = len(indices)
     if small is not None:
         arguments["image"] = small
-    states = [np.random.SeedSequence([args.seed, index]).generate_state(1, np.uint64).item() for index in indices]
-    generators = [torch.Generator(pipeline.device).manual_seed(state) for state in states]
-    return pipeline(**arguments, generator=generators, num_inference_steps=args.num_inference_steps).images
+    return draw(pipeline, args.seed, indices, num_inference_steps=args.num_inference_steps, **arguments)
 
 
 def _check_settings(args: GenerationArguments) -> None:

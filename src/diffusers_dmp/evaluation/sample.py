@@ -1,0 +1,124 @@
+"""Many images of a pipeline, as evaluations want them:
+
+accelerate launch -m diffusers_dmp.evaluation.sample --pipeline outputs/demo/pipeline --num_samples 50000 --output_dir outputs/demo/samples
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import diffusers
+import numpy as np
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from ..drawing import DTYPES, draw, load_to_draw
+from ..training.arguments import option, parse_arguments
+from ..training.shards import remember_settings, write_shards
+from .images import DatasetImages
+from .npz import write_npz
+
+NPZ_NAME, SETTINGS_NAME = "samples.npz", "sampling.json"
+SHARDS, PNG_FOLDER = "shards", "png"
+
+
+@dataclass(kw_only=True)
+class SamplingArguments:
+    pipeline: str = option("", "Folder or Hub id of the pipeline.")
+    output_dir: str = option("outputs/samples", f"Where {NPZ_NAME} is written, and what it is put together of.")
+    num_samples: int = option(50_000, "How many.")
+    batch_size: int = option(100, "How many at a time; a null class doubles what the model sees.")
+    shard_size: int = option(1000, "How many to a file, of which a run that goes on keeps the whole ones.")
+    seed: int = option(0, "With an image's index it decides the image alone.")
+    num_inference_steps: int = option(250, "Denoising steps.")
+    guidance_scale: float | None = option(None, "Of classifier-free guidance; the pipeline's own by default.")
+    guidance_channels: int | None = option(None, "How many channels it guides; all by default.")
+    scheduler: str | None = option(None, "Diffusers' scheduler to draw with; the pipeline's own by default.")
+    dtype: str = option("float32", "Of the model: float32, float16 or bfloat16.")
+    tf32: bool = option(False, "Let float32 products be computed in TF32, on a GPU that has it.")
+    png: bool = option(False, f"Write {PNG_FOLDER}/<index>.png as well.")
+
+    def __post_init__(self):
+        for name in ("num_samples", "batch_size", "shard_size", "num_inference_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Expected `{name}` to be at least 1, but got {getattr(self, name)}.")
+        if not self.pipeline:
+            raise ValueError("Expected `pipeline` to be a folder or Hub id, but got nothing.")
+        if self.scheduler and not hasattr(diffusers, self.scheduler):
+            raise ValueError(f"Expected `scheduler` to be a class of Diffusers, but got {self.scheduler!r}.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"Expected `dtype` to be one of {', '.join(DTYPES)}, but got {self.dtype!r}.")
+
+
+def sample_images(args: SamplingArguments) -> Path | None:
+    """
+    Write `samples.npz` as ADM has it: `arr_0` uint8 (N, H, W, 3), and for a pipeline of classes `arr_1`, each image's, in turn.
+
+    An image is decided by seed and index alone. What a killed run has finished is kept, and the next one goes on.
+
+    Returns:
+        The file, on the main process.
+
+    Raises:
+        ValueError: if `output_dir` holds images that were drawn otherwise.
+    """
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    folder = Path(args.output_dir)
+    with accelerator.main_process_first():
+        _check_settings(args)
+        (folder / SHARDS).mkdir(exist_ok=True)
+    pipeline = load_to_draw(args.pipeline, accelerator.device, args.dtype, args.scheduler)
+    num_classes = getattr(pipeline, "num_classes", None)
+    arguments = {"num_inference_steps": args.num_inference_steps}
+    for name in ("guidance_scale", "guidance_channels"):
+        if getattr(args, name) is not None:
+            arguments[name] = getattr(args, name)
+
+    def label(index: int) -> int:
+        return index % num_classes
+
+    def make_shard(rows: range, progress: tqdm) -> datasets.Dataset:
+        columns, features = {"image": []}, {"image": datasets.Image()}
+        for start in range(0, len(rows), args.batch_size):
+            indices = rows[start : start + args.batch_size]
+            own = {"batch_size": len(indices)} if num_classes is None else {"class_labels": [*map(label, indices)]}
+            columns["image"] += draw(pipeline, args.seed, indices, **arguments, **own)
+            progress.update(len(indices))
+        if num_classes is not None:
+            columns["label"], features["label"] = [*map(label, rows)], datasets.Value("int64")
+        return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+    write_shards(accelerator, folder / SHARDS, args.num_samples, args.shard_size, make_shard, "Sampling")
+    accelerator.wait_for_everyone()
+    path = None
+    if accelerator.is_main_process:
+        labels = None if num_classes is None else np.array([*map(label, range(args.num_samples))])
+        path = _put_together(folder, args, labels)
+    accelerator.end_training()
+    return path
+
+
+def _put_together(folder: Path, args: SamplingArguments, labels: np.ndarray | None) -> Path:
+    """One batch in memory at a time."""
+    images = DatasetImages(str(folder / SHARDS))
+    first = next(images.batches(1))
+    path = folder / NPZ_NAME
+    write_npz(path, images.batches(args.batch_size), (len(images), *first.shape[1:]), labels)
+    if args.png:
+        (folder / PNG_FOLDER).mkdir(exist_ok=True)
+        for index, encoded in enumerate(images.dataset["image"]):
+            (folder / PNG_FOLDER / f"{index:06d}.png").write_bytes(encoded["bytes"])
+    return path
+
+
+def _check_settings(args: SamplingArguments) -> None:
+    """Of what decides the images, and so not how many are drawn at a time."""
+    free = ("output_dir", "batch_size", "png")
+    settings = {name: value for name, value in vars(args).items() if name not in free}
+    remember_settings(Path(args.output_dir, SETTINGS_NAME), settings, "images")
+
+
+if __name__ == "__main__":
+    sample_images(parse_arguments(SamplingArguments))

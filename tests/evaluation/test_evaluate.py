@@ -1,0 +1,125 @@
+"""Figures of generated images against real ones, and what they depend on."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from networks import make_resnet
+
+from diffusers_dmp.digits import TRAINING_IMAGES, VALIDATION_IMAGES, digit_images, write_image_folder
+from diffusers_dmp.evaluation.evaluate import EvaluationArguments, _stored_statistics, evaluate
+from diffusers_dmp.evaluation.features import FeatureExtractor
+from diffusers_dmp.evaluation.fingerprint import expect_comparable
+from diffusers_dmp.evaluation.images import open_images
+from diffusers_dmp.evaluation.npz import write_npz
+
+
+@pytest.fixture(scope="module")
+def extractor(tmp_path_factory) -> str:
+    """A ResNet of 16 features: random ones tell images apart, too."""
+    folder = tmp_path_factory.mktemp("extractor")
+    make_resnet().save_pretrained(folder)
+    settings = '{"size": {"height": 16, "width": 16}, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}'
+    (folder / "preprocessor_config.json").write_text(settings)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory) -> str:
+    return str(write_image_folder(tmp_path_factory.mktemp("real"), TRAINING_IMAGES[::5]))
+
+
+def colour(images: np.ndarray) -> np.ndarray:
+    return np.repeat(images[..., None], 3, axis=-1)
+
+
+def write(path, images: np.ndarray) -> str:
+    write_npz(path, [images], images.shape)
+    return str(path)
+
+
+def figures(generated, reference, extractor, tmp_path) -> dict[str, float]:
+    asked = {"generated": generated, "reference": reference, "extractor": extractor}
+    results = evaluate(EvaluationArguments(**asked, output=str(tmp_path / "evaluation.json")))
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == results
+    return {result["metric"]: result["value"] for result in results}
+
+
+def test_real_digits_are_nearer_than_inverted_ones_or_noise(real, extractor, tmp_path):
+    held_out = colour(digit_images()[0][VALIDATION_IMAGES.start :])
+    noise = np.random.default_rng(0).integers(0, 256, held_out.shape, dtype=np.uint8)
+    images = {"held_out": held_out, "inverted": 255 - held_out, "noise": noise}
+    found = {
+        name: figures(write(tmp_path / f"{name}.npz", each), real, extractor, tmp_path)
+        for name, each in images.items()
+    }
+    for metric in ("FID", "sFID", "KID"):
+        assert found["held_out"][metric] < min(found["inverted"][metric], found["noise"][metric])
+    assert found["held_out"]["precision"] > 0.7 > found["noise"]["precision"]
+    assert found["held_out"]["recall"] > 0.7
+    assert found["held_out"]["Inception Score"] >= 1
+
+
+def test_a_fingerprint_goes_with_every_figure(real, extractor, tmp_path):
+    images = write(tmp_path / "samples.npz", colour(digit_images()[0][:50]))
+    (tmp_path / "sampling.json").write_text(json.dumps({"num_inference_steps": 25, "scheduler": None}))
+    asked = {"generated": images, "reference": real, "extractor": extractor}
+    results = evaluate(EvaluationArguments(**asked, output=str(tmp_path / "evaluation.json")))
+    settings = results[0]["settings"]
+    assert settings["num_samples"] == 50 and settings["num_reference"] == 300 and settings["image_size"] == [8, 8]
+    assert settings["num_inference_steps"] == 25 and settings["versions"]["torch"] == torch.__version__
+    assert settings["extractor_sha256"] == FeatureExtractor(extractor).sha256
+
+    expect_comparable(settings, dict(settings))
+    other = settings | {"num_inference_steps": 50, "num_samples": 49, "versions": {}}
+    with pytest.raises(ValueError, match=r"others in num_samples \(50 and 49\), num_inference_steps \(25 and 50\)"):
+        expect_comparable(settings, other)
+    with pytest.raises(ValueError, match=r"others in num_samples \(50 and 49\)\."):
+        expect_comparable(settings, other, may_differ=("num_inference_steps",))
+
+
+def test_the_reference_is_known_by_its_pixels(real, extractor, tmp_path):
+    """In a folder or in an .npz: these are the same."""
+    packed = write(tmp_path / "real.npz", np.concatenate(list(open_images(real).batches(64))))
+    images = write(tmp_path / "samples.npz", colour(digit_images()[0][:50]))
+    hashes = []
+    for reference in (real, packed):
+        asked = {"generated": images, "reference": reference, "extractor": extractor}
+        (result, *_) = evaluate(EvaluationArguments(**asked, output=str(tmp_path / "evaluation.json")))
+        hashes.append((result["settings"]["reference_sha256"], result["value"]))
+    assert hashes[0] == hashes[1]
+
+
+def test_stored_statistics_are_inceptions(real, extractor, tmp_path, monkeypatch):
+    """ADM's batches keep those of the whole data set, which other networks' features have nothing to do with."""
+    images = colour(digit_images()[0][:60])
+    generated = write(tmp_path / "samples.npz", images)
+    mean, covariance = np.arange(16.0), 2 * np.eye(16)
+    np.savez(tmp_path / "reference.npz", arr_0=images, mu=mean, sigma=covariance)
+    plain = figures(generated, str(tmp_path / "reference.npz"), extractor, tmp_path)
+    assert plain["FID"] == pytest.approx(0, abs=1e-4)
+    assert _stored_statistics(generated) == {}
+    stored = _stored_statistics(str(tmp_path / "reference.npz"))["pooled"]
+    assert torch.equal(stored.mean, torch.from_numpy(mean)) and torch.equal(
+        stored.covariance, torch.from_numpy(covariance)
+    )
+
+
+def test_what_cannot_be_judged(real, extractor, tmp_path):
+    few = write(tmp_path / "few.npz", colour(digit_images()[0][:16]))
+    with pytest.raises(ValueError, match="more than 16 generated images, .* but got 16"):
+        figures(few, real, extractor, tmp_path)
+    large = write(
+        tmp_path / "large.npz",
+        np.zeros((20, 9, 9, 3), dtype=np.uint8) + np.arange(20)[:, None, None, None].astype(np.uint8),
+    )
+    with pytest.raises(ValueError, match=r"of the reference's size \(8, 8\), but got \(9, 9\)"):
+        figures(large, real, extractor, tmp_path)
+    blank = write(tmp_path / "blank.npz", np.zeros((20, 8, 8, 3), dtype=np.uint8))
+    with pytest.raises(ValueError, match="`features` to differ between images, but got 20 times the same"):
+        figures(blank, real, extractor, tmp_path)
+    with pytest.raises(ValueError, match="missing.npz' to be a file, but there is none"):
+        figures(str(tmp_path / "missing.npz"), real, extractor, tmp_path)
+    with pytest.raises(ValueError, match="`reference` to be given, but got nothing"):
+        EvaluationArguments(generated="x", extractor="y")

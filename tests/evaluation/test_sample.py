@@ -1,0 +1,134 @@
+"""Many images, each decided by seed and index alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import randomised
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
+
+from diffusers_dmp import ClassConditionalPipeline, DiTModel
+from diffusers_dmp.evaluation.sample import SamplingArguments, sample_images
+
+TINY = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "sample_size": 8, "in_channels": 1}
+MODULE = "diffusers_dmp.evaluation.sample"
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> str:
+    """With DDPM's noise at every step, which has to be each image's own as well."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    transformer = randomised(DiTModel(**TINY, num_classes=3))
+    ClassConditionalPipeline(transformer, DDPMScheduler()).save_pretrained(folder)
+    return str(folder)
+
+
+def arguments(pipeline, folder, **others) -> SamplingArguments:
+    small = {"num_samples": 14, "batch_size": 4, "shard_size": 5, "num_inference_steps": 3, "guidance_scale": 1.5}
+    return SamplingArguments(pipeline=pipeline, output_dir=str(folder), **small | others)
+
+
+def read(folder) -> tuple[np.ndarray, np.ndarray]:
+    with np.load(folder / "samples.npz") as file:
+        return file["arr_0"], file["arr_1"]
+
+
+def test_as_adm_has_it(pipeline, tmp_path):
+    path = sample_images(arguments(pipeline, tmp_path, png=True))
+    assert path == tmp_path / "samples.npz"
+    images, labels = read(tmp_path)
+    assert images.shape == (14, 8, 8, 3) and images.dtype == np.uint8
+    assert labels.tolist() == [0, 1, 2] * 4 + [0, 1]
+    assert len({image.tobytes() for image in images}) == 14
+    written = sorted((tmp_path / "png").glob("*.png"))
+    assert [path.name for path in written] == [f"{index:06d}.png" for index in range(14)]
+    assert np.array_equal(np.asarray(Image.open(written[9]).convert("RGB")), images[9])
+    assert json.loads((tmp_path / "sampling.json").read_text())["guidance_scale"] == 1.5
+
+
+def test_batches_change_nothing(pipeline, tmp_path):
+    """But for the last bit of what is computed together."""
+    sample_images(arguments(pipeline, tmp_path / "together"))
+    sample_images(arguments(pipeline, tmp_path / "alone", batch_size=1))
+    together, alone = (read(tmp_path / name)[0].astype(int) for name in ("together", "alone"))
+    assert abs(together - alone).max() <= 1
+
+
+def test_more_images_begin_with_the_same(pipeline, tmp_path):
+    sample_images(arguments(pipeline, tmp_path / "more", num_samples=20))
+    sample_images(arguments(pipeline, tmp_path / "fewer", num_samples=10))
+    assert np.array_equal(read(tmp_path / "more")[0][:10], read(tmp_path / "fewer")[0])
+
+
+def test_any_pipeline(tmp_path):
+    """Of Diffusers' own, without classes: there are no labels."""
+    unet = UNet2DModel(8, block_out_channels=(32,), down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"])
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    settings = {"num_samples": 3, "guidance_scale": None}
+    sample_images(arguments(str(tmp_path / "ddpm"), tmp_path / "samples", **settings))
+    with np.load(tmp_path / "samples" / "samples.npz") as file:
+        assert file.files == ["arr_0"] and file["arr_0"].shape == (3, 8, 8, 3)
+
+
+def test_what_was_drawn_otherwise_is_refused(pipeline, tmp_path):
+    sample_images(arguments(pipeline, tmp_path, num_samples=2))
+    with pytest.raises(ValueError, match="`guidance_scale` to be 1.5, .* but got 3.0"):
+        sample_images(arguments(pipeline, tmp_path, num_samples=2, guidance_scale=3.0))
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ({"num_samples": 0}, "`num_samples` to be at least 1, but got 0"),
+        ({"scheduler": "NoScheduler"}, "a class of Diffusers, but got 'NoScheduler'"),
+        ({"dtype": "float8"}, "`dtype` to be one of float32, float16, bfloat16, but got 'float8'"),
+    ],
+)
+def test_bad_arguments(pipeline, tmp_path, wrong, said):
+    with pytest.raises(ValueError, match=said):
+        arguments(pipeline, tmp_path, **wrong)
+    with pytest.raises(ValueError, match="`pipeline` to be a folder or Hub id, but got nothing"):
+        arguments("", tmp_path)
+
+
+def launch(pipeline, folder, num_processes: int, **others) -> list[str]:
+    args = vars(arguments(pipeline, folder, **others))
+    pairs = [f"--{name}={value}" for name, value in args.items() if value is not None]
+    several = ["--multi_gpu"] if num_processes > 1 else []
+    return [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no",
+            "--dynamo_backend", "no", "--num_processes", str(num_processes), *several, "-m", MODULE, *pairs]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_processes_write_the_same_file(pipeline, tmp_path):
+    for number in (1, 2):
+        command = launch(pipeline, tmp_path / str(number), number)
+        result = subprocess.run(
+            command, capture_output=True, text=True, env=os.environ | {"ACCELERATE_USE_CPU": "true"}
+        )
+        assert result.returncode == 0, result.stderr
+    first, second = ((tmp_path / name / "samples.npz").read_bytes() for name in "12")
+    assert first == second
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(pipeline, tmp_path):
+    many = {"num_samples": 60, "num_inference_steps": 60}
+    process = subprocess.Popen(launch(pipeline, tmp_path / "killed", 1, **many), start_new_session=True)
+    shards = tmp_path / "killed" / "shards"
+    while not list(shards.glob("*.parquet")) and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in shards.glob("*.parquet")}
+    assert 0 < len(kept) < 12 and not (tmp_path / "killed" / "samples.npz").exists()
+    sample_images(arguments(pipeline, tmp_path / "killed", **many))
+    assert all(path.stat().st_mtime_ns == time_before for path, time_before in kept.items())
+    sample_images(arguments(pipeline, tmp_path / "whole", **many))
+    assert np.array_equal(read(tmp_path / "killed")[0], read(tmp_path / "whole")[0])
