@@ -74,6 +74,7 @@ def test_the_report_of_a_patch(demo_folder, monkeypatch):
         "docs/snr_split.md",
         "docs/guidance.md",
         "docs/hub.md",
+        "docs/evaluation.md",
     ],
 )
 def test_links_lead_somewhere(page):
