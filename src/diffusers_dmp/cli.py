@@ -187,6 +187,43 @@ def plot(
 
 
 @app.command()
+def diagnose(
+    pipeline: Folder,
+    dataset: Annotated[str, typer.Option(help="Images to look at: a folder, parquet, or a Hub data set's id.")],
+    output: Annotated[Path, typer.Option(help="The folder for the figures and the picture of them.")] = Path("."),
+    split: Annotated[str, typer.Option(help="Of the data set.")] = "train",
+    images: Annotated[int, typer.Option(min=1, help="How many of them.")] = 256,
+    bands: Annotated[int, typer.Option(min=1, help="Into how many the timesteps are cut.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Of the sampling whose steps are counted.")] = 50,
+) -> None:
+    """
+    Say what each expert is good at: its loss in each band of noise, the loss if another takes its place, its share of the work.
+
+    diffusers-dmp diagnose outputs/patch_digits --dataset outputs/demo/digits
+    """
+    import json
+
+    from diffusers.utils.torch_utils import get_device
+
+    from .evaluation.diagnostics import diagnose
+    from .plots import diagnosis_figure
+    from .training.data import load_images
+
+    pipe = load_pipeline(pipeline).to(get_device())
+    summary = Path(pipeline, "training_summary.json")
+    training = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else None
+    diagnosis = diagnose(pipe, load_images(dataset, split=split), images, bands, steps, training)
+    output.mkdir(parents=True, exist_ok=True)
+    diagnosis_figure(diagnosis).savefig(output / "diagnosis.png", dpi=120)
+    (output / "diagnosis.json").write_text(json.dumps(diagnosis.as_dict(), indent=2) + "\n", encoding="utf-8")
+    for owner, row in enumerate(diagnosis.swap_losses):
+        typer.echo(
+            f"stretch of expert {owner}: " + ", ".join(f"{loss:.4f} by {other}" for other, loss in enumerate(row))
+        )
+    typer.echo(f"{output / 'diagnosis.json'}, {output / 'diagnosis.png'}")
+
+
+@app.command()
 def info(folder: Folder) -> None:
     """
     Say what is in a folder: system, intervals, training, evaluation. No weights are loaded, nor fetched from the Hub.

@@ -1,6 +1,7 @@
 """Pictures of what the models draw and of how their parts share the noise levels."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
@@ -17,6 +18,9 @@ from .intervals import NoiseIntervals
 from .models import DTRTransformer2DModel, RemixDiTModel
 from .pipelines import ClassConditionalPipeline, SNRSplitPipeline
 from .pipelines.denoiser_inputs import class_count
+
+if TYPE_CHECKING:
+    from .evaluation.diagnostics import Diagnosis
 
 
 def sample_grid(columns: "list[list[Image.Image]]", pixel_size: int = 1, gap: int = 1) -> Image.Image:
@@ -296,6 +300,43 @@ def experts_figure(experts: GuidanceExperts, scheduler: SchedulerMixin, timestep
     axes.set_ylabel("share of the image in the noisy one, ᾱ")
     axes.set_title("Which expert of the vision model guides")
     return figure
+
+
+def diagnosis_figure(diagnosis: "Diagnosis") -> Figure:
+    """
+    What each expert is good at: left its loss in each band of timesteps over the best expert's there, right over the owner's if it
+    took another one's place; below how often each is at work.
+    """
+    bands, swaps = torch.tensor(diagnosis.band_losses), torch.tensor(diagnosis.swap_losses)
+    num_experts = len(swaps)
+    figure = Figure(figsize=(13, 3 + 0.5 * num_experts), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=(1.6, 1, 0.8))
+    by_band = bands / bands.min(0).values
+    _ratios(left, by_band, "loss over the best expert's")
+    left.set_xticks(range(by_band.shape[1]), [f"{low:g}" for low in diagnosis.bands[:-1]])
+    left.set_xlabel("band, from the timestep")
+    left.set_ylabel("expert")
+    _ratios(middle, swaps / swaps.diagonal()[:, None], "loss over the owner's")
+    middle.set_xlabel("expert that takes its place")
+    middle.set_ylabel("stretch of expert")
+    shares = {"sampling steps": diagnosis.sampling_steps, "training samples": diagnosis.training_samples}
+    for index, (name, counts) in enumerate(shares.items()):
+        if counts is not None:
+            places = torch.arange(num_experts) + 0.35 * index
+            right.barh(places, torch.tensor(counts) / max(sum(counts), 1), height=0.35, label=name)
+    right.set_yticks(range(num_experts), _stretches(diagnosis.stretches))
+    right.invert_yaxis()
+    right.set_xlabel("share")
+    right.legend()
+    return figure
+
+
+def _ratios(axes: Axes, ratios: torch.Tensor, title: str) -> None:
+    axes.imshow(ratios.log2(), cmap="Blues", aspect="auto", vmin=0, vmax=2)
+    for (row, column), ratio in zip(torch.cartesian_prod(*map(torch.arange, ratios.shape)).tolist(), ratios.flatten()):
+        axes.text(column, row, f"{ratio:.2f}", ha="center", va="center", color="w" if ratio > 2 else "k")
+    axes.set_yticks(range(len(ratios)))
+    axes.set_title(title)
 
 
 def _mark(axes: Axes, timestep: int | None) -> None:

@@ -16,3 +16,8 @@ def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """What a diffusion model made (B, C, H, W) → images in [-1, 1], in the VAE's dtype."""
     latents = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)
     return vae.decode(latents.to(vae.dtype)).sample
+
+
+def scale_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """What the VAE encoded (B, C, H, W) → what a diffusion model learns."""
+    return (latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor

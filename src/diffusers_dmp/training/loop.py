@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from ..intervals import NoiseIntervals
+from ..vae import scale_latents
 from .latents import latent_distribution
 from .objective import DiffusionObjective
 from .recipe import TrainingRecipe
@@ -222,4 +223,4 @@ def clean_samples(batch: dict, randomness: StepRandomness, vae: AutoencoderKL | 
             return images
         mean, std = latent_distribution(vae, images)
     latents = mean + std * randomness.latent_noise.to(std.dtype)
-    return ((latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor).float()
+    return scale_latents(vae, latents).float()

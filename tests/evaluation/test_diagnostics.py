@@ -1,0 +1,109 @@
+"""What each part of a model is good at, told of parts that are good at something by construction."""
+
+import json
+
+import pytest
+import torch
+from conftest import randomised
+from diffusers import DDIMScheduler, UNet2DModel
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from PIL import Image
+from typer.testing import CliRunner
+
+from diffusers_dmp import ClassConditionalPipeline, DiTModel, RemixDiTModel, SNRSplitPipeline
+from diffusers_dmp.cli import app
+from diffusers_dmp.digits import write_image_folder
+from diffusers_dmp.evaluation.diagnostics import diagnose
+from diffusers_dmp.plots import diagnosis_figure
+from diffusers_dmp.training.data import load_images
+
+DIT = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "sample_size": 8, "in_channels": 1}
+UNET = {"block_out_channels": (32,), "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+BOUNDARY = 500
+
+
+class KnowsGrey(UNet2DModel):
+    """Of grey images, x0 = 0, it is right about the noise of some timesteps, x_t/σ_t, and says nothing of the others'."""
+
+    def forward(self, sample, timestep, return_dict=True):
+        sigma = (1 - DDIMScheduler().alphas_cumprod[timestep]).sqrt().view(-1, 1, 1, 1)
+        knows = torch.tensor([int(t) in self.known for t in timestep]).view(-1, 1, 1, 1)
+        return UNet2DOutput(sample=knows * sample / sigma)
+
+
+@pytest.fixture
+def grey(tmp_path):
+    (tmp_path / "grey").mkdir()
+    for index in range(16):
+        Image.new("L", (8, 8), 127 + index % 2).save(tmp_path / "grey" / f"{index}.png")
+    return load_images(str(tmp_path / "grey"))
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> str:
+    return str(write_image_folder(tmp_path_factory.mktemp("digits"), range(40)))
+
+
+def split_pipeline() -> SNRSplitPipeline:
+    scheduler = DDIMScheduler()
+    denoisers = [KnowsGrey(8, in_channels=1, out_channels=1, **UNET).eval() for _ in range(2)]
+    denoisers[0].known, denoisers[1].known = range(BOUNDARY), range(BOUNDARY, 1000)
+    share = float(scheduler.alphas_cumprod[BOUNDARY - 1 : BOUNDARY + 1].mean())  # between two timesteps
+    return SNRSplitPipeline(denoisers, scheduler, snr_boundaries=[share / (1 - share)])
+
+
+def test_who_is_good_at_what(grey):
+    summary = {"experts": [{"samples_per_expert": [30, 0]}, {"samples_per_expert": [0, 10]}]}
+    diagnosis = diagnose(split_pipeline(), grey, num_bands=4, num_inference_steps=20, training_summary=summary)
+    assert diagnosis.stretches == [0, BOUNDARY, 1000] and diagnosis.bands == [0, 250, 500, 750, 1000]
+    # nothing said is wrong by the noise itself, whose mean square is 1
+    losses, swaps = torch.tensor(diagnosis.band_losses), torch.tensor(diagnosis.swap_losses)
+    torch.testing.assert_close(losses, torch.tensor([[0.0, 0, 1, 1], [1, 1, 0, 0]]), atol=0.1, rtol=0)
+    torch.testing.assert_close(swaps, torch.tensor([[0.0, 1], [1, 0]]), atol=0.1, rtol=0)
+    assert sum(diagnosis.sampling_steps) == 20 and diagnosis.sampling_steps == [10, 10]
+    assert diagnosis.training_samples == [30, 10]
+
+
+def test_swapping_experts_of_a_remix_dit(digits):
+    """Of one mixture for all experts, nobody is better than another."""
+    model = randomised(RemixDiTModel(**DIT, num_classes=10, num_bases=2, num_experts=3))
+    pipeline = ClassConditionalPipeline(model, DDIMScheduler())
+    torch.nn.init.zeros_(model.mixing_logits)
+    swaps = torch.tensor(diagnose(pipeline, load_images(digits), num_images=8).swap_losses)
+    torch.testing.assert_close(swaps, swaps[:, :1].expand(3, 3))
+    torch.nn.init.normal_(model.mixing_logits, std=3)
+    swaps = torch.tensor(diagnose(pipeline, load_images(digits), num_images=8).swap_losses)
+    assert (swaps - swaps[:, :1]).abs().max() > 1e-4
+
+
+def test_a_model_of_one_part(digits):
+    pipeline = ClassConditionalPipeline(randomised(DiTModel(**DIT, num_classes=10)), DDIMScheduler())
+    diagnosis = diagnose(pipeline, load_images(digits), num_images=8, num_bands=3)
+    assert len(diagnosis.band_losses) == 1 and len(diagnosis.band_losses[0]) == 3
+    assert diagnosis.sampling_steps == [50] and diagnosis.training_samples is None
+
+
+def test_labels_are_needed_for_classes(grey):
+    pipeline = ClassConditionalPipeline(randomised(DiTModel(**DIT, num_classes=10)), DDIMScheduler())
+    with pytest.raises(ValueError, match="to have labels for a model of 10 classes"):
+        diagnose(pipeline, grey)
+
+
+def test_figure(grey, tmp_path):
+    diagnosis = diagnose(split_pipeline(), grey, num_bands=4)
+    figure = diagnosis_figure(diagnosis)
+    figure.savefig(tmp_path / "diagnosis.png")
+    swaps = [text.get_text() for text in figure.axes[1].texts]
+    assert len(swaps) == 4 and swaps[0] == swaps[3] == "1.00"
+
+
+def test_at_the_command_line(digits, tmp_path):
+    model = randomised(RemixDiTModel(**DIT, num_classes=10, num_bases=2, num_experts=3))
+    ClassConditionalPipeline(model, DDIMScheduler()).save_pretrained(tmp_path / "output" / "pipeline")
+    (tmp_path / "output" / "training_summary.json").write_text('{"samples_per_expert": [5, 6, 7]}')
+    asked = ["diagnose", tmp_path / "output", "--dataset", digits, "--output", tmp_path / "found", "--images", 8]
+    result = CliRunner().invoke(app, [str(each) for each in asked], catch_exceptions=False)
+    assert "stretch of expert 2: " in result.output
+    found = json.loads((tmp_path / "found" / "diagnosis.json").read_text())
+    assert found["training_samples"] == [5, 6, 7] and len(found["swap_losses"]) == 3
+    assert Image.open(tmp_path / "found" / "diagnosis.png").size[0] > 500
