@@ -63,7 +63,7 @@ def test_real_digits_are_nearer_than_inverted_ones_or_noise(real, extractor, tmp
 
 def test_a_fingerprint_goes_with_every_figure(real, extractor, tmp_path):
     images = write(tmp_path / "samples.npz", colour(digit_images()[0][:50]))
-    (tmp_path / "sampling.json").write_text(json.dumps({"num_inference_steps": 25, "scheduler": None}))
+    (tmp_path / "sampling.json").write_text(json.dumps({"num_inference_steps": 25, "scheduler": ""}))
     asked = {"generated": images, "reference": real, "extractor": extractor}
     results = evaluate(EvaluationArguments(**asked, output=str(tmp_path / "evaluation.json")))
     settings = results[0]["settings"]

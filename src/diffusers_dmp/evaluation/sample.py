@@ -5,15 +5,15 @@ accelerate launch -m diffusers_dmp.evaluation.sample --pipeline outputs/demo/pip
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import datasets
-import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ..drawing import DTYPES, draw, load_to_draw
+from ..drawing import DrawingArguments, draw, load_to_draw
 from ..training.arguments import option, parse_arguments
 from ..training.shards import remember_settings, write_shards
 from .images import DatasetImages
@@ -24,31 +24,16 @@ SHARDS, PNG_FOLDER = "shards", "png"
 
 
 @dataclass(kw_only=True)
-class SamplingArguments:
-    pipeline: str = option("", "Folder or Hub id of the pipeline.")
+class SamplingArguments(DrawingArguments):
     output_dir: str = option("outputs/samples", f"Where {NPZ_NAME} is written, and what it is put together of.")
     num_samples: int = option(50_000, "How many.")
-    batch_size: int = option(100, "How many at a time; a null class doubles what the model sees.")
-    shard_size: int = option(1000, "How many to a file, of which a run that goes on keeps the whole ones.")
-    seed: int = option(0, "With an image's index it decides the image alone.")
     num_inference_steps: int = option(250, "Denoising steps.")
     guidance_scale: float | None = option(None, "Of classifier-free guidance; the pipeline's own by default.")
     guidance_channels: int | None = option(None, "How many channels it guides; all by default.")
-    scheduler: str | None = option(None, "Diffusers' scheduler to draw with; the pipeline's own by default.")
-    dtype: str = option("float32", "Of the model: float32, float16 or bfloat16.")
     tf32: bool = option(False, "Let float32 products be computed in TF32, on a GPU that has it.")
     png: bool = option(False, f"Write {PNG_FOLDER}/<index>.png as well.")
 
-    def __post_init__(self):
-        for name in ("num_samples", "batch_size", "shard_size", "num_inference_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Expected `{name}` to be at least 1, but got {getattr(self, name)}.")
-        if not self.pipeline:
-            raise ValueError("Expected `pipeline` to be a folder or Hub id, but got nothing.")
-        if self.scheduler and not hasattr(diffusers, self.scheduler):
-            raise ValueError(f"Expected `scheduler` to be a class of Diffusers, but got {self.scheduler!r}.")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"Expected `dtype` to be one of {', '.join(DTYPES)}, but got {self.dtype!r}.")
+    number_field: ClassVar[str] = "num_samples"
 
 
 def sample_images(args: SamplingArguments) -> Path | None:
@@ -69,7 +54,7 @@ def sample_images(args: SamplingArguments) -> Path | None:
     with accelerator.main_process_first():
         _check_settings(args)
         (folder / SHARDS).mkdir(exist_ok=True)
-    pipeline = load_to_draw(args.pipeline, accelerator.device, args.dtype, args.scheduler)
+    pipeline = load_to_draw(args.pipeline, args, accelerator.device)
     num_classes = getattr(pipeline, "num_classes", None)
     arguments = {"num_inference_steps": args.num_inference_steps}
     for name in ("guidance_scale", "guidance_channels"):

@@ -3,16 +3,16 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import datasets
-import diffusers
 import PIL.Image
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from ..drawing import draw, load_to_draw
+from ..drawing import DrawingArguments, draw, load_to_draw
 from .arguments import option
 from .shards import remember_settings, write_shards
 
@@ -21,31 +21,18 @@ SETTINGS_NAME = "generation.json"
 
 
 @dataclass(kw_only=True)
-class GenerationArguments:
-    pipeline: str = option("", "Folder or Hub id of the pipeline that draws.")
+class GenerationArguments(DrawingArguments):
     super_resolution_pipeline: str | None = option(
         None, "One that enlarges what the first draws: the teacher of a low-resolution student looks at its images."
     )
     output_dir: str = option("outputs/guidance_data", "Where the parquet shards are written.")
     num_images: int = option(500_000, "How many.")
-    batch_size: int = option(100, "How many at a time.")
-    shard_size: int = option(1000, "How many to a file.")
-    seed: int = option(0, "With an image's index it decides the image alone.")
-    num_inference_steps: int = option(25, "Denoising steps.")
     scheduler: str = option(
-        "DDIMScheduler", "Diffusers' scheduler to draw with, in the pipeline's settings; empty for its own."
+        "DDIMScheduler", "Diffusers' scheduler to draw with, in the pipelines' settings; empty for their own."
     )
     pipeline_arguments: str = option("{}", 'Further arguments of the pipelines\' calls, as JSON: {"prompt": ""}, say.')
-    dtype: str = option("float32", "Of the pipelines: float32, float16 or bfloat16.")
 
-    def __post_init__(self):
-        for name in ("num_images", "batch_size", "shard_size", "num_inference_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Expected `{name}` to be at least 1, but got {getattr(self, name)}.")
-        if not self.pipeline:
-            raise ValueError("Expected `pipeline` to be a folder or Hub id, but got nothing.")
-        if self.scheduler and not hasattr(diffusers, self.scheduler):
-            raise ValueError(f"Expected `scheduler` to be a class of Diffusers, but got {self.scheduler!r}.")
+    number_field: ClassVar[str] = "num_images"
 
 
 def generate_images(args: GenerationArguments) -> None:
@@ -62,7 +49,7 @@ def generate_images(args: GenerationArguments) -> None:
     stages = (
         [args.pipeline] if args.super_resolution_pipeline is None else [args.pipeline, args.super_resolution_pipeline]
     )
-    pipelines = [load_to_draw(name, accelerator.device, args.dtype, args.scheduler) for name in stages]
+    pipelines = [load_to_draw(name, args, accelerator.device) for name in stages]
 
     def make_shard(rows: range, progress: tqdm) -> datasets.Dataset:
         columns = {name: [] for name in (IMAGE, TEACHER_IMAGE)[: len(pipelines)]}
