@@ -78,10 +78,11 @@ def specialisation_figures(
         return {"routing": routing_figure(model, timestep)}
     if isinstance(model, RemixDiTModel):
         edges = model.intervals.edges
-        coefficients = {"after training": model.mixing_coefficients.tolist()}
+        coefficients = model.mixing_coefficients.tolist()
         if training_summary is None:
-            return {"mixing": mixing_figure(coefficients, edges, timestep)}
-        coefficients = {"before training": training_summary["before"]["mixing_coefficients"]} | coefficients
+            return {"mixing": mixing_figure({"mixing coefficients": coefficients}, edges, timestep)}
+        before = training_summary["before"]["mixing_coefficients"]
+        coefficients = {"before training": before, "after training": coefficients}
         return {
             "mixing": mixing_figure(coefficients, edges, timestep),
             "training_share": training_share_figure(training_summary["samples_per_expert"], edges),
