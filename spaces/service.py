@@ -22,7 +22,7 @@ except ImportError:
 
 
 log = logging.getLogger("diffusers_dmp.space")
-FORGOTTEN_AFTER = 600.0  # seconds, for a job that left the queue without running
+FORGOTTEN_AFTER = 60.0  # seconds, since Gradio does not tell of a job that was cancelled in the queue
 UNEXPECTED = (
     "Something went wrong on the server; it was written to its log. Please try again, with other settings if need be."
 )
@@ -39,7 +39,7 @@ EXCEPTION_HANDLERS = {FnIndexInferError: unknown_endpoint, KeyError: unknown_end
 
 
 class Turnstile:
-    """Who has a job in the queue."""
+    """Who has a job in the queue: a courtesy among users, not a defence."""
 
     def __init__(self):
         self._since: dict[str, float] = {}
@@ -65,7 +65,7 @@ def user_of(http: gr.Request) -> str:
     """A browser's tab or a client has a session; a bare HTTP call has its address only, which a Space's proxy passes on."""
     state = http.request.state  # of one HTTP call: a bare one is given a session between its validator and its job
     if not hasattr(state, "user"):
-        forwarded = http.headers.get("x-forwarded-for", "").split(",")[0].strip()
+        forwarded = http.headers.get("x-forwarded-for", "").split(",")[-1].strip()  # what the nearest proxy has seen
         state.user = http.session_hash or forwarded or http.client.host
     return state.user
 

@@ -2,17 +2,19 @@
 
 import copy
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
 from PIL import Image
 
 from diffusers_dmp import ClassTarget, GuidanceExperts, GuidedScheduler
 from diffusers_dmp.pipelines.denoising import DenoisingMixin
-from diffusers_dmp.schedulers import make_like
+from diffusers_dmp.schedulers import SCHEDULERS, make_like
 
 MODELS = Path(__file__).parent / "models"
 TITLES = {"dtr": "DTR", "remix": "Remix-DiT", "dmp": "DMP", "patch": "Patch Diffusion", "ppap": "PPAP"}
@@ -48,14 +50,15 @@ class System:
             ValueError: if it is a pipeline of another package.
         """
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        is_shipped = Path(source) == MODELS / name
+        source = Path(source if Path(source).is_dir() else snapshot_download(str(source)))
         pipeline = DiffusionPipeline.from_pretrained(source)
         if not isinstance(pipeline, DenoisingMixin):
             raise ValueError(f"Expected a pipeline of diffusers-dmp, but got a {type(pipeline).__name__}.")
         pipeline.set_progress_bar_config(disable=True)
         experts = None
-        if Path(source, "experts").is_dir():
-            experts = GuidanceExperts.from_pretrained(Path(source, "experts"), base_model=Path(source, "base_model"))
-        is_shipped = Path(source) == MODELS / name
+        if (source / "experts").is_dir():
+            experts = GuidanceExperts.from_pretrained(source / "experts", base_model=source / "base_model")
         return cls(name, pipeline.to(device), experts and experts.to(device), is_shipped)
 
     @property
@@ -66,10 +69,14 @@ class System:
     @property
     def classes(self) -> list[str]:
         """The names of what it can be asked to draw, by index; none if it cannot be asked."""
+        id2label, count = self.pipeline.config.get("id2label") or {}, self.pipeline.num_classes or 0
         if self.experts is not None:
-            return list(self.experts.network_config.id2label.values())
-        names = {int(index): name for index, name in (self.pipeline.config.get("id2label") or {}).items()}
-        return [names.get(index, str(index)) for index in range(self.pipeline.num_classes or 0)]
+            id2label, count = self.experts.network_config.id2label, self.experts.network_config.num_labels
+        names = {int(index): name for index, name in id2label.items()}
+        names = [names.get(index, str(index)) for index in range(count)]
+        # ImageNet has two cranes; and a class may be called what stands for all of them
+        ambiguous = {name for name, number in Counter([*names, ALL_CLASSES]).items() if number > 1}
+        return [f"{name} ({index})" if name in ambiguous else name for index, name in enumerate(names)]
 
     @property
     def default_scale(self) -> float:
@@ -119,7 +126,7 @@ class System:
         """
         # A call has a scheduler of its own, as that has a state; the copy shares the models.
         pipeline = copy.copy(self.pipeline)
-        pipeline.scheduler = make_like(pipeline.scheduler, scheduler)
+        pipeline.scheduler = make_like(pipeline.scheduler, SCHEDULERS[scheduler])
         labels = self.labels(class_name, count)
         if self.experts is None:
             asked = {"class_labels": labels, "batch_size": count, "guidance_scale": scale}
@@ -146,12 +153,23 @@ def sources(setting: str) -> dict[str, "str | Path"]:
 
     Args:
         setting (`str`): 'name=folder-or-hub-id' or plain ids, between commas; a plain id's name is its last part.
+
+    Raises:
+        ValueError: if two have one name.
     """
     found = {name: MODELS / name for name in TITLES if (MODELS / name).is_dir()}
+    named = {}
     for entry in filter(None, map(str.strip, setting.split(","))):
-        name, _, source = entry.rpartition("=")
-        found[name.strip() or Path(source).name] = source.strip()
-    return found
+        name, equals, source = entry.partition("=")
+        if not equals or "/" in name:  # a folder may have a '=' in its name
+            name, source = Path(entry).name, entry
+        name = name.strip()
+        if name in named or (not equals and name in found):
+            raise ValueError(
+                f"Expected each of `DMP_PIPELINES` to have a name of its own, but got another {name!r}; 'name=id' names."
+            )
+        named[name] = source.strip()
+    return found | named
 
 
 def load_systems(setting: str | None = None) -> tuple[dict[str, System], list[str]]:

@@ -64,7 +64,7 @@ def sample(
     except RuntimeError as error:
         raise ValueError(f"Expected `--device` to be one that there is, but got {device!r}.") from error
     if scheduler is not None:
-        pipe.scheduler = make_like(pipe.scheduler, scheduler)
+        pipe.scheduler = make_like(pipe.scheduler, SCHEDULERS[scheduler])
     labels = [int(each) if each.isdecimal() else pipe.get_label_ids(each)[0] for each in label or []]
     if not labels and (pipe.num_classes or 1) > 1:
         labels = list(range(min(pipe.num_classes, MAX_COLUMNS)))

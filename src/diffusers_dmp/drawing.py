@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import diffusers
 import numpy as np
 import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 
+from .schedulers import SCHEDULERS, make_like
 from .training.arguments import option
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -35,8 +35,12 @@ class DrawingArguments:
                 raise ValueError(f"Expected `{name}` to be at least 1, but got {getattr(self, name)}.")
         if not self.pipeline:
             raise ValueError("Expected `pipeline` to be a folder or Hub id, but got nothing.")
-        if self.scheduler and not hasattr(diffusers, self.scheduler):
-            raise ValueError(f"Expected `scheduler` to be a class of Diffusers, but got {self.scheduler!r}.")
+        if self.scheduler and self.scheduler not in SCHEDULERS.values():
+            raise ValueError(
+                f"Expected `scheduler` to be one of {', '.join(SCHEDULERS.values())}, but got {self.scheduler!r}."
+            )
+        if self.seed < 0:
+            raise ValueError(f"Expected `seed` to be at least 0, but got {self.seed}.")
         if self.dtype not in DTYPES:
             raise ValueError(f"Expected `dtype` to be one of {', '.join(DTYPES)}, but got {self.dtype!r}.")
 
@@ -52,7 +56,7 @@ def load_to_draw(name_or_path: str, args: DrawingArguments, device: torch.device
     """
     pipeline = DiffusionPipeline.from_pretrained(name_or_path, dtype=getattr(torch, args.dtype)).to(device)
     if args.scheduler:
-        pipeline.scheduler = getattr(diffusers, args.scheduler).from_config(pipeline.scheduler.config)
+        pipeline.scheduler = make_like(pipeline.scheduler, args.scheduler)
     for name in (
         "watermarker",
         "safety_checker",

@@ -10,15 +10,17 @@ SCHEDULERS = {
     "UniPC": "UniPCMultistepScheduler",
     "Euler": "EulerDiscreteScheduler",
 }
+_BEGIN_ANYWHERE = ("DDIMScheduler", "DDPMScheduler")
 
 
-def make_like(scheduler: SchedulerMixin, name: str) -> SchedulerMixin:
+def make_like(scheduler: SchedulerMixin, class_name: str) -> SchedulerMixin:
     """
     Another scheduler for the same noise.
 
     Args:
-        scheduler ([`SchedulerMixin`]): Whose configuration is taken over, but for `timestep_spacing`: many solvers cannot begin
-            at the last timestep, where a cosine schedule leaves nothing of the image to be found; 'leading' begins before it.
-        name (`str`): One of [`SCHEDULERS`].
+        scheduler ([`SchedulerMixin`]): Whose configuration is taken over, but for the solvers' `timestep_spacing`: they cannot
+            begin at the last timestep, where a cosine schedule leaves nothing of the image to be found; 'leading' begins before.
+        class_name (`str`): One of [`SCHEDULERS`]' classes.
     """
-    return getattr(diffusers, SCHEDULERS[name]).from_config(scheduler.config, timestep_spacing="leading")
+    settings = {} if class_name in _BEGIN_ANYWHERE else {"timestep_spacing": "leading"}
+    return getattr(diffusers, class_name).from_config(scheduler.config, **settings)

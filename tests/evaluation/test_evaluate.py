@@ -8,7 +8,7 @@ import torch
 from networks import make_resnet
 
 from diffusers_dmp.digits import TRAINING_IMAGES, VALIDATION_IMAGES, digit_images, write_image_folder
-from diffusers_dmp.evaluation.evaluate import EvaluationArguments, _stored_statistics, evaluate
+from diffusers_dmp.evaluation.evaluate import EvaluationArguments, _some, _stored_statistics, evaluate
 from diffusers_dmp.evaluation.features import FeatureExtractor
 from diffusers_dmp.evaluation.fingerprint import expect_comparable
 from diffusers_dmp.evaluation.images import open_images
@@ -77,6 +77,13 @@ def test_a_fingerprint_goes_with_every_figure(real, extractor, tmp_path):
         expect_comparable(settings, other)
     with pytest.raises(ValueError, match=r"others in num_samples \(50 and 49\)\."):
         expect_comparable(settings, other, may_differ=("num_inference_steps",))
+
+
+def test_of_a_large_reference_all_classes_count():
+    """Data sets are sorted by class."""
+    some = _some(torch.arange(30_000.0)[:, None])
+    assert len(some) == 10_000 and abs(some.mean() - 15_000) < 300
+    assert torch.equal(some, _some(torch.arange(30_000.0)[:, None]))
 
 
 def test_the_reference_is_known_by_its_pixels(real, extractor, tmp_path):

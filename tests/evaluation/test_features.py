@@ -54,7 +54,11 @@ def test_inceptions_spatial_features(inception):
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
     features = extract_features(FeatureExtractor(inception), [images[:1], images[1:]])
     assert features.pooled.shape == (2, 2048) and features.logits.shape == (2, 1008)
-    assert features.spatial.shape == (2, 7 * 17 * 17)
+    assert features.spatial.shape == (2, 17 * 17 * 7)
+    with torch.inference_mode():
+        spatial = load_inception(inception)(torch.from_numpy(images).permute(0, 3, 1, 2).float())[1]
+    as_adm = spatial.permute(0, 2, 3, 1).numpy()[..., :7].reshape(2, -1)  # NHWC, as its statistics were computed
+    np.testing.assert_allclose(features.spatial, as_adm, atol=1e-4)
 
 
 def test_weights_of_another_network(inception, tmp_path):

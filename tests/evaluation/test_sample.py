@@ -49,7 +49,8 @@ def test_as_adm_has_it(pipeline, tmp_path):
     written = sorted((tmp_path / "png").glob("*.png"))
     assert [path.name for path in written] == [f"{index:06d}.png" for index in range(14)]
     assert np.array_equal(np.asarray(Image.open(written[9]).convert("RGB")), images[9])
-    assert json.loads((tmp_path / "sampling.json").read_text())["guidance_scale"] == 1.5
+    settings = json.loads((tmp_path / "sampling.json").read_text())
+    assert (settings["guidance_scale"], settings["scheduler"]) == (1.5, "DDPMScheduler, leading")
 
 
 def test_batches_change_nothing(pipeline, tmp_path):
@@ -76,6 +77,28 @@ def test_any_pipeline(tmp_path):
         assert file.files == ["arr_0"] and file["arr_0"].shape == (3, 8, 8, 3)
 
 
+def test_solvers_begin_where_they_can(tmp_path):
+    """At the end of a cosine schedule there is nothing but noise, of which they would make black and white."""
+    transformer = randomised(DiTModel(**TINY, num_classes=3))
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="linspace")
+    ClassConditionalPipeline(transformer, scheduler).save_pretrained(tmp_path / "pipeline")
+    settings = {"num_inference_steps": 10, "scheduler": "DPMSolverMultistepScheduler", "guidance_scale": None}
+    sample_images(arguments(str(tmp_path / "pipeline"), tmp_path / "samples", **settings))
+    assert len(np.unique(read(tmp_path / "samples")[0])) > 50
+
+
+def test_another_model_in_the_same_place_is_refused(tmp_path):
+    """As after a second training: the images that are there are the first one's."""
+    for seed in range(2):
+        transformer = randomised(DiTModel(**TINY, num_classes=3), seed)
+        ClassConditionalPipeline(transformer, DDPMScheduler()).save_pretrained(tmp_path / "pipeline")
+        asked = arguments(str(tmp_path / "pipeline"), tmp_path / "samples", num_samples=2)
+        if seed == 0:
+            sample_images(asked)
+    with pytest.raises(ValueError, match="Expected `pipeline_sha256` to be"):
+        sample_images(asked)
+
+
 def test_what_was_drawn_otherwise_is_refused(pipeline, tmp_path):
     sample_images(arguments(pipeline, tmp_path, num_samples=2))
     with pytest.raises(ValueError, match="`guidance_scale` to be 1.5, .* but got 3.0"):
@@ -86,7 +109,8 @@ def test_what_was_drawn_otherwise_is_refused(pipeline, tmp_path):
     "wrong, said",
     [
         ({"num_samples": 0}, "`num_samples` to be at least 1, but got 0"),
-        ({"scheduler": "NoScheduler"}, "a class of Diffusers, but got 'NoScheduler'"),
+        ({"scheduler": "utils"}, "`scheduler` to be one of DDIMScheduler, .*, but got 'utils'"),
+        ({"seed": -1}, "`seed` to be at least 0, but got -1"),
         ({"dtype": "float8"}, "`dtype` to be one of float32, float16, bfloat16, but got 'float8'"),
     ],
 )

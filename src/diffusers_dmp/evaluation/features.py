@@ -71,7 +71,7 @@ class FeatureExtractor(nn.Module):
         """
         if self.is_inception:
             pooled, spatial, logits = self.network(images.float().expand(-1, 3, -1, -1))
-            return Features(pooled, spatial[:, :SPATIAL_CHANNELS].flatten(1), logits)
+            return Features(pooled, _places(spatial), logits)
         images = images.float() / 127.5 - 1
         if self.network.config.to_dict().get("num_channels", 3) == 1:
             images = images.mean(1, keepdim=True)
@@ -87,8 +87,13 @@ class FeatureExtractor(nn.Module):
         pooled = getattr(body, "pooler_output", None)
         if pooled is None:
             pooled = states.mean((2, 3)) if has_places else states.mean(1)
-        spatial = states[:, :SPATIAL_CHANNELS].flatten(1) if has_places else None
+        spatial = _places(states) if has_places else None
         return Features(pooled.flatten(1), spatial, getattr(output, "logits", None))
+
+
+def _places(states: torch.Tensor) -> torch.Tensor:
+    """(B, C, h, w) → (B, h·w·7), place by place, as the stored statistics of ADM's reference batches have them."""
+    return states[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
 
 
 def extract_features(extractor: FeatureExtractor, batches: Iterable[np.ndarray], device: Any = "cpu") -> Features:
@@ -100,10 +105,14 @@ def extract_features(extractor: FeatureExtractor, batches: Iterable[np.ndarray],
         batches (of `np.ndarray` of shape (n, H, W, C)): uint8.
         device: Where to compute.
     """
-    parts = [extractor(torch.from_numpy(batch.copy()).permute(0, 3, 1, 2).to(device)) for batch in batches]
+    parts = []
+    # not in TF32, which is the default of convolutions on a GPU
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        for batch in batches:
+            features = extractor(torch.from_numpy(batch.copy()).permute(0, 3, 1, 2).to(device))
+            parts.append({name: value.cpu() for name, value in vars(features).items() if value is not None})
 
     def joined(name: str) -> torch.Tensor | None:
-        tensors = [getattr(part, name) for part in parts]
-        return None if tensors[0] is None else torch.cat([tensor.cpu() for tensor in tensors])
+        return torch.cat([part[name] for part in parts]) if name in parts[0] else None
 
     return Features(joined("pooled"), joined("spatial"), joined("logits"))

@@ -16,6 +16,7 @@ DECISIVE = (
     "extractor_sha256",
     "reference_sha256",
     "num_reference",
+    "stored_statistics",
     "num_samples",
     "image_size",
     "num_inference_steps",
@@ -23,6 +24,7 @@ DECISIVE = (
     "guidance_scale",
     "guidance_channels",
     "dtype",
+    "tf32",
 )
 
 

@@ -86,6 +86,8 @@ def kernel_distance(generated: torch.Tensor, real: torch.Tensor, seed: int = 0) 
     """
     for name, features in (("generated", generated), ("real", real)):
         check_features(features, name)
+        if len(features) < 2:
+            raise ValueError(f"Expected at least 2 {name} images to compare, but got {len(features)}.")
     subset_size = min(KID_SUBSET_SIZE, len(generated), len(real))
     with warnings.catch_warnings(action="ignore"):  # that it keeps all features, which are there anyway
         metric = KernelInceptionDistance(_AsTheyAre(real.shape[1]), subsets=KID_SUBSETS, subset_size=subset_size)
@@ -102,10 +104,10 @@ def inception_score(logits: torch.Tensor) -> tuple[float, float]:
     exp(E[KL(p(y|x) ‖ p(y))]).
 
     Args:
-        logits (`torch.Tensor` of shape (N, K)): A classifier's, of generated images in random order.
+        logits (`torch.Tensor` of shape (N, K)): A classifier's, of generated images.
 
     Returns:
-        Mean and standard deviation over ten splits of the images, taken in their order.
+        Mean and standard deviation over ten splits of the images, which are shuffled first.
 
     Raises:
         ValueError: if there are fewer images than splits.

@@ -68,10 +68,12 @@ class NpzImages:
                 if f"{IMAGES}.npy" in names:
                     with archive.open(f"{IMAGES}.npy") as file:
                         self.shape, is_fortran, dtype = _read_header(file)
-        except (zipfile.BadZipFile, EOFError) as error:
+        except (zipfile.BadZipFile, EOFError, ValueError) as error:
             raise ValueError(f"Expected {str(path)!r} to be a whole .npz file, but got {error}.") from error
         if f"{IMAGES}.npy" not in names:
             raise ValueError(f"Expected {str(path)!r} to hold images in {IMAGES!r}, but got {names}.")
+        if not self.shape[0]:
+            raise ValueError(f"Expected {str(path)!r} to hold images, but got none.")
         if dtype != np.uint8 or len(self.shape) != 4 or self.shape[-1] not in (1, 3) or is_fortran:
             raise ValueError(
                 f"Expected {IMAGES!r} in {str(path)!r} to be uint8 of the shape (N, H, W, 3), but got {dtype} {self.shape}."

@@ -3,14 +3,18 @@
 accelerate launch -m diffusers_dmp.evaluation.sample --pipeline outputs/demo/pipeline --num_samples 50000 --output_dir outputs/demo/samples
 """
 
+import hashlib
+import inspect
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from ..drawing import DrawingArguments, draw, load_to_draw
@@ -52,9 +56,11 @@ def sample_images(args: SamplingArguments) -> Path | None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     folder = Path(args.output_dir)
     with accelerator.main_process_first():
-        _check_settings(args)
+        source = args.pipeline if os.path.isdir(args.pipeline) else DiffusionPipeline.download(args.pipeline)
+    pipeline = load_to_draw(str(source), args, accelerator.device)
+    with accelerator.main_process_first():
+        remember_settings(folder / SETTINGS_NAME, _settings(args, pipeline, Path(source)), "images")
         (folder / SHARDS).mkdir(exist_ok=True)
-    pipeline = load_to_draw(args.pipeline, args, accelerator.device)
     num_classes = getattr(pipeline, "num_classes", None)
     arguments = {"num_inference_steps": args.num_inference_steps}
     for name in ("guidance_scale", "guidance_channels"):
@@ -98,11 +104,28 @@ def _put_together(folder: Path, args: SamplingArguments, labels: np.ndarray | No
     return path
 
 
-def _check_settings(args: SamplingArguments) -> None:
-    """Of what decides the images, and so not how many are drawn at a time."""
+def _settings(args: SamplingArguments, pipeline: DiffusionPipeline, folder: Path) -> dict[str, Any]:
+    """What decides the images, and so not how many are drawn at a time; defaults by what they come to."""
     free = ("output_dir", "batch_size", "png")
     settings = {name: value for name, value in vars(args).items() if name not in free}
-    remember_settings(Path(args.output_dir, SETTINGS_NAME), settings, "images")
+    scheduler = pipeline.scheduler
+    settings["scheduler"] = f"{type(scheduler).__name__}, {scheduler.config.get('timestep_spacing')}"
+    if args.guidance_scale is None:
+        default = getattr(inspect.signature(pipeline.__call__).parameters.get("guidance_scale"), "default", None)
+        settings["guidance_scale"] = (
+            pipeline.config.get("guidance_scales") or default
+        )  # an `SNRSplitPipeline`'s are its own
+    return settings | {"pipeline_sha256": _sha256(folder)}
+
+
+def _sha256(folder: Path) -> str:
+    """Of weights and configurations: another model may have come to lie in the same place."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors")):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 if __name__ == "__main__":
