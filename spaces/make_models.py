@@ -139,7 +139,9 @@ def draw_examples() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(TRAININGS)}; all by default")
+    parser.add_argument(
+        "names", nargs="*", help=f"of {', '.join(TRAININGS)}; all by default; 'examples' alone draws the pictures"
+    )
     names = parser.parse_args().names or list(TRAININGS)
     if names == ["examples"]:
         draw_examples()
