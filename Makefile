@@ -4,12 +4,13 @@ CPU_THREADS ?= $(shell nproc)
 BIN = .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 DEMO = outputs/demo
+PRESET ?= cpu
 TRAIN = $(BIN)/accelerate launch --num_machines 1 --num_processes 1 --dynamo_backend no --mixed_precision no \
   --num_cpu_threads_per_process $(CPU_THREADS)
 # a third of the modules is ever imported: those are compiled when they first are, and the rest never (--no-compile)
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-remix demo-dmp demo-patch demo-ppap space space-models test test-slow lint format clean
+.PHONY: demo demo-remix demo-dmp demo-patch demo-ppap compare space space-models test test-slow lint format clean
 
 demo: .venv/demo.installed
 	$(BIN)/python training/demo.py data
@@ -49,6 +50,9 @@ demo-ppap: .venv/demo.installed
 	  --num_images 3000 --batch_size 500 --output_dir outputs/ppap_digits_data
 	$(TRAIN) training/train_ppap.py --config training/presets/ppap_digits.yaml
 	$(BIN)/python training/demo.py guidance outputs/ppap_digits
+
+compare: .venv/compare.installed
+	$(BIN)/python -m benchmarks.comparison --preset $(PRESET)
 
 space: .venv/space.installed
 	$(BIN)/python spaces/app.py

@@ -7,6 +7,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "src/diffusers_dmp/version.py").read_text()).group(1)
 
 DEMO = ["scikit-learn>=1.4"]
+COMPARE = ["scikit-image>=0.22", *DEMO]
 SPACE = ["gradio>=6.31,<7", *DEMO]
 
 setup(
@@ -41,8 +42,9 @@ setup(
         "typer>=0.15",
     ],
     extras_require={
+        "compare": COMPARE,
         "demo": DEMO,
         "space": SPACE,
-        "test": ["hypothesis>=6.100", "pytest>=8.0", "ruff>=0.9", "selenium>=4.20", *SPACE],
+        "test": ["hypothesis>=6.100", "pytest>=8.0", "ruff>=0.9", "selenium>=4.20", *COMPARE, *SPACE],
     },
 )

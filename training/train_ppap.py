@@ -56,8 +56,9 @@ class PPAPTrainingArguments(TrainingArguments):
             self.num_experts = 1
         self.check_at_least_one("num_experts", "rank")
         check_expert(self.expert, self.num_experts, self.resume_from_checkpoint)
-        if self.sample_steps:
-            raise ValueError(f"Expected `sample_steps` to be 0, as nothing is sampled, but got {self.sample_steps}.")
+        for name in ("sample_steps", "pipeline_steps"):
+            if getattr(self, name):
+                raise ValueError(f"Expected `{name}` to be 0, as nothing is sampled, but got {getattr(self, name)}.")
         if self.vae is not None:
             raise ValueError(f"Expected no `vae`, as the experts look at images, but got {self.vae!r}.")
         if (self.teacher_image_column is None) != (self.teacher_image_size is None):

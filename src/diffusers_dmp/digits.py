@@ -52,29 +52,47 @@ def fit_reader() -> Pipeline:
 def fit_classifier(
     folder: "str | os.PathLike", num_steps: int = 600, batch_size: int = 64, seed: int = 0
 ) -> ResNetForImageClassification:
+    """[`fit_resnet`] on the real digits."""
+    images, labels = digit_images()
+    names = [str(label) for label in range(NUM_CLASSES)]
+    return fit_resnet(folder, images[..., None], labels, names, num_steps, batch_size, seed)
+
+
+def fit_resnet(
+    folder: "str | os.PathLike",
+    images: np.ndarray,
+    labels: np.ndarray,
+    names: list[str],
+    num_steps: int = 600,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> ResNetForImageClassification:
     """
-    A small ResNet of transformers' on the real digits, written to `folder` with the settings of an image processor: what
-    guidance calls an off-the-shelf model, and knows nothing of noise.
+    A small ResNet of transformers' with a feature of 64 numbers, written to `folder` with the settings of an image processor:
+    what guidance calls an off-the-shelf model, and knows nothing of noise.
+
+    Args:
+        images (`np.ndarray` of shape (N, H, W, C)): uint8, enlarged for it to 32 pixels if they are smaller.
+        labels (`np.ndarray` of shape (N,)): Their classes.
+        names (`list[str]`): The classes' names.
     """
     torch.manual_seed(seed)
-    images, labels = digit_images()
-    pixels, labels = (
-        torch.from_numpy(images).float()[:, None] / 127.5 - 1,
-        torch.from_numpy(labels).long(),
-    )  # (N, 1, 8, 8)
+    pixels = torch.from_numpy(images).float().permute(0, 3, 1, 2) / 127.5 - 1  # (N, C, H, W)
+    labels = torch.from_numpy(labels).long()
+    channels, size = pixels.shape[1], max(pixels.shape[2], CLASSIFIER_SIZE)
     config = ResNetConfig(
-        num_channels=1,
+        num_channels=channels,
         embedding_size=16,
         hidden_sizes=[16, 32, 64],
         depths=[1, 1, 1],
         layer_type="basic",
         downsample_in_first_stage=False,
-        num_labels=NUM_CLASSES,
-        id2label={index: str(index) for index in range(NUM_CLASSES)},
-        label2id={str(index): index for index in range(NUM_CLASSES)},
+        num_labels=len(names),
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
     )
     network = ResNetForImageClassification(config).train()
-    preprocess = ImagePreprocessor([0.5], [0.5], [CLASSIFIER_SIZE] * 2)
+    preprocess = ImagePreprocessor([0.5] * channels, [0.5] * channels, [size] * 2)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.05)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=num_steps)
     for _ in range(num_steps):
@@ -84,6 +102,10 @@ def fit_classifier(
         optimizer.zero_grad()
         scheduler.step()
     network.eval().save_pretrained(folder)
-    settings = {"size": {"height": CLASSIFIER_SIZE, "width": CLASSIFIER_SIZE}, "image_mean": [0.5], "image_std": [0.5]}
+    settings = {
+        "size": {"height": size, "width": size},
+        "image_mean": [0.5] * channels,
+        "image_std": [0.5] * channels,
+    }
     Path(folder, "preprocessor_config.json").write_text(json.dumps(settings) + "\n")
     return network

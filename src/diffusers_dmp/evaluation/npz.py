@@ -82,6 +82,12 @@ class NpzImages:
     def __len__(self) -> int:
         return self.shape[0]
 
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Of the shape (N,); None where the file has none."""
+        with np.load(self.path) as file:
+            return file[LABELS] if LABELS in file.files else None
+
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
         """Of the shape (n, H, W, C), in order."""
         size = int(np.prod(self.shape[1:]))

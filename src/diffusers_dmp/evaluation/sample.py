@@ -59,9 +59,10 @@ def sample_images(args: SamplingArguments) -> Path | None:
         source = args.pipeline if os.path.isdir(args.pipeline) else DiffusionPipeline.download(args.pipeline)
     pipeline = load_to_draw(str(source), args, accelerator.device)
     with accelerator.main_process_first():
-        remember_settings(folder / SETTINGS_NAME, _settings(args, pipeline, Path(source)), "images")
+        remember_settings(folder / SETTINGS_NAME, sampling_settings(args, pipeline, Path(source)), "images")
         (folder / SHARDS).mkdir(exist_ok=True)
     num_classes = getattr(pipeline, "num_classes", None)
+    num_classes = None if num_classes == 1 else num_classes  # a DiT trained without labels
     arguments = {"num_inference_steps": args.num_inference_steps}
     for name in ("guidance_scale", "guidance_channels"):
         if getattr(args, name) is not None:
@@ -104,8 +105,15 @@ def _put_together(folder: Path, args: SamplingArguments, labels: np.ndarray | No
     return path
 
 
-def _settings(args: SamplingArguments, pipeline: DiffusionPipeline, folder: Path) -> dict[str, Any]:
-    """What decides the images, and so not how many are drawn at a time; defaults by what they come to."""
+def sampling_settings(args: SamplingArguments, pipeline: DiffusionPipeline, folder: Path) -> dict[str, Any]:
+    """
+    What decides the images, and so not how many are drawn at a time; defaults by what they come to.
+
+    Args:
+        args ([`SamplingArguments`]): What was asked for.
+        pipeline: As [`load_to_draw`] returned it.
+        folder (`Path`): What it was loaded from.
+    """
     free = ("output_dir", "batch_size", "png")
     settings = {name: value for name, value in vars(args).items() if name not in free}
     scheduler = pipeline.scheduler

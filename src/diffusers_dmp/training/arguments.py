@@ -98,6 +98,9 @@ class TrainingArguments(DataArguments):
     report_to: str = option("tensorboard", "tensorboard, wandb or none.")
     checkpointing_steps: int = option(10_000, "Write a checkpoint this often.")
     checkpoints_total_limit: int | None = option(2, "Keep this many.")
+    pipeline_steps: int = option(
+        0, "Save the pipeline as it then is this often, in `pipeline-<step>`; 0 for the end alone."
+    )
     sample_steps: int = option(0, "Draw a grid of samples this often; 0 for never.")
     sample_inference_steps: int = option(50, "Denoising steps of those samples.")
 

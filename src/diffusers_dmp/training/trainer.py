@@ -210,6 +210,9 @@ def train(
             if args.sample_steps and done.step % args.sample_steps == 0 and accelerator.is_main_process:
                 with averaged_weights(accelerator.unwrap_model(model), ema):
                     draw_samples(accelerator, finished_pipeline(), args, done.step)
+            if args.pipeline_steps and done.step % args.pipeline_steps == 0 and accelerator.is_main_process:
+                with averaged_weights(accelerator.unwrap_model(model), ema):
+                    finished_pipeline().save_pretrained(Path(args.output_dir, f"pipeline-{done.step}"))
     log.close()
     train_seconds = time.perf_counter() - started
 
