@@ -1,11 +1,12 @@
 """FID and its kin of images that were generated, against real ones:
 
 python -m diffusers_dmp.evaluation.evaluate --generated outputs/demo/samples/samples.npz --reference outputs/demo/digits \\
-  --extractor outputs/digits_classifier --output outputs/demo/evaluation.json
+  --extractor digits --output outputs/demo/evaluation.json
 """
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +25,15 @@ from .sample import SETTINGS_NAME
 
 MAX_NEIGHBOURHOOD = 10_000  # real images that precision and recall look at, as ADM's reference batches have
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(kw_only=True)
 class EvaluationArguments:
     generated: str = option("", "The images to judge: an .npz file, a folder, parquet or a Hub data set.")
     reference: str = option("", "The real ones, likewise; ADM's reference batches with the statistics that they hold.")
     reference_split: str = option("train", "Of a data set.")
-    extractor: str = option("", "pt_inception-2015-12-05-6726825d.pth, or a vision model's folder or Hub id.")
+    extractor: str = option("", "inception (or its file), digits, or a vision model's folder or Hub id.")
     output: str = option("evaluation.json", "Where the figures are written, each with its fingerprint.")
     batch_size: int = option(100, "Images at a time.")
 
@@ -63,7 +66,14 @@ def evaluate(args: EvaluationArguments) -> list[dict[str, Any]]:
         _check_number(real, "reference")
 
     metrics = {"FID": _distance(found.pooled, real.pooled, statistics.get("pooled"))}
-    if found.spatial is not None:
+    if found.spatial is not None and min(len(found.spatial), len(real.spatial)) <= found.spatial.shape[1]:
+        logger.warning(
+            "Without sFID: it wants more than %d images, as many as there are features by place, but got %d and %d.",
+            found.spatial.shape[1],
+            len(found.spatial),
+            len(real.spatial),
+        )
+    elif found.spatial is not None:
         metrics["sFID"] = _distance(found.spatial, real.spatial, statistics.get("spatial"))
     if found.logits is not None:
         metrics["Inception Score"] = inception_score(found.logits)[0]
@@ -76,7 +86,7 @@ def evaluate(args: EvaluationArguments) -> list[dict[str, Any]]:
             "reference": args.reference,
             "reference_sha256": real_sha256,
             "num_reference": len(real.pooled),
-            "stored_statistics": bool(statistics),
+            "stored_statistics_sha256": _statistics_sha256(statistics),
         },
         {"num_samples": len(found.pooled), "image_size": list(size)},
         read_settings(Path(args.generated).parent, SETTINGS_NAME),
@@ -128,6 +138,15 @@ def _distance(generated: torch.Tensor, real: torch.Tensor, stored: GaussianStati
     return frechet_distance(GaussianStatistics.of(generated), stored or GaussianStatistics.of(real))
 
 
+def _statistics_sha256(statistics: dict[str, GaussianStatistics]) -> str | None:
+    digest = hashlib.sha256()
+    for kind, stored in sorted(statistics.items()):
+        digest.update(kind.encode())
+        for tensor in (stored.mean, stored.covariance):
+            digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest() if statistics else None
+
+
 def _stored_statistics(reference: str) -> dict[str, GaussianStatistics]:
     """Of the whole data set, which ADM's reference batches keep beside some of its images."""
     if not reference.endswith(".npz"):
@@ -136,7 +155,7 @@ def _stored_statistics(reference: str) -> dict[str, GaussianStatistics]:
         names = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
         return {
             kind: GaussianStatistics(
-                torch.from_numpy(file[mean]).double(), torch.from_numpy(file[sigma]).double(), 50_000
+                torch.from_numpy(file[mean]).double(), torch.from_numpy(file[sigma]).double(), None
             )
             for kind, (mean, sigma) in names.items()
             if mean in file.files and sigma in file.files

@@ -6,6 +6,7 @@ Legend: B batch, N images, H and W height and width, C channels, D features, S s
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from ..guidance.experts import load_network, network_sha256
 from ..guidance.preprocessing import ImagePreprocessor, processor_settings
 from .inception import load_inception
 
+INCEPTION, DIGITS = "inception", "digits"  # extractors by name
 SPATIAL_CHANNELS = 7  # of the features by place that sFID looks at (https://arxiv.org/abs/2103.03841)
 
 
@@ -38,7 +40,9 @@ class FeatureExtractor(nn.Module):
     Features by Inception-2015 or by any vision model of transformers.
 
     Args:
-        name_or_path (`str`): The file `pt_inception-2015-12-05-6726825d.pth`, or a transformers model's folder or Hub id.
+        name_or_path (`str`): 'inception', which is downloaded where it is first asked for, or its file
+            `pt_inception-2015-12-05-6726825d.pth`; 'digits', a classifier that is fitted on scikit-learn's digits where it is
+            first asked for; or a transformers model's folder or Hub id.
 
     Raises:
         ValueError: if it is neither; see [`load_inception`] and [`processor_settings`].
@@ -47,20 +51,24 @@ class FeatureExtractor(nn.Module):
     def __init__(self, name_or_path: "str | os.PathLike"):
         super().__init__()
         name = os.fspath(name_or_path)
-        self.is_inception = name.endswith((".pth", ".pt"))
+        if name == DIGITS:
+            name = _digits_classifier()
+        self.is_inception = name == INCEPTION or name.endswith((".pth", ".pt"))
+        settings = {}
         if self.is_inception:
-            self.network = load_inception(name)
+            self.network = load_inception(None if name == INCEPTION else name)
         else:
             self.network = load_network(name).eval().requires_grad_(False)
+            settings = processor_settings(name)
             self.preprocess = ImagePreprocessor(
-                **{key.removeprefix("image_"): value for key, value in processor_settings(name).items()}
+                **{key.removeprefix("image_"): value for key, value in settings.items()}
             )
         self.name = os.path.basename(name.rstrip("/")) if os.path.exists(name) else name
-        self.sha256 = network_sha256(self.network)
+        self.sha256 = network_sha256(self.network, settings)
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """Name, and hash of the weights."""
+        """Name, and hash of the weights and of what is done to images before."""
         return {"extractor": self.name, "extractor_sha256": self.sha256}
 
     @torch.inference_mode()
@@ -89,6 +97,18 @@ class FeatureExtractor(nn.Module):
             pooled = states.mean((2, 3)) if has_places else states.mean(1)
         spatial = _places(states) if has_places else None
         return Features(pooled.flatten(1), spatial, getattr(output, "logits", None))
+
+
+def _digits_classifier() -> str:
+    """Its folder, where torch keeps what it downloads."""
+    from ..digits import fit_classifier  # scikit-learn is asked of nobody else
+
+    folder = Path(torch.hub.get_dir(), "checkpoints", "diffusers_dmp_digits_classifier")
+    if not folder.exists():
+        unfinished = folder.with_suffix(".unfinished")
+        fit_classifier(unfinished)
+        unfinished.rename(folder)
+    return str(folder)
 
 
 def _places(states: torch.Tensor) -> torch.Tensor:

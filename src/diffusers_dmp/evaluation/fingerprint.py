@@ -16,7 +16,7 @@ DECISIVE = (
     "extractor_sha256",
     "reference_sha256",
     "num_reference",
-    "stored_statistics",
+    "stored_statistics_sha256",
     "num_samples",
     "image_size",
     "num_inference_steps",

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 
 from ..training.data import load_images, open_image
 from .npz import NpzImages
@@ -20,11 +21,16 @@ class DatasetImages:
     Args:
         source (`str`): See [`load_images`].
         split (`str`): Which part of it.
+
+    Raises:
+        ValueError: if there are no images in it.
     """
 
     def __init__(self, source: str, split: str = "train"):
         self.source = source
         self.dataset = load_images(source, split=split)
+        if "image" not in self.dataset.column_names:
+            raise ValueError(f"Expected {source!r} to hold images, but got {self.dataset.column_names}.")
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -34,11 +40,11 @@ class DatasetImages:
         Of the shape (n, H, W, 3), in order; grey images in three equal channels.
 
         Raises:
-            ValueError: if their sizes differ.
+            ValueError: if their sizes differ, or they are of more than 8 bits, or see-through.
         """
         size = None
         for batch in self.dataset.iter(batch_size):
-            images = [open_image(encoded).convert("RGB") for encoded in batch["image"]]
+            images = [self._as_rgb(open_image(encoded)) for encoded in batch["image"]]
             size = size or images[0].size
             for image in images:
                 if image.size != size:
@@ -47,6 +53,14 @@ class DatasetImages:
                         f"{image.width} x {image.height} pixels."
                     )
             yield np.stack([np.asarray(image) for image in images])
+
+    def _as_rgb(self, image: PIL.Image.Image) -> PIL.Image.Image:
+        """What the figures look at: converting other kinds would change what is seen."""
+        is_opaque = not image.has_transparency_data or image.convert("RGBA").getextrema()[-1] == (255, 255)
+        if image.mode.startswith(("I", "F")) or not is_opaque:
+            kind = f"of mode {image.mode}" if is_opaque else "that one can see through"
+            raise ValueError(f"Expected the images of {self.source!r} to be opaque and of 8 bits, but got one {kind}.")
+        return image.convert("RGB")
 
 
 def open_images(source: "str | os.PathLike", split: str = "train") -> "NpzImages | DatasetImages":

@@ -13,6 +13,9 @@ from torch import nn
 
 from ..conversion.original import load_original_state_dict
 
+INCEPTION_URL = (
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+)
 INCEPTION_SIZE = 299  # pixels that images are scaled to
 NUM_CLASSES = 1008  # ImageNet's and eight that were never used
 
@@ -179,17 +182,24 @@ def resize_as_tensorflow(images: torch.Tensor, size: int) -> torch.Tensor:
     return images
 
 
-def load_inception(weights: "str | os.PathLike") -> InceptionV3:
+def load_inception(weights: "str | os.PathLike | None" = None) -> InceptionV3:
     """
     The network with the published weights.
 
     Args:
-        weights: The file `pt_inception-2015-12-05-6726825d.pth`.
+        weights (*optional*): The file `pt_inception-2015-12-05-6726825d.pth`; by default it is downloaded from where it was
+            published, checked by the hash in its name, and kept in torch's cache.
 
     Raises:
         ValueError: if the weights are others.
     """
-    state_dict = load_original_state_dict(weights)
+    if weights is None:
+        weights = INCEPTION_URL
+        state_dict = torch.hub.load_state_dict_from_url(
+            INCEPTION_URL, map_location="cpu", check_hash=True, weights_only=True
+        )
+    else:
+        state_dict = load_original_state_dict(weights)
     model = InceptionV3().eval().requires_grad_(False)
     missing, unknown = model.load_state_dict(state_dict, strict=False)
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]

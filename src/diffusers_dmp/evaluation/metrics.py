@@ -14,7 +14,8 @@ from torch import nn
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-BLOCK = 2048  # rows of distances that are held at a time
+BLOCK = 4096  # rows of features that are in float64 at a time
+DISTANCES = 2**25  # that are held at a time
 NEIGHBOURS = 3  # k of precision and recall
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 SPLITS = 10  # of the Inception Score
@@ -38,19 +39,30 @@ class GaussianStatistics:
 
     Args:
         mean (`torch.Tensor` of shape (D,)), covariance (`torch.Tensor` of shape (D, D)): In float64; the covariance is over N - 1.
-        count (`int`): N.
+        count (`int`, *optional*): N; None for statistics that do not say.
     """
 
     mean: torch.Tensor
     covariance: torch.Tensor
-    count: int
+    count: int | None
 
     @classmethod
     def of(cls, features: torch.Tensor) -> "GaussianStatistics":
-        """Of features (N, D)."""
+        """
+        Of features (N, D).
+
+        Raises:
+            ValueError: see [`check_features`]; or if there are fewer than two.
+        """
         check_features(features, "features")
-        features = features.double()
-        return cls(features.mean(0), features.T.cov(), len(features))
+        if len(features) < 2:
+            raise ValueError(f"Expected at least 2 images for a covariance, but got {len(features)}.")
+        mean = features.mean(0, dtype=torch.float64)
+        covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+        for rows in features.split(BLOCK):
+            centred = rows.double() - mean
+            covariance += centred.T @ centred
+        return cls(mean, covariance / (len(features) - 1), len(features))
 
 
 def frechet_distance(generated: GaussianStatistics, real: GaussianStatistics) -> float:
@@ -58,15 +70,12 @@ def frechet_distance(generated: GaussianStatistics, real: GaussianStatistics) ->
     FID = ‖μ - μ'‖² + tr(Σ + Σ' - 2·(Σ·Σ')^½), in float64.
 
     Raises:
-        ValueError: if they are of different numbers of features, or of fewer images than two.
+        ValueError: if they are of different numbers of features.
     """
     if generated.mean.shape != real.mean.shape:
         raise ValueError(
             f"Expected generated and real images to have as many features, but got {len(generated.mean)} and {len(real.mean)}."
         )
-    for statistics in (generated, real):
-        if statistics.count < 2:
-            raise ValueError(f"Expected at least 2 images for a covariance, but got {statistics.count}.")
     # tr (Σ·Σ')^½ is the sum of the roots of the eigenvalues of Σ·Σ', which are real and not negative but for rounding
     eigenvalues = torch.linalg.eigvals(generated.covariance @ real.covariance).real.clamp(min=0)
     traces = generated.covariance.trace() + real.covariance.trace() - 2 * eigenvalues.sqrt().sum()
@@ -141,20 +150,24 @@ def precision_and_recall(generated: torch.Tensor, real: torch.Tensor) -> tuple[f
             raise ValueError(
                 f"Expected more than {NEIGHBOURS} {name} images, for as many neighbours, but got {len(features)}."
             )
+    generated, real = generated.double(), real.double()
     return _share_within(generated, real), _share_within(real, generated)
 
 
 def _share_within(queries: torch.Tensor, support: torch.Tensor) -> float:
     """The share of queries that are no farther from one of the support than that is from its k-th nearest neighbour."""
+    norms = support.square().sum(1)
+    block = max(1, DISTANCES // len(support))
     # the nearest of all is the image itself
-    radii = torch.cat([_distances(rows, support).kthvalue(NEIGHBOURS + 1).values for rows in support.split(BLOCK)])
-    within = [(_distances(rows, support) <= radii).any(1) for rows in queries.split(BLOCK)]
+    radii = [_squared_distances(rows, support, norms).kthvalue(NEIGHBOURS + 1).values for rows in support.split(block)]
+    radii = torch.cat(radii)
+    within = [(_squared_distances(rows, support, norms) <= radii).any(1) for rows in queries.split(block)]
     return float(torch.cat(within).double().mean())
 
 
-def _distances(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Euclidean, (n, D) and (m, D) → (n, m); as matrix products, which are many times faster and want float64."""
-    return torch.cdist(rows.double(), columns.double(), compute_mode="use_mm_for_euclid_dist")
+def _squared_distances(rows: torch.Tensor, columns: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """‖x - y‖² = ‖x‖² + ‖y‖² - 2·x·y, (n, D) and (m, D) → (n, m); `norms` (m,) are ‖y‖². A difference of this kind wants float64."""
+    return torch.addmm(rows.square().sum(1, keepdim=True) + norms, rows, columns.T, alpha=-2).clamp_(min=0)
 
 
 def check_features(features: torch.Tensor, name: str) -> None:

@@ -5,8 +5,10 @@ Legend: B batch, C channels, H and W height and width in pixels, E experts, T di
 """
 
 import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -305,9 +307,9 @@ def load_network(name_or_path: str) -> PreTrainedModel:
     return network_class.from_pretrained(name_or_path, dtype=torch.float32).eval()
 
 
-def network_sha256(network: PreTrainedModel) -> str:
-    """Tells one network's weights from another's."""
-    digest = hashlib.sha256()
+def network_sha256(network: nn.Module, settings: "dict[str, Any] | None" = None) -> str:
+    """Tells one network's weights, and settings that go with them, from another's."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode() if settings else b"")
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

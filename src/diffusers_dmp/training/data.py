@@ -43,7 +43,7 @@ def load_images(source: str, image_column: str = "image", split: str = "train") 
             dataset = datasets.load_dataset("parquet", data_files=source, split=split)
         else:
             dataset = datasets.load_dataset(source, split=split)
-    except (FileNotFoundError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (FileNotFoundError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"Expected `dataset` to be a folder with images, parquet, or a data set on the Hub, but got {source!r}: "
             f"{error}"
