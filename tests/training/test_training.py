@@ -25,7 +25,7 @@ def reference_run(digits, tmp_path_factory) -> Path:
     """Four steps of DTR in one process."""
     output_dir = tmp_path_factory.mktemp("reference")
     launch("train_dtr.py", output_dir, dataset=digits, sharing_ratio=0.5, sample_steps=4, sample_inference_steps=2,
-           max_grad_norm=1.0, checkpoints_total_limit=2)  # fmt: skip
+           max_grad_norm=1.0, checkpoints_total_limit=2, pipeline_steps=2)  # fmt: skip
     return output_dir
 
 
@@ -41,6 +41,15 @@ def test_a_run_leaves_everything_that_a_user_needs(reference_run):
     arguments = yaml.safe_load((reference_run / "training_arguments.yaml").read_text())
     assert arguments["sharing_ratio"] == 0.5 and arguments["beta_schedule"] == "linear"
     assert sorted(path.name for path in reference_run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_pipelines_along_the_way_have_averaged_weights_too(reference_run):
+    (early, late, end) = (
+        load_file(reference_run / name / "transformer" / "diffusion_pytorch_model.safetensors")
+        for name in ("pipeline-2", "pipeline-4", "pipeline")
+    )
+    assert all(torch.equal(late[name], end[name]) for name in end)
+    assert any(not torch.equal(early[name], end[name]) for name in end)
 
 
 def test_a_run_logs_its_loss_by_stretch_of_noise(reference_run):

@@ -1,0 +1,100 @@
+"""What evaluating costs: `python -m benchmarks.evaluation fid|neighbours|sampling`, one at a time for the memory's sake."""
+
+import argparse
+import itertools
+import resource
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffusers_dmp import ClassConditionalPipeline, DiTModel
+from diffusers_dmp.evaluation.metrics import GaussianStatistics, frechet_distance, precision_and_recall
+from diffusers_dmp.evaluation.npz import write_npz
+from diffusers_dmp.evaluation.sample import SamplingArguments, sample_images
+from diffusers_dmp.training.arguments import TrainingArguments
+from diffusers_dmp.training.trainer import make_scheduler
+
+from .timing import HEADER, compare, hardware, seconds
+
+FEATURES = 2048  # Inception's
+CPU = torch.device("cpu")
+SECONDS = 120.0  # of timing the samplings
+
+
+def features(number: int, seed: int) -> torch.Tensor:
+    return torch.randn(number, FEATURES, generator=torch.Generator().manual_seed(seed))
+
+
+def report(name: str, call: Callable[[], object]) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    duration = seconds(call, CPU)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"| {name} | {duration:.1f} s | {peak / 2**20:.2f} GiB, of which {before / 2**20:.2f} before |", flush=True)
+
+
+def fid() -> None:
+    generated, real = features(50_000, 0), features(50_000, 1)
+    report(
+        "FID, 50,000 against 50,000",
+        lambda: frechet_distance(GaussianStatistics.of(generated), GaussianStatistics.of(real)),
+    )
+
+
+def neighbours() -> None:
+    real = features(10_000, 1)
+    for number in (10_000, 50_000):
+        generated = features(number, 0)
+        report(
+            f"precision and recall, {number:,} against 10,000",
+            lambda generated=generated: precision_and_recall(generated, real),
+        )
+
+
+def sampling() -> None:
+    """Digits through the evaluator, over a script that loads the pipeline, draws them and writes the same file."""
+    shape = {"num_attention_heads": 6, "attention_head_dim": 16, "num_layers": 6, "in_channels": 1, "sample_size": 8}
+    number, batch_size, num_inference_steps = 500, 100, 25
+    with tempfile.TemporaryDirectory() as folder:
+        scheduler = make_scheduler(TrainingArguments(), in_latents=False)
+        ClassConditionalPipeline(DiTModel(**shape, num_classes=10), scheduler).save_pretrained(folder)
+        rounds = itertools.count()
+
+        def bare_loop() -> None:
+            pipeline = ClassConditionalPipeline.from_pretrained(folder)
+            pipeline.set_progress_bar_config(disable=True)
+            images = []
+            for start in range(0, number, batch_size):
+                indices = range(start, start + batch_size)
+                generators = [torch.Generator().manual_seed(index) for index in indices]
+                labels = [index % 10 for index in indices]
+                images += pipeline(labels, num_inference_steps=num_inference_steps, generator=generators).images
+            pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
+            write_npz(Path(folder, "bare.npz"), [pixels], pixels.shape)
+
+        def evaluator() -> None:
+            output_dir = str(Path(folder, "drawn", str(next(rounds))))
+            sample_images(
+                SamplingArguments(
+                    pipeline=folder,
+                    output_dir=output_dir,
+                    num_samples=number,
+                    batch_size=batch_size,
+                    num_inference_steps=num_inference_steps,
+                )
+            )
+
+        name = f"sampling {number} digits: evaluator / bare loop"
+        print(f"\n{HEADER}")
+        print(compare(name, evaluator, bare_loop, CPU, SECONDS, target=1.03).row())
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parts = {"fid": fid, "neighbours": neighbours, "sampling": sampling}
+    parser.add_argument("part", choices=parts)
+    part = parser.parse_args().part
+    print(hardware(CPU))
+    parts[part]()

@@ -1,0 +1,249 @@
+"""The comparison: that it compares like with like, and that its page says what was measured."""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from benchmarks.comparison import data
+from benchmarks.comparison.plan import Plan, Run, load_plan
+from benchmarks.comparison.report import make_report
+from benchmarks.comparison.run import make_data, measure_bounds, perform
+from conftest import FIXTURES, REPOSITORY
+
+from diffusers_dmp import DiTModel, DTRTransformer2DModel, PatchedUNet2DModel
+from diffusers_dmp.digits import fit_classifier
+from diffusers_dmp.training.arguments import DiTTrainingArguments, parse_arguments
+from diffusers_dmp.training.generation import GenerationArguments
+
+RESULTS = REPOSITORY / "docs" / "results"
+ARGUMENTS = {
+    "train_dtr.py": "DTRTrainingArguments",
+    "train_remix.py": "RemixTrainingArguments",
+    "train_dmp.py": "DMPTrainingArguments",
+    "train_patch_diffusion.py": "PatchDiffusionTrainingArguments",
+    "train_ppap.py": "PPAPTrainingArguments",
+}
+
+
+def arguments_of(run: Run):
+    """As the script reads them."""
+    if run.script == "train_dit.py":
+        arguments_class = DiTTrainingArguments
+    elif run.script == "generate_guidance_data.py":
+        arguments_class = GenerationArguments
+    else:
+        spec = importlib.util.spec_from_file_location(run.script, REPOSITORY / "training" / run.script)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[run.script] = module  # where dataclasses look their fields' types up
+        spec.loader.exec_module(module)
+        arguments_class = getattr(module, ARGUMENTS[run.script])
+    command = run.command(REPOSITORY / "output", num_threads=1)
+    return parse_arguments(arguments_class, command[command.index(f"training/{run.script}") + 1 :])
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Plan:
+    """Everything at four steps."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text((FIXTURES / "comparison.yaml").read_text().replace("OUTPUTS", str(tmp_path / "outputs")))
+    return load_plan(str(path))
+
+
+@pytest.mark.parametrize("preset", ["cpu", "gpu"])
+def test_every_run_is_on_equal_terms(preset):
+    """What stands side by side trains for equally many steps in all, on equal batches of the same data with the same seeds."""
+    plan = load_plan(preset)
+    for comparison in plan.comparisons:
+        budgets = {}
+        for run in comparison.runs:
+            if run.script and run.measured and not (run.comparison == "guidance" and not run.guide):
+                args = arguments_of(run)
+                num_experts = len(getattr(args, "snr_boundaries", [])) + 1
+                num_experts = getattr(args, "num_experts", num_experts) if run.guide else num_experts
+                budgets[run.key] = (args.max_train_steps * num_experts, args.batch_size, args.image_size)
+                assert args.seed == run.seed
+        assert len(set(budgets.values())) == 1, budgets
+        assert [run.seed for run in comparison.runs] == sorted(plan.seeds * (len(comparison.runs) // len(plan.seeds)))
+
+
+def test_what_is_compared_has_equally_many_parameters():
+    shared = {"sample_size": 8, "in_channels": 1, "num_attention_heads": 6, "attention_head_dim": 16, "num_layers": 4}
+    assert DiTModel(**shared).num_parameters() == DTRTransformer2DModel(**shared).num_parameters()
+    runs = {run.name: arguments_of(run) for run in load_plan("cpu").runs if run.comparison == "snr_split"}
+    names = ("model_channels", "channel_multipliers", "layers_per_block", "attention_levels", "attention_head_dim")
+    one, two = (
+        PatchedUNet2DModel(
+            sample_size=8, in_channels=1, patch_size=2, num_classes=10, **{n: getattr(runs[run], n) for n in names}
+        ).num_parameters()
+        for run in ("one", "two")
+    )
+    assert 2 * two == pytest.approx(one, rel=0.02)
+
+
+def test_a_run_comes_after_what_it_needs():
+    plan = load_plan("cpu")
+    keys = [run.key for run in plan.runs]
+    assert len(set(keys)) == len(keys)
+    for run in plan.runs:
+        needed = plan.before(run)
+        if needed is not None:
+            assert keys.index(needed.key) < keys.index(run.key) and needed.seed == run.seed
+            assert str(plan.folder(needed)) in json.dumps([run.base, run.arguments])
+    with pytest.raises(ValueError, match="Expected a run to be one of .*'dit'"):
+        plan.run("dit")
+    with pytest.raises(ValueError, match="a YAML file or one of cpu, gpu, but got 'tpu'"):
+        load_plan("tpu")
+
+
+def test_digits_are_held_out_and_photographs_are_cropped(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "fit_classifier", lambda folder, **kwargs: None)
+    monkeypatch.setattr(
+        data, "fit_resnet", lambda folder, images, labels, names: fitted.append((images, labels, names))
+    )
+    fitted = []
+    data.make_digits(tmp_path / "digits", num_train=1700)
+    parts = {
+        part: {path.name for path in (tmp_path / "digits" / part).rglob("*.png")} for part in ("train", "held_out")
+    }
+    assert {part: len(names) for part, names in parts.items()} == {"train": 1700, "held_out": 97}
+    assert not parts["train"] & parts["held_out"]
+
+    data.make_photographs(tmp_path / "photographs", size=16, num_train=14, num_held_out=7)
+    (images, labels, names) = fitted[0]
+    assert images.shape == (21, 16, 16, 3) and labels.tolist() == [*range(7)] * 3 and len(names) == 7
+    pictures = data.photographs()
+    assert all(picture.dtype == np.uint8 and picture.shape[2] == 3 for picture in pictures.values())
+    for crop, label in zip(images[:7], labels):
+        windows = np.lib.stride_tricks.sliding_window_view(pictures[names[label]], (16, 16, 3))[:, :, 0]
+        assert (windows == crop).all((2, 3, 4)).any(), names[label]
+
+
+def test_a_run_is_done_once(tiny, monkeypatch):
+    """Trained, drawn from and measured; a second time nothing is trained, and the figures are the same."""
+    monkeypatch.setattr(data, "fit_classifier", functools.partial(fit_classifier, num_steps=50))
+    make_data(tiny, "digits")
+    bounds = measure_bounds(tiny, "digits")
+    assert bounds["real"]["FID"] < bounds["noise"]["FID"] and bounds["real"]["recognised"] > 0.98
+    run = tiny.run("digits/dit-0")
+    first = perform(tiny, run, num_threads=1)
+    assert [point["step"] for point in first["points"]] == [2, 4]
+    assert first["fingerprint"]["num_samples"] == 100 and first["fingerprint"]["seed"] == run.seed
+    assert (
+        first["parameters"] == DiTModel.from_pretrained(tiny.folder(run) / "pipeline" / "transformer").num_parameters()
+    )
+    assert all(0 <= point["recognised"] <= 1 and point["FID"] > 1 for point in first["points"])
+    written = (tiny.folder(run) / "training_summary.json").stat().st_mtime_ns
+    again = perform(tiny, run, num_threads=1)
+    assert (tiny.folder(run) / "training_summary.json").stat().st_mtime_ns == written
+    times = ("sample_seconds",)
+    assert {k: v for k, v in again.items() if k not in times} == {k: v for k, v in first.items() if k not in times}
+
+
+def result(name: str, seed: int, fids: list[float], **fingerprint) -> dict:
+    points = [{"step": step + 1, "FID": fid, "precision": 0.5, "recall": 0.25} for step, fid in enumerate(fids)]
+    return {
+        "comparison": "photographs", "name": name, "seed": seed, "points": points, "command": f"train {name}",
+        "fingerprint": {"num_samples": 7, "scheduler": "DDPMScheduler"} | fingerprint, "parameters": 1234,
+        "gigaflops_per_image": 0.5, "milliseconds_per_step": 10.0, "hardware": "a machine", "commit": "abc",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def results(tiny, tmp_path):
+    """Two runs with two seeds each."""
+    plan = dataclasses.replace(
+        tiny,
+        data={"photographs": {}},
+        comparisons=[
+            dataclasses.replace(
+                comparison, runs=[dataclasses.replace(run, seed=seed) for run in comparison.runs for seed in (0, 1)]
+            )
+            for comparison in tiny.comparisons
+        ],
+    )
+    folder = tmp_path / "results"
+    bound = {"FID": 1.0, "precision": 0.9, "recall": 0.9, "fingerprint": {"num_samples": 7}}
+    bounds = {"real": bound, "noise": bound | {"FID": 300.0}, "number": 7, "commit": "abc"}
+    written = {"bounds/photographs": bounds}
+    for name, fids in {"dit": [[9, 4], [9, 6]], "dtr": [[8, 3], [8, 6.5]]}.items():
+        for seed, own in enumerate(fids):
+            written[f"photographs/{name}-{seed}"] = result(name, seed, own)
+    for key, content in written.items():
+        path = folder / f"{key}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+    return plan, folder
+
+
+def test_a_row_is_mean_and_spread_over_the_seeds(results):
+    page, figures = make_report(*results)
+    (dit,) = [line for line in page.splitlines() if line.startswith("| DiT |")]
+    (dtr,) = [line for line in page.splitlines() if line.startswith("| DTR |")]
+    assert "| 5.00 ± 1.41 |" in dit and "1,234" in dit  # (4 + 6) / 2, √(1 + 1)
+    assert "| 4.75 ± 2.47 |" in dtr and "-0.25 ± 1.06" in dtr and "1 of 2" in dtr  # of -1 and +0.5, seed by seed
+    assert list(figures) == ["photographs"] and len(figures["photographs"].axes) == 2
+
+
+def test_what_was_measured_otherwise_does_not_stand_beside(results):
+    plan, folder = results
+    other = result("dtr", 1, [8, 6.5], num_samples=8)
+    (folder / "photographs" / "dtr-1.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=r"measured alike, but got others in num_samples \(7 and 8\)"):
+        make_report(plan, folder)
+
+
+def test_the_published_page_is_of_the_published_results():
+    page, _ = make_report(load_plan("cpu"), RESULTS / "cpu")
+    assert page == (REPOSITORY / "docs" / "results.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_whole_comparison_at_four_steps(tiny, tmp_path):
+    """As `make compare` does it, in two parts: what the first has finished the second leaves."""
+    command = [sys.executable, "-m", "benchmarks.comparison", "--preset", str(tmp_path / "tiny.yaml")]
+    command += ["--results", str(tmp_path / "results"), "--report", str(tmp_path / "results.md")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    page = (tmp_path / "results.md").read_text()
+    for comparison in tiny.comparisons:
+        assert f"## {comparison.title}" in page
+        for runs in comparison.measured.values():
+            assert f"| {runs[0].title} |" in page
+    guidance = tmp_path / "results" / "tiny" / "guidance"
+    assert len(list(guidance.glob("*.png")) + list(guidance.parent.glob("*.png"))) == len(tiny.comparisons)
+
+    (guidance / "ppap-0.json").unlink()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line for line in done.stdout.splitlines() if line.endswith("begun")] == ["guidance/ppap-0: begun"]
+    assert (tmp_path / "results.md").read_text() == page
+
+
+@pytest.mark.slow
+def test_a_published_figure_is_found_again(tmp_path):
+    """One run in full. What computers do not compute alike to the last bit grows in training, hence the tolerance."""
+    preset = yaml.safe_load((REPOSITORY / "benchmarks" / "comparison" / "cpu.yaml").read_text())
+    (tmp_path / "cpu.yaml").write_text(yaml.safe_dump(preset | {"output_dir": str(tmp_path / "outputs")}))
+    plan = load_plan(str(tmp_path / "cpu.yaml"))
+    make_data(plan, "digits")
+    torch.set_num_threads(1)
+    found = perform(plan, plan.run("digits/dtr_min_snr-0"), num_threads=1)
+    published = json.loads((RESULTS / "cpu" / "digits" / "dtr_min_snr-0.json").read_text())
+    assert found["parameters"] == published["parameters"]
+    assert found["gigaflops_per_image"] == published["gigaflops_per_image"]
+    for ours, theirs in zip(found["points"], published["points"], strict=True):
+        assert ours["step"] == theirs["step"]
+        assert ours["FID"] == pytest.approx(theirs["FID"], rel=0.3)
+        assert ours["recognised"] == pytest.approx(theirs["recognised"], abs=0.1)
