@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from diffusers_dmp.training.shards import remember_settings
+
 from .plan import Plan, Run, load_plan
 from .report import write_report
 from .run import make_data, measure_bounds, perform
@@ -72,9 +74,16 @@ def perform_all(plan: Plan, results: Path, num_workers: int) -> None:
 
 
 def is_finished(plan: Plan, run: Run, results: Path) -> bool:
-    """Whether there is a result, and, if others need what it trained and have none, that too."""
-    if not (results / f"{run.key}.json").exists():
+    """
+    Whether there is a result, and, if others need what it trained and have none, that too.
+
+    Raises:
+        ValueError: if the result is of a run with other settings.
+    """
+    path = results / f"{run.key}.json"
+    if not path.exists():
         return False
+    remember_settings(path, {"settings": plan.settings(run)}, "result")
     needed_by = [other for other in plan.runs if plan.before(other) == run]
     return plan.folder(run).exists() or all(is_finished(plan, other, results) for other in needed_by)
 

@@ -124,6 +124,14 @@ class Plan:
             raise ValueError(f"Expected a run to be one of {', '.join(runs)}, but got {key!r}.")
         return runs[key]
 
+    def settings(self, run: Run) -> dict[str, Any]:
+        """All that decides a run's figures, in what JSON can hold; those of what it comes after are in that run's."""
+        own = dataclasses.asdict(run)
+        for name in ("comparison", "name", "title", "measured"):
+            own.pop(name)
+        shared = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+        return own | shared | {"data_settings": self.data[run.data]}
+
     def before(self, run: Run) -> Run | None:
         """The run that this one needs."""
         if not run.after:

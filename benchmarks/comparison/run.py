@@ -42,7 +42,7 @@ SUMMARY = "training_summary.json"
 METRICS = ("FID", "KID", "precision", "recall", "recognised")  # of which the results keep account
 BATCH_SIZE = 100
 COST_BATCH = 10  # images that are drawn to count operations
-DATA_RECORD = "made.json"
+DATA_RECORD, RUN_RECORD = "made.json", "run.json"
 
 
 def make_data(plan: Plan, name: str) -> None:
@@ -80,9 +80,11 @@ def perform(plan: Plan, run: Run, num_threads: int) -> dict[str, Any]:
 
     Raises:
         RuntimeError: if the training fails.
+        ValueError: if the run's folder holds one with other settings.
     """
     folder = plan.folder(run)
-    result = {"comparison": run.comparison, "name": run.name, "seed": run.seed}
+    remember_settings(folder / RUN_RECORD, plan.settings(run), "run")
+    result = {"comparison": run.comparison, "name": run.name, "seed": run.seed, "settings": plan.settings(run)}
     if run.script:
         command = run.command(folder, num_threads)
         result |= {"command": " ".join(command), "milliseconds_per_step": _train(command, folder)}
