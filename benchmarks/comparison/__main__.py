@@ -17,29 +17,36 @@ import torch
 from diffusers_dmp.training.shards import remember_settings
 
 from .plan import Plan, Run, load_plan
-from .report import write_report
-from .run import make_data, measure_bounds, perform
+from .report import BOUNDS, write_report
+from .run import is_trained, make_data, measure_bounds, perform
 
-BOUNDS = "bounds"  # the folder of what real images and noise come to
+OWN_PRESET = "cpu"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="cpu", help="of this folder, or a YAML file")
-    parser.add_argument("--results", type=Path, default=Path("docs/results"))
-    parser.add_argument("--report", type=Path, default=Path("docs/results.md"))
+    parser.add_argument("--preset", default=OWN_PRESET, help="of this folder, or a YAML file")
+    parser.add_argument("--results", type=Path, default=Path("docs/results"), help="a folder for those of all presets")
+    parser.add_argument("--report", type=Path, help="the page; docs/results.md or docs/results_<preset>.md by default")
     workers = 1 if torch.cuda.is_available() else os.cpu_count()
     parser.add_argument("--workers", type=int, default=workers, help="runs at a time, which share the cores")
     args = parser.parse_args()
+    if args.workers < 1:
+        parser.error(f"Expected `workers` to be at least 1, but got {args.workers}.")
     plan = load_plan(args.preset)
     results = args.results / plan.name
+    report = args.report or Path("docs", "results.md" if plan.name == OWN_PRESET else f"results_{plan.name}.md")
+    for run in plan.runs:
+        is_finished(plan, run, results)  # before anything is trained
     for name in plan.data:
-        make_data(plan, name)
+        make_data(plan, name, results)
         path = results / BOUNDS / f"{name}.json"
-        if not path.exists():
+        if path.exists():
+            remember_settings(path, {"settings": plan.data[name]}, "bounds")
+        else:
             write_json(path, measure_bounds(plan, name))
     perform_all(plan, results, args.workers)
-    write_report(plan, results, args.report)
+    write_report(plan, results, report)
 
 
 def perform_all(plan: Plan, results: Path, num_workers: int) -> None:
@@ -54,7 +61,7 @@ def perform_all(plan: Plan, results: Path, num_workers: int) -> None:
     futures: dict[str, Future] = {}
     with (
         ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn")) as workers,
-        ThreadPoolExecutor(num_workers) as waiters,
+        ThreadPoolExecutor(len(plan.runs)) as waiters,
     ):
 
         def work(run: Run) -> None:
@@ -62,8 +69,8 @@ def perform_all(plan: Plan, results: Path, num_workers: int) -> None:
             if needed is not None:
                 futures[needed.key].result()  # it was handed out before
             if not is_finished(plan, run, results):
-                print(f"{run.key}: begun", flush=True)
-                write_json(results / f"{run.key}.json", workers.submit(perform, plan, run, num_threads).result())
+                done = workers.submit(perform, plan, run, num_threads).result()
+                write_json(results / f"{run.key}.json", done)
                 print(f"{run.key}: done", flush=True)
 
         for run in plan.runs:
@@ -83,9 +90,9 @@ def is_finished(plan: Plan, run: Run, results: Path) -> bool:
     path = results / f"{run.key}.json"
     if not path.exists():
         return False
-    remember_settings(path, {"settings": plan.settings(run)}, "result")
+    remember_settings(path, {"settings": plan.settings(run)}, f"result {path}")
     needed_by = [other for other in plan.runs if plan.before(other) == run]
-    return plan.folder(run).exists() or all(is_finished(plan, other, results) for other in needed_by)
+    return is_trained(plan, run) or all(is_finished(plan, other, results) for other in needed_by)
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from diffusers_dmp.digits import digit_images, fit_classifier, fit_resnet
+from diffusers_dmp.digits import NUM_CLASSES, digit_images, fit_classifier, fit_resnet
 
 TRAIN, HELD_OUT, EXTRACTOR, GUIDE = "train", "held_out", "extractor", "guide"  # the folders of a data set
 SEED = 0  # of which images are held out, and where photographs are cropped
@@ -17,15 +17,18 @@ GUIDE_SEED = 1  # the network that guides is not the one that measures
 
 def make_digits(folder: Path, num_train: int = 1000) -> None:
     """
-    scikit-learn's digits, of which some drawn at random are held out; a classifier to measure by; and another to guide by.
+    scikit-learn's digits, of which some drawn at random are held out; a classifier of all of them to measure by; and one of those
+    that are trained on, to guide by.
     """
     images, labels = digit_images()
     order = np.random.default_rng(SEED).permutation(len(images))
     for part, indices in ((TRAIN, order[:num_train]), (HELD_OUT, order[num_train:])):
         for index in indices:
             save_image(folder / part / str(labels[index]) / f"{index:04d}.png", images[index])
+    names = [str(label) for label in range(NUM_CLASSES)]
+    own = order[:num_train]
     fit_classifier(folder / EXTRACTOR)
-    fit_classifier(folder / GUIDE, seed=GUIDE_SEED)
+    fit_resnet(folder / GUIDE, images[own, ..., None], labels[own], names, seed=GUIDE_SEED)
 
 
 def make_photographs(folder: Path, size: int = 32, num_train: int = 4000, num_held_out: int = 1000) -> None:

@@ -10,12 +10,14 @@ import yaml
 PRESETS = Path(__file__).parent
 COMPARISONS = PRESETS / "comparisons.yaml"
 AS_IT_IS, TRAINED = "as it is", "trained"  # a classifier that guides
+# arguments of a script that change nothing of what it trains
+FREE = ("checkpointing_steps", "checkpoints_total_limit", "report_to", "resume_from_checkpoint", "logging_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """
-    One training with one seed, and its images measured.
+    One training with one seed, and its images measured. In what is text, `{outputs}`, `{data}` and `{seed}` stand for themselves.
 
     Args:
         comparison, name (`str`), seed (`int`): Which it is.
@@ -47,28 +49,23 @@ class Run:
     def key(self) -> str:
         return f"{self.comparison}/{self.name}-{self.seed}"
 
-    def command(self, output_dir: Path, num_threads: int) -> list[str]:
-        """What trains it, resuming what was interrupted."""
-        own = [str(part) for name, value in self.arguments.items() for part in (f"--{name}", *_values(value))]
-        return [
-            *("accelerate", "launch", "--num_machines", "1", "--num_processes", "1", "--dynamo_backend", "no"),
-            *("--mixed_precision", "no", "--num_cpu_threads_per_process", str(num_threads)),
-            *(f"training/{self.script}", *own, "--seed", str(self.seed), "--output_dir", str(output_dir)),
-        ]
-
-
-def _values(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Runs that differ in one thing; the first that is measured is what the others are compared with."""
+    """
+    Runs that differ in one thing.
+
+    Args:
+        name, title, text, data (`str`): As `comparisons.yaml` has them.
+        baseline (`str`): The name of the run that the others are compared with.
+        runs (`list[Run]`): With every seed.
+    """
 
     name: str
     title: str
     text: str
     data: str
+    baseline: str
     runs: list[Run]
 
     @property
@@ -124,19 +121,50 @@ class Plan:
             raise ValueError(f"Expected a run to be one of {', '.join(runs)}, but got {key!r}.")
         return runs[key]
 
-    def settings(self, run: Run) -> dict[str, Any]:
-        """All that decides a run's figures, in what JSON can hold; those of what it comes after are in that run's."""
-        own = dataclasses.asdict(run)
-        for name in ("comparison", "name", "title", "measured"):
-            own.pop(name)
-        shared = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
-        return own | shared | {"data_settings": self.data[run.data]}
-
     def before(self, run: Run) -> Run | None:
         """The run that this one needs."""
-        if not run.after:
-            return None
-        return self.run(f"{run.after}-{run.seed}")
+        return self.run(f"{run.after}-{run.seed}") if run.after else None
+
+    def resolve(self, run: Run, value: Any) -> Any:
+        """Its placeholders replaced."""
+        if not isinstance(value, str):
+            return value
+        return value.format(outputs=self.output_dir, data=self.data_folder(run.data), seed=run.seed)
+
+    def base(self, run: Run) -> Path:
+        """The folder of the pipeline that draws, where the run trains none."""
+        return Path(self.resolve(run, run.base))
+
+    def command(self, run: Run, num_threads: int) -> list[str]:
+        """What trains it, resuming what was interrupted; with the run's seed, unless its arguments have another."""
+        arguments = {"seed": run.seed} | run.arguments | {"output_dir": str(self.folder(run))}
+        options = []
+        for name, value in arguments.items():
+            values = value if isinstance(value, list) else [self.resolve(run, value)]
+            options += [f"--{name}", *map(str, values)]
+        return [
+            *("accelerate", "launch", "--num_machines", "1", "--num_processes", "1", "--dynamo_backend", "no"),
+            *("--mixed_precision", "no", "--num_cpu_threads_per_process", str(num_threads)),
+            *(f"training/{run.script}", *options),
+        ]
+
+    def settings(self, run: Run) -> dict[str, Any]:
+        """All that decides a run's figures, that which it comes after included, in what JSON can hold."""
+        needed = self.before(run)
+        config = run.arguments.get("config")
+        return {
+            "seed": run.seed,
+            "script": run.script,
+            "arguments": {name: value for name, value in run.arguments.items() if name not in FREE},
+            "preset": yaml.safe_load(Path(config).read_text()) if config else None,
+            "base": run.base,
+            "guide": run.guide,
+            "guidance_scale": self.guidance_scale if run.guide else None,
+            "scheduler": run.scheduler,
+            "num_inference_steps": self.num_inference_steps,
+            "data": {run.data: self.data[run.data]},
+            "after": self.settings(needed) if needed else None,
+        }
 
 
 def load_plan(preset: str) -> Plan:
@@ -147,36 +175,30 @@ def load_plan(preset: str) -> Plan:
         ValueError: if there is none.
     """
     path = Path(preset) if preset.endswith(".yaml") else PRESETS / f"{preset}.yaml"
-    if not path.is_file():
+    if not path.is_file() or path == COMPARISONS:
         names = ", ".join(sorted(known.stem for known in PRESETS.glob("*.yaml") if known != COMPARISONS))
         raise ValueError(f"Expected `preset` to be a YAML file or one of {names}, but got {preset!r}.")
     sizes = yaml.safe_load(path.read_text())
-    output_dir, settings = Path(sizes["output_dir"]), sizes.pop("settings")
+    groups = sizes.pop("settings")
     comparisons = []
-    for name, comparison in yaml.safe_load(COMPARISONS.read_text()).items():
-        data = comparison["data"]
-        runs = []
-        for seed in sizes["seeds"]:
-            for run_name, own in comparison["runs"].items():
-                together = {}
-                for group in own.get("like", []):
-                    together |= settings[group]
-                together |= {key: value for key, value in own.items() if key != "like"}
-                runs.append(_make_run(output_dir, name, run_name, seed, data, together))
-        comparisons.append(
-            Comparison(name=name, title=comparison["title"], text=comparison["text"], data=data, runs=runs)
-        )
-    return Plan(name=path.stem, comparisons=comparisons, **sizes | {"output_dir": output_dir})
+    for name, content in yaml.safe_load(COMPARISONS.read_text()).items():
+        rows = content.pop("runs")
+        runs = [
+            _make_run(name, run_name, seed, content["data"], own, groups)
+            for seed in sizes["seeds"]
+            for run_name, own in rows.items()
+        ]
+        comparisons.append(Comparison(name=name, runs=runs, **{"baseline": runs[0].name} | content))
+    return Plan(name=path.stem, comparisons=comparisons, **sizes | {"output_dir": Path(sizes["output_dir"])})
 
 
-def _make_run(output_dir: Path, comparison: str, name: str, seed: int, data: str, settings: dict[str, Any]) -> Run:
-    """
-    Of what a preset says: what is no field of a [`Run`] is an argument. In either, `{outputs}`, `{data}` and `{seed}` stand for
-    what they are.
-    """
-    places = {"outputs": output_dir, "data": output_dir / "data" / data, "seed": seed}
-    settings = {key: value.format(**places) if isinstance(value, str) else value for key, value in settings.items()}
-    fields = {each.name for each in dataclasses.fields(Run)} - {"comparison", "name", "seed", "data", "arguments"}
-    own = {key: value for key, value in settings.items() if key in fields}
-    arguments = {key: value for key, value in settings.items() if key not in fields}
-    return Run(comparison=comparison, name=name, seed=seed, data=data, arguments=arguments, **own)
+def _make_run(comparison: str, name: str, seed: int, data: str, own: dict[str, Any], groups: dict[str, dict]) -> Run:
+    """What is no field of a [`Run`] is an argument of its script."""
+    settings = {}
+    for group in own.get("like", []):
+        settings |= groups[group]
+    settings |= {key: value for key, value in own.items() if key != "like"}
+    known = {each.name for each in dataclasses.fields(Run)} - {"seed", "arguments"}
+    fields = {key: value for key, value in settings.items() if key in known}
+    arguments = {key: value for key, value in settings.items() if key not in known}
+    return Run(comparison=comparison, name=name, seed=seed, data=data, arguments=arguments, **fields)

@@ -1,6 +1,7 @@
 """The results as a page with tables and pictures, made of the JSON files alone."""
 
 import json
+import os
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,10 @@ from diffusers_dmp.evaluation.fingerprint import expect_comparable
 from .plan import Comparison, Plan
 
 TEMPLATE = "results.md.jinja"
-SAMPLING = ("num_inference_steps", "scheduler", "guidance_scale", "guidance_channels", "dtype", "tf32")
+BOUNDS = "bounds"  # the folder of what real images and noise come to
+# what there is nothing to say of for images that no model drew
+SAMPLING = ("num_inference_steps", "scheduler", "scheduler_sha256", "vae_sha256", "guidance_scale", "guidance_channels",
+            "dtype", "tf32")  # fmt: skip
 METRICS = {"FID": 2, "recognised": 3, "precision": 3, "recall": 3}  # digits behind the point
 
 
@@ -24,10 +28,11 @@ class Row:
     One line of a table: the same run with all its seeds.
 
     Args:
-        title (`str`): What it is.
-        results (`list[dict]`): One for each seed.
+        name, title (`str`): What it is.
+        results (`list[dict]`): One for each seed that is done.
     """
 
+    name: str
     title: str
     results: list[dict[str, Any]]
 
@@ -41,17 +46,64 @@ class Row:
         return spread(self.last(metric), METRICS[metric])
 
     def cost(self, name: str, places: int) -> str:
-        """Of what all seeds have in common, but for noise."""
+        """Of what is the same for all seeds but for noise."""
         values = [result[name] for result in self.results if result.get(name) is not None]
         return f"{statistics.mean(values):,.{places}f}" if values else "–"
 
-    def difference(self, baseline: "Row") -> str:
+    def changes(self, baseline: "Row") -> list[float]:
         """Of FID, seed by seed."""
-        first = {result["seed"]: result["points"][-1]["FID"] for result in baseline.results}
-        own = {result["seed"]: result["points"][-1]["FID"] for result in self.results}
-        changes = [own[seed] - first[seed] for seed in own if seed in first]
+        own, other = (
+            {result["seed"]: result["points"][-1]["FID"] for result in row.results} for row in (self, baseline)
+        )
+        return [own[seed] - other[seed] for seed in own if seed in other]
+
+    def difference(self, baseline: "Row") -> str:
+        changes = self.changes(baseline)
         better = sum(change < 0 for change in changes)
-        return f"{spread(changes, 2, sign=True)}, better in {better} of {len(changes)}"
+        return f"{spread(changes, 2, sign=True)}, better in {better} of {len(changes)}" if changes else "–"
+
+
+@dataclass(frozen=True)
+class Table:
+    """
+    A comparison's rows.
+
+    Args:
+        comparison ([`Comparison`]): Which it is.
+        rows (`list[Row]`): Of what is done.
+        bounds (`dict[str, Any]`): What real images and noise come to.
+    """
+
+    comparison: Comparison
+    rows: list[Row]
+    bounds: dict[str, Any]
+
+    @property
+    def baseline(self) -> Row:
+        """What the others are compared with; the first row while that is not done."""
+        own = [row for row in self.rows if row.name == self.comparison.baseline]
+        return (own or self.rows)[0]
+
+    @property
+    def metrics(self) -> list[str]:
+        """Those that there are figures of."""
+        return [metric for metric in METRICS if any(row.last(metric) for row in self.rows)]
+
+    def bound(self, name: str, metric: str) -> str:
+        value = self.bounds[name].get(metric)
+        return "–" if value is None else f"{value:.{METRICS[metric]}f}"
+
+    def verdict(self) -> str:
+        """Which rows have a lower FID than the baseline: with every seed, with some, with none."""
+        groups: dict[str, list[str]] = {"with every seed": [], "with some seeds only": [], "with no seed": []}
+        for row in self.rows:
+            changes = row.changes(self.baseline) if row is not self.baseline else []
+            if changes:
+                better = sum(change < 0 for change in changes)
+                which = "every seed" if better == len(changes) else "some seeds only" if better else "no seed"
+                groups[f"with {which}"].append(row.title)
+        parts = [f"{which}: {'; '.join(titles)}" for which, titles in groups.items() if titles]
+        return f"A lower FID than “{self.baseline.title}” {', '.join(parts)}." if parts else ""
 
 
 def spread(values: list[float], places: int, sign: bool = False) -> str:
@@ -69,41 +121,43 @@ def write_report(plan: Plan, results: Path, path: Path) -> None:
     Raises:
         ValueError: if results that stand side by side were not measured alike.
     """
-    page, figures = make_report(plan, results)
-    for name, figure in figures.items():
-        figure.savefig(results / f"{name}.png", dpi=100)
-    path.write_text(page, encoding="utf-8")
+    tables = read_tables(plan, results)
+    for table in tables:
+        draw_figure(table).savefig(results / f"{table.comparison.name}.png", dpi=100)
+    path.write_text(make_page(plan, tables, os.path.relpath(results, path.parent)), encoding="utf-8")
 
 
-def make_report(plan: Plan, results: Path) -> tuple[str, dict[str, Figure]]:
-    """The page, and the pictures by the name of their comparison."""
-    tables, figures = [], {}
-    bounds = {name: read_json(results / "bounds" / f"{name}.json") for name in plan.data}
+def read_tables(plan: Plan, results: Path) -> list[Table]:
+    """
+    Of what is done.
+
+    Raises:
+        ValueError: see [`write_report`].
+    """
+    tables = []
     for comparison in plan.comparisons:
         rows = read_rows(comparison, results)
         if rows:
-            check_measured_alike(rows, bounds[comparison.data])
-            tables.append(
-                {
-                    "comparison": comparison,
-                    "rows": rows,
-                    "has_labels": any(row.last("recognised") for row in rows),
-                    "bounds": bounds[comparison.data],
-                }
-            )
-            figures[comparison.name] = draw_figure(rows, bounds[comparison.data])
+            table = Table(comparison, rows, read_json(results / BOUNDS / f"{comparison.data}.json"))
+            check_measured_alike(table)
+            tables.append(table)
+    return tables
+
+
+def make_page(plan: Plan, tables: list[Table], pictures: str) -> str:
+    """
+    Args:
+        pictures (`str`): Where they are, as seen from the page.
+    """
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True)
-    every = [result for table in tables for row in table["rows"] for result in row.results]
-    page = environment.get_template(TEMPLATE).render(
+    every = [result for table in tables for row in table.rows for result in row.results]
+    return environment.get_template(TEMPLATE).render(
         plan=plan,
         tables=tables,
-        bounds=bounds,
-        results=results.name,
+        pictures=pictures,
         commits=sorted({result["commit"] for result in every}),
         hardware=sorted({result["hardware"] for result in every}),
-        pictures=results.name,
     )
-    return page, figures
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -117,47 +171,48 @@ def read_rows(comparison: Comparison, results: Path) -> list[Row]:
         paths = [results / f"{run.key}.json" for run in runs]
         found = [read_json(path) for path in paths if path.exists()]
         if found:
-            rows.append(Row(runs[0].title, found))
+            rows.append(Row(runs[0].name, runs[0].title, found))
     return rows
 
 
-def check_measured_alike(rows: list[Row], bounds: dict[str, Any]) -> None:
+def check_measured_alike(table: Table) -> None:
     """
     Raises:
         ValueError: if they were not; see [`expect_comparable`].
     """
-    first = rows[0].results[0]["fingerprint"]
-    for row in rows:
+    first = table.rows[0].results[0]["fingerprint"]
+    for row in table.rows:
         for result in row.results:
             # whether a classifier guides, and how strongly, is what is compared
             expect_comparable(first, result["fingerprint"], may_differ=("guidance_scale",))
     for bound in ("real", "noise"):
-        expect_comparable(first, bounds[bound]["fingerprint"], may_differ=SAMPLING)
+        expect_comparable(first, table.bounds[bound]["fingerprint"], may_differ=SAMPLING)
 
 
-def draw_figure(rows: list[Row], bounds: dict[str, Any]) -> Figure:
+def draw_figure(table: Table) -> Figure:
     """FID against training steps, where there are several; and against what an image costs."""
-    curves = [row for row in rows if len(row.results[0]["points"]) > 1]
+    curves = [row for row in table.rows if len(row.results[0]["points"]) > 1]
     figure = Figure(figsize=(11 if curves else 6, 4), layout="constrained")
     panels = list(figure.subplots(1, 2 if curves else 1, squeeze=False).flat)
-    colours = {row.title: f"C{index}" for index, row in enumerate(rows)}
+    colours = {row.name: f"C{index}" for index, row in enumerate(table.rows)}
     for row in curves:
-        steps = [point["step"] for point in row.results[0]["points"]]
-        values = [[result["points"][index]["FID"] for result in row.results] for index in range(len(steps))]
-        means = [statistics.mean(each) for each in values]
-        panels[0].plot(steps, means, "o-", color=colours[row.title], label=row.title, markersize=4)
-        panels[0].fill_between(steps, *zip(*[(min(each), max(each)) for each in values]), alpha=0.15)
-    for row in rows:
-        cost = row.results[0]["gigaflops_per_image"]
-        found = row.last("FID")
-        panels[-1].scatter([cost] * len(found), found, color=colours[row.title], label=row.title, s=18)
+        by_step: dict[int, list[float]] = {}
+        for point in (point for result in row.results for point in result["points"]):
+            by_step.setdefault(point["step"], []).append(point["FID"])
+        means = [statistics.mean(values) for values in by_step.values()]
+        panels[0].plot(list(by_step), means, "o-", color=colours[row.name], markersize=4)
+        low, high = zip(*[(min(values), max(values)) for values in by_step.values()])
+        panels[0].fill_between(list(by_step), low, high, color=colours[row.name], alpha=0.15, linewidth=0)
+    for row in table.rows:
+        costs = [result["gigaflops_per_image"] for result in row.results]
+        panels[-1].scatter(costs, row.last("FID"), color=colours[row.name], label=row.title, s=18)
     for panel in panels:
-        panel.axhline(bounds["real"]["FID"], color="grey", linestyle="--", linewidth=1, label="real, held out")
+        real = panel.axhline(table.bounds["real"]["FID"], color="grey", linestyle="--", linewidth=1)
         panel.set_yscale("log")
         panel.set_ylabel("FID")
-    if curves:
-        panels[0].set_xlabel("training steps")
-    panels[-1].set_xlabel("10⁹ operations per image")
+    real.set_label("real images, held out")
+    panels[0].set_xlabel("training steps")
+    panels[-1].set_xlabel("10⁹ floating-point operations per image")
     panels[-1].set_xlim(left=0)
     panels[-1].legend(fontsize=8)
     return figure

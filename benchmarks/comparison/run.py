@@ -42,32 +42,40 @@ SUMMARY = "training_summary.json"
 METRICS = ("FID", "KID", "precision", "recall", "recognised")  # of which the results keep account
 BATCH_SIZE = 100
 COST_BATCH = 10  # images that are drawn to count operations
-DATA_RECORD, RUN_RECORD = "made.json", "run.json"
+RECORD, RUN_RECORD, TRAINED_RECORD = "made.json", "run.json", "trained.json"  # of a data set, of a run, of its end
+EXTRACTORS = "extractors"  # their folder in the results
 
 
-def make_data(plan: Plan, name: str) -> None:
-    """The data set, unless it is there."""
-    folder = plan.data_folder(name)
-    record = folder / DATA_RECORD
-    if not record.exists():
+def make_data(plan: Plan, name: str, results: Path) -> None:
+    """
+    The data set, unless it is there. What looks at its images comes from the `results` where they have it, for it does not come
+    out the same on every machine, and goes there where they have not.
+    """
+    folder, kept = plan.data_folder(name), results / EXTRACTORS / name
+    if not (folder / RECORD).exists():
         shutil.rmtree(folder, ignore_errors=True)  # what was interrupted
         MAKERS[name](folder, **plan.data[name])
-    remember_settings(record, plan.data[name], "images")
+        if kept.exists():
+            shutil.rmtree(folder / EXTRACTOR)
+            shutil.copytree(kept, folder / EXTRACTOR)
+    remember_settings(folder / RECORD, plan.data[name], "images")
+    if not kept.exists():
+        shutil.copytree(folder / EXTRACTOR, kept)
 
 
 def measure_bounds(plan: Plan, name: str) -> dict[str, Any]:
-    """What images can come to at best and at worst: real ones that no model saw, and noise, as many of each as are drawn."""
+    """What images can come to at best and at worst: real ones that were not trained on, and noise, as many of each as are drawn."""
     folder = plan.data_folder(name)
     held_out = DatasetImages(str(folder / HELD_OUT))
-    shape = (len(held_out), *next(held_out.batches(1)).shape[1:])
-    noise = plan.output_dir / "noise" / name / NPZ_NAME
-    noise.parent.mkdir(parents=True, exist_ok=True)
-    write_npz(noise, [noise_images(*shape[:1], shape[1:])], shape)
+    size = next(held_out.batches(1)).shape[1:]
+    noise = folder / "noise" / NPZ_NAME
+    noise.parent.mkdir(exist_ok=True)
+    write_npz(noise, [noise_images(len(held_out), size)], (len(held_out), *size))
     bounds = {}
     for bound, source in (("real", folder / HELD_OUT), ("noise", noise)):
         figures, fingerprint = _measure(plan, name, source)
         bounds[bound] = figures | {"fingerprint": fingerprint}
-    return bounds | {"number": shape[0], "commit": commit()}
+    return bounds | {"settings": plan.data[name], "number": len(held_out), "commit": commit()}
 
 
 def perform(plan: Plan, run: Run, num_threads: int) -> dict[str, Any]:
@@ -75,8 +83,9 @@ def perform(plan: Plan, run: Run, num_threads: int) -> dict[str, Any]:
     Train, draw and measure, or go on where that was interrupted.
 
     Returns:
-        What the results keep: the command, figures at each of the steps at which there is a pipeline, parameters, floating-point
-        operations of an image, milliseconds of a training step, seconds of sampling, hardware and commit.
+        What the results keep: settings, command, figures at each of the steps at which there is a pipeline, parameters,
+        floating-point operations of an image, milliseconds of a training step and of drawing an image (None where an
+        interruption leaves nothing to time), hardware and commit.
 
     Raises:
         RuntimeError: if the training fails.
@@ -86,15 +95,12 @@ def perform(plan: Plan, run: Run, num_threads: int) -> dict[str, Any]:
     remember_settings(folder / RUN_RECORD, plan.settings(run), "run")
     result = {"comparison": run.comparison, "name": run.name, "seed": run.seed, "settings": plan.settings(run)}
     if run.script:
-        command = run.command(folder, num_threads)
-        result |= {"command": " ".join(command), "milliseconds_per_step": _train(command, folder)}
+        result |= {"command": " ".join(plan.command(run, num_threads)), **_train(plan, run, num_threads)}
     if not run.measured:
         return result
     points = []
-    for step, source in _pipelines(run, folder).items():
-        started = time.perf_counter()
-        images = _draw(plan, run, source, folder / "drawn" / str(step))
-        seconds = time.perf_counter() - started
+    for step, source in _pipelines(plan, run).items():
+        images, milliseconds_per_image = _draw(plan, run, source, folder / "drawn" / str(step))
         figures, fingerprint = _measure(plan, run.data, images)
         points.append({"step": step, **figures})
     labels = [index % NUM_CLASSES for index in range(COST_BATCH)]
@@ -104,7 +110,7 @@ def perform(plan: Plan, run: Run, num_threads: int) -> dict[str, Any]:
         "fingerprint": fingerprint,  # of the last point
         "parameters": _num_parameters(pipeline),
         "gigaflops_per_image": round(gigaflops_of(lambda: _call(plan, run, pipeline, labels)) / COST_BATCH, 5),
-        "sample_seconds": round(seconds, 1),  # of the last point's images
+        "milliseconds_per_image": milliseconds_per_image,
         "hardware": hardware(pipeline.device),
         "commit": commit(),
     }
@@ -116,49 +122,60 @@ def commit() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def _train(command: list[str], folder: Path) -> float | None:
-    """Unless it is done. Returns milliseconds per step, which are no one's if nothing was left to do after an interruption."""
-    summary = folder / SUMMARY
-    finished = folder / "train-00000-of-00001.parquet"  # of images that are only drawn
-    if not summary.exists() and not finished.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+def is_trained(plan: Plan, run: Run) -> bool:
+    """Whether what others may need of the run is there."""
+    return not run.script or (plan.folder(run) / TRAINED_RECORD).exists()
+
+
+def _train(plan: Plan, run: Run, num_threads: int) -> dict[str, Any]:
+    """Unless it is done; and how long a step took."""
+    folder = plan.folder(run)
+    record = folder / TRAINED_RECORD
+    if not record.exists():
         environment = os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
         with open(folder / "training.log", "a") as log:
-            done = subprocess.run(command, stdout=log, stderr=log, env=environment)
+            done = subprocess.run(plan.command(run, num_threads), stdout=log, stderr=log, env=environment)
         if done.returncode:
             raise RuntimeError(f"Expected the training to succeed, but got {done.returncode}; see {log.name}.")
-    training = json.loads(summary.read_text()) if summary.exists() else {"steps": 0}
-    return round(1000 * training["train_seconds"] / training["steps"], 1) if training["steps"] else None
+        milliseconds = None
+        if (folder / SUMMARY).exists():  # not of images that are only drawn
+            training = json.loads((folder / SUMMARY).read_text())
+            if training["steps"]:
+                milliseconds = round(1000 * training["train_seconds"] / training["steps"], 1)
+        record.write_text(json.dumps({"milliseconds_per_step": milliseconds}) + "\n")
+    return json.loads(record.read_text())
 
 
-def _pipelines(run: Run, folder: Path) -> dict[int, Path]:
-    """By the steps that were trained for them, in all experts together."""
+def _pipelines(plan: Plan, run: Run) -> dict[int, Path]:
+    """By the steps that were trained for them, in all experts together; of runs that guide, by those of one expert."""
+    last = run.arguments.get("max_train_steps", 0)
     if run.base:
-        return {run.arguments.get("max_train_steps", 0): Path(run.base)}
+        return {last: plan.base(run)}
+    folder = plan.folder(run)
+    every = run.arguments["pipeline_steps"]
+    if not every:
+        return {last: folder / "pipeline"}
+    steps = range(every, last + 1, every)
     experts = sorted(folder.glob("expert_*"))
-    steps = _steps((experts or [folder])[0])
     if not experts:
-        return {step: folder / f"pipeline-{step}" for step in steps} or {
-            run.arguments["max_train_steps"]: folder / "pipeline"
-        }
+        return {step: folder / f"pipeline-{step}" for step in steps}
+    boundaries = DiffusionPipeline.load_config(folder / "pipeline")["snr_boundaries"]
     together = {}
     for step in steps:
         parts = [DiffusionPipeline.from_pretrained(expert / f"pipeline-{step}") for expert in experts]
-        boundaries = json.loads((folder / "pipeline" / "model_index.json").read_text())["snr_boundaries"]
-        together[step * len(experts)] = folder / f"pipeline-{step * len(experts)}"
-        SNRSplitPipeline.from_pipelines(parts, boundaries).save_pretrained(together[step * len(experts)])
+        together[step * len(experts)] = folder / "together" / str(step)
+        SNRSplitPipeline.from_pipelines(parts, boundaries).save_pretrained(folder / "together" / str(step))
     return together
 
 
-def _steps(folder: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("pipeline-")) for path in folder.glob("pipeline-*"))
-
-
-def _draw(plan: Plan, run: Run, source: Path, folder: Path) -> Path:
-    """As many images as are held out, in the classes in turn where there are any."""
+def _draw(plan: Plan, run: Run, source: Path, folder: Path) -> tuple[Path, float | None]:
+    """
+    As many images as are held out, in the classes in turn where there are any; and the milliseconds that one took, None where
+    they were there.
+    """
     path = folder / NPZ_NAME
     if path.exists():
-        return path
+        return path, None
     arguments = SamplingArguments(
         pipeline=str(source),
         output_dir=str(folder),
@@ -169,10 +186,15 @@ def _draw(plan: Plan, run: Run, source: Path, folder: Path) -> Path:
         seed=run.seed,
         scheduler=run.scheduler,
     )
-    return _draw_guided(plan, run, arguments, path) if run.guide else sample_images(arguments)
+    started = time.perf_counter()
+    if run.guide:
+        _draw_guided(plan, run, arguments, path)
+    else:
+        sample_images(arguments)
+    return path, round(1000 * (time.perf_counter() - started) / arguments.num_samples, 2)
 
 
-def _draw_guided(plan: Plan, run: Run, arguments: SamplingArguments, path: Path) -> Path:
+def _draw_guided(plan: Plan, run: Run, arguments: SamplingArguments, path: Path) -> None:
     """[`sample_images`] where a classifier says what to draw."""
     source, number = Path(arguments.pipeline), arguments.num_samples
     labels = [index % NUM_CLASSES for index in range(number)]
@@ -189,7 +211,6 @@ def _draw_guided(plan: Plan, run: Run, arguments: SamplingArguments, path: Path)
     remember_settings(path.parent / SETTINGS_NAME, settings, "images")
     size = pipeline.denoisers[0].config.sample_size
     write_npz(path, batches(), (number, size, size, 3), np.array(labels))
-    return path
 
 
 def _device() -> torch.device:
@@ -226,24 +247,30 @@ def _measure(plan: Plan, data: str, source: Path) -> tuple[dict[str, Any], dict[
         generated=str(source),
         reference=str(folder / TRAIN),
         extractor=str(folder / EXTRACTOR),
-        output=str(plan.output_dir / "evaluations" / data / f"{'-'.join(source.parts[-4:-1])}.json"),
+        output=str(source.with_suffix(".evaluation.json")),
     )
     results = evaluate(arguments)
     figures = {result["metric"]: result["value"] for result in results if result["metric"] in METRICS}
     if data == "digits":
-        figures["recognised"] = _recognised(source)
+        figures["recognised"] = _recognised(source, str(folder / TRAIN))
     return figures, results[0]["settings"]
 
 
-def _recognised(source: Path) -> float | None:
-    """The share of the digits that another kind of model than the networks takes for what they are to be."""
-    images = open_images(source)
-    labels = images.labels if isinstance(images, NpzImages) else np.array(images.dataset["label"])
+def _recognised(source: Path, train: str) -> float | None:
+    """The share of the digits that another kind of model than the networks, fitted on those in `train`, takes for what they are."""
+    pixels, labels = _read_digits(source)
     if labels is None:
         return None
+    reader = fit_reader(*_read_digits(train))
+    return round(float((reader.predict(pixels) == labels).mean()), 4)
+
+
+def _read_digits(source: "str | Path") -> tuple[np.ndarray, np.ndarray | None]:
+    """Pixels in [0, 1] as (N, 64), and labels (N,) if there are any."""
+    images = open_images(source)
+    labels = images.labels if isinstance(images, NpzImages) else np.array(images.dataset["label"])
     pixels = np.concatenate([batch[..., 0] for batch in images.batches(BATCH_SIZE)])
-    found = fit_reader().predict(pixels.reshape(len(pixels), -1) / 255)
-    return round(float((found == labels).mean()), 4)
+    return pixels.reshape(len(pixels), -1) / 255, labels
 
 
 def _num_parameters(pipeline: DiffusionPipeline) -> int:

@@ -42,11 +42,12 @@ def write_image_folder(folder: "str | os.PathLike", indices: range = range(NUM_I
     return Path(folder)
 
 
-def fit_reader() -> Pipeline:
-    """A logistic regression on the real digits, which takes pixels in [0, 1] as (N, 64)."""
-    images, labels = digit_images()
-    reader = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    return reader.fit(images.reshape(len(images), -1) / 255, labels)
+def fit_reader(pixels: np.ndarray | None = None, labels: np.ndarray | None = None) -> Pipeline:
+    """A logistic regression on pixels in [0, 1] as (N, 64), and labels (N,): by default all of the real digits'."""
+    if pixels is None:
+        images, labels = digit_images()
+        pixels = images.reshape(len(images), -1) / 255
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(pixels, labels)
 
 
 def fit_classifier(

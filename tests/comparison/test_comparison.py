@@ -12,13 +12,14 @@ import pytest
 import torch
 import yaml
 from benchmarks.comparison import data
+from benchmarks.comparison.__main__ import is_finished
 from benchmarks.comparison.plan import Plan, Run, load_plan
-from benchmarks.comparison.report import make_report
+from benchmarks.comparison.report import draw_figure, make_page, read_tables
 from benchmarks.comparison.run import make_data, measure_bounds, perform
 from conftest import FIXTURES, REPOSITORY
 
 from diffusers_dmp import DiTModel, DTRTransformer2DModel, PatchedUNet2DModel
-from diffusers_dmp.digits import fit_classifier
+from diffusers_dmp.digits import fit_classifier, fit_resnet
 from diffusers_dmp.training.arguments import DiTTrainingArguments, parse_arguments
 from diffusers_dmp.training.generation import GenerationArguments
 
@@ -32,7 +33,7 @@ ARGUMENTS = {
 }
 
 
-def arguments_of(run: Run):
+def arguments_of(plan: Plan, run: Run):
     """As the script reads them."""
     if run.script == "train_dit.py":
         arguments_class = DiTTrainingArguments
@@ -44,7 +45,7 @@ def arguments_of(run: Run):
         sys.modules[run.script] = module  # where dataclasses look their fields' types up
         spec.loader.exec_module(module)
         arguments_class = getattr(module, ARGUMENTS[run.script])
-    command = run.command(REPOSITORY / "output", num_threads=1)
+    command = plan.command(run, num_threads=1)
     return parse_arguments(arguments_class, command[command.index(f"training/{run.script}") + 1 :])
 
 
@@ -69,7 +70,7 @@ def test_every_run_is_on_equal_terms(preset):
         budgets = {}
         for run in comparison.runs:
             if run.script and run.measured and not (run.comparison == "guidance" and not run.guide):
-                args = arguments_of(run)
+                args = arguments_of(plan, run)
                 num_experts = len(getattr(args, "snr_boundaries", [])) + 1
                 num_experts = getattr(args, "num_experts", num_experts) if run.guide else num_experts
                 budgets[run.key] = (args.max_train_steps * num_experts, args.batch_size, args.image_size)
@@ -81,7 +82,8 @@ def test_every_run_is_on_equal_terms(preset):
 def test_what_is_compared_has_equally_many_parameters():
     shared = {"sample_size": 8, "in_channels": 1, "num_attention_heads": 6, "attention_head_dim": 16, "num_layers": 4}
     assert DiTModel(**shared).num_parameters() == DTRTransformer2DModel(**shared).num_parameters()
-    runs = {run.name: arguments_of(run) for run in load_plan("cpu").runs if run.comparison == "snr_split"}
+    plan = load_plan("cpu")
+    runs = {run.name: arguments_of(plan, run) for run in plan.runs if run.comparison == "snr_split"}
     names = ("model_channels", "channel_multipliers", "layers_per_block", "attention_levels", "attention_head_dim")
     one, two = (
         PatchedUNet2DModel(
@@ -100,7 +102,8 @@ def test_a_run_comes_after_what_it_needs():
         needed = plan.before(run)
         if needed is not None:
             assert keys.index(needed.key) < keys.index(run.key) and needed.seed == run.seed
-            assert str(plan.folder(needed)) in json.dumps([run.base, run.arguments])
+            places = [plan.resolve(run, value) for value in (run.base, *run.arguments.values())]
+            assert any(str(place).startswith(str(plan.folder(needed))) for place in places)
     with pytest.raises(ValueError, match="Expected a run to be one of .*'dit'"):
         plan.run("dit")
     with pytest.raises(ValueError, match="a YAML file or one of cpu, gpu, but got 'tpu'"):
@@ -110,10 +113,11 @@ def test_a_run_comes_after_what_it_needs():
 def test_digits_are_held_out_and_photographs_are_cropped(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "fit_classifier", lambda folder, **kwargs: None)
     monkeypatch.setattr(
-        data, "fit_resnet", lambda folder, images, labels, names: fitted.append((images, labels, names))
+        data, "fit_resnet", lambda folder, images, labels, names, seed=0: fitted.append((images, labels, names))
     )
     fitted = []
     data.make_digits(tmp_path / "digits", num_train=1700)
+    assert fitted[0][0].shape == (1700, 8, 8, 1)  # what guides has not seen those that are held out
     parts = {
         part: {path.name for path in (tmp_path / "digits" / part).rglob("*.png")} for part in ("train", "held_out")
     }
@@ -121,7 +125,7 @@ def test_digits_are_held_out_and_photographs_are_cropped(tmp_path, monkeypatch):
     assert not parts["train"] & parts["held_out"]
 
     data.make_photographs(tmp_path / "photographs", size=16, num_train=14, num_held_out=7)
-    (images, labels, names) = fitted[0]
+    images, labels, names = fitted[1]
     assert images.shape == (21, 16, 16, 3) and labels.tolist() == [*range(7)] * 3 and len(names) == 7
     pictures = data.photographs()
     assert all(picture.dtype == np.uint8 and picture.shape[2] == 3 for picture in pictures.values())
@@ -130,12 +134,13 @@ def test_digits_are_held_out_and_photographs_are_cropped(tmp_path, monkeypatch):
         assert (windows == crop).all((2, 3, 4)).any(), names[label]
 
 
-def test_a_run_is_done_once(tiny, monkeypatch):
+def test_a_run_is_done_once(tiny, tmp_path, monkeypatch):
     """Trained, drawn from and measured; a second time nothing is trained, and the figures are the same."""
     monkeypatch.setattr(data, "fit_classifier", functools.partial(fit_classifier, num_steps=50))
-    make_data(tiny, "digits")
+    monkeypatch.setattr(data, "fit_resnet", functools.partial(fit_resnet, num_steps=1))
+    make_data(tiny, "digits", tmp_path / "results")
     bounds = measure_bounds(tiny, "digits")
-    assert bounds["real"]["FID"] < bounds["noise"]["FID"] and bounds["real"]["recognised"] > 0.98
+    assert bounds["real"]["FID"] < bounds["noise"]["FID"] and bounds["real"]["recognised"] > 0.9
     run = tiny.run("digits/dit-0")
     first = perform(tiny, run, num_threads=1)
     assert [point["step"] for point in first["points"]] == [2, 4]
@@ -147,8 +152,8 @@ def test_a_run_is_done_once(tiny, monkeypatch):
     written = (tiny.folder(run) / "training_summary.json").stat().st_mtime_ns
     again = perform(tiny, run, num_threads=1)
     assert (tiny.folder(run) / "training_summary.json").stat().st_mtime_ns == written
-    times = ("sample_seconds",)
-    assert {k: v for k, v in again.items() if k not in times} == {k: v for k, v in first.items() if k not in times}
+    assert again | {"milliseconds_per_image": None} == first | {"milliseconds_per_image": None}
+    assert again["milliseconds_per_image"] is None and first["milliseconds_per_image"] > 0
 
 
 def result(name: str, seed: int, fids: list[float], **fingerprint) -> dict:
@@ -156,7 +161,7 @@ def result(name: str, seed: int, fids: list[float], **fingerprint) -> dict:
     return {
         "comparison": "photographs", "name": name, "seed": seed, "points": points, "command": f"train {name}",
         "fingerprint": {"num_samples": 7, "scheduler": "DDPMScheduler"} | fingerprint, "parameters": 1234,
-        "gigaflops_per_image": 0.5, "milliseconds_per_step": 10.0, "hardware": "a machine", "commit": "abc",
+        "gigaflops_per_image": 0.5, "milliseconds_per_step": 10.0, "milliseconds_per_image": 2.0, "hardware": "a machine", "commit": "abc",
     }  # fmt: skip
 
 
@@ -188,12 +193,20 @@ def results(tiny, tmp_path):
 
 
 def test_a_row_is_mean_and_spread_over_the_seeds(results):
-    page, figures = make_report(*results)
+    plan, folder = results
+    (table,) = tables = read_tables(plan, folder)
+    page = make_page(plan, tables, "pictures")
     (dit,) = [line for line in page.splitlines() if line.startswith("| DiT |")]
     (dtr,) = [line for line in page.splitlines() if line.startswith("| DTR |")]
-    assert "| 5.00 ± 1.41 |" in dit and "1,234" in dit  # (4 + 6) / 2, √(1 + 1)
-    assert "| 4.75 ± 2.47 |" in dtr and "-0.25 ± 1.06" in dtr and "1 of 2" in dtr  # of -1 and +0.5, seed by seed
-    assert list(figures) == ["photographs"] and len(figures["photographs"].axes) == 2
+    assert "| 5.00 ± 1.41 |" in dit and "| 2 | 1,234 | 0.5000 | 2.0 | 10 |" in dit  # (4 + 6) / 2, √(1 + 1)
+    assert "| 4.75 ± 2.47 | 0.500 ± 0.000 |" in dtr and "-0.25 ± 1.06, better in 1 of 2" in dtr  # -1 and +0.5
+    assert "A lower FID than “DiT” with some seeds only: DTR." in page
+    assert "| *real, held out* | 1.00 | 0.900 |" in page and "| *noise* | 300.00 |" in page
+    assert "`train dtr`" in page and "Commit abc, on a machine." in page and "(pictures/photographs.png)" in page
+
+    curve, costs = draw_figure(table).axes
+    assert curve.lines[1].get_xydata().tolist() == [[1, 8], [2, 4.75]]  # of DTR
+    assert [points.get_offsets().tolist() for points in costs.collections][0] == [[0.5, 4], [0.5, 6]]
 
 
 def test_what_was_measured_otherwise_does_not_stand_beside(results):
@@ -201,12 +214,41 @@ def test_what_was_measured_otherwise_does_not_stand_beside(results):
     other = result("dtr", 1, [8, 6.5], num_samples=8)
     (folder / "photographs" / "dtr-1.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match=r"measured alike, but got others in num_samples \(7 and 8\)"):
-        make_report(plan, folder)
+        read_tables(plan, folder)
+
+
+def test_results_of_other_settings_are_not_taken_for_this_plans(tiny, tmp_path):
+    """Nor those that come after what has changed."""
+    run = tiny.run("fine_tuning/remix-0")
+    path = tmp_path / f"{run.key}.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"settings": tiny.settings(run)}))
+    assert is_finished(tiny, run, tmp_path)
+    base = dataclasses.replace(tiny.run("digits/dit-0"), arguments={"max_train_steps": 50, "pipeline_steps": 25})
+    comparisons = [
+        dataclasses.replace(each, runs=[base if own.key == base.key else own for own in each.runs])
+        for each in tiny.comparisons
+    ]
+    with pytest.raises(ValueError, match=r"Expected `settings` to be .*, as in the result .*remix-0.json"):
+        is_finished(dataclasses.replace(tiny, comparisons=comparisons), run, tmp_path)
+
+
+def test_what_others_need_is_trained_again_where_it_is_gone(tiny, tmp_path):
+    base = tiny.run("digits/dit-0")
+    path = tmp_path / f"{base.key}.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"settings": tiny.settings(base)}))
+    (tiny.folder(base) / "pipeline").mkdir(parents=True)  # a training that was interrupted
+    assert not is_finished(tiny, base, tmp_path)
+    (tiny.folder(base) / "trained.json").write_text("{}")
+    assert is_finished(tiny, base, tmp_path)
 
 
 def test_the_published_page_is_of_the_published_results():
-    page, _ = make_report(load_plan("cpu"), RESULTS / "cpu")
+    plan = load_plan("cpu")
+    page = make_page(plan, read_tables(plan, RESULTS / "cpu"), "results/cpu")
     assert page == (REPOSITORY / "docs" / "results.md").read_text()
+    assert all(is_finished(plan, run, RESULTS / "cpu") for run in plan.runs)
 
 
 @pytest.mark.slow
@@ -227,7 +269,7 @@ def test_the_whole_comparison_at_four_steps(tiny, tmp_path):
     (guidance / "ppap-0.json").unlink()
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert [line for line in done.stdout.splitlines() if line.endswith("begun")] == ["guidance/ppap-0: begun"]
+    assert [line for line in done.stdout.splitlines() if line.endswith(": done")] == ["guidance/ppap-0: done"]
     assert (tmp_path / "results.md").read_text() == page
 
 
@@ -237,7 +279,7 @@ def test_a_published_figure_is_found_again(tmp_path):
     preset = yaml.safe_load((REPOSITORY / "benchmarks" / "comparison" / "cpu.yaml").read_text())
     (tmp_path / "cpu.yaml").write_text(yaml.safe_dump(preset | {"output_dir": str(tmp_path / "outputs")}))
     plan = load_plan(str(tmp_path / "cpu.yaml"))
-    make_data(plan, "digits")
+    make_data(plan, "digits", RESULTS / "cpu")
     torch.set_num_threads(1)
     found = perform(plan, plan.run("digits/dtr_min_snr-0"), num_threads=1)
     published = json.loads((RESULTS / "cpu" / "digits" / "dtr_min_snr-0.json").read_text())

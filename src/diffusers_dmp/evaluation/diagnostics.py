@@ -61,7 +61,7 @@ def diagnose(
     Args:
         pipeline: With a scheduler that has `alphas_cumprod`, on the device to compute on.
         dataset (`datasets.Dataset`): As [`load_images`] returns it; with labels, if the pipeline knows classes.
-        num_images (`int`): N, the first ones; each is seen once in every band and stretch, at timesteps that cover it evenly.
+        num_images (`int`): N, drawn at random; each is seen once in every band and stretch, at timesteps that cover it evenly.
         num_bands (`int`): K.
         num_inference_steps (`int`): Of the sampling that is counted.
         training_summary (`dict`, *optional*): What `training_summary.json` holds.
@@ -120,7 +120,8 @@ def _clean_samples(pipeline, dataset: datasets.Dataset, num_images: int) -> tupl
         channels = pipeline.vae.config.in_channels
     if not len(dataset):
         raise ValueError("Expected `dataset` to hold images, but got none.")
-    items = to_tensors(dataset.select(range(min(num_images, len(dataset)))), size, channels)
+    some = dataset.shuffle(seed=SEED).select(range(min(num_images, len(dataset))))  # most are sorted by class
+    items = to_tensors(some, size, channels)
     images = torch.stack([item["images"] for item in items])
     labels = None
     if (pipeline.num_classes or 1) > 1:

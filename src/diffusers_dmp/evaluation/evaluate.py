@@ -41,6 +41,8 @@ class EvaluationArguments:
         for name in ("generated", "reference", "extractor"):
             if not getattr(self, name):
                 raise ValueError(f"Expected `{name}` to be given, but got nothing.")
+        if self.batch_size < 1:
+            raise ValueError(f"Expected `batch_size` to be at least 1, but got {self.batch_size}.")
 
 
 def evaluate(args: EvaluationArguments) -> list[dict[str, Any]]:
@@ -56,22 +58,18 @@ def evaluate(args: EvaluationArguments) -> list[dict[str, Any]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     extractor = FeatureExtractor(args.extractor).to(device)
     generated, reference = open_images(args.generated), open_images(args.reference, args.reference_split)
-    found, size, _ = _look_at(extractor, generated, args.batch_size, device)
-    real, real_size, real_sha256 = _look_at(extractor, reference, args.batch_size, device)
-    if size != real_size:
-        raise ValueError(f"Expected generated images of the reference's size {real_size}, but got {size}.")
-    _check_number(found, "generated")
     statistics = _stored_statistics(args.reference) if extractor.is_inception else {}
-    if not statistics:
-        _check_number(real, "reference")
+    size = _check_images(extractor, generated, reference, bool(statistics), device)
+    found, _ = _look_at(extractor, generated, args.batch_size, device)
+    real, real_sha256 = _look_at(extractor, reference, args.batch_size, device)
 
     metrics = {"FID": _distance(found.pooled, real.pooled, statistics.get("pooled"))}
-    if found.spatial is not None and min(len(found.spatial), len(real.spatial)) <= found.spatial.shape[1]:
+    numbers = [len(found.pooled)] if "spatial" in statistics else [len(found.pooled), len(real.pooled)]
+    if found.spatial is not None and min(numbers) <= found.spatial.shape[1]:
         logger.warning(
-            "Without sFID: it wants more than %d images, as many as there are features by place, but got %d and %d.",
+            "Without sFID: it wants more than %d images, as many as there are features by place, but got %d.",
             found.spatial.shape[1],
-            len(found.spatial),
-            len(real.spatial),
+            min(numbers),
         )
     elif found.spatial is not None:
         metrics["sFID"] = _distance(found.spatial, real.spatial, statistics.get("spatial"))
@@ -88,7 +86,7 @@ def evaluate(args: EvaluationArguments) -> list[dict[str, Any]]:
             "num_reference": len(real.pooled),
             "stored_statistics_sha256": _statistics_sha256(statistics),
         },
-        {"num_samples": len(found.pooled), "image_size": list(size)},
+        {"num_samples": len(found.pooled), "image_size": size},
         read_settings(Path(args.generated).parent, SETTINGS_NAME),
     )
     dataset = Path(args.reference).name
@@ -101,21 +99,49 @@ def evaluate(args: EvaluationArguments) -> list[dict[str, Any]]:
     return results
 
 
+def _check_images(
+    extractor: FeatureExtractor,
+    generated: "NpzImages | DatasetImages",
+    reference: "NpzImages | DatasetImages",
+    has_statistics: bool,
+    device: torch.device,
+) -> list[int]:
+    """
+    By the first of them, before all are looked at.
+
+    Returns:
+        Height and width.
+
+    Raises:
+        ValueError: if the two are of different sizes, or too few for a covariance.
+    """
+    (first,), (real,) = next(generated.batches(1)), next(reference.batches(1))
+    if first.shape != real.shape:
+        raise ValueError(
+            f"Expected generated images of the reference's size {real.shape[:2]}, but got {first.shape[:2]}."
+        )
+    dim = extract_features(extractor, [first[None]], device).pooled.shape[1]
+    for images, name in [(generated, "generated")] + [(reference, "reference")] * (not has_statistics):
+        if len(images) <= dim:
+            raise ValueError(
+                f"Expected more than {dim} {name} images, as many as the extractor has features, for a covariance that can "
+                f"be trusted, but got {len(images)}."
+            )
+    return list(first.shape[:2])
+
+
 def _look_at(
     extractor: FeatureExtractor, images: "NpzImages | DatasetImages", batch_size: int, device: torch.device
-) -> tuple[Features, tuple[int, int], str]:
-    """Features, height and width, and a hash of the pixels, however they are packed."""
-    size, digest = None, hashlib.sha256()
+) -> tuple[Features, str]:
+    """Features, and a hash of the pixels, however they are packed."""
+    digest = hashlib.sha256()
 
     def batches() -> Iterator[np.ndarray]:
-        nonlocal size
         for batch in images.batches(batch_size):
-            size = batch.shape[1:3]
             digest.update(np.ascontiguousarray(batch).data)
             yield batch
 
-    features = extract_features(extractor, batches(), device)
-    return features, size, digest.hexdigest()
+    return extract_features(extractor, batches(), device), digest.hexdigest()
 
 
 def _some(features: torch.Tensor) -> torch.Tensor:
@@ -123,15 +149,6 @@ def _some(features: torch.Tensor) -> torch.Tensor:
     if len(features) <= MAX_NEIGHBOURHOOD:
         return features
     return features[torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:MAX_NEIGHBOURHOOD]]
-
-
-def _check_number(features: Features, name: str) -> None:
-    number, dim = features.pooled.shape
-    if number <= dim:
-        raise ValueError(
-            f"Expected more than {dim} {name} images, as many as the extractor has features, for a covariance that can be "
-            f"trusted, but got {number}."
-        )
 
 
 def _distance(generated: torch.Tensor, real: torch.Tensor, stored: GaussianStatistics | None) -> float:

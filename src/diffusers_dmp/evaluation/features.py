@@ -58,7 +58,13 @@ class FeatureExtractor(nn.Module):
         if self.is_inception:
             self.network = load_inception(None if name == INCEPTION else name)
         else:
-            self.network = load_network(name).eval().requires_grad_(False)
+            try:
+                self.network = load_network(name).eval().requires_grad_(False)
+            except OSError as error:
+                raise ValueError(
+                    f"Expected `extractor` to be {INCEPTION}, {DIGITS}, or a vision model's folder or Hub id, but got {name!r}: "
+                    f"{error}"
+                ) from error
             settings = processor_settings(name)
             self.preprocess = ImagePreprocessor(
                 **{key.removeprefix("image_"): value for key, value in settings.items()}

@@ -21,6 +21,8 @@ DECISIVE = (
     "image_size",
     "num_inference_steps",
     "scheduler",
+    "scheduler_sha256",
+    "vae_sha256",
     "guidance_scale",
     "guidance_channels",
     "dtype",

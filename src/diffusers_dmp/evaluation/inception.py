@@ -191,13 +191,15 @@ def load_inception(weights: "str | os.PathLike | None" = None) -> InceptionV3:
             published, checked by the hash in its name, and kept in torch's cache.
 
     Raises:
-        ValueError: if the weights are others.
+        ValueError: if there are none, or others.
     """
     if weights is None:
         weights = INCEPTION_URL
         state_dict = torch.hub.load_state_dict_from_url(
             INCEPTION_URL, map_location="cpu", check_hash=True, weights_only=True
         )
+    elif not os.path.isfile(weights):
+        raise ValueError(f"Expected Inception-2015's weights to be a file, but there is none at {str(weights)!r}.")
     else:
         state_dict = load_original_state_dict(weights)
     model = InceptionV3().eval().requires_grad_(False)

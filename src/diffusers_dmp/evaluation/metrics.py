@@ -40,11 +40,24 @@ class GaussianStatistics:
     Args:
         mean (`torch.Tensor` of shape (D,)), covariance (`torch.Tensor` of shape (D, D)): In float64; the covariance is over N - 1.
         count (`int`, *optional*): N; None for statistics that do not say.
+
+    Raises:
+        ValueError: if the shapes are others, or the numbers not finite.
     """
 
     mean: torch.Tensor
     covariance: torch.Tensor
     count: int | None
+
+    def __post_init__(self):
+        dim = len(self.mean)
+        if self.mean.shape != (dim,) or self.covariance.shape != (dim, dim):
+            raise ValueError(
+                f"Expected a mean of D features and a covariance of (D, D), but got the shapes {tuple(self.mean.shape)} and "
+                f"{tuple(self.covariance.shape)}."
+            )
+        if not (self.mean.isfinite().all() and self.covariance.isfinite().all()):
+            raise ValueError("Expected a mean and a covariance that are finite, but got some numbers that are not.")
 
     @classmethod
     def of(cls, features: torch.Tensor) -> "GaussianStatistics":
@@ -72,10 +85,7 @@ def frechet_distance(generated: GaussianStatistics, real: GaussianStatistics) ->
     Raises:
         ValueError: if they are of different numbers of features.
     """
-    if generated.mean.shape != real.mean.shape:
-        raise ValueError(
-            f"Expected generated and real images to have as many features, but got {len(generated.mean)} and {len(real.mean)}."
-        )
+    _check_same_features(len(generated.mean), len(real.mean))
     # tr (Σ·Σ')^½ is the sum of the roots of the eigenvalues of Σ·Σ', which are real and not negative but for rounding
     eigenvalues = torch.linalg.eigvals(generated.covariance @ real.covariance).real.clamp(min=0)
     traces = generated.covariance.trace() + real.covariance.trace() - 2 * eigenvalues.sqrt().sum()
@@ -97,6 +107,7 @@ def kernel_distance(generated: torch.Tensor, real: torch.Tensor, seed: int = 0) 
         check_features(features, name)
         if len(features) < 2:
             raise ValueError(f"Expected at least 2 {name} images to compare, but got {len(features)}.")
+    _check_same_features(generated.shape[1], real.shape[1])
     subset_size = min(KID_SUBSET_SIZE, len(generated), len(real))
     with warnings.catch_warnings(action="ignore"):  # that it keeps all features, which are there anyway
         metric = KernelInceptionDistance(_AsTheyAre(real.shape[1]), subsets=KID_SUBSETS, subset_size=subset_size)
@@ -150,6 +161,7 @@ def precision_and_recall(generated: torch.Tensor, real: torch.Tensor) -> tuple[f
             raise ValueError(
                 f"Expected more than {NEIGHBOURS} {name} images, for as many neighbours, but got {len(features)}."
             )
+    _check_same_features(generated.shape[1], real.shape[1])
     generated, real = generated.double(), real.double()
     return _share_within(generated, real), _share_within(real, generated)
 
@@ -168,6 +180,13 @@ def _share_within(queries: torch.Tensor, support: torch.Tensor) -> float:
 def _squared_distances(rows: torch.Tensor, columns: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
     """‖x - y‖² = ‖x‖² + ‖y‖² - 2·x·y, (n, D) and (m, D) → (n, m); `norms` (m,) are ‖y‖². A difference of this kind wants float64."""
     return torch.addmm(rows.square().sum(1, keepdim=True) + norms, rows, columns.T, alpha=-2).clamp_(min=0)
+
+
+def _check_same_features(generated: int, real: int) -> None:
+    if generated != real:
+        raise ValueError(
+            f"Expected generated and real images to have as many features, but got {generated} and {real}."
+        )
 
 
 def check_features(features: torch.Tensor, name: str) -> None:

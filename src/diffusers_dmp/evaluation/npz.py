@@ -5,6 +5,7 @@ They are read and written piece by piece: 50,000 images of 256 x 256 pixels are 
 
 import os
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -72,12 +73,12 @@ class NpzImages:
             raise ValueError(f"Expected {str(path)!r} to be a whole .npz file, but got {error}.") from error
         if f"{IMAGES}.npy" not in names:
             raise ValueError(f"Expected {str(path)!r} to hold images in {IMAGES!r}, but got {names}.")
-        if not self.shape[0]:
-            raise ValueError(f"Expected {str(path)!r} to hold images, but got none.")
         if dtype != np.uint8 or len(self.shape) != 4 or self.shape[-1] not in (1, 3) or is_fortran:
             raise ValueError(
                 f"Expected {IMAGES!r} in {str(path)!r} to be uint8 of the shape (N, H, W, 3), but got {dtype} {self.shape}."
             )
+        if not self.shape[0]:
+            raise ValueError(f"Expected {str(path)!r} to hold images, but got none.")
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -89,18 +90,27 @@ class NpzImages:
             return file[LABELS] if LABELS in file.files else None
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
-        """Of the shape (n, H, W, C), in order."""
+        """
+        Of the shape (n, H, W, 3), in order; grey images in three equal channels.
+
+        Raises:
+            ValueError: if the file is damaged.
+        """
         size = int(np.prod(self.shape[1:]))
-        with zipfile.ZipFile(self.path) as archive, archive.open(f"{IMAGES}.npy") as file:
-            _read_header(file)
-            for start in range(0, len(self), batch_size):
-                count = min(batch_size, len(self) - start)
-                content = file.read(count * size)
-                if len(content) != count * size:
-                    raise ValueError(
-                        f"Expected {str(self.path)!r} to hold {len(self)} images, but it ends in number {start}."
-                    )
-                yield np.frombuffer(content, np.uint8).reshape(count, *self.shape[1:])
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(f"{IMAGES}.npy") as file:
+                _read_header(file)
+                for start in range(0, len(self), batch_size):
+                    count = min(batch_size, len(self) - start)
+                    content = file.read(count * size)
+                    if len(content) != count * size:
+                        raise ValueError(
+                            f"Expected {str(self.path)!r} to hold {len(self)} images, but it ends in number {start}."
+                        )
+                    images = np.frombuffer(content, np.uint8).reshape(count, *self.shape[1:])
+                    yield np.broadcast_to(images, (*images.shape[:3], 3))
+        except (zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"Expected {str(self.path)!r} to be a whole .npz file, but got {error}.") from error
 
 
 def _entry(archive: zipfile.ZipFile, name: str):

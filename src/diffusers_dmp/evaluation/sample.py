@@ -5,6 +5,7 @@ accelerate launch -m diffusers_dmp.evaluation.sample --pipeline outputs/demo/pip
 
 import hashlib
 import inspect
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,13 @@ from typing import Any, ClassVar
 import datasets
 import numpy as np
 import torch
-from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from ..drawing import DrawingArguments, draw, load_to_draw
+from ..guidance.experts import network_sha256
 from ..training.arguments import option, parse_arguments
-from ..training.shards import remember_settings, write_shards
+from ..training.shards import make_accelerator, remember_settings, write_shards
 from .images import DatasetImages
 from .npz import write_npz
 
@@ -52,7 +53,7 @@ def sample_images(args: SamplingArguments) -> Path | None:
     Raises:
         ValueError: if `output_dir` holds images that were drawn otherwise.
     """
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    accelerator = make_accelerator()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     folder = Path(args.output_dir)
     with accelerator.main_process_first():
@@ -116,8 +117,12 @@ def sampling_settings(args: SamplingArguments, pipeline: DiffusionPipeline, fold
     """
     free = ("output_dir", "batch_size", "png")
     settings = {name: value for name, value in vars(args).items() if name not in free}
-    scheduler = pipeline.scheduler
-    settings["scheduler"] = f"{type(scheduler).__name__}, {scheduler.config.get('timestep_spacing')}"
+    scheduler, vae = pipeline.scheduler, getattr(pipeline, "vae", None)
+    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    settings["scheduler"] = f"{type(scheduler).__name__}, {config.get('timestep_spacing')}"
+    settings["scheduler_sha256"] = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+    settings["vae_sha256"] = None if vae is None else network_sha256(vae)
+    settings["device"] = pipeline.device.type  # whose random numbers they are
     if args.guidance_scale is None:
         default = getattr(inspect.signature(pipeline.__call__).parameters.get("guidance_scale"), "default", None)
         settings["guidance_scale"] = (

@@ -116,6 +116,9 @@ class TrainingArguments(DataArguments):
             raise ValueError(
                 f"Expected `checkpoints_total_limit` to be at least 1, but got {self.checkpoints_total_limit}."
             )
+        for name in ("pipeline_steps", "sample_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"Expected `{name}` to be 0, for never, or more, but got {getattr(self, name)}.")
         if self.num_train_timesteps < 2:
             raise ValueError(f"Expected `num_train_timesteps` to be at least 2, but got {self.num_train_timesteps}.")
         if not 0 <= self.ema_decay < 1:

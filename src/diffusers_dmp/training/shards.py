@@ -3,12 +3,23 @@
 import json
 import math
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
+
+MAX_WAIT = timedelta(days=1)  # of a process for the others' last shards; accelerators' own patience is ten minutes
+
+
+def make_accelerator() -> Accelerator:
+    """The processes that share the work."""
+    patience = InitProcessGroupKwargs(timeout=MAX_WAIT)
+    return Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[patience])
 
 
 def remember_settings(path: Path, settings: dict[str, Any], of: str) -> None:

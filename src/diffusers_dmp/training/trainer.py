@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -205,14 +206,15 @@ def train(
             expert_counts.add(done.experts, args.batch_size)
         log(done, lr_scheduler.get_last_lr()[0])
         with log.paused():
+            # before the checkpoint, so that who resumes from that has it
+            if args.pipeline_steps and done.step % args.pipeline_steps == 0 and accelerator.is_main_process:
+                with averaged_weights(accelerator.unwrap_model(model), ema):
+                    save_whole(finished_pipeline(), Path(args.output_dir, f"pipeline-{done.step}"))
             if done.step % args.checkpointing_steps == 0:
                 save_checkpoint(accelerator, args, done.step)
             if args.sample_steps and done.step % args.sample_steps == 0 and accelerator.is_main_process:
                 with averaged_weights(accelerator.unwrap_model(model), ema):
                     draw_samples(accelerator, finished_pipeline(), args, done.step)
-            if args.pipeline_steps and done.step % args.pipeline_steps == 0 and accelerator.is_main_process:
-                with averaged_weights(accelerator.unwrap_model(model), ema):
-                    finished_pipeline().save_pretrained(Path(args.output_dir, f"pipeline-{done.step}"))
     log.close()
     train_seconds = time.perf_counter() - started
 
@@ -296,6 +298,14 @@ def make_scheduler(args: TrainingArguments, in_latents: bool) -> DDPMScheduler:
         clip_sample=not in_latents,  # pixels end at ±1, latents nowhere
         timestep_spacing="linspace",
     )
+
+
+def save_whole(pipeline: ClassConditionalPipeline, path: Path) -> None:
+    """A pipeline gets its name when it is complete, in the place of what an earlier run left there."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    pipeline.save_pretrained(unfinished)
+    shutil.rmtree(path, ignore_errors=True)
+    unfinished.rename(path)
 
 
 @contextmanager
