@@ -196,19 +196,20 @@ def _draw(plan: Plan, run: Run, source: Path, folder: Path) -> tuple[Path, float
 
 def _draw_guided(plan: Plan, run: Run, arguments: SamplingArguments, path: Path) -> None:
     """[`sample_images`] where a classifier says what to draw."""
-    source, number = Path(arguments.pipeline), arguments.num_samples
+    number = arguments.num_samples
     labels = [index % NUM_CLASSES for index in range(number)]
+    pipeline, experts = load_to_draw(arguments.pipeline, arguments, _device()), _experts(plan, run)
+    settings = sampling_settings(arguments, pipeline, Path(arguments.pipeline))
+    remember_settings(path.parent / SETTINGS_NAME, settings | {"guidance_scale": plan.guidance_scale}, "images")
+    scheduler = pipeline.scheduler
 
     def batches() -> Iterator[np.ndarray]:
         for start in range(0, number, BATCH_SIZE):
             own = labels[start : start + BATCH_SIZE]
-            pipeline = _load(plan, run, source, own)
+            pipeline.scheduler = GuidedScheduler(scheduler, experts, ClassTarget(own), plan.guidance_scale)
             images = _call(plan, run, pipeline, own, start)
             yield np.stack([np.asarray(image.convert("RGB")) for image in images])
 
-    pipeline = load_to_draw(arguments.pipeline, arguments, _device())
-    settings = sampling_settings(arguments, pipeline, source) | {"guidance_scale": plan.guidance_scale}
-    remember_settings(path.parent / SETTINGS_NAME, settings, "images")
     size = pipeline.denoisers[0].config.sample_size
     write_npz(path, batches(), (number, size, size, 3), np.array(labels))
 
@@ -217,16 +218,20 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _experts(plan: Plan, run: Run) -> GuidanceExperts:
+    """What guides: what the run has trained, or the classifier as it is, which is one expert for all noise."""
+    if run.guide == TRAINED:
+        return GuidanceExperts.from_pretrained(plan.folder(run) / "experts")
+    return GuidanceExperts.from_base(str(plan.data_folder(run.data) / GUIDE), method="finetune", num_experts=1)
+
+
 def _load(plan: Plan, run: Run, source: Path, labels: list[int]) -> DiffusionPipeline:
     """The pipeline that draws, guided or not."""
     settings = SamplingArguments(pipeline=str(source), scheduler=run.scheduler)
     pipeline = load_to_draw(settings.pipeline, settings, _device())
     if run.guide:
-        experts = GuidanceExperts.from_pretrained(plan.folder(run) / "experts") if run.guide == TRAINED else None
-        if experts is None:
-            network = str(plan.data_folder(run.data) / GUIDE)
-            experts = GuidanceExperts.from_base(network, method="finetune", num_experts=1)
-        pipeline.scheduler = GuidedScheduler(pipeline.scheduler, experts, ClassTarget(labels), plan.guidance_scale)
+        target = ClassTarget(labels)
+        pipeline.scheduler = GuidedScheduler(pipeline.scheduler, _experts(plan, run), target, plan.guidance_scale)
     return pipeline
 
 
