@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -20,11 +20,12 @@ from conftest import FIXTURES, REPOSITORY
 
 from diffusers_dmp import DiTModel, DTRTransformer2DModel, PatchedUNet2DModel
 from diffusers_dmp.digits import fit_classifier, fit_resnet
-from diffusers_dmp.training.arguments import DiTTrainingArguments, parse_arguments
-from diffusers_dmp.training.generation import GenerationArguments
+from diffusers_dmp.training.arguments import parse_arguments
 
 RESULTS = REPOSITORY / "docs" / "results"
 ARGUMENTS = {
+    "train_dit.py": "DiTTrainingArguments",
+    "generate_guidance_data.py": "GenerationArguments",
     "train_dtr.py": "DTRTrainingArguments",
     "train_remix.py": "RemixTrainingArguments",
     "train_dmp.py": "DMPTrainingArguments",
@@ -33,25 +34,18 @@ ARGUMENTS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.syspath_prepend(str(REPOSITORY / "training"))
+
+
 def arguments_of(plan: Plan, run: Run):
     """As the script reads them."""
-    if run.script == "train_dit.py":
-        arguments_class = DiTTrainingArguments
-    elif run.script == "generate_guidance_data.py":
-        arguments_class = GenerationArguments
-    else:
-        spec = importlib.util.spec_from_file_location(run.script, REPOSITORY / "training" / run.script)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[run.script] = module  # where dataclasses look their fields' types up
-        spec.loader.exec_module(module)
-        arguments_class = getattr(module, ARGUMENTS[run.script])
+    module = importlib.import_module(run.script.removesuffix(".py"))
     command = plan.command(run, num_threads=1)
-    return parse_arguments(arguments_class, command[command.index(f"training/{run.script}") + 1 :])
-
-
-@pytest.fixture(autouse=True)
-def here(monkeypatch):
-    monkeypatch.chdir(REPOSITORY)
+    argv = command[command.index(f"training/{run.script}") + 1 :]
+    return parse_arguments(getattr(module, ARGUMENTS[run.script]), argv)
 
 
 @pytest.fixture

@@ -2,7 +2,9 @@
 
 import json
 
+import datasets
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from networks import make_resnet
@@ -130,3 +132,36 @@ def test_what_cannot_be_judged(real, extractor, tmp_path):
         figures(str(tmp_path / "missing.npz"), real, extractor, tmp_path)
     with pytest.raises(ValueError, match="`reference` to be given, but got nothing"):
         EvaluationArguments(generated="x", extractor="y")
+    with pytest.raises(ValueError, match="`batch_size` to be at least 1, but got 0"):
+        EvaluationArguments(generated="x", extractor="y", reference="z", batch_size=0)
+
+
+def test_images_that_would_be_seen_otherwise(tmp_path):
+    deep = PIL.Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
+    see_through = PIL.Image.new("RGBA", (8, 8), (1, 2, 3, 100))
+    opaque = PIL.Image.new("RGBA", (8, 8), (1, 2, 3, 255))
+    for name, image, said in (("deep", deep, "of mode I;16"), ("clear", see_through, "that one can see through")):
+        (tmp_path / name).mkdir()
+        image.save(tmp_path / name / "image.png")
+        with pytest.raises(ValueError, match=f"to be opaque and of 8 bits, but got one {said}"):
+            next(open_images(tmp_path / name).batches(1))
+    (tmp_path / "opaque").mkdir()
+    opaque.save(tmp_path / "opaque" / "image.png")
+    assert next(open_images(tmp_path / "opaque").batches(1))[0, 0, 0].tolist() == [1, 2, 3]
+
+
+def test_latents_are_no_images(tmp_path):
+    datasets.Dataset.from_dict({"latents": [b""]}).to_parquet(tmp_path / "latents.parquet")
+    with pytest.raises(ValueError, match=r"to hold images, but got \['latents'\]"):
+        open_images(tmp_path / "latents.parquet")
+
+
+def test_features_by_place_want_more_images(real, tmp_path, caplog):
+    """sFID is left out, and said so; the rest is there."""
+    make_resnet().save_pretrained(tmp_path)
+    settings = {"size": {"height": 64, "width": 64}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    images = write(tmp_path / "samples.npz", colour(digit_images()[0][:50]))
+    found = figures(images, real, str(tmp_path), tmp_path)
+    assert "sFID" not in found and "FID" in found
+    assert "Without sFID: it wants more than" in caplog.text and "but got 50" in caplog.text

@@ -1,5 +1,10 @@
 """Networks that look at images: Inception-2015 as it was published, and transformers' own."""
 
+import functools
+import hashlib
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +12,9 @@ from conftest import FIXTURES
 from networks import make_resnet, make_vit
 from safetensors.torch import load_file
 
+from diffusers_dmp import digits
 from diffusers_dmp.digits import digit_images, fit_classifier
+from diffusers_dmp.evaluation import inception as inception_module
 from diffusers_dmp.evaluation.features import FeatureExtractor, extract_features
 from diffusers_dmp.evaluation.inception import InceptionV3, load_inception, resize_as_tensorflow
 
@@ -70,6 +77,46 @@ def test_weights_of_another_network(inception, tmp_path):
     torch.save(weights, tmp_path / "fewer.pth")
     with pytest.raises(ValueError, match="'Mixed_7c.branch_pool.conv.weight' is missing"):
         FeatureExtractor(tmp_path / "fewer.pth")
+
+
+def test_inception_by_its_name(inception, tmp_path, monkeypatch):
+    """Downloaded from where it was published, here a folder, and checked by the hash in the file's name."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    digest = hashlib.sha256(inception.read_bytes()).hexdigest()
+    for name in (digest[:8], "00000000"):
+        shutil.copyfile(inception, tmp_path / f"weights-{name}.pth")
+    monkeypatch.setattr(inception_module, "INCEPTION_URL", (tmp_path / f"weights-{digest[:8]}.pth").as_uri())
+    assert FeatureExtractor("inception").sha256 == FeatureExtractor(inception).sha256
+    assert (tmp_path / "cache" / "hub" / "checkpoints" / f"weights-{digest[:8]}.pth").exists()
+    monkeypatch.setattr(inception_module, "INCEPTION_URL", (tmp_path / "weights-00000000.pth").as_uri())
+    with pytest.raises(RuntimeError, match="invalid hash value"):
+        FeatureExtractor("inception")
+
+
+def test_the_digits_classifier_by_its_name(tmp_path, monkeypatch):
+    """Fitted once."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(digits, "fit_classifier", functools.partial(fit_classifier, num_steps=1))
+    first = FeatureExtractor("digits")
+    monkeypatch.setattr(digits, "fit_classifier", None)
+    assert FeatureExtractor("digits").sha256 == first.sha256 and first.network.config.num_labels == 10
+
+
+def test_what_is_no_extractor(tmp_path):
+    with pytest.raises(ValueError, match="to be a file, but there is none at '.*nowhere.pth'"):
+        FeatureExtractor(tmp_path / "nowhere.pth")
+    with pytest.raises(ValueError, match="`extractor` to be inception, digits, or a vision model's folder or Hub id"):
+        FeatureExtractor(tmp_path / "nowhere")
+
+
+def test_other_preprocessing_is_another_extractor(tmp_path):
+    make_resnet().save_pretrained(tmp_path)
+    hashes = []
+    for size in (16, 32):
+        settings = {"size": {"height": size, "width": size}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+        hashes.append(FeatureExtractor(tmp_path).sha256)
+    assert hashes[0] != hashes[1]
 
 
 def test_the_digits_classifier(tmp_path):

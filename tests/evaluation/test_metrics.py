@@ -54,6 +54,22 @@ def test_frechet_distance_of_fewer_images_than_features():
     assert frechet_distance(first, first) == pytest.approx(0, abs=1e-4)
 
 
+def test_statistics_are_torchs_however_many_rows_are_held(monkeypatch):
+    features = normal(100, 5, mean=3.0).float()
+    monkeypatch.setattr(metrics, "BLOCK", 7)
+    statistics = GaussianStatistics.of(features)
+    torch.testing.assert_close(statistics.mean, features.double().mean(0))
+    torch.testing.assert_close(statistics.covariance, features.double().T.cov())
+    assert statistics.count == 100
+
+
+def test_statistics_that_are_none():
+    with pytest.raises(ValueError, match=r"got the shapes \(3,\) and \(2, 2\)"):
+        exactly(torch.zeros(3), torch.eye(2))
+    with pytest.raises(ValueError, match="that are finite, but got some numbers that are not"):
+        exactly(torch.zeros(2), torch.full((2, 2), torch.nan))
+
+
 def test_kernel_distance():
     generated, real = normal(60, 5, mean=0.5, seed=1), normal(50, 5)
 
@@ -102,8 +118,11 @@ def reference(queries: np.ndarray, support: np.ndarray) -> float:
     return (distances <= radii).any(1).mean()
 
 
-def test_precision_and_recall_are_scikit_learns():
-    generated, real = normal(2500, 4, mean=0.7, seed=1), normal(2200, 4)  # more than a block
+@pytest.mark.parametrize("held", [2**25, 10_000])
+def test_precision_and_recall_are_scikit_learns(held, monkeypatch):
+    """However many distances are held at a time."""
+    monkeypatch.setattr(metrics, "DISTANCES", held)
+    generated, real = normal(2500, 4, mean=0.7, seed=1), normal(2200, 4)
     precision, recall = precision_and_recall(generated, real)
     assert precision == pytest.approx(reference(generated.numpy(), real.numpy()))
     assert recall == pytest.approx(reference(real.numpy(), generated.numpy()))
@@ -146,5 +165,16 @@ def test_too_few_images():
         precision_and_recall(normal(3, 2), normal(9, 2))
     with pytest.raises(ValueError, match="at least 10 images"):
         inception_score(normal(9, 2))
-    with pytest.raises(ValueError, match="as many features, but got 3 and 2"):
-        frechet_distance(GaussianStatistics.of(normal(9, 3)), GaussianStatistics.of(normal(9, 2)))
+    with pytest.raises(ValueError, match="at least 2 images for a covariance, but got 1"):
+        GaussianStatistics.of(normal(1, 2))
+
+
+def test_features_of_two_networks():
+    generated, real = normal(9, 3), normal(9, 2)
+    for metric in (
+        lambda: frechet_distance(GaussianStatistics.of(generated), GaussianStatistics.of(real)),
+        lambda: kernel_distance(generated, real),
+        lambda: precision_and_recall(generated, real),
+    ):
+        with pytest.raises(ValueError, match="as many features, but got 3 and 2"):
+            metric()

@@ -59,7 +59,31 @@ def test_files_that_are_none(images, tmp_path):
     np.savez(path, other=images)
     with pytest.raises(ValueError, match=r"images in 'arr_0', but got \['other.npy'\]"):
         NpzImages(path)
-    for wrong in (images.astype(np.float32), images[0], images[..., :2]):
+    for wrong in (images.astype(np.float32), images[0], images[..., :2], np.uint8(3)):
         np.savez(path, arr_0=wrong)
         with pytest.raises(ValueError, match="to be uint8 of the shape"):
             NpzImages(path)
+
+
+def test_a_damaged_file(images, tmp_path):
+    path = tmp_path / "batch.npz"
+    write_npz(path, [images], images.shape)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="to be a whole .npz file, but got Bad CRC-32"):
+        list(NpzImages(path).batches(4))
+
+
+def test_grey_images_come_in_three_channels(images, tmp_path):
+    grey = images[..., :1]
+    write_npz(tmp_path / "grey.npz", [grey], grey.shape)
+    (batch,) = NpzImages(tmp_path / "grey.npz").batches(10)
+    assert np.array_equal(batch, grey.repeat(3, -1))
+
+
+def test_labels(images, tmp_path):
+    write_npz(tmp_path / "with.npz", [images], images.shape, labels=np.arange(10))
+    write_npz(tmp_path / "without.npz", [images], images.shape)
+    assert NpzImages(tmp_path / "with.npz").labels.tolist() == [*range(10)]
+    assert NpzImages(tmp_path / "without.npz").labels is None

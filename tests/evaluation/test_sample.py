@@ -6,15 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import randomised
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from PIL import Image
 
 from diffusers_dmp import ClassConditionalPipeline, DiTModel
-from diffusers_dmp.evaluation.sample import SamplingArguments, sample_images
+from diffusers_dmp.evaluation.sample import SamplingArguments, sample_images, sampling_settings
 
 TINY = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "sample_size": 8, "in_channels": 1}
 MODULE = "diffusers_dmp.evaluation.sample"
@@ -51,6 +52,26 @@ def test_as_adm_has_it(pipeline, tmp_path):
     assert np.array_equal(np.asarray(Image.open(written[9]).convert("RGB")), images[9])
     settings = json.loads((tmp_path / "sampling.json").read_text())
     assert (settings["guidance_scale"], settings["scheduler"]) == (1.5, "DDPMScheduler, leading")
+    assert settings["vae_sha256"] is None and settings["device"] == "cpu"
+
+
+def test_a_model_of_one_class_has_no_labels(tmp_path):
+    transformer = randomised(DiTModel(**TINY, num_classes=1))
+    ClassConditionalPipeline(transformer, DDPMScheduler()).save_pretrained(tmp_path / "pipeline")
+    sample_images(arguments(str(tmp_path / "pipeline"), tmp_path, num_samples=3, guidance_scale=1.0))
+    with np.load(tmp_path / "samples.npz") as file:
+        assert file.files == ["arr_0"] and len(file["arr_0"]) == 3
+
+
+def test_a_solvers_settings_are_known(pipeline):
+    """Its name alone does not say how it solves."""
+    hashes = set()
+    for order in (2, 3):
+        scheduler = DPMSolverMultistepScheduler(solver_order=order)
+        asked = ClassConditionalPipeline.from_pretrained(pipeline, scheduler=scheduler)
+        settings = sampling_settings(arguments(pipeline, ""), asked, Path(pipeline))
+        hashes.add(settings["scheduler_sha256"])
+    assert len(hashes) == 2
 
 
 def test_batches_change_nothing(pipeline, tmp_path):

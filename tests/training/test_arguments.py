@@ -36,6 +36,8 @@ def test_what_yaml_makes_of_no(tmp_path):
         ("checkpoints_total_limit", 0),
         ("num_train_timesteps", 1),
         ("ema_decay", 1.0),
+        ("pipeline_steps", -1),
+        ("sample_steps", -1),
         ("report_to", "paper"),
     ],
 )

@@ -283,6 +283,7 @@ def test_the_digits_experts_guide_best(digits, tmp_path, monkeypatch):
         ({"method": "lora"}, "one of ppap, multi_experts, finetune, but got 'lora'"),
         ({"expert": "2"}, "`expert` to be one of all, 0, 1, but got '2'"),
         ({"sample_steps": 5}, "`sample_steps` to be 0"),
+        ({"pipeline_steps": 5}, "`pipeline_steps` to be 0"),
         ({"resume_from_checkpoint": "here"}, "'latest', each expert's own"),
         ({"vae": "vae"}, "no `vae`, as the experts look at images"),
         ({"teacher_image_size": 16}, "both or neither, but got None and 16"),
