@@ -9,7 +9,7 @@ import argparse
 import json
 import multiprocessing
 import os
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 
 import torch
@@ -51,33 +51,36 @@ def main() -> None:
 
 def perform_all(plan: Plan, results: Path, num_workers: int) -> None:
     """
-    The runs that have no result yet, several at a time, each after that which it needs.
+    The runs that have no result yet, several at a time, in the plan's order as far as what they need is there.
 
     Raises:
-        RuntimeError: if some failed, when all others are done.
+        RuntimeError: if some failed, when all that do not need them are done.
     """
     num_threads = max(1, os.cpu_count() // num_workers)
     os.environ["OMP_NUM_THREADS"] = str(num_threads)  # of the workers, which begin afresh
-    futures: dict[str, Future] = {}
-    with (
-        ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn")) as workers,
-        ThreadPoolExecutor(len(plan.runs)) as waiters,
-    ):
+    waiting = [run for run in plan.runs if not is_finished(plan, run, results)]
+    under_way: dict[Future, Run] = {}
+    failures: dict[str, BaseException] = {}
 
-        def work(run: Run) -> None:
-            needed = plan.before(run)
-            if needed is not None:
-                futures[needed.key].result()  # it was handed out before
-            if not is_finished(plan, run, results):
-                done = workers.submit(perform, plan, run, num_threads).result()
-                write_json(results / f"{run.key}.json", done)
-                print(f"{run.key}: done", flush=True)
+    def ready() -> list[Run]:
+        missing = {run.key for run in [*waiting, *under_way.values()]} | set(failures)
+        return [run for run in waiting if plan.before(run) is None or plan.before(run).key not in missing]
 
-        for run in plan.runs:
-            futures[run.key] = waiters.submit(work, run)
-    failures = [f"{key}: {future.exception()}" for key, future in futures.items() if future.exception() is not None]
+    with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn")) as workers:
+        while under_way or ready():
+            for run in ready()[: num_workers - len(under_way)]:
+                waiting.remove(run)
+                under_way[workers.submit(perform, plan, run, num_threads)] = run
+            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                run = under_way.pop(future)
+                if future.exception() is not None:
+                    failures[run.key] = future.exception()
+                else:
+                    write_json(results / f"{run.key}.json", future.result())
+                    print(f"{run.key}: done", flush=True)
     if failures:
-        raise RuntimeError("Expected all runs to succeed, but got\n" + "\n".join(failures))
+        lines = [f"{key}: {error}" for key, error in failures.items()]
+        raise RuntimeError("\n".join(["Expected all runs to succeed, but got", *lines]))
 
 
 def is_finished(plan: Plan, run: Run, results: Path) -> bool:

@@ -4,13 +4,16 @@ import dataclasses
 import functools
 import importlib
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import Executor, Future
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from benchmarks.comparison import __main__ as command_line
 from benchmarks.comparison import data
 from benchmarks.comparison.__main__ import is_finished
 from benchmarks.comparison.plan import Plan, Run, load_plan
@@ -236,6 +239,46 @@ def test_what_others_need_is_trained_again_where_it_is_gone(tiny, tmp_path):
     assert not is_finished(tiny, base, tmp_path)
     (tiny.folder(base) / "trained.json").write_text("{}")
     assert is_finished(tiny, base, tmp_path)
+
+
+class Here(Executor):
+    """Runs what it is given at once, in this process."""
+
+    def __init__(self, *args):
+        pass
+
+    def submit(self, call, *args) -> Future:
+        future = Future()
+        try:
+            future.set_result(call(*args))
+        except ValueError as error:
+            future.set_exception(error)
+        return future
+
+
+def test_what_needs_a_run_that_failed_is_left_and_the_rest_is_done(tiny, tmp_path, monkeypatch):
+    begun = []
+
+    def perform(plan, run, num_threads):
+        begun.append(run.key)
+        if run.key == "guidance/dit-0":
+            raise ValueError("there is no room")
+        return {"settings": plan.settings(run)}
+
+    monkeypatch.setattr(command_line, "perform", perform)
+    monkeypatch.setattr(command_line, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    with pytest.raises(RuntimeError, match="all runs to succeed, but got\nguidance/dit-0: there is no room$"):
+        command_line.perform_all(tiny, tmp_path, num_workers=2)
+    left = {
+        "guidance/drawn-0",
+        "guidance/classifier-0",
+        "guidance/finetune-0",
+        "guidance/multi_experts-0",
+        "guidance/ppap-0",
+    }
+    assert set(begun) == {run.key for run in tiny.runs} - left
+    assert begun == [run.key for run in tiny.runs if run.key in begun]  # in the plan's order
 
 
 def test_the_published_page_is_of_the_published_results():
