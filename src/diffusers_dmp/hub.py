@@ -167,6 +167,7 @@ def model_card(
         repo_id, license, base_model, dataset: See [`publish`].
     """
     paper, title = PAPERS[contents.system]
+    evaluation = _told_evaluation(contents)
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag=PIPELINE_TAG,
@@ -175,16 +176,20 @@ def model_card(
         datasets=[dataset] if dataset else None,
         tags=["diffusers-dmp", contents.system, f"arxiv:{paper}"],
         model_name=repo_id.rpartition("/")[2],
-        eval_results=[_eval_result(result) for result in contents.evaluation] or None,
+        eval_results=[_eval_result(result) for result in evaluation] or None,
     )
     pictures = [picture.name for picture in contents.pictures]
     told = _told(contents.training)
+    shared = _shared_settings(evaluation)
     environment = Environment(loader=FileSystemLoader(CARDS, encoding="utf-8"), trim_blocks=True, lstrip_blocks=True)
     text = environment.get_template(f"{contents.system}/card.md").render(
         card_data=data.to_yaml(),
         repo_id=repo_id,
         name=data.model_name,
         contents=contents,
+        evaluation=evaluation,
+        shared=shared,
+        shared_yaml=yaml.safe_dump(shared, sort_keys=False) if shared else None,
         labels="class_labels=0" if (contents.num_classes or 1) > 1 else "",
         license=license,
         base_model=base_model,
@@ -215,7 +220,7 @@ def _publication(
     if contents.training:
         texts[ARGUMENTS] = yaml.safe_dump(_told(contents.training), sort_keys=False)
     if contents.evaluation:
-        texts[EVALUATION] = json.dumps(contents.evaluation, indent=2) + "\n"
+        texts[EVALUATION] = json.dumps(_told_evaluation(contents), indent=2) + "\n"
     if contents.system == "ppap":
         texts[MODEL_CONFIG] = dumped(contents.config | {"base_model_name_or_path": base_model})
     else:  # what lies there may be an older version's code, or none
@@ -263,6 +268,19 @@ def _told(training: dict[str, Any]) -> dict[str, Any]:
         is_path = isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value) or value.count("/") > 1)
         told[name] = Path(value).name if is_path else value
     return told
+
+
+def _told_evaluation(contents: FolderContents) -> list[dict[str, Any]]:
+    """What is told of its figures."""
+    return [result | {"settings": _told(result["settings"])} for result in contents.evaluation]
+
+
+def _shared_settings(evaluation: list[dict[str, Any]]) -> dict[str, Any]:
+    """What all figures were measured with; the card has that once. Nothing of a single figure."""
+    if len(evaluation) < 2:
+        return {}
+    first, *others = (result["settings"] for result in evaluation)
+    return {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
 
 
 def _eval_result(result: dict[str, Any]) -> EvalResult:

@@ -61,6 +61,21 @@ def test_what_goes_up(hub, to_hub, training):
     assert publication.card.encode() == repo.files["README.md"]
 
 
+def test_a_card_has_what_many_figures_share_once(training):
+    """An evaluation's fingerprint, without anybody's folders."""
+    shared = {"reference": "/home/me/digits", "reference_sha256": "abc", "versions": {"torch": "2.13"}}
+    figures = [
+        {"metric": name, "value": value, "dataset": "digits", "settings": shared | {"num_samples": number}}
+        for name, value, number in (("FID", 1.5, 50_000), ("precision", 0.75, 10_000))
+    ]
+    (training / "evaluation.json").write_text(json.dumps(figures))
+    publication = publish(training, "user/remix-digits", **LICENSE, dry_run=True)
+    assert "| FID | 1.5 | num_samples: 50000 |\n| precision | 0.75 | num_samples: 10000 |" in publication.card
+    assert publication.card.count("\nreference_sha256: abc\nversions:\n  torch: '2.13'\n```") == 1
+    assert "/home/me" not in publication.card
+    assert json.loads(publication.files["evaluation.json"])[0]["settings"]["reference"] == "digits"
+
+
 def test_card(training):
     card = ModelCard(publish(training, "user/remix-digits", **LICENSE, dry_run=True).card)
     data = card.data
