@@ -155,6 +155,7 @@ def make_page(plan: Plan, tables: list[Table], pictures: str) -> str:
         plan=plan,
         tables=tables,
         pictures=pictures,
+        held_out={table.comparison.data: table.bounds["number"] for table in tables},
         commits=sorted({result["commit"] for result in every}),
         hardware=sorted({result["hardware"] for result in every}),
     )

@@ -156,7 +156,7 @@ def test_a_run_is_done_once(tiny, tmp_path, monkeypatch):
 def result(name: str, seed: int, fids: list[float], **fingerprint) -> dict:
     points = [{"step": step + 1, "FID": fid, "precision": 0.5, "recall": 0.25} for step, fid in enumerate(fids)]
     return {
-        "comparison": "photographs", "name": name, "seed": seed, "points": points, "command": f"train {name}",
+        "comparison": "photographs", "name": name, "seed": seed, "points": points, "command": f"accelerate launch training/train_{name}.py",
         "fingerprint": {"num_samples": 7, "scheduler": "DDPMScheduler"} | fingerprint, "parameters": 1234,
         "gigaflops_per_image": 0.5, "milliseconds_per_step": 10.0, "milliseconds_per_image": 2.0, "hardware": "a machine", "commit": "abc",
     }  # fmt: skip
@@ -167,7 +167,7 @@ def results(tiny, tmp_path):
     """Two runs with two seeds each."""
     plan = dataclasses.replace(
         tiny,
-        data={"photographs": {}},
+        data={"photographs": {"num_train": 9}},
         comparisons=[
             dataclasses.replace(
                 comparison, runs=[dataclasses.replace(run, seed=seed) for run in comparison.runs for seed in (0, 1)]
@@ -199,7 +199,8 @@ def test_a_row_is_mean_and_spread_over_the_seeds(results):
     assert "| 4.75 ± 2.47 | 0.500 ± 0.000 |" in dtr and "-0.25 ± 1.06, better in 1 of 2" in dtr  # -1 and +0.5
     assert "A lower FID than “DiT” with some seeds only: DTR." in page
     assert "| *real, held out* | 1.00 | 0.900 |" in page and "| *noise* | 300.00 |" in page
-    assert "`train dtr`" in page and "Commit abc, on a machine." in page and "(pictures/photographs.png)" in page
+    assert "photographs, 9 to train on and 7 held out." in page and "DTR (abc): `training/train_dtr.py`" in page
+    assert "Commit abc, on a machine." in page and "(pictures/photographs.png)" in page
 
     curve, costs = draw_figure(table).axes
     assert curve.lines[1].get_xydata().tolist() == [[1, 8], [2, 4.75]]  # of DTR
