@@ -55,7 +55,8 @@ def neighbours() -> None:
 
 def sampling() -> None:
     """Digits through the evaluator, over a script that loads the pipeline, draws them and writes the same file."""
-    shape = {"num_attention_heads": 6, "attention_head_dim": 16, "num_layers": 6, "in_channels": 1, "sample_size": 8}
+    shape = {"num_attention_heads": 6, "attention_head_dim": 16, "num_layers": 6, "sample_size": 8}
+    shape |= {"in_channels": 1, "out_channels": 2}
     number, batch_size, num_inference_steps = 500, 100, 25
     with tempfile.TemporaryDirectory() as folder:
         scheduler = make_scheduler(TrainingArguments(), in_latents=False)

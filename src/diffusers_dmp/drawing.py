@@ -78,5 +78,6 @@ def draw(pipeline: DiffusionPipeline, seed: int, indices: Sequence[int], **argum
         arguments: Others of the pipeline's call.
     """
     states = [np.random.SeedSequence([seed, index]).generate_state(1, np.uint64).item() for index in indices]
-    generators = [torch.Generator(pipeline.device).manual_seed(state) for state in states]
+    device = pipeline.device  # which a pipeline takes a millisecond to find out
+    generators = [torch.Generator(device).manual_seed(state) for state in states]
     return pipeline(**arguments, generator=generators).images
