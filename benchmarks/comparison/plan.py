@@ -89,6 +89,7 @@ class Plan:
         guidance_scale (`float`): By a classifier; nothing is guided without one.
         data (`dict[str, dict]`): What is made of each data set, beside the defaults.
         comparisons (`list[Comparison]`): In the order of the report.
+        notes (`dict[str, str]`): What is to be known of a comparison's results at this size, by its name.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Plan:
     guidance_scale: float
     data: dict[str, dict[str, Any]]
     comparisons: list[Comparison]
+    notes: dict[str, str] = field(default_factory=dict)
 
     @property
     def runs(self) -> list[Run]:

@@ -193,7 +193,7 @@ def check_measured_alike(table: Table) -> None:
 def draw_figure(table: Table) -> Figure:
     """FID against training steps, where there are several; and against what an image costs."""
     curves = [row for row in table.rows if len(row.results[0]["points"]) > 1]
-    figure = Figure(figsize=(11 if curves else 6, 4), layout="constrained")
+    figure = Figure(figsize=(13 if curves else 8, 4), layout="constrained")
     panels = list(figure.subplots(1, 2 if curves else 1, squeeze=False).flat)
     colours = {row.name: f"C{index}" for index, row in enumerate(table.rows)}
     for row in curves:
@@ -214,6 +214,6 @@ def draw_figure(table: Table) -> Figure:
     real.set_label("real images, held out")
     panels[0].set_xlabel("training steps")
     panels[-1].set_xlabel("10⁹ floating-point operations per image")
-    panels[-1].set_xlim(left=0)
-    panels[-1].legend(fontsize=8)
+    panels[-1].set_xlim(0, 1.1 * max(result["gigaflops_per_image"] for row in table.rows for result in row.results))
+    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
