@@ -131,6 +131,7 @@ def test_digits_are_held_out_and_photographs_are_cropped(tmp_path, monkeypatch):
         assert (windows == crop).all((2, 3, 4)).any(), names[label]
 
 
+@pytest.mark.slow
 def test_a_run_is_done_once(tiny, tmp_path, monkeypatch):
     """Trained, drawn from and measured; a second time nothing is trained, and the figures are the same."""
     monkeypatch.setattr(data, "fit_classifier", functools.partial(fit_classifier, num_steps=50))

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ..drawing import DrawingArguments, draw, load_to_draw
 from ..guidance.experts import network_sha256
 from ..training.arguments import option, parse_arguments
-from ..training.shards import make_accelerator, remember_settings, write_shards
+from ..training.shards import make_shard_accelerator, remember_settings, write_shards
 from .images import DatasetImages
 from .npz import write_npz
 
@@ -53,7 +53,7 @@ def sample_images(args: SamplingArguments) -> Path | None:
     Raises:
         ValueError: if `output_dir` holds images that were drawn otherwise.
     """
-    accelerator = make_accelerator()
+    accelerator = make_shard_accelerator()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     folder = Path(args.output_dir)
     with accelerator.main_process_first():

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ..drawing import DrawingArguments, draw, load_to_draw
 from .arguments import option
-from .shards import make_accelerator, remember_settings, write_shards
+from .shards import make_shard_accelerator, remember_settings, write_shards
 
 IMAGE, TEACHER_IMAGE = "image", "teacher_image"  # the columns
 SETTINGS_NAME = "generation.json"
@@ -41,7 +41,7 @@ def generate_images(args: GenerationArguments) -> None:
     Raises:
         ValueError: if `output_dir` holds images that were made otherwise.
     """
-    accelerator = make_accelerator()
+    accelerator = make_shard_accelerator()
     with accelerator.main_process_first():
         _check_settings(args)
     stages = (

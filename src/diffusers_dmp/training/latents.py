@@ -11,7 +11,6 @@ from pathlib import Path
 import datasets
 import safetensors.torch
 import torch
-from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -19,7 +18,7 @@ from tqdm.auto import tqdm
 from ..vae import vae_downsampling
 from .arguments import DataArguments, option
 from .data import LATENTS, class_names, load_images, to_tensors
-from .shards import remember_settings, write_shards
+from .shards import make_shard_accelerator, remember_settings, write_shards
 
 DTYPES = ("float32", "float16")
 ENCODING_NAME = "encoding.json"  # beside the shards: what they hold
@@ -60,7 +59,7 @@ def encode_latents(args: EncodingArguments) -> None:
         ValueError: if the data set cannot be read, the images do not fit the VAE, or `output_dir` holds shards of another
             encoding.
     """
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    accelerator = make_shard_accelerator()
     with accelerator.main_process_first():
         dataset = load_images(args.dataset, args.image_column, args.dataset_split)
     if LATENTS in dataset.column_names:

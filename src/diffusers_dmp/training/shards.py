@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 MAX_WAIT = timedelta(days=1)  # of a process for the others' last shards; accelerators' own patience is ten minutes
 
 
-def make_accelerator() -> Accelerator:
+def make_shard_accelerator() -> Accelerator:
     """The processes that share the work."""
     patience = InitProcessGroupKwargs(timeout=MAX_WAIT)
     return Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[patience])
