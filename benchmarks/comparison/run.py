@@ -42,7 +42,8 @@ SUMMARY = "training_summary.json"
 METRICS = ("FID", "KID", "precision", "recall", "recognised")  # of which the results keep account
 BATCH_SIZE = 100
 COST_BATCH = 10  # images that are drawn to count operations
-RECORD, RUN_RECORD, TRAINED_RECORD = "made.json", "run.json", "trained.json"  # of a data set, of a run, of its end
+RECORD, RUN_RECORD = "made.json", "run.json"  # of a data set, of a run
+TRAINED_RECORD, DRAWN_RECORD = "trained.json", "drawn.json"  # of what a run has done, and how long it took
 EXTRACTORS = "extractors"  # their folder in the results
 
 
@@ -84,8 +85,7 @@ def perform(plan: Plan, run: Run, num_threads: int) -> dict[str, Any]:
 
     Returns:
         What the results keep: settings, command, figures at each of the steps at which there is a pipeline, parameters,
-        floating-point operations of an image, milliseconds of a training step and of drawing an image (None where an
-        interruption leaves nothing to time), hardware and commit.
+        floating-point operations of an image, milliseconds of a training step and of drawing an image, hardware and commit.
 
     Raises:
         RuntimeError: if the training fails.
@@ -168,14 +168,14 @@ def _pipelines(plan: Plan, run: Run) -> dict[int, Path]:
     return together
 
 
-def _draw(plan: Plan, run: Run, source: Path, folder: Path) -> tuple[Path, float | None]:
+def _draw(plan: Plan, run: Run, source: Path, folder: Path) -> tuple[Path, float]:
     """
-    As many images as are held out, in the classes in turn where there are any; and the milliseconds that one took, None where
-    they were there.
+    As many images as are held out, in the classes in turn where there are any, unless they are there; and the milliseconds that
+    one took.
     """
-    path = folder / NPZ_NAME
-    if path.exists():
-        return path, None
+    path, record = folder / NPZ_NAME, folder / DRAWN_RECORD
+    if record.exists():
+        return path, json.loads(record.read_text())["milliseconds_per_image"]
     arguments = SamplingArguments(
         pipeline=str(source),
         output_dir=str(folder),
@@ -191,7 +191,9 @@ def _draw(plan: Plan, run: Run, source: Path, folder: Path) -> tuple[Path, float
         _draw_guided(plan, run, arguments, path)
     else:
         sample_images(arguments)
-    return path, round(1000 * (time.perf_counter() - started) / arguments.num_samples, 2)
+    milliseconds = round(1000 * (time.perf_counter() - started) / arguments.num_samples, 2)
+    record.write_text(json.dumps({"milliseconds_per_image": milliseconds}) + "\n")
+    return path, milliseconds
 
 
 def _draw_guided(plan: Plan, run: Run, arguments: SamplingArguments, path: Path) -> None:
