@@ -9,7 +9,7 @@ import yaml
 
 PRESETS = Path(__file__).parent
 COMPARISONS = PRESETS / "comparisons.yaml"
-AS_IT_IS, TRAINED = "as it is", "trained"  # a classifier that guides
+TRAINED = "trained"  # experts that guide; any other guide is the classifier as it is
 # arguments of a script that change nothing of what it trains
 FREE = ("checkpointing_steps", "checkpoints_total_limit", "report_to", "resume_from_checkpoint", "logging_steps")
 
