@@ -4,7 +4,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "src/diffusers_dmp/version.py").read_text()).group(1)
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "src/diffusers_dmp/saving/version.py").read_text()).group(1)
 
 DEMO = ["scikit-learn>=1.4"]
 COMPARE = ["scikit-image>=0.22", *DEMO]

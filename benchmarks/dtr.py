@@ -7,7 +7,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 from diffusers_dmp import DiTModel, DTRTransformer2DModel
-from diffusers_dmp.models.dit import DIT_PRESETS
+from diffusers_dmp.models.dit.model import DIT_PRESETS
 
 from .timing import Ratio, compare
 

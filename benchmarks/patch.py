@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
 from diffusers_dmp import PatchedUNet2DModel, SNRSplitPipeline
-from diffusers_dmp.costs import gigaflops
+from diffusers_dmp.evaluation.costs import gigaflops
 
 from .timing import Ratio, compare
 

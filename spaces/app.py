@@ -11,7 +11,7 @@ from service import EXCEPTION_HANDLERS, Service
 from studio import COMPARED_IMAGES, MAX_IMAGES, MAX_SCALE, MAX_SEED, MAX_STEPS, Studio
 from systems import ALL_CLASSES, CLASSIFIER_FREE_SCALE, EXPERTS_SCALE, load_systems
 
-from diffusers_dmp.schedulers import SCHEDULERS
+from diffusers_dmp.diffusion.schedulers import SCHEDULERS
 
 SYSTEMS, PROBLEMS = load_systems()
 STUDIO = Studio(SYSTEMS)

@@ -20,7 +20,7 @@ from studio import Studio
 from systems import ALL_CLASSES, MODELS, System, load_systems
 
 from diffusers_dmp import GuidanceExperts
-from diffusers_dmp.digits import (
+from diffusers_dmp.evaluation.digits import (
     NUM_CLASSES,
     TRAINING_IMAGES,
     VALIDATION_IMAGES,

@@ -10,8 +10,8 @@ from PIL import Image
 from specialisation import responsibility, specialisation_picture
 from systems import ALL_CLASSES, OnStep, System
 
+from diffusers_dmp.diffusion.schedulers import SCHEDULERS
 from diffusers_dmp.plots import sample_grid
-from diffusers_dmp.schedulers import SCHEDULERS
 
 MAX_SCALE, MAX_STEPS, MAX_SEED, MAX_IMAGES = 20, 100, 2**32 - 1, 40
 COMPARED_IMAGES = 20

@@ -13,8 +13,8 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 
 from diffusers_dmp import ClassTarget, GuidanceExperts, GuidedScheduler
+from diffusers_dmp.diffusion.schedulers import SCHEDULERS, make_like
 from diffusers_dmp.pipelines.denoising import DenoisingMixin
-from diffusers_dmp.schedulers import SCHEDULERS, make_like
 
 MODELS = Path(__file__).parent / "models"
 TITLES = {"dtr": "DTR", "remix": "Remix-DiT", "dmp": "DMP", "patch": "Patch Diffusion", "ppap": "PPAP"}

@@ -16,7 +16,7 @@ from hypothesis import settings
 from safetensors import safe_open
 
 from diffusers_dmp import DiTModel, DTRTransformer2DModel
-from diffusers_dmp.digits import NUM_IMAGES, write_image_folder
+from diffusers_dmp.evaluation.digits import NUM_IMAGES, write_image_folder
 
 FIXTURES = Path(__file__).parent / "fixtures"
 REPOSITORY = Path(__file__).parent.parent

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from diffusers_dmp import ClassConditionalPipeline, DTRTransformer2DModel, PromptPatch, RemixDiTModel
 from diffusers_dmp.cli import app, main
-from diffusers_dmp.schedulers import SCHEDULERS
+from diffusers_dmp.diffusion.schedulers import SCHEDULERS
 
 GREY = TINY_CONFIG | {"in_channels": 1, "out_channels": 1}
 
@@ -135,7 +135,7 @@ def test_mistakes_are_said_in_a_line(folder, tmp_path, capsys, monkeypatch):
         ("publish", folder, "user/dtr", "--license", "mit"): "a token to write with",
     }.items():
         monkeypatch.setattr(sys, "argv", ["diffusers-dmp", *map(str, arguments)])
-        monkeypatch.setattr("diffusers_dmp.hub.get_token", lambda: None)
+        monkeypatch.setattr("diffusers_dmp.hub.publishing.get_token", lambda: None)
         with pytest.raises(SystemExit) as stopped:
             main()
         assert stopped.value.code == 2

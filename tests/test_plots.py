@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from diffusers_dmp import DiTModel, DTRTransformer2DModel, SNRSplitPipeline
-from diffusers_dmp.costs import gigaflops
+from diffusers_dmp.evaluation.costs import gigaflops
 from diffusers_dmp.plots import (
     comparison_figure,
     gate_figure,

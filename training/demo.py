@@ -16,7 +16,7 @@ from diffusers_dmp import (  # registers the pipeline with Diffusers, too
     GuidanceExperts,
     GuidedScheduler,
 )
-from diffusers_dmp.digits import (
+from diffusers_dmp.evaluation.digits import (
     NUM_CLASSES,
     TRAINING_IMAGES,
     VALIDATION_IMAGES,

@@ -7,7 +7,7 @@ Train on them with `--dataset outputs/latents --vae stabilityai/sd-vae-ft-ema --
 """
 
 from diffusers_dmp.training.arguments import parse_arguments
-from diffusers_dmp.training.latents import EncodingArguments, encode_latents
+from diffusers_dmp.training.data.latents import EncodingArguments, encode_latents
 
 if __name__ == "__main__":
     encode_latents(parse_arguments(EncodingArguments))

@@ -4,7 +4,7 @@ accelerate launch training/generate_guidance_data.py --pipeline outputs/uncondit
 """
 
 from diffusers_dmp.training.arguments import parse_arguments
-from diffusers_dmp.training.generation import GenerationArguments, generate_images
+from diffusers_dmp.training.data.generation import GenerationArguments, generate_images
 
 if __name__ == "__main__":
     generate_images(parse_arguments(GenerationArguments))

@@ -10,7 +10,7 @@ from pathlib import Path
 from diffusers_dmp import PromptPatch
 from diffusers_dmp.training.arguments import TrainingArguments, option, parse_arguments
 from diffusers_dmp.training.dit import check_config, load_dit_family, load_training_data
-from diffusers_dmp.training.patched import PatchedTransformer
+from diffusers_dmp.training.prompted import PatchedTransformer
 from diffusers_dmp.training.recipe import TrainingRecipe
 from diffusers_dmp.training.trainer import make_accelerator, train
 

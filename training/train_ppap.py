@@ -15,8 +15,8 @@ from diffusers_dmp import GuidanceExperts
 from diffusers_dmp.guidance.experts import METHODS
 from diffusers_dmp.training.arguments import TrainingArguments, check_expert, option, parse_arguments
 from diffusers_dmp.training.checkpoints import expect_no_checkpoints
-from diffusers_dmp.training.distillation import DistillationObjective, ExpertStudent, LabelObjective
 from diffusers_dmp.training.dit import load_training_data
+from diffusers_dmp.training.objectives.distillation import DistillationObjective, ExpertStudent, LabelObjective
 from diffusers_dmp.training.recipe import TrainingRecipe
 from diffusers_dmp.training.trainer import make_accelerator, train
 

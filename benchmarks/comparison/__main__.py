@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from diffusers_dmp.training.shards import remember_settings
+from diffusers_dmp.saving.whole import written_whole
+from diffusers_dmp.training.data.shards import remember_settings
 
 from .plan import Plan, Run, load_plan
 from .report import BOUNDS, write_report
@@ -99,10 +100,8 @@ def is_finished(plan: Plan, run: Run, results: Path) -> bool:
 
 
 def write_json(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    unfinished.replace(path)
+    with written_whole(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

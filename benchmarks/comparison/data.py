@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from diffusers_dmp.digits import NUM_CLASSES, digit_images, fit_classifier, fit_resnet
+from diffusers_dmp.evaluation.digits import NUM_CLASSES, digit_images, fit_classifier, fit_resnet
 
 TRAIN, HELD_OUT, EXTRACTOR, GUIDE = "train", "held_out", "extractor", "guide"  # the folders of a data set
 SEED = 0  # of which images are held out, and where photographs are cropped

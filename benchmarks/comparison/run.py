@@ -20,9 +20,8 @@ from diffusers import DiffusionPipeline
 
 from benchmarks.timing import hardware
 from diffusers_dmp import ClassTarget, GuidanceExperts, GuidedScheduler, SNRSplitPipeline
-from diffusers_dmp.costs import gigaflops_of
-from diffusers_dmp.digits import NUM_CLASSES, fit_reader
-from diffusers_dmp.drawing import draw, load_to_draw
+from diffusers_dmp.evaluation.costs import gigaflops_of
+from diffusers_dmp.evaluation.digits import NUM_CLASSES, fit_reader
 from diffusers_dmp.evaluation.evaluate import EvaluationArguments, evaluate
 from diffusers_dmp.evaluation.images import DatasetImages, open_images
 from diffusers_dmp.evaluation.npz import NpzImages, write_npz
@@ -33,7 +32,8 @@ from diffusers_dmp.evaluation.sample import (
     sample_images,
     sampling_settings,
 )
-from diffusers_dmp.training.shards import remember_settings
+from diffusers_dmp.training.data.seeded_sampling import draw, load_to_draw
+from diffusers_dmp.training.data.shards import remember_settings
 
 from .data import EXTRACTOR, GUIDE, HELD_OUT, MAKERS, TRAIN, noise_images
 from .plan import TRAINED, Plan, Run

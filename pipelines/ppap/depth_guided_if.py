@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffusers_dmp import DepthTarget, GuidanceExperts, GuidedScheduler
-from diffusers_dmp.training.data import center_crop, to_tensor
+from diffusers_dmp.training.data.images import center_crop, to_tensor
 
 
 def main() -> None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from diffusers.utils import _LazyModule
 
-from .registration import register
-from .version import __version__
+from .hub.registration import register
+from .saving.version import __version__
 
 _MODELS = ["DTRTransformer2DModel", "DiTModel", "PatchedUNet2DModel", "RemixDiTModel"]
 _PIPELINES = ["ClassConditionalPipeline", "SNRSplitPipeline"]
@@ -28,18 +28,18 @@ _IMPORT_STRUCTURE = {
     "hub": ["publish"],
     "intervals": ["NoiseIntervals"],
     "models": _MODELS,
-    "patches": ["Conditioning", "PromptPatch", "TransformerLayout", "register_layout"],
+    "plugins": ["Conditioning", "PromptPatch", "TransformerLayout", "register_layout"],
     "pipelines": [*_PIPELINES, "respaced_timesteps"],
 }
 
 if TYPE_CHECKING:
     from .conversion import *
     from .guidance import *
-    from .hub import publish
+    from .hub.publishing import publish
     from .intervals import NoiseIntervals
     from .models import *
-    from .patches import *
     from .pipelines import *
+    from .plugins import *
 else:
     sys.modules[__name__] = _LazyModule(
         __name__, __file__, _IMPORT_STRUCTURE, module_spec=__spec__, extra_objects={"__version__": __version__}

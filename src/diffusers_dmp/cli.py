@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 import yaml
 
-from .schedulers import SCHEDULERS, make_like
+from .diffusion.schedulers import SCHEDULERS, make_like
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=__doc__)
 
@@ -100,7 +100,7 @@ def convert(
     diffusers-dmp convert dit DiT-XL-2-256x256.pt --output dit-xl-2
     """
     from .conversion import convert_checkpoint, load_original_state_dict
-    from .patches.attachment import patch_of
+    from .plugins.attachment import patch_of
 
     settings = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}) if config else {}
     if len(checkpoints) > 1 and system is not System.ppap:
@@ -142,7 +142,7 @@ def publish(
 
     diffusers-dmp publish outputs/demo user/dtr-digits --license apache-2.0 --dry-run
     """
-    from .hub import publish
+    from .hub.publishing import publish
 
     published = publish(
         folder,
@@ -207,7 +207,7 @@ def diagnose(
 
     from .evaluation.diagnostics import diagnose
     from .plots import diagnosis_figure
-    from .training.data import load_images
+    from .training.data.images import load_images
 
     pipe = load_pipeline(pipeline).to(get_device())
     summary = Path(pipeline, "training_summary.json")
@@ -230,7 +230,7 @@ def info(folder: Folder) -> None:
 
     diffusers-dmp info outputs/demo
     """
-    from .folders import read_folder
+    from .hub.folders import read_folder
 
     typer.echo(yaml.safe_dump(read_folder(_local(folder)).summary(), sort_keys=False, allow_unicode=True).rstrip())
 
@@ -271,7 +271,7 @@ def _convert_folder(system: str, folder: Path, output: Path) -> None:
     """A model's folder with pickled weights, into one with safetensors."""
     import diffusers_dmp
 
-    from .folders import read_folder
+    from .hub.folders import read_folder
 
     contents = read_folder(folder)
     if contents.system != system or contents.is_pipeline or system == "ppap":

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .diffusion.noise import is_flow_matching, signal_to_noise_ratio
+
 
 @dataclass(frozen=True)
 class NoiseIntervals:
@@ -90,9 +92,8 @@ class NoiseIntervals:
             # SNR(t) = ((1 - σ) / σ)² > s  ⇔  t = σ·T < T / (1 + √s)
             inner = [num_train_timesteps / (1 + math.sqrt(boundary)) for boundary in boundaries]
         elif hasattr(scheduler, "alphas_cumprod"):
-            # SNR(t) = ᾱ_t / (1 - ᾱ_t) falls with t: the edge is the number of timesteps above the boundary
-            alphas_cumprod = scheduler.alphas_cumprod.double()
-            snr = alphas_cumprod / (1 - alphas_cumprod)
+            # SNR(t) falls with t: the edge is the number of timesteps above the boundary
+            snr = signal_to_noise_ratio(scheduler.alphas_cumprod.double())
             inner = [int((snr > boundary).sum()) for boundary in boundaries]
         else:
             raise ValueError(
@@ -222,6 +223,17 @@ def check_train_timesteps(scheduler, num_train_timesteps: int) -> None:
         )
 
 
-def is_flow_matching(scheduler) -> bool:
-    """Whether x_t = (1-σ)·x0 + σ·ε, t = σ·T, whatever ᾱ the scheduler may have besides."""
-    return "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas"))
+def group_by_expert(experts: torch.LongTensor) -> tuple[torch.LongTensor, list[int], list[int]]:
+    """
+    Put samples of one expert next to each other.
+
+    Args:
+        experts (`torch.LongTensor` of shape (B,)): Of each sample, on the CPU (elsewhere the device is waited for).
+
+    Returns:
+        The order (B,), stable, whose `argsort()` is the way back; the experts that occur, ascending; how many samples each
+        of them has.
+    """
+    sorted_experts, order = experts.sort(stable=True)
+    present, sizes = sorted_experts.unique_consecutive(return_counts=True)
+    return order, present.tolist(), sizes.tolist()

@@ -12,12 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from .costs import gigaflops
+from .diffusion.noise import signal_to_noise_ratio
+from .evaluation.costs import gigaflops
 from .guidance import GuidanceExperts
 from .intervals import NoiseIntervals
 from .models import DTRTransformer2DModel, RemixDiTModel
+from .models.inputs import class_count
 from .pipelines import ClassConditionalPipeline, SNRSplitPipeline
-from .pipelines.denoiser_inputs import class_count
 
 if TYPE_CHECKING:
     from .evaluation.diagnostics import Diagnosis
@@ -249,8 +250,7 @@ def snr_split_figure(pipeline: SNRSplitPipeline, num_inference_steps: int = 50, 
         num_inference_steps (`int`): Of the sampling that is counted.
         timestep (`int`, *optional*): One to mark.
     """
-    alphas_cumprod = pipeline.scheduler.alphas_cumprod
-    snr = alphas_cumprod / (1 - alphas_cumprod)
+    snr = signal_to_noise_ratio(pipeline.scheduler.alphas_cumprod)
     edges = pipeline.intervals().edges
     steps = pipeline.steps_per_denoiser(num_inference_steps)
     costs = [_step_gigaflops(denoiser) for denoiser in pipeline.denoisers]
@@ -350,7 +350,11 @@ def _step_gigaflops(denoiser: ModelMixin) -> float:
     config, device = denoiser.config, denoiser.device
     height, width = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
     sample = torch.zeros(1, config.in_channels, height, width, device=device, dtype=denoiser.dtype)
-    labels = {} if class_count(denoiser) is None else {"class_labels": torch.zeros(1, dtype=torch.long, device=device)}
+    labels = (
+        {}
+        if class_count(denoiser.config) is None
+        else {"class_labels": torch.zeros(1, dtype=torch.long, device=device)}
+    )
     return gigaflops(denoiser, sample, torch.zeros(1, dtype=torch.long, device=device), **labels)
 
 

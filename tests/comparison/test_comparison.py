@@ -22,7 +22,7 @@ from benchmarks.comparison.run import make_data, measure_bounds, perform
 from conftest import FIXTURES, REPOSITORY
 
 from diffusers_dmp import DiTModel, DTRTransformer2DModel, PatchedUNet2DModel
-from diffusers_dmp.digits import fit_classifier, fit_resnet
+from diffusers_dmp.evaluation.digits import fit_classifier, fit_resnet
 from diffusers_dmp.training.arguments import parse_arguments
 
 RESULTS = REPOSITORY / "docs" / "results"

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from diffusers_dmp import ClassConditionalPipeline, DiTModel, RemixDiTModel, SNRSplitPipeline
 from diffusers_dmp.cli import app
-from diffusers_dmp.digits import write_image_folder
 from diffusers_dmp.evaluation.diagnostics import diagnose
+from diffusers_dmp.evaluation.digits import write_image_folder
 from diffusers_dmp.plots import diagnosis_figure
-from diffusers_dmp.training.data import load_images
+from diffusers_dmp.training.data.images import load_images
 
 DIT = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "sample_size": 8, "in_channels": 1}
 UNET = {"block_out_channels": (32,), "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from networks import make_resnet
 
-from diffusers_dmp.digits import TRAINING_IMAGES, VALIDATION_IMAGES, digit_images, write_image_folder
+from diffusers_dmp.evaluation.digits import TRAINING_IMAGES, VALIDATION_IMAGES, digit_images, write_image_folder
 from diffusers_dmp.evaluation.evaluate import EvaluationArguments, _some, _stored_statistics, evaluate
 from diffusers_dmp.evaluation.features import FeatureExtractor
 from diffusers_dmp.evaluation.fingerprint import expect_comparable

@@ -13,8 +13,8 @@ from networks import make_resnet, make_vit
 from safetensors.torch import load_file
 
 from diffusers_dmp import digits
-from diffusers_dmp.digits import digit_images, fit_classifier
 from diffusers_dmp.evaluation import inception as inception_module
+from diffusers_dmp.evaluation.digits import digit_images, fit_classifier
 from diffusers_dmp.evaluation.features import FeatureExtractor, extract_features
 from diffusers_dmp.evaluation.inception import InceptionV3, load_inception, resize_as_tensorflow
 

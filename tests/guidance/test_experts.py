@@ -12,7 +12,7 @@ from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 from transformers.utils import ModelOutput
 
 from diffusers_dmp import GuidanceExperts, NoiseIntervals
-from diffusers_dmp.guidance.preprocessing import ImagePreprocessor
+from diffusers_dmp.models.vision import ImagePreprocessor
 
 TIMESTEPS = torch.tensor([950, 10, 250, 390, 30])  # experts 4, 0, 1, 1, 0
 

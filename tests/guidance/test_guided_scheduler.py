@@ -35,7 +35,7 @@ from diffusers_dmp import (
     SNRSplitPipeline,
     respaced_timesteps,
 )
-from diffusers_dmp.predictions import PREDICTION_TYPES, convert_prediction, noise_levels
+from diffusers_dmp.diffusion.predictions import PREDICTION_TYPES, convert_prediction, noise_levels
 
 LABELS = [1, 3]
 

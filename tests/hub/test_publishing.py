@@ -16,8 +16,8 @@ from small_pipelines import DIT, PIPELINES, patched, with_one
 
 import diffusers_dmp
 from diffusers_dmp import DiTModel, GuidanceExperts, PromptPatch
-from diffusers_dmp.folders import read_folder
-from diffusers_dmp.hub import PAPERS, publish
+from diffusers_dmp.hub.folders import read_folder
+from diffusers_dmp.hub.publishing import PAPERS, publish
 
 LICENSE = {"license": "apache-2.0"}
 SETTINGS = {"samples": 500, "guidance_scale": 1.5}
@@ -42,7 +42,7 @@ def training(tmp_path):
 @pytest.fixture
 def to_hub(hub, monkeypatch):
     """How to publish on the loopback Hub; no token but the one that is given."""
-    monkeypatch.setattr("diffusers_dmp.hub.get_token", lambda: None)
+    monkeypatch.setattr("diffusers_dmp.hub.publishing.get_token", lambda: None)
     return LICENSE | {"endpoint": hub.url, "token": "hf_writer"}
 
 

@@ -8,7 +8,7 @@ from conftest import TINY_CONFIG, Vectors, assert_matches, randomised
 from diffusers import DiTTransformer2DModel
 
 from diffusers_dmp import DiTModel, convert_checkpoint
-from diffusers_dmp.models.dit import DIT_PRESETS
+from diffusers_dmp.models.dit.model import DIT_PRESETS
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_other_sizes_and_channels(channels, height, width):
 
 def test_unpatchify_is_the_inverse_of_patchify():
     # tokens that carry their own pixels come back as the image
-    from diffusers_dmp.models.dit import unpatchify
+    from diffusers_dmp.models.dit.model import unpatchify
 
     image = torch.randn(2, 3, 4, 6)
     patches = image.unfold(2, 2, 2).unfold(3, 2, 2)  # (B, C, H/p, W/p, p, p)

@@ -36,9 +36,9 @@ from diffusers_dmp import (
     SNRSplitPipeline,
     respaced_timesteps,
 )
+from diffusers_dmp.diffusion.predictions import PREDICTION_TYPES, convert_prediction
 from diffusers_dmp.pipelines.denoiser_inputs import DenoiserInputs, looks_at_inputs
-from diffusers_dmp.predictions import PREDICTION_TYPES, convert_prediction
-from diffusers_dmp.training.objective import VARIANCE_TYPES
+from diffusers_dmp.training.objectives.ddpm import VARIANCE_TYPES
 
 UNET = {
     "sample_size": 8,

@@ -25,8 +25,8 @@ from specialisation import responsibility
 from studio import Studio
 from systems import MODELS, TITLES, load_systems
 
-from diffusers_dmp.digits import fit_reader
-from diffusers_dmp.schedulers import SCHEDULERS
+from diffusers_dmp.diffusion.schedulers import SCHEDULERS
+from diffusers_dmp.evaluation.digits import fit_reader
 
 DRAWING = {"scale": 1.5, "steps": 4, "scheduler": "DDIM", "seed": 0, "randomise": False}
 GOOD = {

@@ -15,11 +15,11 @@ from runs import TINY, launch_script, logged, train_here, weights
 from safetensors.torch import load_file
 
 from diffusers_dmp import DiTModel, PromptPatch, RemixDiTModel
-from diffusers_dmp.digits import TRAINING_IMAGES, VALIDATION_IMAGES, write_image_folder
+from diffusers_dmp.evaluation.digits import TRAINING_IMAGES, VALIDATION_IMAGES, write_image_folder
 from diffusers_dmp.training.arguments import TrainingArguments
-from diffusers_dmp.training.data import load_images, to_tensors
-from diffusers_dmp.training.latents import EncodingArguments, encode_latents
-from diffusers_dmp.training.objective import DiffusionObjective
+from diffusers_dmp.training.data.images import load_images, to_tensors
+from diffusers_dmp.training.data.latents import EncodingArguments, encode_latents
+from diffusers_dmp.training.objectives.ddpm import DiffusionObjective
 from diffusers_dmp.training.trainer import make_scheduler
 from diffusers_dmp.training.validation import validation_loss
 

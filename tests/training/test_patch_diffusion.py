@@ -15,7 +15,7 @@ from PIL import Image
 from runs import TINY, launch_script
 
 from diffusers_dmp import ClassConditionalPipeline, NoiseIntervals, PatchedUNet2DModel, SNRSplitPipeline
-from diffusers_dmp.digits import write_image_folder
+from diffusers_dmp.evaluation.digits import write_image_folder
 from diffusers_dmp.training import trainer
 from diffusers_dmp.training.arguments import TrainingArguments
 from diffusers_dmp.training.trainer import make_scheduler

@@ -15,10 +15,10 @@ from runs import launch_script
 from torch.nn import functional as F
 
 from diffusers_dmp import ClassConditionalPipeline, DiTModel, GuidanceExperts
-from diffusers_dmp.digits import fit_classifier
-from diffusers_dmp.training.data import load_images, training_items
-from diffusers_dmp.training.distillation import distillation_losses
-from diffusers_dmp.training.generation import GenerationArguments, generate_images
+from diffusers_dmp.evaluation.digits import fit_classifier
+from diffusers_dmp.training.data.generation import GenerationArguments, generate_images
+from diffusers_dmp.training.data.images import load_images, training_items
+from diffusers_dmp.training.objectives.distillation import distillation_losses
 
 TINY = {
     "image_size": 8,

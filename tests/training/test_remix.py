@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from diffusers_dmp import DiTModel, NoiseIntervals, RemixDiTModel
 from diffusers_dmp.conversion.original import _RENAMED, _rename
 from diffusers_dmp.training.loop import draw_experts
-from diffusers_dmp.training.timesteps import expert_timesteps
+from diffusers_dmp.training.objectives.timesteps import expert_timesteps
 
 REMIX = {"num_bases": 2, "num_experts": 3, "lr_scheduler": "cosine_with_min_lr", "min_lr_rate": 0.5}
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_hook
 
 from diffusers_dmp import DiTModel, DTRTransformer2DModel
-from diffusers_dmp.models.dit_layers import DiTAttention
+from diffusers_dmp.models.dit.layers import DiTAttention
 from diffusers_dmp.training import trainer
 from diffusers_dmp.training.arguments import DiTTrainingArguments
 

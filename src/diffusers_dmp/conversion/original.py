@@ -18,11 +18,11 @@ from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import load_file
 
 from ..guidance import GuidanceExperts
-from ..models.dit import DIT_SIZES, DiTModel
+from ..models.dit.model import DIT_SIZES, DiTModel
 from ..models.dtr_transformer_2d import DTRTransformer2DModel
 from ..models.loading import check_weights
 from ..models.remix_dit import RemixDiTModel
-from ..patches import PromptPatch
+from ..plugins import PromptPatch
 from .adm import build_adm_unet, load_adm_unet
 from .patch_diffusion import build_patched_unet, load_patched_unet
 from .ppap import convert_ppap

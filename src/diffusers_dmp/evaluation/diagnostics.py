@@ -10,13 +10,14 @@ import datasets
 import torch
 from torch import nn
 
+from ..diffusion.latents import scale_latents
+from ..diffusion.noise import noisy_sample
+from ..diffusion.predictions import convert_prediction, expected_prediction_type
 from ..intervals import NoiseIntervals
 from ..models import RemixDiTModel
 from ..pipelines import ClassConditionalPipeline, SNRSplitPipeline
-from ..predictions import convert_prediction, expected_prediction_type
-from ..training.data import to_tensors
-from ..training.latents import latent_distribution
-from ..vae import scale_latents
+from ..training.data.images import to_tensors
+from ..training.data.latents import latent_distribution
 
 BATCH_SIZE = 64
 SEED = 0  # of the noise, which is the same for whoever is asked
@@ -143,7 +144,7 @@ def _noise_loss(model: nn.Module, own_type: str, scheduler, x0, noise, timesteps
     """Of ε, whatever the model predicts: (N, C, H, W) → mean squared error."""
     alphas_cumprod = scheduler.alphas_cumprod.to(x0.device)[timesteps.to(x0.device)].view(-1, 1, 1, 1)
     alpha, sigma = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
-    x_t = alpha * x0 + sigma * noise
+    x_t = noisy_sample(x0, noise, alpha, sigma)
     total = 0.0
     for rows in torch.arange(len(x0)).split(BATCH_SIZE):
         kwargs = {} if labels is None else {"class_labels": labels[rows]}

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..guidance.experts import load_network, network_sha256
-from ..guidance.preprocessing import ImagePreprocessor, processor_settings
+from ..models.vision import ImagePreprocessor, load_network, network_sha256, processor_settings
+from ..saving.whole import written_whole
 from .inception import load_inception
 
 INCEPTION, DIGITS = "inception", "digits"  # extractors by name
@@ -107,13 +107,12 @@ class FeatureExtractor(nn.Module):
 
 def _digits_classifier() -> str:
     """Its folder, where torch keeps what it downloads."""
-    from ..digits import fit_classifier  # scikit-learn is asked of nobody else
+    from .digits import fit_classifier  # scikit-learn is asked of nobody else
 
     folder = Path(torch.hub.get_dir(), "checkpoints", "diffusers_dmp_digits_classifier")
     if not folder.exists():
-        unfinished = folder.with_suffix(".unfinished")
-        fit_classifier(unfinished)
-        unfinished.rename(folder)
+        with written_whole(folder) as unfinished:
+            fit_classifier(unfinished)
     return str(folder)
 
 

@@ -9,7 +9,7 @@ import diffusers
 import torch
 import transformers
 
-from ..version import __version__
+from ..saving.version import __version__
 
 # Figures compare only if these agree.
 DECISIVE = (

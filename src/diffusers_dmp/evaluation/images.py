@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from ..training.data import load_images, open_image
+from ..training.data.images import load_images, open_image
 from .npz import NpzImages
 
 

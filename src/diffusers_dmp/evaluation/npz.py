@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..saving.whole import written_whole
+
 IMAGES, LABELS = "arr_0", "arr_1"
 
 
@@ -29,8 +31,10 @@ def write_npz(
     Raises:
         ValueError: if the batches are others than `shape` says.
     """
-    unfinished = Path(path).with_suffix(".unfinished")
-    with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with (
+        written_whole(path) as unfinished,
+        zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+    ):
         with _entry(archive, IMAGES) as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_2_0(file, header)
@@ -47,7 +51,6 @@ def write_npz(
         if labels is not None:
             with _entry(archive, LABELS) as file:
                 np.lib.format.write_array(file, np.ascontiguousarray(labels, dtype=np.int64))
-    unfinished.replace(path)
 
 
 class NpzImages:

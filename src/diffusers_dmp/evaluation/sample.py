@@ -17,10 +17,10 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from ..drawing import DrawingArguments, draw, load_to_draw
-from ..guidance.experts import network_sha256
+from ..models.vision import network_sha256
 from ..training.arguments import option, parse_arguments
-from ..training.shards import make_shard_accelerator, remember_settings, write_shards
+from ..training.data.seeded_sampling import DrawingArguments, draw, load_to_draw
+from ..training.data.shards import make_shard_accelerator, remember_settings, write_shards
 from .images import DatasetImages
 from .npz import write_npz
 

@@ -4,26 +4,22 @@ https://arxiv.org/abs/2212.05973
 Legend: B batch, C channels, H and W height and width in pixels, E experts, T diffusion timesteps.
 """
 
-import hashlib
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.utils import PushToHubMixin
 from huggingface_hub import create_repo, snapshot_download
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..intervals import NoiseIntervals
-from ..standalone import VersionedMixin, check_version
+from ..intervals import NoiseIntervals, group_by_expert
+from ..models.vision import ImagePreprocessor, load_network, network_sha256, processor_settings
+from ..saving.mixins import VersionedMixin, check_version
 from .adapters import FullExperts, LoraExperts, lora_targets
-from .preprocessing import ImagePreprocessor, processor_settings
 
 METHODS = ("ppap", "multi_experts", "finetune")
 WEIGHTS_NAME = "guidance_experts.safetensors"
@@ -256,14 +252,12 @@ class GuidanceExperts(VersionedMixin, nn.Module, ConfigMixin, PushToHubMixin):
             `ModelOutput`: The network's own: `logits` or `predicted_depth`, in the images' order.
         """
         owners = self.intervals.index(timesteps.cpu()).expand(len(images)) if len(images) else timesteps.cpu().long()
-        present = owners.unique().tolist()
+        order, present, sizes = group_by_expert(owners)
         if len(present) == 1:
             return self.run_expert(present[0], images)
-        outputs = []
-        groups = [(owners == expert).nonzero().flatten() for expert in present]
-        for expert, group in zip(present, groups):
-            outputs.append(self.run_expert(expert, images[group.to(images.device)], merged=False))
-        order = torch.cat(groups).argsort().to(images.device)
+        groups = images[order.to(images.device)].split(sizes)
+        outputs = [self.run_expert(expert, group, merged=False) for expert, group in zip(present, groups)]
+        order = order.argsort().to(images.device)
         joined = {
             name: torch.cat([output[name] for output in outputs])[order]
             for name, value in outputs[0].items()
@@ -293,24 +287,3 @@ class GuidanceExperts(VersionedMixin, nn.Module, ConfigMixin, PushToHubMixin):
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         return parameters
-
-
-def load_network(name_or_path: str) -> PreTrainedModel:
-    """Of the class that it was saved as."""
-    config = AutoConfig.from_pretrained(name_or_path)
-    network_class = getattr(transformers, (config.architectures or ["none"])[0], None)
-    if network_class is None:
-        raise ValueError(
-            f"Expected {name_or_path!r} to be a model of a class of transformers, but got the architectures "
-            f"{config.architectures}."
-        )
-    return network_class.from_pretrained(name_or_path, dtype=torch.float32).eval()
-
-
-def network_sha256(network: nn.Module, settings: "dict[str, Any] | None" = None) -> str:
-    """Tells one network's weights, and settings that go with them, from another's."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode() if settings else b"")
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -14,7 +14,8 @@ import torch
 from diffusers import AutoencoderKL, DDPMParallelScheduler, DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ..predictions import (
+from ..diffusion.latents import decode_latents
+from ..diffusion.predictions import (
     PREDICTION_TYPES,
     check_noise_levels,
     convert_prediction,
@@ -23,7 +24,6 @@ from ..predictions import (
     posterior_weights,
     to_x0,
 )
-from ..vae import decode_latents
 from .experts import GuidanceExperts
 from .targets import GuidanceTarget
 

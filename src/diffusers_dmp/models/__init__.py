@@ -1,4 +1,4 @@
-from .dit import DIT_PRESETS, DiTModel
+from .dit.model import DIT_PRESETS, DiTModel
 from .dtr_transformer_2d import DTRTransformer2DModel, TaskRouting
 from .patched_unet_2d import PatchedUNet2DModel
 from .remix_dit import REMIX_DIT_PRESETS, RemixDiTModel

@@ -8,9 +8,9 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from ..naming import PACKAGE
-from .dit import DiTModel
-from .dit_layers import DiTBlock
+from ..saving.naming import PACKAGE
+from .dit.layers import DiTBlock
+from .dit.model import DiTModel
 
 
 class TaskRouting(nn.Module):

@@ -17,11 +17,11 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
+from ..diffusion.predictions import PREDICTION_TYPES
 from ..intervals import check_timesteps
-from ..naming import PACKAGE
-from ..predictions import PREDICTION_TYPES
-from ..standalone import StandaloneModelMixin
-from .conditions import checked_labels, drop_labels, shared_or_per_sample
+from ..saving.mixins import StandaloneModelMixin
+from ..saving.naming import PACKAGE
+from .inputs import checked_labels, drop_labels, shared_or_per_sample
 
 NORM_GROUPS = 32
 POSITION_SCALE = 64  # the positions' range, whatever the number of patches

@@ -15,11 +15,11 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import nn
 
-from ..caching import tensor_state
-from ..intervals import NoiseIntervals
-from ..naming import PACKAGE
-from .conditions import checked_labels
-from .dit import DIT_PRESETS, DiTModel
+from ..intervals import NoiseIntervals, group_by_expert
+from ..saving.naming import PACKAGE
+from .caching import tensor_state
+from .dit.model import DIT_PRESETS, DiTModel
+from .inputs import checked_labels
 from .loading import check_weights, in_dtype
 from .remix_layers import BasisLinear, RemixBlock, mix
 
@@ -269,12 +269,11 @@ class RemixDiTModel(DiTModel):
         elif len(experts) == 1:
             expert = experts.item()
         else:
-            experts, order = experts.sort(stable=True)
-            experts, group_sizes = experts.unique_consecutive(return_counts=True)
-            if len(experts) > 1:
-                coefficients = self.mixing_coefficients[experts.to(device, non_blocking=True)]
-                return order, (coefficients, group_sizes.tolist())
-            expert = experts.item()
+            order, present, group_sizes = group_by_expert(experts)
+            if len(present) > 1:
+                coefficients = self.mixing_coefficients[torch.tensor(present).to(device, non_blocking=True)]
+                return order, (coefficients, group_sizes)
+            (expert,) = present
 
         if torch.is_grad_enabled() or compiling or not self._hold_expert(expert, device):
             return None, (self.mixing_coefficients[expert : expert + 1], [batch_size])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .dit_layers import DiTBlock
+from .dit.layers import DiTBlock
 
 
 class Mix(torch.autograd.Function):

@@ -10,9 +10,10 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ..naming import descends_from
-from ..patches.attachment import patch_of
-from ..predictions import convert_prediction, expected_prediction_type, noise_levels
+from ..diffusion.predictions import convert_prediction, expected_prediction_type, noise_levels
+from ..diffusion.variance import as_learned_range
+from ..plugins.attachment import patch_of
+from ..saving.naming import descends_from
 
 
 def classifier_free_guidance(
@@ -41,12 +42,6 @@ def classifier_free_guidance(
     # ε = ε(∅) + w·(ε(y) - ε(∅))
     prediction = unconditional[:, :guided] + guidance_scale * (conditional - unconditional)[:, :guided]
     return torch.cat([prediction.to(model_output.dtype), conditional[:, guided:]], dim=1)
-
-
-def class_count(denoiser: ModelMixin) -> int | None:
-    """How many classes a denoiser knows, whatever its configuration calls it; None for one that takes no labels."""
-    names = ("num_classes", "num_embeds_ada_norm", "num_class_embeds")
-    return next((denoiser.config[name] for name in names if denoiser.config.get(name) is not None), None)
 
 
 def looks_at_inputs(denoiser: ModelMixin) -> bool:
@@ -94,10 +89,10 @@ class DenoiserInputs:
             output = classifier_free_guidance(output, self.guidance, channels, guidance_channels)
         if not keeps_variance:
             return output[:, :channels]
-        if getattr(self.denoiser, "variance_type", None) == "learned_range_sigmoid":
-            # log σ² = u·log β̃ + (1 - u)·log β there, and of v = 1 - 2u in Diffusers' schedulers
+        variance_type = getattr(self.denoiser, "variance_type", "learned_range")
+        if variance_type != "learned_range":
             prediction, variance = output.split(channels, dim=1)
-            output = torch.cat([prediction, 1 - 2 * variance], dim=1)
+            output = torch.cat([prediction, as_learned_range(variance, variance_type)], dim=1)
         return output
 
 

@@ -15,10 +15,11 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..diffusion.latents import decode_latents, vae_downsampling
 from ..intervals import check_timesteps, check_train_timesteps
-from ..standalone import StandalonePipelineMixin
-from ..vae import decode_latents, vae_downsampling
-from .denoiser_inputs import Conversion, DenoiserInputs, class_count
+from ..models.inputs import class_count
+from ..saving.mixins import StandalonePipelineMixin
+from .denoiser_inputs import Conversion, DenoiserInputs
 
 LEARNED_VARIANCES = ("learned", "learned_range")
 
@@ -44,7 +45,7 @@ class DenoisingMixin(StandalonePipelineMixin):
     @property
     def num_classes(self) -> int | None:
         """How many classes the denoisers know; None for such as take no labels."""
-        return class_count(self.denoisers[0])
+        return class_count(self.denoisers[0].config)
 
     @property
     def has_null_class(self) -> bool:

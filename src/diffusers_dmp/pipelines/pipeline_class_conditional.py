@@ -13,9 +13,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ..naming import PACKAGE
-from ..patches.attachment import patch_of
-from ..predictions import expected_prediction_type
+from ..diffusion.predictions import expected_prediction_type
+from ..plugins.attachment import patch_of
+from ..saving.naming import PACKAGE
 from .denoising import DenoisingMixin
 
 

@@ -15,12 +15,12 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from ..diffusion.predictions import expected_prediction_type
 from ..intervals import NoiseIntervals
-from ..naming import PACKAGE
-from ..patches.attachment import patch_of
-from ..predictions import expected_prediction_type
-from ..standalone import listed
-from .denoiser_inputs import class_count
+from ..models.inputs import class_count
+from ..plugins.attachment import patch_of
+from ..saving.mixins import listed
+from ..saving.naming import PACKAGE
 from .denoising import DenoisingMixin
 
 MAX_DENOISERS = 32  # Diffusers reads from the constructor's signature which components there may be
@@ -317,8 +317,8 @@ def _check_denoisers(denoisers: list[ModelMixin], config) -> None:
                     f"Expected all denoisers to have the `{name}` {denoisers[0].config[name]} of the first, "
                     f"but got {own[name]} for denoiser {index}."
                 )
-        if class_count(denoiser) != class_count(denoisers[0]):
+        if class_count(denoiser.config) != class_count(denoisers[0].config):
             raise ValueError(
-                f"Expected all denoisers to know the {class_count(denoisers[0])} classes of the first, "
-                f"but got {class_count(denoiser)} for denoiser {index}."
+                f"Expected all denoisers to know the {class_count(denoisers[0].config)} classes of the first, "
+                f"but got {class_count(denoiser.config)} for denoiser {index}."
             )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from ..saving.whole import finish, unfinished_path
 from .arguments import TrainingArguments
 
 PREFIX = "checkpoint-"
@@ -72,13 +73,11 @@ def resume(accelerator: Accelerator, args: TrainingArguments) -> int:
 def save_checkpoint(accelerator: Accelerator, args: TrainingArguments, step: int) -> None:
     """Everything that resuming needs. It gets its name when it is complete, so that a killed run leaves no half of one."""
     path = Path(args.output_dir, f"{PREFIX}{step}")
-    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished = unfinished_path(path)
     accelerator.save_state(str(unfinished))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        if path.exists():  # this run resumed from an earlier step than the last
-            shutil.rmtree(path)
-        unfinished.rename(path)
+        finish(path)  # it may replace one of a later step that this run resumed before
         if args.checkpoints_total_limit is not None:
             # those of later steps, which such a run has yet to replace, do not count
             done = [checkpoint for checkpoint in checkpoints(args.output_dir) if checkpoint_step(checkpoint) <= step]

@@ -11,12 +11,12 @@ from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 from ..conversion import convert_checkpoint, load_original_state_dict
+from ..diffusion.latents import vae_downsampling
 from ..models import DiTModel, DTRTransformer2DModel, RemixDiTModel
-from ..models.stock_layout import STOCK_CLASSES
-from ..vae import vae_downsampling
+from ..models.dit.stock_layout import STOCK_CLASSES
 from .arguments import DiTTrainingArguments, TrainingArguments
-from .data import class_names, load_images
-from .latents import check_latents
+from .data.images import class_names, load_images
+from .data.latents import check_latents
 from .recipe import TrainingRecipe
 from .trainer import make_accelerator, train
 

@@ -17,12 +17,12 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import nn
 
+from ..diffusion.latents import scale_latents
 from ..intervals import NoiseIntervals
-from ..vae import scale_latents
-from .latents import latent_distribution
-from .objective import DiffusionObjective
+from .data.latents import latent_distribution
+from .objectives.ddpm import DiffusionObjective
+from .objectives.timesteps import balanced_timesteps, expert_timesteps
 from .recipe import TrainingRecipe
-from .timesteps import balanced_timesteps, expert_timesteps
 
 
 @dataclass

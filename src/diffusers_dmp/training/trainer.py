@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,12 +25,13 @@ from torch import nn
 from transformers import get_scheduler
 
 from ..pipelines import ClassConditionalPipeline
+from ..saving.whole import written_whole
 from .arguments import TrainingArguments
 from .checkpoints import resume, save_checkpoint
-from .data import GlobalBatchSampler, endless_batches, training_items
+from .data.images import GlobalBatchSampler, endless_batches, training_items
 from .loop import training_steps
 from .loss_log import ExpertCounts, LossLog, trackable
-from .objective import DiffusionObjective
+from .objectives.ddpm import DiffusionObjective
 from .recipe import TrainingRecipe
 from .validation import validation_loss
 
@@ -302,10 +302,8 @@ def make_scheduler(args: TrainingArguments, in_latents: bool) -> DDPMScheduler:
 
 def save_whole(pipeline: ClassConditionalPipeline, path: Path) -> None:
     """A pipeline gets its name when it is complete, in the place of what an earlier run left there."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    pipeline.save_pretrained(unfinished)
-    shutil.rmtree(path, ignore_errors=True)
-    unfinished.rename(path)
+    with written_whole(path) as unfinished:
+        pipeline.save_pretrained(unfinished)
 
 
 @contextmanager

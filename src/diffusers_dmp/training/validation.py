@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from .arguments import TrainingArguments
-from .data import training_items
+from .data.images import training_items
 from .loop import StepRandomness, clean_samples
-from .objective import DiffusionObjective
+from .objectives.ddpm import DiffusionObjective
 
 VALIDATION_SEED = 0  # not the training's, so that trainings of several seeds compare
 VALIDATION_BATCH_SIZE = 64

@@ -1,0 +1,1 @@
+"""The diffusion process: noise levels, predictions, schedulers and latents. Every formula of it stands here once."""

@@ -1,0 +1,295 @@
+"""Publishing on the Hugging Face Hub what was trained."""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    EvalResult,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    get_token,
+)
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from jinja2 import Environment, FileSystemLoader
+
+import diffusers_dmp
+
+from ..saving.bundling import source_of
+from ..saving.mixins import dumped, pipeline_config
+from ..saving.version import __version__
+from .folders import (
+    ARGUMENTS,
+    EVALUATION,
+    MODEL_CONFIG,
+    PIPELINE_CONFIG,
+    SAMPLES,
+    FolderContents,
+    expect_no_pickles,
+    read_folder,
+)
+
+PAPERS = {
+    "dit": ("2212.09748", "Scalable Diffusion Models with Transformers"),
+    "dtr": ("2310.07138", "Denoising Task Routing for Diffusion Models"),
+    "remix": ("2412.05628", "Remix-DiT: Mixing Diffusion Transformers for Multi-Expert Denoising"),
+    "dmp": ("2405.17825", "Diffusion Model Patching via Mixture-of-Prompts"),
+    "patch_diffusion": ("2207.04316", "Improving Diffusion Model Efficiency Through Patching"),
+    "ppap": ("2212.05973", "Towards Practical Plug-and-Play Diffusion Models"),
+}
+# In a checkout `pipelines/`, in an installation `cards/` (setup.py).
+_HERE = Path(__file__).parents[1]
+CARDS = next(folder for folder in (_HERE / "cards", _HERE.parents[1] / "pipelines") if folder.is_dir())
+PIPELINE_TAG = "unconditional-image-generation"
+UPLOADED = (".json", ".model", ".safetensors", ".txt")  # of a pipeline's folder; the code is this version's
+_HOMELESS = (
+    "Expected the base model of guidance experts to be on the Hub, without which nobody could load them, but got {!r}; "
+    "publish it and give its id as `base_model`."
+)
+
+
+@dataclass(frozen=True)
+class Publication:
+    """
+    What goes up.
+
+    Args:
+        repo_id (`str`): Where to.
+        files (`dict[str, Path | bytes]`): By their names there: where they lie, or what they hold.
+        card (`str`): The README.
+        url (`str`, *optional*): Of the repository, once it is there.
+    """
+
+    repo_id: str
+    files: "dict[str, Path | bytes]"
+    card: str
+    url: str | None = None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """In bytes, by name."""
+        return {
+            name: len(content) if isinstance(content, bytes) else content.stat().st_size
+            for name, content in sorted(self.files.items())
+        }
+
+
+def publish(
+    folder: "str | os.PathLike",
+    repo_id: str,
+    *,
+    license: str,
+    private: bool = False,
+    update: bool = False,
+    dry_run: bool = False,
+    base_model: str | None = None,
+    dataset: str | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+) -> Publication:
+    """
+    Upload a pipeline, a model, a patch or guidance experts in one commit: weights, code for those without this package, a
+    model card, and the pictures and figures that lie beside them.
+
+    Args:
+        folder: See [`read_folder`].
+        repo_id (`str`): 'user/name'.
+        license (`str`): Of the weights, such as 'apache-2.0', 'mit' or 'cc-by-nc-4.0'.
+        private (`bool`): Let only its owners see the repository.
+        update (`bool`): Replace all that is in a repository, its card too, if there is one already.
+        dry_run (`bool`): Only put together what would go up; the Hub is not asked anything.
+        base_model, dataset (`str`, *optional*): Hub ids of what it was made of and trained on; by default what the training's
+            arguments say, if the Hub knows it.
+        token (`str`, *optional*): By default that of `hf auth login` or HF_TOKEN.
+        endpoint (`str`, *optional*): Another Hub.
+
+    Raises:
+        ValueError: if the folder holds nothing of this package, or pickled weights; `repo_id` is no name, or taken and `update`
+            is false, or public and `private` is true; there is no token; or guidance experts are of a network that is on the
+            Hub nowhere.
+    """
+    contents = read_folder(folder)
+    expect_no_pickles(contents)
+    _check_repo_id(repo_id)
+    found_base, found_dataset = (
+        base_model or _base_model(contents),
+        dataset or _hub_id(contents.training.get("dataset")),
+    )
+    if contents.system == "ppap" and found_base is None:
+        raise ValueError(_HOMELESS.format(contents.config["base_model_name_or_path"]))
+    if dry_run:
+        return _publication(contents, repo_id, license, found_base, found_dataset)
+
+    if (token or get_token()) is None:
+        raise ValueError("Expected a token to write with, from `hf auth login`, HF_TOKEN or `token`, but got none.")
+    api = HfApi(endpoint=endpoint, token=token)
+    if base_model is None and found_base is not None and not api.repo_exists(found_base):
+        found_base = None
+    if contents.system == "ppap" and (found_base is None or not api.repo_exists(found_base)):
+        raise ValueError(_HOMELESS.format(base_model or contents.config["base_model_name_or_path"]))
+    if dataset is None and found_dataset is not None and not api.repo_exists(found_dataset, repo_type="dataset"):
+        found_dataset = None
+    if api.repo_exists(repo_id):
+        if not update:
+            raise ValueError(
+                f"Expected `repo_id` to be a new name, or `update` to be true, but got {repo_id!r}, which is taken."
+            )
+        if private and not api.repo_info(repo_id).private:
+            raise ValueError(
+                f"Expected {repo_id!r} to be private already, or a new name, but got a public repository; its settings on the "
+                "Hub make it private."
+            )
+    publication = _publication(contents, repo_id, license, found_base, found_dataset)
+    url = api.create_repo(repo_id, private=private, exist_ok=update)
+    operations = [CommitOperationAdd(name, content) for name, content in publication.files.items()]
+    gone = set(api.list_repo_files(repo_id)) - publication.files.keys() - {".gitattributes"}
+    operations += [CommitOperationDelete(name) for name in sorted(gone)]
+    message = f"{contents.class_name} by diffusers_dmp {__version__}"
+    api.create_commit(repo_id, operations, commit_message=message)
+    return Publication(repo_id, publication.files, publication.card, str(url))
+
+
+def model_card(
+    contents: FolderContents, repo_id: str, license: str, base_model: str | None = None, dataset: str | None = None
+) -> str:
+    """
+    The README of a repository, made of `pipelines/<system>/card.md`; its metadata is checked.
+
+    Args:
+        contents ([`FolderContents`]): What is published.
+        repo_id, license, base_model, dataset: See [`publish`].
+    """
+    paper, title = PAPERS[contents.system]
+    evaluation = _told_evaluation(contents)
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=PIPELINE_TAG,
+        license=license,
+        base_model=base_model,
+        datasets=[dataset] if dataset else None,
+        tags=["diffusers-dmp", contents.system, f"arxiv:{paper}"],
+        model_name=repo_id.rpartition("/")[2],
+        eval_results=[_eval_result(result) for result in evaluation] or None,
+    )
+    pictures = [picture.name for picture in contents.pictures]
+    told = _told(contents.training)
+    shared = _shared_settings(evaluation)
+    environment = Environment(loader=FileSystemLoader(CARDS, encoding="utf-8"), trim_blocks=True, lstrip_blocks=True)
+    text = environment.get_template(f"{contents.system}/card.md").render(
+        card_data=data.to_yaml(),
+        repo_id=repo_id,
+        name=data.model_name,
+        contents=contents,
+        evaluation=evaluation,
+        shared=shared,
+        shared_yaml=yaml.safe_dump(shared, sort_keys=False) if shared else None,
+        labels="class_labels=0" if (contents.num_classes or 1) > 1 else "",
+        license=license,
+        base_model=base_model,
+        dataset=dataset or told.get("dataset"),
+        paper=f"https://arxiv.org/abs/{paper}",
+        title=title,
+        samples=SAMPLES if SAMPLES in pictures else None,
+        pictures=[name for name in pictures if name != SAMPLES],
+        training=yaml.safe_dump(told, sort_keys=False) if told else None,
+        version=__version__,
+    )
+    text = re.sub(r"\n{3,}", "\n\n", text)
+    ModelCard(text)  # reads the metadata back
+    return text
+
+
+def _publication(
+    contents: FolderContents, repo_id: str, license: str, base_model: str | None, dataset: str | None
+) -> Publication:
+    card = model_card(contents, repo_id, license, base_model, dataset)
+    files = {
+        file.relative_to(contents.path).as_posix(): file
+        for file in contents.path.rglob("*")
+        if file.suffix in UPLOADED and file.is_file() and not _is_hidden(file.relative_to(contents.path))
+    }
+    files |= {picture.name: picture for picture in contents.pictures}
+    texts = {"README.md": card}
+    if contents.training:
+        texts[ARGUMENTS] = yaml.safe_dump(_told(contents.training), sort_keys=False)
+    if contents.evaluation:
+        texts[EVALUATION] = json.dumps(_told_evaluation(contents), indent=2) + "\n"
+    if contents.system == "ppap":
+        texts[MODEL_CONFIG] = dumped(contents.config | {"base_model_name_or_path": base_model})
+    else:  # what lies there may be an older version's code, or none
+        for name, class_name in contents.own_classes.items():
+            cls = getattr(diffusers_dmp, class_name)
+            texts[(Path(name) / cls.code_file).as_posix()] = source_of(cls)
+        if contents.is_pipeline and hasattr(diffusers_dmp, contents.class_name):
+            cls = getattr(diffusers_dmp, contents.class_name)
+            texts[cls.code_file] = source_of(cls)
+            texts[PIPELINE_CONFIG] = dumped(pipeline_config(contents.config | {"_class_name": contents.class_name}))
+    return Publication(repo_id, files | {name: text.encode() for name, text in texts.items()}, card)
+
+
+def _is_hidden(name: Path) -> bool:
+    return any(part.startswith((".", "checkpoint-")) for part in name.parts)
+
+
+def _check_repo_id(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+        is_name = repo_id.count("/") == 1
+    except HFValidationError:
+        is_name = False
+    if not is_name:
+        raise ValueError(f"Expected `repo_id` to be like 'user/name', but got {repo_id!r}.")
+
+
+def _base_model(contents: FolderContents) -> str | None:
+    names = [contents.config.get("base_model_name_or_path")]
+    names += [contents.training.get(name) for name in ("base_model", "pretrained_model_name_or_path")]
+    return next((name for name in map(_hub_id, names) if name), None)
+
+
+def _hub_id(name: str | None) -> str | None:
+    """The name, if it can be one on the Hub and is none of a folder or file."""
+    return name if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.exists(name) else None
+
+
+def _told(training: dict[str, Any]) -> dict[str, Any]:
+    """What is told of a training's arguments: of paths their last part, which alone means something elsewhere."""
+    told = {}
+    for name, value in training.items():
+        if value is None or name in ("output_dir", "resume_from_checkpoint"):
+            continue
+        is_path = isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value) or value.count("/") > 1)
+        told[name] = Path(value).name if is_path else value
+    return told
+
+
+def _told_evaluation(contents: FolderContents) -> list[dict[str, Any]]:
+    """What is told of its figures."""
+    return [result | {"settings": _told(result["settings"])} for result in contents.evaluation]
+
+
+def _shared_settings(evaluation: list[dict[str, Any]]) -> dict[str, Any]:
+    """What all figures were measured with; the card has that once. Nothing of a single figure."""
+    if len(evaluation) < 2:
+        return {}
+    first, *others = (result["settings"] for result in evaluation)
+    return {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
+
+
+def _eval_result(result: dict[str, Any]) -> EvalResult:
+    return EvalResult(
+        task_type=PIPELINE_TAG,
+        dataset_type=result["dataset"],
+        dataset_name=result["dataset"],
+        metric_type=result["metric"].partition(",")[0],
+        metric_name=result["metric"],
+        metric_value=result["value"],
+        metric_args=result["settings"],
+    )

@@ -1,0 +1,1 @@
+"""The plain DiT that DTR and Remix-DiT build on: model, layers, and the layout of Diffusers' own."""

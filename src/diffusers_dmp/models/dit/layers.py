@@ -1,0 +1,130 @@
+"""The parts of a DiT: attention, the adaLN-Zero block, and the embedding of timestep and label.
+https://arxiv.org/abs/2212.09748
+
+Legend: B batch, N tokens, D width.
+"""
+
+import torch
+from diffusers.models.attention import AttentionModuleMixin, FeedForward
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.normalization import AdaLayerNormZero
+from torch import nn
+
+from ..inputs import drop_labels
+
+
+class DiTAttnProcessor:
+    """Self-attention through whichever backend `set_attention_backend` chose."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: "DiTAttention", hidden_states: torch.Tensor) -> torch.Tensor:
+        query, key, value = attn.to_qkv(hidden_states).unflatten(-1, (3, attn.heads, -1)).unbind(2)  # (B, N, heads, d)
+        hidden_states = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        return attn.to_out(hidden_states.flatten(2))  # (B, N, D)
+
+
+class DiTAttention(nn.Module, AttentionModuleMixin):
+    """
+    Multi-head self-attention with one matrix for query, key and value, as the published weights have it.
+
+    Args:
+        dim (`int`): The width D.
+        heads (`int`): The number of heads, which divides D.
+    """
+
+    _default_processor_cls = DiTAttnProcessor
+    _available_processors = [DiTAttnProcessor]
+    _supports_qkv_fusion = False  # they are fused to begin with
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_qkv = nn.Linear(dim, 3 * dim)
+        self.to_out = nn.Linear(dim, dim)
+        self.set_processor(self._default_processor_cls())
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.processor(self, hidden_states)
+
+
+class DiTBlock(nn.Module):
+    """
+    A transformer block with adaLN-Zero conditioning (DiT, section 3.2).
+
+    Args:
+        dim (`int`): The width D.
+        heads (`int`): The number of attention heads.
+        dropout (`float`): Of the feed-forward layer.
+        norm_eps (`float`): Of the second LayerNorm; the first always has 1e-6.
+    """
+
+    def __init__(self, dim: int, heads: int, dropout: float, norm_eps: float):
+        super().__init__()
+        self.norm1 = AdaLayerNormZero(dim)
+        self.attn = DiTAttention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=norm_eps)
+        self.ff = FeedForward(dim, dropout=dropout, activation_fn="gelu-approximate")
+
+    def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape (B, N, D)): The tokens.
+            conditioning (`torch.Tensor` of shape (B, D)): c, the sum of timestep and label embeddings.
+        """
+        # shift₁, scale₁, gate₁, shift₂, scale₂, gate₂ = Linear(SiLU(c))
+        normed, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, emb=conditioning)
+
+        # x ← x + gate₁ · Attn(LN(x)·(1 + scale₁) + shift₁)
+        hidden_states = torch.addcmul(hidden_states, gate_msa[:, None], self.attn(normed))
+
+        # x ← x + gate₂ · MLP(LN(x)·(1 + scale₂) + shift₂)
+        normed = torch.addcmul(shift_mlp[:, None], self.norm2(hidden_states), 1 + scale_mlp[:, None])
+        return torch.addcmul(hidden_states, gate_mlp[:, None], self.ff(normed))
+
+
+class TimestepLabelEmbedding(nn.Module):
+    """
+    The conditioning c = embed(t) + embed(y), computed once for all blocks.
+
+    Args:
+        dim (`int`): The width D.
+        num_classes (`int`): The label table's rows, without the null class.
+        class_dropout_prob (`float`): How often training drops a label. Above 0 the table has one row more, the null
+            class, whose index is `num_classes`.
+        downscale_freq_shift (`float`): See [`DiTModel`].
+    """
+
+    def __init__(self, dim: int, num_classes: int, class_dropout_prob: float, downscale_freq_shift: float):
+        super().__init__()
+        self.num_classes = num_classes
+        self.class_dropout_prob = class_dropout_prob
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=downscale_freq_shift)
+        self.timestep_embedder = TimestepEmbedding(in_channels=256, time_embed_dim=dim)
+        self.class_embedder = nn.Embedding(num_classes + (class_dropout_prob > 0), dim)
+
+    def forward(
+        self,
+        timestep: torch.Tensor,
+        class_labels: torch.LongTensor,
+        force_drop_ids: torch.BoolTensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            timestep (`torch.Tensor` of shape (B,) or (1,)): In steps, integer or float.
+            class_labels (`torch.LongTensor` of shape (B,)): In [0, num_classes], the last the null class.
+            force_drop_ids (`torch.BoolTensor` of shape (B,), *optional*): Which labels become the null class. Drawn
+                at random in training when it is not given.
+
+        Returns:
+            `torch.Tensor` of shape (B, D).
+        """
+        drop_prob = self.class_dropout_prob if self.training else 0.0
+        class_labels = drop_labels(class_labels, self.num_classes, drop_prob, force_drop_ids)
+        label_embedding = self.class_embedder(class_labels)  # (B, D)
+        time_features = self.time_proj(timestep).to(label_embedding.dtype)  # (B or 1, 256)
+        return self.timestep_embedder(time_features) + label_embedding

@@ -1,0 +1,107 @@
+"""A transformers image processor's resizing and normalisation, differentiably and on tensors.
+
+Legend: B batch, C channels, H and W height and width in pixels.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.image_processing_base import ImageProcessingMixin
+
+
+class ImagePreprocessor(nn.Module):
+    """
+    From what diffusion models make to what vision models take.
+
+    Args:
+        mean, std (`list[float]`): Of the network's training images in [0, 1], by channel.
+        size (`int`, `list[int]` or `None`): The shorter side in pixels, or height and width; None leaves images as they are.
+    """
+
+    def __init__(self, mean: list[float], std: list[float], size: "int | list[int] | None"):
+        super().__init__()
+        if len(mean) != len(std):
+            raise ValueError(f"Expected `image_mean` and `image_std` to have one length, but got {mean} and {std}.")
+        self.size = size
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            images (`torch.Tensor` of shape (B, C, H, W)): In [-1, 1] where they are clean. Grey ones become as many channels
+                as the network takes.
+        """
+        height, width = images.shape[-2:]
+        if isinstance(self.size, int):
+            scale = self.size / min(height, width)
+            size = (round(height * scale), round(width * scale))
+        else:
+            size = (height, width) if self.size is None else tuple(self.size)
+        if size != (height, width):
+            images = F.interpolate(images, size, mode="bilinear", antialias=True)
+        return ((images + 1) / 2 - self.mean) / self.std  # (B, C, H', W')
+
+
+def processor_settings(name_or_path: str) -> dict[str, Any]:
+    """
+    `image_mean`, `image_std` and `image_size` as the image processor beside a transformers model has them. Only its
+    configuration is read: the processors themselves work on arrays.
+
+    Raises:
+        ValueError: if there is none, or its size is given in other ways.
+    """
+    try:
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
+    except OSError as error:
+        raise ValueError(
+            f"Expected {name_or_path!r} to have a preprocessor_config.json, or `image_mean`, `image_std` and `image_size` to "
+            "be given, but got neither."
+        ) from error
+    normalizes = settings.get("do_normalize", True)
+    return {
+        "image_mean": list(settings["image_mean"]) if normalizes else [0.0],
+        "image_std": list(settings["image_std"]) if normalizes else [1.0],
+        "image_size": _output_size(settings) if settings.get("do_resize", True) else None,
+    }
+
+
+def _output_size(settings: dict[str, Any]) -> "int | list[int]":
+    """Of what is left after cropping, which guidance does without: it should see the whole image."""
+    size = settings["crop_size"] if settings.get("do_center_crop") else settings["size"]
+    if isinstance(size, int):
+        return size
+    if "height" in size and "width" in size:
+        return [size["height"], size["width"]]
+    if "shortest_edge" in size:
+        return size["shortest_edge"]
+    raise ValueError(
+        f"Expected the image processor's `size` to give `height` and `width` or `shortest_edge`, but got {size}."
+    )
+
+
+def load_network(name_or_path: str) -> PreTrainedModel:
+    """Of the class that it was saved as."""
+    config = AutoConfig.from_pretrained(name_or_path)
+    network_class = getattr(transformers, (config.architectures or ["none"])[0], None)
+    if network_class is None:
+        raise ValueError(
+            f"Expected {name_or_path!r} to be a model of a class of transformers, but got the architectures "
+            f"{config.architectures}."
+        )
+    return network_class.from_pretrained(name_or_path, dtype=torch.float32).eval()
+
+
+def network_sha256(network: nn.Module, settings: "dict[str, Any] | None" = None) -> str:
+    """Tells one network's weights, and settings that go with them, from another's."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode() if settings else b"")
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,4 +1,0 @@
-from .layouts import Conditioning, TransformerLayout, register_layout
-from .prompts import PromptPatch
-
-__all__ = ["Conditioning", "PromptPatch", "TransformerLayout", "register_layout"]

@@ -1,0 +1,4 @@
+from .blocks import Conditioning, TransformerLayout, register_layout
+from .prompts import PromptPatch
+
+__all__ = ["Conditioning", "PromptPatch", "TransformerLayout", "register_layout"]

@@ -1,0 +1,162 @@
+"""A VAE's latents of a whole data set and of its mirror images, encoded once, in parquet shards that training reads.
+
+Legend: N images, b those encoded at once, C latent channels, S latent size.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import datasets
+import safetensors.torch
+import torch
+from diffusers import AutoencoderKL
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ...diffusion.latents import vae_downsampling
+from ..arguments import DataArguments, option
+from .images import LATENTS, class_names, load_images, to_tensors
+from .shards import make_shard_accelerator, remember_settings, write_shards
+
+DTYPES = ("float32", "float16")
+ENCODING_NAME = "encoding.json"  # beside the shards: what they hold
+
+
+@dataclass(kw_only=True)
+class EncodingArguments(DataArguments):
+    """What is encoded, and how."""
+
+    output_dir: str = option("outputs/latents", "Where the shards are written: hand it to training as `dataset`.")
+    batch_size: int = option(32, "Images that a process encodes at once, beside their mirror images.")
+    shard_size: int = option(4096, "Images per shard.")
+    dtype: str = option("float32", "float32, or float16 for half the space.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_at_least_one("batch_size", "shard_size")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"Expected `dtype` to be one of {', '.join(DTYPES)}, but got {self.dtype!r}.")
+        if self.vae is None:
+            raise ValueError("Expected `vae` to be the folder or Hub id of an AutoencoderKL, but got None.")
+
+
+def latent_distribution(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (b, 3, H, W) in [-1, 1] → mean and standard deviation (b, C, S, S) of their latents, not yet scaled."""
+    posterior = vae.encode(images.to(vae.dtype)).latent_dist
+    return posterior.mean, posterior.std
+
+
+def encode_latents(args: EncodingArguments) -> None:
+    """
+    Write `train-<i>-of-<n>.parquet` into `output_dir`, in the data set's order; see [`write_shards`].
+
+    Each row has the label, if there is one, and in the column `latents` a safetensors block of `mean` and `std`, both of
+    shape (2, C, S, S): of the image, and of its mirror image.
+
+    Raises:
+        ValueError: if the data set cannot be read, the images do not fit the VAE, or `output_dir` holds shards of another
+            encoding.
+    """
+    accelerator = make_shard_accelerator()
+    with accelerator.main_process_first():
+        dataset = load_images(args.dataset, args.image_column, args.dataset_split)
+    if LATENTS in dataset.column_names:
+        raise ValueError(f"Expected `dataset` to hold images, but got latents in {args.dataset!r}.")
+    class_names(dataset, args.label_column)  # refuses what training would refuse
+    vae = AutoencoderKL.from_pretrained(args.vae).requires_grad_(False).eval()
+    _check_vae(args, vae)
+    vae.to(accelerator.device)
+    with accelerator.main_process_first():
+        _check_encoding(args, len(dataset), vae)
+
+    def encode(rows: range, progress: tqdm) -> datasets.Dataset:
+        return _encode_shard(args, dataset.select(rows), vae, progress)
+
+    write_shards(accelerator, args.output_dir, len(dataset), args.shard_size, encode, "Encoding")
+    accelerator.end_training()
+
+
+@torch.no_grad()
+def _encode_shard(
+    args: EncodingArguments, images: datasets.Dataset, vae: AutoencoderKL, progress: tqdm
+) -> datasets.Dataset:
+    items = to_tensors(images, args.image_size, args.image_channels, args.image_column, args.label_column)
+    columns, features = {LATENTS: []}, {LATENTS: datasets.Value("binary")}
+    for batch in DataLoader(items, args.batch_size, num_workers=args.dataloader_num_workers):
+        pixels = batch["images"].to(vae.device)
+        distributions = [latent_distribution(vae, side) for side in (pixels, pixels.flip(-1))]
+        mean, std = (torch.stack(sides, dim=1) for sides in zip(*distributions))  # (b, 2, C, S, S)
+        mean, std = (moment.to("cpu", getattr(torch, args.dtype)) for moment in (mean, std))
+        columns[LATENTS] += [
+            safetensors.torch.save({"mean": own_mean.contiguous(), "std": own_std.contiguous()})
+            for own_mean, own_std in zip(mean, std)
+        ]
+        progress.update(len(pixels))
+    if args.label_column in images.column_names:
+        columns[args.label_column] = images[args.label_column]
+        features[args.label_column] = images.features[args.label_column]
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def _check_vae(args: EncodingArguments, vae: AutoencoderKL) -> None:
+    if vae.config.in_channels != args.image_channels:
+        raise ValueError(
+            f"Expected `image_channels` to be the {vae.config.in_channels} of `vae`, but got {args.image_channels}."
+        )
+    if args.image_size % vae_downsampling(vae):
+        raise ValueError(
+            f"Expected `image_size` to be divisible by the {vae_downsampling(vae)} of `vae`, but got {args.image_size}."
+        )
+
+
+def vae_fingerprint(vae: AutoencoderKL) -> dict[str, float]:
+    """What tells VAEs of one shape apart, whatever they are called."""
+    return {"scaling_factor": vae.config.scaling_factor, "shift_factor": vae.config.get("shift_factor") or 0.0}
+
+
+def _check_encoding(args: EncodingArguments, num_images: int, vae: AutoencoderKL) -> None:
+    """Record what `output_dir` is about to hold, or compare it with what is recorded there."""
+    ignored = ("output_dir", "batch_size", "dataloader_num_workers")
+    encoding = {name: value for name, value in asdict(args).items() if name not in ignored}
+    for name in ("dataset", "vae"):
+        if os.path.exists(encoding[name]):
+            encoding[name] = os.path.abspath(encoding[name])
+    encoding |= {"num_images": num_images, **vae_fingerprint(vae)}
+    remember_settings(Path(args.output_dir, ENCODING_NAME), encoding, "encoding")
+
+
+def check_latents(
+    dataset: datasets.Dataset, source: str, vae: AutoencoderKL | None, latent_shape: tuple[int, int, int]
+) -> None:
+    """
+    Args:
+        dataset (`datasets.Dataset`): As [`load_images`] returns it.
+        source (`str`): The folder or Hub id that it is from.
+        vae ([`AutoencoderKL`], *optional*): That training has.
+        latent_shape (`tuple[int, int, int]`): That training expects, (C, S, S).
+
+    Raises:
+        ValueError: if the latents have no VAE to decode them, or are not that VAE's or of that shape, or if the folder
+            lacks some of them.
+    """
+    if LATENTS not in dataset.column_names:
+        return
+    if vae is None:
+        raise ValueError("Expected `vae` to be the one that encoded the latents in `dataset`, but got None.")
+    shape = tuple(safetensors.torch.load(dataset[0][LATENTS])["mean"].shape[1:])
+    if shape != latent_shape:
+        raise ValueError(
+            f"Expected the latents in `dataset` to have the shape {latent_shape} of `vae` and `image_size`, but got {shape}."
+        )
+    record = Path(source, ENCODING_NAME)
+    if not record.exists():  # on the Hub, say
+        return
+    encoding = json.loads(record.read_text())
+    for name, value in {"num_images": len(dataset), **vae_fingerprint(vae)}.items():
+        if encoding[name] != value:
+            raise ValueError(
+                f"Expected the latents in `dataset` to have the `{name}` {encoding[name]} of their {ENCODING_NAME}, "
+                f"but got {value}."
+            )

@@ -1,0 +1,1 @@
+"""What a training minimises: losses, their weights, and the timesteps that they are drawn at."""

@@ -1,0 +1,181 @@
+"""Real images through the ordinary path, in an order that (seed, step) alone decides."""
+
+import io
+import itertools
+import pickle
+from multiprocessing.reduction import ForkingPickler
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffusers_dmp.evaluation.digits import digit_images, fit_reader, write_image_folder
+from diffusers_dmp.training.data.images import (
+    GlobalBatchSampler,
+    center_crop,
+    class_names,
+    endless_batches,
+    load_images,
+    to_tensors,
+)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return write_image_folder(tmp_path_factory.mktemp("digits"))
+
+
+def test_digits_survive_the_image_folder(digits):
+    dataset = load_images(str(digits))
+    assert class_names(dataset) == [str(digit) for digit in range(10)]
+    items = to_tensors(dataset, image_size=8, channels=1)
+    scans, labels = digit_images()
+    assert len(items) == len(scans) == 1797
+
+    read = items[:]
+    pixels = torch.stack(read["images"])
+    assert pixels.shape == (1797, 1, 8, 8)
+    order = np.argsort(labels, kind="stable")  # folder by folder
+    np.testing.assert_array_equal(((pixels[:, 0] + 1) * 127.5).round().numpy(), scans[order])
+    assert read["class_labels"] == labels[order].tolist()
+    assert (pixels.min(), pixels.max()) == (-1, 1)
+
+
+def test_the_reader_reads_real_digits():
+    scans, labels = digit_images()
+    assert (fit_reader().predict(scans.reshape(-1, 64) / 255) == labels).mean() > 0.99
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_parquet(digits, tmp_path, as_file):
+    load_images(str(digits)).select(range(20)).to_parquet(tmp_path / "part.parquet")
+    dataset = load_images(str(tmp_path / "part.parquet" if as_file else tmp_path))
+    item = to_tensors(dataset, 8, 1)[3]
+    assert item["images"].shape == (1, 8, 8)
+    assert item["class_labels"] == 0
+    assert len(class_names(dataset)) == 10
+
+
+def test_images_without_classes(tmp_path):
+    for i in range(3):
+        PIL.Image.new("RGB", (20, 30), (i * 100, 0, 0)).save(tmp_path / f"{i}.png")
+    dataset = load_images(str(tmp_path))
+    assert class_names(dataset) is None
+    items = to_tensors(dataset, 16, 3)
+    assert items[2].keys() == {"images"}
+    assert items[2]["images"].shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("channels, mode", [(1, "L"), (3, "RGB"), (4, "RGBA")])
+def test_channels(tmp_path, channels, mode):
+    PIL.Image.new("RGB", (8, 8), (255, 255, 255)).save(tmp_path / "white.png")
+    image = to_tensors(load_images(str(tmp_path)), 8, channels)[0]["images"]
+    assert image.shape == (channels, 8, 8)
+    assert (image == 1).all()
+
+
+@pytest.mark.parametrize("size", [(40, 24), (24, 40), (100, 200), (16, 16), (10, 12)])
+def test_centre_crop_keeps_the_middle(size):
+    image = PIL.Image.linear_gradient("L").resize(size)  # grey from top to bottom
+    cropped = center_crop(image, 16)
+    assert cropped.size == (16, 16)
+    middle = np.asarray(cropped, dtype=float)[7:9].mean()
+    assert middle == pytest.approx(127.5, abs=8)
+    if size[0] > size[1]:  # wider than high: the full height is kept
+        assert np.asarray(cropped)[0].mean() < 10
+
+
+def test_an_unreadable_image_is_named(tmp_path):
+    PIL.Image.new("L", (8, 8)).save(tmp_path / "good.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "good.png").read_bytes()[:40])
+    items = to_tensors(load_images(str(tmp_path)), 8, 1)
+    with pytest.raises(ValueError, match="readable images.*half.png"):
+        items[:]
+
+
+def test_an_unreadable_image_without_a_name(tmp_path):
+    table = {"image": [{"bytes": b"not an image", "path": None}], "label": [0]}
+    datasets.Dataset.from_dict(table).to_parquet(tmp_path / "part.parquet")
+    with pytest.raises(ValueError, match="12 bytes without a name"):
+        to_tensors(load_images(str(tmp_path)), 8, 1)[0]
+
+
+def test_labels_must_be_classes(tmp_path):
+    png = io.BytesIO()
+    PIL.Image.new("L", (8, 8)).save(png, "png")
+    table = {"image": [{"bytes": png.getvalue(), "path": None}] * 2, "label": [0, 3], "name": ["cat", "dog"]}
+    datasets.Dataset.from_dict(table).to_parquet(tmp_path / "part.parquet")
+    dataset = load_images(str(tmp_path))
+    assert class_names(dataset) == ["0", "1", "2", "3"]
+    with pytest.raises(ValueError, match="label_column.*'name'.*class_encode_column"):
+        class_names(dataset, "name")
+
+
+def test_worker_processes_of_any_kind_can_read(digits):
+    items = to_tensors(load_images(str(digits)), 8, 1)
+    assert len(pickle.loads(ForkingPickler.dumps(items))[0]["images"]) == 1
+
+
+def test_an_empty_folder_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f"folder with images.*{tmp_path}"):
+        load_images(str(tmp_path))
+    with pytest.raises(ValueError, match="nowhere"):
+        load_images(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="dataset.*nothing"):
+        load_images("")
+    (tmp_path / "not.parquet").write_text("text")
+    with pytest.raises(ValueError, match="not.parquet"):
+        load_images(str(tmp_path / "not.parquet"))
+
+
+def test_an_unknown_column_is_named(digits):
+    with pytest.raises(ValueError, match="image_column.*'image', 'label'.*'picture'"):
+        load_images(str(digits), image_column="picture")
+    with pytest.raises(ValueError, match="channels.*2"):
+        to_tensors(load_images(str(digits)), 8, channels=2)
+
+
+@given(num_images=st.integers(1, 50), batch_size=st.integers(1, 120), seed=st.integers(0, 2**32))
+def test_each_image_once_per_epoch(num_images, batch_size, seed):
+    sampler = GlobalBatchSampler(num_images, batch_size, seed, num_slices=1, own_slices=range(1))
+    num_epochs = 3
+    num_batches = -(-num_epochs * num_images // batch_size)
+    stream = list(itertools.chain.from_iterable(itertools.islice(sampler, num_batches)))
+    for epoch in range(num_epochs):
+        assert sorted(stream[epoch * num_images : (epoch + 1) * num_images]) == list(range(num_images))
+
+
+@given(
+    processes=st.sampled_from([1, 2, 4]),
+    accumulation=st.sampled_from([1, 2, 3]),
+    first_step=st.integers(0, 20),
+    seed=st.integers(0, 2**32),
+)
+def test_batches_are_the_same_for_any_number_of_processes(processes, accumulation, first_step, seed):
+    whole = GlobalBatchSampler(37, 24, seed, 1, range(1))
+    slices = processes * accumulation
+    parts = [
+        iter(GlobalBatchSampler(37, 24, seed, slices, range(p * accumulation, (p + 1) * accumulation), first_step))
+        for p in range(processes)
+    ]
+    for step in range(first_step, first_step + 3):
+        together = [index for part in parts for _ in range(accumulation) for index in next(part)]
+        assert together == whole.batch(step)
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    first, second = itertools.islice(GlobalBatchSampler(100, 100, 0, 1, range(1)), 2)
+    (other,) = itertools.islice(GlobalBatchSampler(100, 100, 1, 1, range(1)), 1)
+    assert first != second and first != other
+
+
+def test_reading_leaves_the_global_random_state_alone(digits):
+    items = to_tensors(load_images(str(digits)), 8, 1)
+    before = torch.get_rng_state()
+    batch = next(endless_batches(items, GlobalBatchSampler(1797, 4, 0, 1, range(1)), num_workers=0, pin_memory=False))
+    assert batch["images"].shape == (4, 1, 8, 8) and batch["class_labels"].shape == (4,)
+    assert torch.equal(torch.get_rng_state(), before)
