@@ -69,6 +69,7 @@ test-slow: .venv/test.installed
 lint: .venv/test.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: .venv/test.installed
 	$(BIN)/ruff check --fix .

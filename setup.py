@@ -8,6 +8,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "src/diffusers_dmp/saving/v
 
 DEMO = ["scikit-learn>=1.4"]
 COMPARE = ["scikit-image>=0.22", *DEMO]
+LINT = ["mypy>=1.15", "ruff>=0.9", "types-PyYAML", "types-tqdm"]
 SPACE = ["gradio>=6.31,<7", *DEMO]
 
 setup(
@@ -19,7 +20,7 @@ setup(
     license="Apache-2.0",
     package_dir={"": "src", "diffusers_dmp.cards": "pipelines"},
     packages=[*find_packages("src"), "diffusers_dmp.cards"],
-    package_data={"diffusers_dmp.cards": ["*.md", "*/*.md"]},
+    package_data={"diffusers_dmp": ["py.typed"], "diffusers_dmp.cards": ["*.md", "*/*.md"]},
     entry_points={"console_scripts": ["diffusers-dmp = diffusers_dmp.cli:main"]},
     python_requires=">=3.11",
     install_requires=[
@@ -45,6 +46,6 @@ setup(
         "compare": COMPARE,
         "demo": DEMO,
         "space": SPACE,
-        "test": ["hypothesis>=6.100", "pytest>=8.0", "ruff>=0.9", "selenium>=4.20", *COMPARE, *SPACE],
+        "test": ["hypothesis>=6.100", "pytest>=8.0", "selenium>=4.20", *LINT, *COMPARE, *SPACE],
     },
 )
