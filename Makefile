@@ -10,7 +10,7 @@ TRAIN = $(BIN)/accelerate launch --num_machines 1 --num_processes 1 --dynamo_bac
 # a third of the modules is ever imported: those are compiled when they first are, and the rest never (--no-compile)
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-remix demo-dmp demo-patch demo-ppap compare space space-models test test-slow lint format clean
+.PHONY: demo demo-remix demo-dmp demo-patch demo-ppap compare space space-models test test-slow test-browser lint format docs hooks clean
 
 demo: .venv/demo.installed
 	$(BIN)/python training/demo.py data
@@ -66,6 +66,9 @@ test: .venv/test.installed
 test-slow: .venv/test.installed
 	$(BIN)/python -m pytest -q -m slow
 
+test-browser: .venv/test.installed
+	$(BIN)/python -m pytest -q -m slow tests/spaces/test_space_browser.py
+
 lint: .venv/test.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -74,6 +77,13 @@ lint: .venv/test.installed
 format: .venv/test.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: .venv/docs.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "Open outputs/site/index.html"
+
+hooks: .venv/test.installed
+	$(BIN)/pre-commit install
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Expected Python 3.11 or newer, but got " + sys.version)'

@@ -8,7 +8,8 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "src/diffusers_dmp/saving/v
 
 DEMO = ["scikit-learn>=1.4"]
 COMPARE = ["scikit-image>=0.22", *DEMO]
-LINT = ["mypy>=1.15", "ruff>=0.9", "types-PyYAML", "types-tqdm"]
+DOCS = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
+LINT = ["mypy>=1.15", "pre-commit>=4.0", "ruff>=0.9", "types-PyYAML", "types-tqdm"]
 SPACE = ["gradio>=6.31,<7", *DEMO]
 
 setup(
@@ -45,7 +46,8 @@ setup(
     extras_require={
         "compare": COMPARE,
         "demo": DEMO,
+        "docs": DOCS,
         "space": SPACE,
-        "test": ["hypothesis>=6.100", "pytest>=8.0", "selenium>=4.20", *LINT, *COMPARE, *SPACE],
+        "test": ["hypothesis>=6.100", "ipykernel>=6.29", "nbclient>=0.10", "pytest>=8.0", "selenium>=4.20", *LINT, *COMPARE, *SPACE],
     },
 )
