@@ -23,7 +23,7 @@ from jinja2 import Environment, FileSystemLoader
 import diffusers_dmp
 
 from ..saving.bundling import source_of
-from ..saving.mixins import dumped, pipeline_config
+from ..saving.mixins import dumped, lists_as_objects, with_code_file
 from ..saving.version import __version__
 from .folders import (
     ARGUMENTS,
@@ -230,7 +230,7 @@ def _publication(
         if contents.is_pipeline and hasattr(diffusers_dmp, contents.class_name):
             cls = getattr(diffusers_dmp, contents.class_name)
             texts[cls.code_file] = source_of(cls)
-            texts[PIPELINE_CONFIG] = dumped(pipeline_config(contents.config | {"_class_name": contents.class_name}))
+            texts[PIPELINE_CONFIG] = dumped(with_code_file(lists_as_objects(contents.config), contents.class_name))
     return Publication(repo_id, files | {name: text.encode() for name, text in texts.items()}, card)
 
 
