@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -23,8 +22,9 @@ def site_packages(tmp_path) -> Path:
     """A folder with everything that is installed except this package."""
     folder = tmp_path / "site-packages"
     folder.mkdir()
-    for installed in Path(sysconfig.get_path("purelib")).iterdir():
-        if "diffusers_dmp" not in installed.name and installed.suffix != ".pth":
+    for installed in (file for path in map(Path, sys.path) if path.name == "site-packages" for file in path.iterdir()):
+        is_wanted = "diffusers_dmp" not in installed.name and installed.suffix != ".pth"
+        if is_wanted and not (folder / installed.name).exists():  # the first counts, as for an import
             (folder / installed.name).symlink_to(installed)
     return folder
 

@@ -72,7 +72,8 @@ class StandaloneMixin(VersionedMixin):
             save_directory: The folder.
         """
         if type(self).__module__ == PACKAGE:
-            Path(save_directory, self.code_file).write_text(self._source_of(type(self)), encoding="utf-8")
+            code = self._source_of(type(self))  # type: ignore[arg-type]  # mypy takes a class for unhashable
+            Path(save_directory, self.code_file).write_text(code, encoding="utf-8")
 
     def _upload_folder(self, working_dir: "str | os.PathLike", *args, **kwargs) -> Any:
         """Add code files to every upload: Diffusers calls this in `push_to_hub` and `save_pretrained(push_to_hub=True)`."""

@@ -26,7 +26,7 @@ MOVED: "dict[str, str | tuple[str, ...]]" = {  # up to 0.1
     "drawing": "training.data.seeded_sampling",
     "folders": "hub.folders",
     "guidance.preprocessing": "models.vision",
-    "hub": ("hub.publishing", "hub.cards"),
+    "hub": "hub.publishing",
     "models.conditions": "models.inputs",
     "models.dit": "models.dit.model",
     "models.dit_layers": "models.dit.layers",
@@ -45,7 +45,7 @@ MOVED: "dict[str, str | tuple[str, ...]]" = {  # up to 0.1
     "training.distillation": "training.objectives.distillation",
     "training.generation": "training.data.generation",
     "training.latents": "training.data.latents",
-    "training.objective": ("training.objectives.ddpm", "diffusion.variance"),
+    "training.objective": ("diffusion.variance", "training.objectives.ddpm"),
     "training.patched": "training.prompted",
     "training.shards": "training.data.shards",
     "training.timesteps": "training.objectives.timesteps",
@@ -65,8 +65,7 @@ def old_names(module: str) -> Callable[[str], Any]:
         module (`str`): The full name of the module.
     """
     old = module.removeprefix(f"{PACKAGE}.")
-    targets = MOVED.get(old, ())
-    targets = (targets,) if isinstance(targets, str) else targets
+    targets = _targets(old)
 
     def __getattr__(name: str) -> Any:
         places = [MOVED_NAMES[old, name]] if (old, name) in MOVED_NAMES else [(target, name) for target in targets]
@@ -84,12 +83,19 @@ def old_names(module: str) -> Callable[[str], Any]:
     return __getattr__
 
 
+def _targets(old: str) -> tuple[str, ...]:
+    """Return the modules in which the names of an old one are looked up."""
+    targets = MOVED.get(old, ())
+    return (targets,) if isinstance(targets, str) else targets
+
+
 class _OldModules(MetaPathFinder, Loader):
     """Import modules that are not there anymore as empty ones whose names are looked up where they are now."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         old = name.removeprefix(f"{PACKAGE}.")
-        if old == name or old not in MOVED:
+        is_package_now = any(target.startswith(f"{old}.") for target in _targets(old))
+        if old == name or old not in MOVED or is_package_now:
             return None
         return ModuleSpec(name, self, is_package=any(other.startswith(f"{old}.") for other in MOVED))
 
@@ -98,6 +104,6 @@ class _OldModules(MetaPathFinder, Loader):
 
 
 def answer_old_imports() -> None:
-    """Let Python ask the table for modules that it does not find."""
+    """Let Python look for modules in the table first: a folder that a move left behind, with caches only, is a module too."""
     if not any(isinstance(finder, _OldModules) for finder in sys.meta_path):
-        sys.meta_path.append(_OldModules())
+        sys.meta_path.insert(0, _OldModules())
