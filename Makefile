@@ -5,12 +5,15 @@ BIN = .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 DEMO = outputs/demo
 PRESET ?= cpu
+SITE_PACKAGES = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+DIFFUSERS_VERSIONS ?= 0.40.0 0.41.0 0.42.1
+DIFFUSERS_TESTS ?= tests/hub/test_loading.py tests/hub/test_registration.py tests/saving tests/pipelines tests/models tests/plugins
 TRAIN = $(BIN)/accelerate launch --num_machines 1 --num_processes 1 --dynamo_backend no --mixed_precision no \
   --num_cpu_threads_per_process $(CPU_THREADS)
 # a third of the modules is ever imported: those are compiled when they first are, and the rest never (--no-compile)
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-remix demo-dmp demo-patch demo-ppap compare space space-models test test-slow test-browser lint format docs hooks clean
+.PHONY: demo demo-remix demo-dmp demo-patch demo-ppap compare space space-models test test-slow test-browser lint format docs hooks clean test-diffusers
 
 demo: .venv/demo.installed
 	$(BIN)/python training/demo.py data
@@ -69,6 +72,21 @@ test-slow: .venv/test.installed
 test-browser: .venv/test.installed
 	$(BIN)/python -m pytest -q -m slow tests/spaces/test_space_browser.py
 
+test-diffusers: $(DIFFUSERS_VERSIONS:%=.venvs/diffusers-%)
+	for version in $(DIFFUSERS_VERSIONS); do \
+	  .venvs/diffusers-$$version/bin/python -c "import diffusers; assert diffusers.__version__ == '$$version'; print('diffusers', '$$version')" \
+	  && .venvs/diffusers-$$version/bin/python -m pytest -q $(DIFFUSERS_TESTS) || exit 1; \
+	done
+
+# an environment of its own with that version of Diffusers, in front of everything that .venv has
+.venvs/diffusers-%: .venv/test.installed
+	rm -rf $@ $@.unfinished
+	$(BIN)/python -m venv --without-pip $@.unfinished
+	target=$$($@.unfinished/bin/python $(SITE_PACKAGES)) && $(BIN)/python -m pip install --quiet --no-deps --no-compile \
+	  --disable-pip-version-check --target $$target diffusers==$* \
+	  && echo "import site; site.addsitedir('$$($(BIN)/python $(SITE_PACKAGES))')" > $$target/all_of_venv.pth
+	mv $@.unfinished $@
+
 lint: .venv/test.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -94,4 +112,4 @@ hooks: .venv/test.installed
 	touch $@
 
 clean:
-	rm -rf .venv outputs
+	rm -rf .venv .venvs outputs

@@ -1,15 +1,15 @@
 """Diffusion models whose parts are specialised by noise level, for Diffusers.
 
-Importing this package registers its classes, so that `DiffusionPipeline.from_pretrained` finds them. They themselves are
+Importing this package registers its classes, so that `DiffusionPipeline.from_pretrained` finds them. The classes themselves are
 imported when they are first used.
 """
 
+import importlib
 import sys
 from typing import TYPE_CHECKING
 
-from diffusers.utils import _LazyModule
-
 from .hub.registration import register
+from .saving.moved import answer_old_imports
 from .saving.version import __version__
 
 _MODELS = ["DTRTransformer2DModel", "DiTModel", "PatchedUNet2DModel", "RemixDiTModel"]
@@ -31,6 +31,7 @@ _IMPORT_STRUCTURE = {
     "plugins": ["Conditioning", "PromptPatch", "TransformerLayout", "register_layout"],
     "pipelines": [*_PIPELINES, "respaced_timesteps"],
 }
+_MODULE_OF = {name: module for module, names in _IMPORT_STRUCTURE.items() for name in names}
 
 if TYPE_CHECKING:
     from .conversion import *
@@ -41,8 +42,19 @@ if TYPE_CHECKING:
     from .pipelines import *
     from .plugins import *
 else:
-    sys.modules[__name__] = _LazyModule(
-        __name__, __file__, _IMPORT_STRUCTURE, module_spec=__spec__, extra_objects={"__version__": __version__}
-    )
-    sys.modules[__name__].__doc__ = __doc__
+    __all__ = [*_IMPORT_STRUCTURE, *_MODULE_OF]
+
+    def __getattr__(name: str):
+        if name in _MODULE_OF:
+            value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+            globals()[name] = value
+            return value
+        if name in _IMPORT_STRUCTURE:
+            return importlib.import_module(f".{name}", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
     register(sys.modules[__name__], [*_MODELS, "PromptPatch", *_PIPELINES])
+    answer_old_imports()

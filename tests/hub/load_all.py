@@ -1,4 +1,4 @@
-"""Run by test_loading.py in an interpreter of its own: load, sample, save and load again, from the Hub and from the disk.
+"""Run by test_loading.py in an interpreter of its own: load, generate, save and load again, from the Hub and from the disk.
 
 `python load_all.py (package|code) IN OUT`: IN holds the seed's noise, OUT gets each pipeline's samples and copies.
 """
@@ -23,7 +23,7 @@ else:
 samples = {}
 
 
-def draw(name: str, pipeline: DiffusionPipeline) -> None:
+def generate(name: str, pipeline: DiffusionPipeline) -> None:
     pipeline.set_progress_bar_config(disable=True)
     samples[name] = pipeline([3, 5], latents=noise, num_inference_steps=4, output_type="latent").images
 
@@ -37,9 +37,11 @@ for name in names:
         else:
             raise AssertionError(f"{name} was loaded without trust")
     pipeline = DiffusionPipeline.from_pretrained(f"user/{name}", **trust)
-    draw(f"{name}.hub", pipeline)
+    generate(f"{name}.hub", pipeline)
     pipeline.save_pretrained(output / name)
-    draw(f"{name}.again", DiffusionPipeline.from_pretrained(output / name, **trust))
+    generate(f"{name}.again", DiffusionPipeline.from_pretrained(output / name, **trust))
+    pipeline.push_to_hub(f"user/{name}-pushed-{mode}")
+    generate(f"{name}.pushed", DiffusionPipeline.from_pretrained(f"user/{name}-pushed-{mode}", **trust))
 
     if mode == "package":
         own_class = getattr(diffusers_dmp, type(pipeline).__name__)
@@ -49,8 +51,7 @@ for name in names:
         assert type(AutoModel.from_pretrained(f"user/{name}", subfolder=folder)) is model_class
         assert type(model_class.from_pretrained(f"user/{name}", subfolder=folder)) is model_class
         assert type(AutoModel.from_pretrained(f"user/{name}-model")) is model_class
-        pipeline.push_to_hub(f"user/{name}-pushed")
-        draw(f"{name}.pushed", DiffusionPipeline.from_pretrained(f"user/{name}-pushed"))
+        assert type(DiffusionPipeline.from_pretrained(f"user/{name}", trust_remote_code=True)) is own_class
 
 executed = any(module.startswith("diffusers_modules") for module in sys.modules)
 assert executed == (mode == "code")

@@ -1,10 +1,9 @@
-"""One repository for all: with this package no code of the repository is executed, without it that code does."""
+"""One repository for everybody: with this package none of its code is executed, without it that code loads it."""
 
 import json
 import os
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -15,24 +14,28 @@ from safetensors.torch import load_file, save_file
 from small_pipelines import PIPELINES, make_all
 
 from diffusers_dmp import SNRSplitPipeline
+from diffusers_dmp.saving.mixins import VERSION_KEY
 
 
 @pytest.fixture
 def site_packages(tmp_path) -> Path:
-    """All that is installed but this package."""
+    """A folder with everything that is installed except this package."""
     folder = tmp_path / "site-packages"
     folder.mkdir()
-    for installed in Path(sysconfig.get_path("purelib")).iterdir():
-        if "diffusers_dmp" not in installed.name and installed.suffix != ".pth":
+    for installed in (file for path in map(Path, sys.path) if path.name == "site-packages" for file in path.iterdir()):
+        is_wanted = "diffusers_dmp" not in installed.name and installed.suffix != ".pth"
+        if is_wanted and not (folder / installed.name).exists():  # the first counts, as for an import
             (folder / installed.name).symlink_to(installed)
     return folder
 
 
-def read(file: Path) -> "bytes | dict":
-    if file.suffix != ".json":
-        return file.read_bytes()
-    config = json.loads(file.read_text())
-    return {key: value for key, value in config.items() if key != "_name_or_path"}  # where it was loaded from
+def contents(folder: Path) -> "dict[Path, bytes | dict]":
+    """The files of a folder; configurations without the place that they were loaded from."""
+    files = {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    return {
+        name: json.loads(content) | {"_name_or_path": None} if name.suffix == ".json" else content
+        for name, content in files.items()
+    }
 
 
 def upload(api: HfApi, name: str, folder: Path) -> None:
@@ -49,9 +52,10 @@ def test_every_pipeline_over_http(hub, tmp_path, site_packages, mode):
     for name, pipeline in make_all().items():
         pipeline.set_progress_bar_config(disable=True)
         expected[name] = pipeline([3, 5], latents=noise, num_inference_steps=4, output_type="latent").images
-        pipeline.save_pretrained(tmp_path / "saved" / name)
-        upload(api, name, tmp_path / "saved" / name)
-        pipeline.denoisers[0].save_pretrained(tmp_path / "models" / name)
+        pipeline.save_pretrained(tmp_path / "local" / name)
+        pipeline.save_pretrained(tmp_path / "bundled" / name, bundle_code=True)
+        upload(api, name, tmp_path / "bundled" / name)
+        pipeline.denoisers[0].save_pretrained(tmp_path / "models" / name, bundle_code=True)
         upload(api, f"{name}-model", tmp_path / "models" / name)
 
     output = tmp_path / "output"
@@ -67,26 +71,47 @@ def test_every_pipeline_over_http(hub, tmp_path, site_packages, mode):
 
     samples = load_file(output / "samples.safetensors")
     for name, images in expected.items():
-        torch.testing.assert_close(samples[f"{name}.hub"], images)
-        torch.testing.assert_close(samples[f"{name}.again"], images)
-        if mode == "package":
-            torch.testing.assert_close(samples[f"{name}.pushed"], images)
-            assert {"pipeline.py", "model_index.json"} <= hub.repos[f"user/{name}-pushed"].files.keys()
-        first, second = (
-            {file.relative_to(folder): read(file) for file in folder.rglob("*") if file.is_file()}
-            for folder in (tmp_path / "saved" / name, output / name)
-        )
-        assert first == second  # whoever saved it
+        for source in ("hub", "again", "pushed"):
+            torch.testing.assert_close(samples[f"{name}.{source}"], images)
+        # without the package every folder holds code: nothing else could load it
+        assert contents(output / name) == contents(tmp_path / ("local" if mode == "package" else "bundled") / name)
+        pushed = hub.repos[f"user/{name}-pushed-{mode}"].files.keys() - {".gitattributes", "README.md"}
+        assert pushed == {file.as_posix() for file in contents(tmp_path / "bundled" / name)}
+        assert type(DiffusionPipeline.from_pretrained(output / name)).__module__ == "diffusers_dmp"
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_local_folders_hold_no_code(tmp_path, name):
+    PIPELINES[name]().save_pretrained(tmp_path)
+    assert not list(tmp_path.rglob("*.py"))
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == type(DiffusionPipeline.from_pretrained(tmp_path)).__name__
+    assert {value[0] for value in index.values() if isinstance(value, list)} <= {"diffusers", "diffusers_dmp", None}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_folders_of_version_0_1(tmp_path, name):
+    """They hold code files, none of which is executed with this package."""
+    pipeline = PIPELINES[name]()
+    pipeline.save_pretrained(tmp_path, bundle_code=True)
+    index = tmp_path / "model_index.json"
+    config = json.loads(index.read_text())
+    assert config["_class_name"] == ["pipeline", type(pipeline).__name__]
+    index.write_text(json.dumps(config | {VERSION_KEY: "0.1.0"}))
+    code_files = list(tmp_path.rglob("*.py"))
+    assert len(code_files) >= 2
+    for file in code_files:
+        file.write_text("raise AssertionError('executed')")
+    assert type(DiffusionPipeline.from_pretrained(tmp_path)) is type(pipeline)
+    assert type(DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)) is type(pipeline)
+    assert type(type(pipeline).from_pretrained(tmp_path)) is type(pipeline)
 
 
 def test_a_split_pipeline_as_it_was_saved_before_it_brought_code(tmp_path):
-    """`_class_name` was a name only, and there were no code files."""
+    """Its settings were lists."""
     PIPELINES["split"]().save_pretrained(tmp_path)
-    for code in tmp_path.rglob("*.py"):
-        code.unlink()
     index = tmp_path / "model_index.json"
     config = json.loads(index.read_text())
-    assert config["_class_name"] == ["pipeline", "SNRSplitPipeline"]
     lists = {name: list(config[name].values()) for name in ("snr_boundaries", "prediction_types", "guidance_scales")}
-    index.write_text(json.dumps(config | lists | {"_class_name": "SNRSplitPipeline"}))
+    index.write_text(json.dumps(config | lists))
     assert type(DiffusionPipeline.from_pretrained(tmp_path)) is SNRSplitPipeline

@@ -116,7 +116,7 @@ def test_every_card_says_what_runs(tmp_path, monkeypatch, name, make):
 
 
 def test_folders_of_before_get_this_versions_code(hub, to_hub, tmp_path):
-    PIPELINES["dtr"]().save_pretrained(tmp_path)
+    PIPELINES["dtr"]().save_pretrained(tmp_path, bundle_code=True)
     expected = (tmp_path / "transformer" / "diffusers_dmp.py").read_bytes()
     (tmp_path / "transformer" / "diffusers_dmp.py").write_text("older")
     (tmp_path / "pipeline.py").unlink()

@@ -118,7 +118,7 @@ def test_random_masks_are_random_and_survive_a_checkpoint(tmp_path):
 @pytest.mark.parametrize("loader", [DTRTransformer2DModel, AutoModel])
 def test_round_trip(tiny_dtr, batch, tmp_path, loader):
     tiny_dtr.save_pretrained(tmp_path)
-    files = ["config.json", "diffusers_dmp.py", "diffusion_pytorch_model.safetensors"]
+    files = ["config.json", "diffusion_pytorch_model.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == files
     loaded = loader.from_pretrained(str(tmp_path))
     assert type(loaded) is DTRTransformer2DModel

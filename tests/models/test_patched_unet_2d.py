@@ -122,6 +122,7 @@ def test_half_precision(unet, inputs, dtype, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.group_offload
 def test_layers_offloaded_in_groups(unet, inputs, monkeypatch):
     """All weights are brought in groups of blocks; on a CPU nothing moves, so the bringing is counted."""
     expected, brought, bring = unet(**inputs).sample, set(), ModuleGroup.onload_

@@ -406,6 +406,7 @@ def test_a_patch_is_not_lost_in_silence(mixed, tmp_path):
     mixed.save_pretrained(tmp_path)
 
 
+@pytest.mark.group_offload
 def test_groups_of_layers_offloaded(mixed):
     images = draw(mixed)
     mixed.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")

@@ -683,7 +683,7 @@ assert torch.equal(images, torch.load({str(tmp_path / "images.pt")!r}))
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("offload", ["models", "groups"])
+@pytest.mark.parametrize("offload", ["models", pytest.param("groups", marks=pytest.mark.group_offload)])
 def test_the_patch_of_an_offloaded_pipeline_stays(pipeline, tmp_path, offload):
     """Its layers are not called as such, so that nothing would bring them back."""
     images = draw(pipeline)

@@ -1,4 +1,4 @@
-"""What is saved beside the weights, and what is refused of what others saved."""
+"""What is saved beside the weights, and which saved folders are refused."""
 
 import ast
 import json
@@ -43,8 +43,22 @@ def test_subclasses_from_elsewhere_bring_no_code(tmp_path):
     class Mine(DiTModel):
         pass
 
-    Mine(**DIT).save_pretrained(tmp_path)
+    Mine(**DIT).save_pretrained(tmp_path, bundle_code=True)
     assert not list(tmp_path.glob("*.py"))
+
+
+def test_a_model_brings_code_when_asked_to(tmp_path):
+    DiTModel(**DIT).save_pretrained(tmp_path / "local")
+    assert not list((tmp_path / "local").glob("*.py"))
+    DiTModel(**DIT).save_pretrained(tmp_path / "bundled", bundle_code=True)
+    assert (tmp_path / "bundled" / "diffusers_dmp.py").read_text() == source_of(DiTModel)
+
+
+def test_a_pipeline_saves_its_components_as_it_is_told(tmp_path):
+    """Diffusers passes on what it finds in the signature of a component's `save_pretrained`."""
+    PIPELINES["dit"]().save_pretrained(tmp_path, variant="fp16", max_shard_size="10KB")
+    weights = [file.name for file in (tmp_path / "transformer").glob("*.safetensors")]
+    assert len(weights) > 1 and all(".fp16-" in name for name in weights)
 
 
 def make_experts(folder: Path) -> GuidanceExperts:
@@ -60,7 +74,7 @@ SAVED = {
 
 
 @pytest.mark.parametrize("kind", SAVED)
-@pytest.mark.parametrize("version, refused", [("0.1.7", False), ("0.0.9", False), ("0.2.0", True), ("1.0", True)])
+@pytest.mark.parametrize("version, refused", [("0.1.7", False), ("0.0.9", False), ("0.3.0", True), ("1.0", True)])
 def test_versions(tmp_path, kind, version, refused):
     make, loader, config_name = SAVED[kind]
     make(tmp_path).save_pretrained(tmp_path)
@@ -89,24 +103,27 @@ def test_a_missing_variant_is_no_pickle(tmp_path):
         DiTModel.from_pretrained(tmp_path, variant="fp16")
 
 
-def test_the_class_that_is_asked_for(tmp_path):
-    """A subclass makes itself of its parent's folder; another pipeline's folder is refused."""
+@pytest.mark.parametrize("bundle_code", [False, True])
+def test_the_class_that_is_asked_for(tmp_path, bundle_code):
+    """A subclass loads its parent's folder as itself; another pipeline's folder is refused."""
 
     class Mine(ClassConditionalPipeline):
         pass
 
-    PIPELINES["dit"]().save_pretrained(tmp_path / "one")
-    PIPELINES["split"]().save_pretrained(tmp_path / "split")
+    PIPELINES["dit"]().save_pretrained(tmp_path / "one", bundle_code=bundle_code)
+    PIPELINES["split"]().save_pretrained(tmp_path / "split", bundle_code=bundle_code)
     assert type(Mine.from_pretrained(tmp_path / "one")) is Mine
     assert type(DiffusionPipeline.from_pretrained(tmp_path / "one")) is ClassConditionalPipeline
+    Mine.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "mine", bundle_code=bundle_code)
+    assert type(ClassConditionalPipeline.from_pretrained(tmp_path / "mine")) is ClassConditionalPipeline
     with pytest.raises(ValueError, match="of a ClassConditionalPipeline, but got that of a SNRSplitPipeline"):
         ClassConditionalPipeline.from_pretrained(tmp_path / "split")
     assert type(SNRSplitPipeline.from_pretrained(tmp_path / "split")) is SNRSplitPipeline
 
 
 def test_others_classes_by_the_same_name(tmp_path):
-    """Of a repository that this package did not save, the code is what counts, if it is trusted."""
-    PIPELINES["dit"]().save_pretrained(tmp_path)
+    """A repository that this package did not save is loaded by its own code, if that is trusted."""
+    PIPELINES["dit"]().save_pretrained(tmp_path, bundle_code=True)
     index = json.loads((tmp_path / "model_index.json").read_text())
     del index[VERSION_KEY]
     (tmp_path / "model_index.json").write_text(json.dumps(index))
@@ -115,7 +132,7 @@ def test_others_classes_by_the_same_name(tmp_path):
 
 
 def test_a_split_pipelines_lists_are_no_components(tmp_path):
-    """The Hub's downloads take every list in `model_index.json` for one."""
+    """A download takes every list in `model_index.json` for a component."""
     PIPELINES["split"]().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "model_index.json").read_text())
     lists = {name for name, value in config.items() if isinstance(value, list) and name != "_class_name"}

@@ -1,4 +1,4 @@
-"""Publishing on the Hugging Face Hub what was trained."""
+"""Publish a trained model on the Hugging Face Hub, with its code files and a model card."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from jinja2 import Environment, FileSystemLoader
 import diffusers_dmp
 
 from ..saving.bundling import source_of
-from ..saving.mixins import dumped, pipeline_config
+from ..saving.mixins import dumped, lists_as_objects, with_code_file
 from ..saving.version import __version__
 from .folders import (
     ARGUMENTS,
@@ -50,7 +50,7 @@ CARDS = next(folder for folder in (_HERE / "cards", _HERE.parents[1] / "pipeline
 PIPELINE_TAG = "unconditional-image-generation"
 UPLOADED = (".json", ".model", ".safetensors", ".txt")  # of a pipeline's folder; the code is this version's
 _HOMELESS = (
-    "Expected the base model of guidance experts to be on the Hub, without which nobody could load them, but got {!r}; "
+    "Expected the base model of guidance experts to be on the Hub, since they cannot be loaded without it, but got {!r}; "
     "publish it and give its id as `base_model`."
 )
 
@@ -58,13 +58,13 @@ _HOMELESS = (
 @dataclass(frozen=True)
 class Publication:
     """
-    What goes up.
+    What is uploaded.
 
     Args:
-        repo_id (`str`): Where to.
-        files (`dict[str, Path | bytes]`): By their names there: where they lie, or what they hold.
-        card (`str`): The README.
-        url (`str`, *optional*): Of the repository, once it is there.
+        repo_id (`str`): The repository.
+        files (`dict[str, Path | bytes]`): From the name of each file in the repository to its local path or its content.
+        card (`str`): The model card, which is the README.
+        url (`str`, *optional*): The address of the repository; None for a dry run.
     """
 
     repo_id: str
@@ -74,7 +74,7 @@ class Publication:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """In bytes, by name."""
+        """The size of each file in bytes, by name."""
         return {
             name: len(content) if isinstance(content, bytes) else content.stat().st_size
             for name, content in sorted(self.files.items())
@@ -95,25 +95,30 @@ def publish(
     endpoint: str | None = None,
 ) -> Publication:
     """
-    Upload a pipeline, a model, a patch or guidance experts in one commit: weights, code for those without this package, a
-    model card, and the pictures and figures that lie beside them.
+    Upload a pipeline, a model, a prompt patch or guidance experts to the Hub in one commit.
+
+    Weights, code files with which it is loaded without this package, a model card, and the pictures and figures that lie beside
+    the weights.
 
     Args:
         folder: See [`read_folder`].
-        repo_id (`str`): 'user/name'.
-        license (`str`): Of the weights, such as 'apache-2.0', 'mit' or 'cc-by-nc-4.0'.
+        repo_id (`str`): The repository, such as 'user/name'.
+        license (`str`): The licence of the weights, such as 'apache-2.0', 'mit' or 'cc-by-nc-4.0'.
         private (`bool`): Let only its owners see the repository.
-        update (`bool`): Replace all that is in a repository, its card too, if there is one already.
-        dry_run (`bool`): Only put together what would go up; the Hub is not asked anything.
-        base_model, dataset (`str`, *optional*): Hub ids of what it was made of and trained on; by default what the training's
-            arguments say, if the Hub knows it.
-        token (`str`, *optional*): By default that of `hf auth login` or HF_TOKEN.
-        endpoint (`str`, *optional*): Another Hub.
+        update (`bool`): If the repository exists, replace everything in it, its card too.
+        dry_run (`bool`): Only put together what would be uploaded, without any request to the Hub.
+        base_model, dataset (`str`, *optional*): Hub ids of the model it was made of and the dataset it was trained on. By default
+            those in the training's arguments, if they exist on the Hub.
+        token (`str`, *optional*): By default the token of `hf auth login` or HF_TOKEN.
+        endpoint (`str`, *optional*): The address of another Hub.
+
+    Returns:
+        [`Publication`]
 
     Raises:
-        ValueError: if the folder holds nothing of this package, or pickled weights; `repo_id` is no name, or taken and `update`
-            is false, or public and `private` is true; there is no token; or guidance experts are of a network that is on the
-            Hub nowhere.
+        ValueError: if the folder holds nothing of this package, or pickled weights; `repo_id` is not a valid name, or exists and
+            `update` is false, or is public and `private` is true; there is no token; or the network of guidance experts is not
+            on the Hub.
     """
     contents = read_folder(folder)
     expect_no_pickles(contents)
@@ -160,7 +165,7 @@ def model_card(
     contents: FolderContents, repo_id: str, license: str, base_model: str | None = None, dataset: str | None = None
 ) -> str:
     """
-    The README of a repository, made of `pipelines/<system>/card.md`; its metadata is checked.
+    Render the model card of a repository from `pipelines/<system>/card.md`, and check its metadata.
 
     Args:
         contents ([`FolderContents`]): What is published.
@@ -223,14 +228,14 @@ def _publication(
         texts[EVALUATION] = json.dumps(_told_evaluation(contents), indent=2) + "\n"
     if contents.system == "ppap":
         texts[MODEL_CONFIG] = dumped(contents.config | {"base_model_name_or_path": base_model})
-    else:  # what lies there may be an older version's code, or none
+    else:  # the folder holds no code, or that of an older version
         for name, class_name in contents.own_classes.items():
             cls = getattr(diffusers_dmp, class_name)
             texts[(Path(name) / cls.code_file).as_posix()] = source_of(cls)
         if contents.is_pipeline and hasattr(diffusers_dmp, contents.class_name):
             cls = getattr(diffusers_dmp, contents.class_name)
             texts[cls.code_file] = source_of(cls)
-            texts[PIPELINE_CONFIG] = dumped(pipeline_config(contents.config | {"_class_name": contents.class_name}))
+            texts[PIPELINE_CONFIG] = dumped(with_code_file(lists_as_objects(contents.config), contents.class_name))
     return Publication(repo_id, files | {name: text.encode() for name, text in texts.items()}, card)
 
 
@@ -255,12 +260,12 @@ def _base_model(contents: FolderContents) -> str | None:
 
 
 def _hub_id(name: str | None) -> str | None:
-    """The name, if it can be one on the Hub and is none of a folder or file."""
+    """Return the name if it can be a Hub id and is not that of a local folder or file, else None."""
     return name if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.exists(name) else None
 
 
 def _told(training: dict[str, Any]) -> dict[str, Any]:
-    """What is told of a training's arguments: of paths their last part, which alone means something elsewhere."""
+    """Select the arguments of a training that are published; of paths only the last part, since the rest is private."""
     told = {}
     for name, value in training.items():
         if value is None or name in ("output_dir", "resume_from_checkpoint"):
@@ -271,12 +276,12 @@ def _told(training: dict[str, Any]) -> dict[str, Any]:
 
 
 def _told_evaluation(contents: FolderContents) -> list[dict[str, Any]]:
-    """What is told of its figures."""
+    """Return the evaluation as it is published, without private paths."""
     return [result | {"settings": _told(result["settings"])} for result in contents.evaluation]
 
 
 def _shared_settings(evaluation: list[dict[str, Any]]) -> dict[str, Any]:
-    """What all figures were measured with; the card has that once. Nothing of a single figure."""
+    """Return the settings that all figures have in common, which the card shows once; none for a single figure."""
     if len(evaluation) < 2:
         return {}
     first, *others = (result["settings"] for result in evaluation)

@@ -1,84 +1,135 @@
-"""How Diffusers finds this package's classes: the only place that touches its loading.
+"""How Diffusers finds this package's classes: the only module that touches how Diffusers loads.
 
-A pipeline's folder names its components as `["diffusers_dmp", "DiTModel"]`, and itself as `["pipeline", "SNRSplitPipeline"]`.
-Without this package Diffusers takes both from the code files beside them, if it is trusted to; with it they are found here:
-a library is an attribute of `diffusers.pipelines`, which Diffusers asks first; a class that is named without a library is an
-attribute of `diffusers`; and a class that would come out of the code of a repository of this package's is its own.
+A pipeline's `model_index.json` names its components as `["diffusers_dmp", "DiTModel"]` and itself as `"SNRSplitPipeline"`, or as
+`["pipeline", "SNRSplitPipeline"]` where a code file `pipeline.py` lies beside it. Three things are added to Diffusers, and
+nothing in it is replaced:
+
+- a library is an attribute of `diffusers.pipelines`, where Diffusers looks before it looks for code files;
+- a class without a library is an attribute of `diffusers`;
+- `["pipeline", "SNRSplitPipeline"]` is read as `"SNRSplitPipeline"` (see [`_read_plain_class_name`]).
 """
 
-import json
 import sys
-from pathlib import Path
+import warnings
+from collections.abc import Callable
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
+from typing import Any
 
 import diffusers
-from diffusers.utils import dynamic_modules_utils
-from huggingface_hub import try_to_load_from_cache
 from packaging.version import Version
 
 from ..saving.naming import PACKAGE
 
-SUPPORTED_VERSIONS = ("0.42", "0.43")  # from, to (exclusive)
+SUPPORTED_MINORS = ("0.40", "0.41", "0.42")  # oldest first; `make test-diffusers` runs the tests with each
+_PIPELINE_MODULE = "diffusers.pipelines.pipeline_utils"
 
 
 def register(package: ModuleType, class_names: list[str]) -> None:
     """
-    Make Diffusers' loaders find classes, which are imported when they are first asked for.
+    Make Diffusers' loaders find classes. They are imported when they are first used.
 
     Args:
-        package: Whose attributes they are.
+        package: The module whose attributes they are.
         class_names (`list[str]`): Models and pipelines.
 
     Raises:
-        ImportError: if the installed Diffusers is of another version than those whose loading was tested.
+        ImportError: if Diffusers is older than the oldest supported version.
     """
-    oldest, first_unsupported = map(Version, SUPPORTED_VERSIONS)
-    if not oldest <= Version(diffusers.__version__) < first_unsupported:
-        raise ImportError(
-            f"Expected diffusers >= {oldest} and < {first_unsupported}, whose loading this package "
-            f"extends, but got {diffusers.__version__}."
-        )
+    check_diffusers_version(diffusers.__version__)
     setattr(diffusers.pipelines, PACKAGE, package)
-
-    class Diffusers(type(diffusers)):
-        """The module, which imports its own classes lazily as well."""
-
-        def __getattr__(self, name: str):
-            return getattr(package, name) if name in class_names else super().__getattr__(name)
-
-    diffusers.__class__ = Diffusers
-
-    load_code = dynamic_modules_utils.get_class_from_dynamic_module
-
-    def get_class(pretrained_model_name_or_path, module_file, subfolder=None, class_name=None, **kwargs) -> type:
-        if class_name in class_names and _is_of_this_package(pretrained_model_name_or_path, module_file, **kwargs):
-            return _asked_for(getattr(package, class_name))
-        return load_code(pretrained_model_name_or_path, module_file, subfolder, class_name, **kwargs)
-
-    for name, module in list(sys.modules.items()):  # its own, and those that have imported it by name already
-        if name.startswith("diffusers.") and vars(module).get(load_code.__name__) is load_code:
-            setattr(module, load_code.__name__, get_class)
+    # Diffusers' own classes come first, should it ever have one of these names
+    new_names = set(class_names) - set(getattr(diffusers, "__all__", ()))
+    diffusers.__getattr__ = _lookup(package, new_names, vars(diffusers).get("__getattr__"))
+    _when_pipelines_are_imported(
+        lambda module: _read_plain_class_name(vars(module).get("DiffusionPipeline"), new_names)
+    )
 
 
-def _is_of_this_package(name_or_path, module_file: str, revision=None, cache_dir=None, **kwargs) -> bool:
-    """Whether a pipeline's code is what this package saved: others' classes may have the same names."""
-    from ..saving.mixins import PIPELINE_FILE, VERSION_KEY
+def check_diffusers_version(installed: str) -> None:
+    """
+    Refuse a Diffusers that is too old, and warn about one that is not tested.
 
-    if module_file != PIPELINE_FILE:
-        return False
-    index = Path(name_or_path, "model_index.json")
-    if not index.is_file():  # on the Hub, from where it was fetched ahead of the code
-        index = try_to_load_from_cache(str(name_or_path), index.name, cache_dir=cache_dir, revision=revision)
-    return isinstance(index, (str, Path)) and VERSION_KEY in json.loads(Path(index).read_text(encoding="utf-8"))
+    Args:
+        installed (`str`): Its version.
+
+    Raises:
+        ImportError: if it is older than the oldest supported version.
+    """
+    oldest, newest = SUPPORTED_MINORS[0], SUPPORTED_MINORS[-1]
+    release = Version(installed).release
+    if release < Version(oldest).release:
+        raise ImportError(f"Expected diffusers >= {oldest}, but got {installed}; `pip install --upgrade diffusers`.")
+    if ".".join(map(str, release[:2])) not in SUPPORTED_MINORS:
+        warnings.warn(
+            f"Expected diffusers {oldest} to {newest}, with which diffusers_dmp is tested, but got {installed}. It may work.",
+            stacklevel=4,  # where this package is imported
+        )
 
 
-def _asked_for(found: type) -> type:
-    """The subclass whose `from_pretrained` is under way, if it is one of what was found."""
-    from ..saving.mixins import asked_for
+def _lookup(package: ModuleType, names: set[str], previous: Callable | None) -> Callable[[str], Any]:
+    """
+    Return a module's `__getattr__` (PEP 562), which Python calls for attributes that the module does not have.
 
-    asked = asked_for.get()
-    if asked is None or issubclass(found, asked):
-        return found
-    if issubclass(asked, found):
-        return asked
-    raise ValueError(f"Expected a folder or repository of a {asked.__name__}, but got that of a {found.__name__}.")
+    Args:
+        previous (`Callable`, *optional*): Another package's, which is called for all other names.
+    """
+
+    def __getattr__(name: str) -> Any:
+        if name in names:
+            return getattr(package, name)
+        if previous is not None:
+            return previous(name)
+        raise AttributeError(f"module 'diffusers' has no attribute {name!r}")  # Diffusers imports its own classes then
+
+    return __getattr__
+
+
+def _read_plain_class_name(pipeline_class: Any, names: set[str]) -> None:
+    """
+    Let `DiffusionPipeline` read `["pipeline", "SNRSplitPipeline"]` in this package's repositories as `"SNRSplitPipeline"`.
+
+    With the list Diffusers takes the class from `pipeline.py`, for which it demands `trust_remote_code=True`, and it asks nobody
+    before it does. With the string it finds the installed class, and no code of the repository is executed. So the method that
+    reads `model_index.json` is added to `DiffusionPipeline`, in front of the one that it inherits from `ConfigMixin`, which is
+    called. All other repositories are read as before; and should a version of Diffusers not call it, it does what it does
+    without this package: ask for trust.
+    """
+
+    def _dict_from_json_file(cls, *args, **kwargs) -> Any:
+        from ..saving.mixins import VERSION_KEY
+
+        config = super(pipeline_class, cls)._dict_from_json_file(*args, **kwargs)
+        if isinstance(config, dict) and VERSION_KEY in config:
+            match config.get("_class_name"):
+                case ["pipeline", str(name)] if name in names:
+                    return config | {"_class_name": name}
+        return config
+
+    if hasattr(pipeline_class, "_dict_from_json_file") and "_dict_from_json_file" not in vars(pipeline_class):
+        pipeline_class._dict_from_json_file = classmethod(_dict_from_json_file)
+
+
+def _when_pipelines_are_imported(extend: Callable[[ModuleType], None]) -> None:
+    """Call a function with the module of `DiffusionPipeline`: now, or after its first import, which takes seconds."""
+    if _PIPELINE_MODULE in sys.modules:
+        extend(sys.modules[_PIPELINE_MODULE])
+        return
+
+    class Loader(SourceFileLoader):
+        def exec_module(self, module: ModuleType) -> None:
+            super().exec_module(module)
+            if finder in sys.meta_path:
+                sys.meta_path.remove(finder)
+            extend(module)
+
+    class Finder(MetaPathFinder):
+        def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+            spec = PathFinder.find_spec(name, path) if name == _PIPELINE_MODULE else None
+            if spec is not None and isinstance(spec.loader, SourceFileLoader):
+                spec.loader = Loader(spec.loader.name, spec.loader.path)
+            return spec
+
+    finder = Finder()
+    sys.meta_path.insert(0, finder)

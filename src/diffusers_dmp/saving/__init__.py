@@ -1,1 +1,1 @@
-"""How models and pipelines are saved and read back: the version, the names of classes, the code for those without this package."""
+"""Saving and loading: the version, the names of classes, code files for those without this package, old import paths."""

@@ -1,7 +1,7 @@
-"""One Python file with a class and all that it needs of this package, for those who load a repository without it.
+"""Write one Python file with a class and everything it needs from this package, to load it without the package.
 
-Diffusers fetches no files beside such a one, so that it can import no siblings: it holds the package's modules one after
-the other, which therefore share one namespace.
+Diffusers fetches a single code file for each component, so the file cannot import siblings: it holds the package's modules one
+after the other, in one namespace.
 """
 
 import ast
@@ -12,10 +12,16 @@ from pathlib import Path
 
 from .naming import PACKAGE
 
-# What stands in the file for this module.
+# Whether `save_pretrained` adds code files unless it is told. In such a file it does: nothing else could load what is saved.
+BUNDLE_CODE = False
+
+# What stands in the file in place of this module.
 _STAND_IN = '''
+BUNDLE_CODE = True
+
+
 def source_of(cls: type, source: str = Path(__file__).read_text(encoding="utf-8")) -> str:
-    """This file as it was executed; the next component's may have taken its place since."""
+    """Return this file as it was executed; by now that of another component may lie in its place."""
     return source
 '''
 
@@ -23,7 +29,7 @@ def source_of(cls: type, source: str = Path(__file__).read_text(encoding="utf-8"
 @functools.cache
 def source_of(cls: type) -> str:
     """
-    The file.
+    Return the text of the file.
 
     Args:
         cls (`type`): A class of this package, with a constructor of its own.
@@ -31,53 +37,65 @@ def source_of(cls: type) -> str:
     Raises:
         ValueError: if two of the modules give one name to different things.
     """
-    imports, owners, parts = defaultdict(set), {}, []
-    for module in _needed_by(cls.__init__.__module__):
+    imports: dict[str, set[str]] = defaultdict(set)  # names by module
+    plain_imports: set[str] = set()
+    owners: dict[str, str] = {}
+    parts = []
+    for module in _modules_needed_by(vars(cls)["__init__"].__module__):
         if module == __name__:
             imports["pathlib"].add("Path")
             parts.append(_STAND_IN)
             continue
-        text = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
+        text = _read_source(module)
         statements = ast.parse(text).body
-        for name in _names(statements):
+        for name in _defined_names(statements):
             if owners.setdefault(name, module) != module:
                 raise ValueError(
                     f"Expected modules in one file to share no names, but got {name!r} in {module} and {owners[name]}."
                 )
         for statement in statements:
             if isinstance(statement, ast.Import):
-                imports[None].update(ast.unparse(statement).removeprefix("import ").split(", "))
-            elif isinstance(statement, ast.ImportFrom) and not statement.level:
+                plain_imports.update(map(ast.unparse, statement.names))
+            elif isinstance(statement, ast.ImportFrom) and statement.module and not statement.level:
                 imports[statement.module].update(map(ast.unparse, statement.names))
         parts.append(f"\n# {module.replace('.', '/')}.py\n{_without_imports(text, statements)}")
     header = (
-        f'"""`{cls.__name__}` for those who do not have the package {PACKAGE}, put together of its modules when it was saved.\n\n'
-        f'Whoever has the package needs no file like this, and none is executed. It is loaded with `trust_remote_code=True`.\n"""\n'
+        f'"""`{cls.__name__}` for those who do not have the package {PACKAGE}.\n\n'
+        "The package's modules, put together when the class was saved. Diffusers executes this file with\n"
+        f'`trust_remote_code=True`; with the package installed and imported it is not used.\n"""\n'
     )
-    return "\n".join([header, *_import_lines(imports), *parts])
+    lines = [f"import {name}" for name in sorted(plain_imports)]
+    lines += [f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(imports.items())]
+    return "\n".join([header, *lines, *parts])
 
 
-def _needed_by(module: str) -> list[str]:
-    """The package's modules that one needs, each behind those that it needs itself, and that one."""
-    needed = {}  # in order
+def _modules_needed_by(module: str) -> list[str]:
+    """List the package's modules that a module imports, directly or not, each behind those it imports itself, then the module."""
+    needed: dict[str, None] = {}  # a set in order
 
     def visit(name: str) -> None:
         if name in needed:
             return
         if name != __name__:
-            for statement in ast.parse(Path(importlib.util.find_spec(name).origin).read_text(encoding="utf-8")).body:
+            for statement in ast.parse(_read_source(name)).body:
                 if isinstance(statement, ast.ImportFrom) and statement.level:
-                    visit(
-                        importlib.util.resolve_name("." * statement.level + statement.module, name.rpartition(".")[0])
-                    )
+                    relative = "." * statement.level + (statement.module or "")
+                    visit(importlib.util.resolve_name(relative, name.rpartition(".")[0]))
         needed[name] = None
 
     visit(module)
     return list(needed)
 
 
-def _names(statements: list[ast.stmt]) -> list[str]:
-    """All that a module defines."""
+def _read_source(module: str) -> str:
+    """Read the file of a module without importing it."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None, module
+    return Path(spec.origin).read_text(encoding="utf-8")
+
+
+def _defined_names(statements: list[ast.stmt]) -> list[str]:
+    """List the functions, classes and variables that a module defines."""
     names = []
     for statement in statements:
         if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
@@ -89,7 +107,7 @@ def _names(statements: list[ast.stmt]) -> list[str]:
 
 
 def _without_imports(text: str, statements: list[ast.stmt]) -> str:
-    """The text as it is, comments too, but for imports, also such as are for type checkers only."""
+    """Remove imports from a module's text, also those for type checkers only; comments stay."""
     lines = text.splitlines()
     for statement in reversed(statements):
         if isinstance(statement, (ast.Import, ast.ImportFrom)) or (
@@ -97,8 +115,3 @@ def _without_imports(text: str, statements: list[ast.stmt]) -> str:
         ):
             del lines[statement.lineno - 1 : statement.end_lineno]
     return "\n".join(lines) + "\n"
-
-
-def _import_lines(imports: "dict[str | None, set[str]]") -> list[str]:
-    plain = [f"import {name}" for name in sorted(imports.pop(None, ()))]
-    return plain + [f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(imports.items())]

@@ -1,28 +1,34 @@
-"""Models and pipelines that bring their code along when they are saved, for those who load them without this package."""
+"""Mixins for models and pipelines: they save the package's version, and on request the code that loads them without the package."""
 
 import json
 import os
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import diffusers
+from diffusers.models.modeling_utils import ModelMixin
 from packaging.version import Version
 
-from .bundling import source_of
+from .bundling import BUNDLE_CODE, source_of
 from .naming import PACKAGE
 from .version import __version__
 
 VERSION_KEY = f"_{PACKAGE}_version"
 PIPELINE_FILE = "pipeline.py"
 
-# The pipeline class whose `from_pretrained` is under way, which Diffusers does not tell those who find classes for it.
-asked_for: "ContextVar[type | None]" = ContextVar("asked_for", default=None)
+# What a mixin is mixed into defines the methods that it extends; type checkers do not know that.
+_Extended: Any = object
 
 
 def check_version(config: dict[str, Any]) -> None:
     """
+    Check that this version of the package is new enough to read a saved configuration.
+
+    Args:
+        config (`dict`): A `config.json` or `model_index.json`.
+
     Raises:
-        ImportError: if a newer version of this package saved what has this configuration.
+        ImportError: if a newer minor version of this package saved it.
     """
     saved_by = config.get(VERSION_KEY, __version__)
     if Version(saved_by).release[:2] > Version(__version__).release[:2]:
@@ -32,8 +38,8 @@ def check_version(config: dict[str, Any]) -> None:
         )
 
 
-class VersionedMixin:
-    """For [`ConfigMixin`]s: saves which version of this package they are of, and refuses a newer one's."""
+class VersionedMixin(_Extended):
+    """Save the version of this package with a [`ConfigMixin`], and refuse to load what a newer version saved."""
 
     def to_json_string(self) -> str:
         """See [`ConfigMixin.to_json_string`]."""
@@ -41,31 +47,63 @@ class VersionedMixin:
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs) -> Any:
-        """See [`ConfigMixin.extract_init_dict`], which all loading goes through."""
+        """See [`ConfigMixin.extract_init_dict`], which every way of loading calls."""
         check_version(config_dict)
         return super().extract_init_dict(config_dict, **kwargs)
 
 
 class StandaloneMixin(VersionedMixin):
     """
-    And writes `diffusers_dmp.py` beside the configuration, where Diffusers looks for a class of that library if it is not
-    installed. Subclasses from elsewhere are saved without.
+    Save the code of a class beside its configuration, for those who load it without this package.
+
+    The file is `diffusers_dmp.py`, where Diffusers looks for a class of a library that is not installed. Subclasses defined
+    outside this package are saved without code.
     """
 
     code_file = f"{PACKAGE}.py"
-    # bound to the class: Diffusers executes a repository's code once for each component, in one and the same module
+    # Bound to the class: Diffusers executes the code of all components in modules of one name.
     _source_of = staticmethod(source_of)
 
-    def save_config(self, save_directory: "str | os.PathLike", push_to_hub: bool = False, **kwargs) -> None:
-        """See [`ConfigMixin.save_config`]."""
+    def save_code(self, save_directory: "str | os.PathLike") -> None:
+        """
+        Add code files to a folder that `save_pretrained` wrote.
+
+        Args:
+            save_directory: The folder.
+        """
         if type(self).__module__ == PACKAGE:
-            os.makedirs(save_directory, exist_ok=True)
-            Path(save_directory, self.code_file).write_text(self._source_of(type(self)), encoding="utf-8")
-        super().save_config(save_directory, push_to_hub, **kwargs)
+            code = self._source_of(type(self))  # type: ignore[arg-type]  # mypy takes a class for unhashable
+            Path(save_directory, self.code_file).write_text(code, encoding="utf-8")
+
+    def _upload_folder(self, working_dir: "str | os.PathLike", *args, **kwargs) -> Any:
+        """Add code files to every upload: Diffusers calls this in `push_to_hub` and `save_pretrained(push_to_hub=True)`."""
+        self.save_code(working_dir)
+        return super()._upload_folder(working_dir, *args, **kwargs)
 
 
 class StandaloneModelMixin(StandaloneMixin):
-    """And for [`ModelMixin`]s: reads no pickles unless it is told to."""
+    """Save a [`ModelMixin`] with or without code, and load pickled weights only if `use_safetensors` is False."""
+
+    def save_pretrained(
+        self,
+        save_directory: "str | os.PathLike",
+        is_main_process: bool = True,
+        *args,
+        bundle_code: bool = BUNDLE_CODE,
+        **kwargs,
+    ) -> None:
+        """
+        See [`ModelMixin.save_pretrained`].
+
+        Args:
+            bundle_code (`bool`): Add the code file with which the model is loaded without this package.
+        """
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if bundle_code and is_main_process:
+            self.save_code(save_directory)
+
+    # for `inspect.signature`, by which a pipeline learns what the `save_pretrained` of its components accepts
+    save_pretrained.__wrapped__ = ModelMixin.save_pretrained  # type: ignore[attr-defined]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: "str | os.PathLike", **kwargs) -> "StandaloneModelMixin":
@@ -90,14 +128,43 @@ class StandaloneModelMixin(StandaloneMixin):
 
 
 class StandalonePipelineMixin(StandaloneMixin):
-    """And for [`DiffusionPipeline`]s: the file is `pipeline.py`, and `model_index.json` says that the pipeline's class is there."""
+    """Save a [`DiffusionPipeline`] with or without code, and check that a folder holds the pipeline that is asked for."""
 
     code_file = PIPELINE_FILE
 
     def to_json_string(self) -> str:
         """See [`ConfigMixin.to_json_string`]."""
-        config = json.loads(super().to_json_string())
-        return dumped(pipeline_config(config) if type(self).__module__ == PACKAGE else config)
+        return dumped(lists_as_objects(json.loads(super().to_json_string())))
+
+    def save_pretrained(
+        self, save_directory: "str | os.PathLike", *args, bundle_code: bool = BUNDLE_CODE, **kwargs
+    ) -> None:
+        """
+        See [`DiffusionPipeline.save_pretrained`].
+
+        Args:
+            bundle_code (`bool`): Add the code files with which the pipeline is loaded without this package.
+        """
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if bundle_code:
+            self.save_code(save_directory)
+
+    def save_code(self, save_directory: "str | os.PathLike") -> None:
+        """
+        Add the code files of the pipeline and its components to a folder, and name the pipeline's in `model_index.json`.
+
+        Args:
+            save_directory: The folder that `save_pretrained` wrote.
+        """
+        super().save_code(save_directory)
+        index = Path(save_directory, "model_index.json")
+        config = json.loads(index.read_text(encoding="utf-8"))
+        for name, value in config.items():
+            component = getattr(self, name, None) if is_component(value) and name != "_class_name" else None
+            if component is not None and hasattr(component, "save_code"):
+                component.save_code(Path(save_directory, name))
+        if type(self).__module__ == PACKAGE:
+            index.write_text(dumped(with_code_file(config, type(self).__name__)), encoding="utf-8")
 
     @classmethod
     def from_pretrained(
@@ -107,7 +174,7 @@ class StandalonePipelineMixin(StandaloneMixin):
         See [`DiffusionPipeline.from_pretrained`].
 
         Raises:
-            ValueError: if a local folder holds no pipeline, or another one.
+            ValueError: if a local folder holds no pipeline, or what is loaded is another pipeline.
         """
         folder = str(pretrained_model_name_or_path)
         if os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, cls.config_name)):
@@ -115,28 +182,54 @@ class StandalonePipelineMixin(StandaloneMixin):
                 f"Expected `pretrained_model_name_or_path` to be a pipeline folder with a {cls.config_name}, "
                 f"but got {folder!r}, which has none."
             )
-        token = asked_for.set(cls)
-        try:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        finally:
-            asked_for.reset(token)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs) -> Any:
+        """See [`ConfigMixin.extract_init_dict`]. Refuses the folder of another pipeline of this package."""
+        name = config_dict.get("_class_name")
+        saved = getattr(diffusers, name, None) if isinstance(name, str) and VERSION_KEY in config_dict else None
+        if saved is not None and saved.__module__ == PACKAGE and not issubclass(cls, saved):
+            raise ValueError(f"Expected a folder or repository of a {cls.__name__}, but got that of a {name}.")
+        return super().extract_init_dict(config_dict, **kwargs)
 
 
-def pipeline_config(config: dict[str, Any]) -> dict[str, Any]:
+def lists_as_objects(config: dict[str, Any]) -> dict[str, Any]:
     """
-    As `model_index.json` has it: the pipeline's class is that of its code file, and lists that are no components are objects by
-    index, since the Hub's downloads take every list for a component.
+    Turn lists that are no components into objects by index, since a download takes every list for a component.
+
+    Args:
+        config (`dict`): A pipeline's configuration.
+
+    Returns:
+        `dict`: What `model_index.json` holds; [`listed`] reads the lists back.
     """
-    settings = {
-        name: dict(enumerate(value)) if isinstance(value, list) and not is_component(value) else value
+    return {
+        name: dict(enumerate(value))
+        if isinstance(value, list) and name != "_class_name" and not is_component(value)
+        else value
         for name, value in config.items()
-        if name != "_class_name"
     }
-    return settings | {"_class_name": [Path(PIPELINE_FILE).stem, config["_class_name"]]}
+
+
+def with_code_file(config: dict[str, Any], class_name: str) -> dict[str, Any]:
+    """
+    Name the code file in which Diffusers finds a pipeline's class: `["pipeline", "SNRSplitPipeline"]`.
+
+    Args:
+        config (`dict`): A `model_index.json`.
+        class_name (`str`): The pipeline's class.
+    """
+    return config | {"_class_name": [Path(PIPELINE_FILE).stem, class_name]}
 
 
 def is_component(value: Any) -> bool:
-    """Whether an entry of `model_index.json` is one, such as ["diffusers", "DDIMScheduler"], or left out, [null, null]."""
+    """
+    Tell whether an entry of `model_index.json` is a component.
+
+    Args:
+        value: Such as ["diffusers", "DDIMScheduler"], or [null, null] for one that is left out.
+    """
     is_pair = isinstance(value, (list, tuple)) and len(value) == 2
     if not is_pair or value == [None, None]:
         return is_pair
@@ -144,10 +237,10 @@ def is_component(value: Any) -> bool:
 
 
 def listed(values: "list | dict[str, Any] | None") -> "list | None":
-    """The list that an object by index stands for."""
+    """Read back a list that [`lists_as_objects`] turned into an object by index."""
     return [values[str(index)] for index in range(len(values))] if isinstance(values, dict) else values
 
 
 def dumped(config: dict[str, Any]) -> str:
-    """A configuration's file."""
+    """Format a configuration as the text of its JSON file."""
     return json.dumps(config, indent=2, sort_keys=True) + "\n"

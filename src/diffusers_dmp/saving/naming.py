@@ -1,17 +1,23 @@
-"""Classes by name.
+"""Recognise this package's classes by name.
 
-A pipeline that is loaded without this package brings its code along, which Diffusers executes anew for each component: a
-patch then has another `DiTModel` in mind than the transformer is one of, under the same name.
+A pipeline that is loaded without this package is executed from the code in its repository, once for each component. The
+`DiTModel` that a prompt patch knows is then another class than that of the transformer, with the same name.
 """
 
 PACKAGE = "diffusers_dmp"
 
 
 def full_name(cls: type) -> str:
-    """Such as 'diffusers_dmp.DiTModel'."""
+    """Return the name of a class with its module, such as 'diffusers_dmp.DiTModel'."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def descends_from(instance: object, name: str) -> bool:
-    """Whether a class of this package by that name is the instance's, or among those that its class descends from."""
+    """
+    Tell whether an object is an instance of a class of this package.
+
+    Args:
+        instance (`object`): Any object.
+        name (`str`): The name of the class, such as 'DiTModel'.
+    """
     return any(full_name(cls) == f"{PACKAGE}.{name}" for cls in type(instance).__mro__)

@@ -1,3 +1,3 @@
-"""The package's version, also in the code that repositories bring along."""
+"""The package's version, which saved configurations and the code files in repositories name."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

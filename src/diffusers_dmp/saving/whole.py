@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all."""
+"""Write files and folders completely or not at all."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from pathlib import Path
 @contextmanager
 def written_whole(path: "str | os.PathLike") -> Iterator[Path]:
     """
-    Write a file or folder under another name, and give it its own when it is complete. What was there before is replaced.
+    Write a file or folder under a temporary name, and rename it when it is complete, over what was there before.
 
     ```py
     with written_whole(folder / "model.json") as unfinished:
@@ -18,10 +18,10 @@ def written_whole(path: "str | os.PathLike") -> Iterator[Path]:
     ```
 
     Args:
-        path: Its name. Folders above it are made.
+        path: The final name. Folders above it are made.
 
     Yields:
-        `Path`: Where to write. After an exception it stays there and `path` as it was.
+        `Path`: Where to write. After an exception the temporary file stays there, and `path` as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,12 +30,12 @@ def written_whole(path: "str | os.PathLike") -> Iterator[Path]:
 
 
 def unfinished_path(path: Path) -> Path:
-    """Where to write what is to become `path`; for several processes that write one folder, of which one calls [`finish`]."""
+    """Return the temporary name of `path`, for several processes that write one folder, of which one calls [`finish`]."""
     return path.with_name(path.name + ".unfinished")
 
 
 def finish(path: Path) -> None:
-    """Give what was written to `unfinished_path(path)` its name, in the place of what has it."""
+    """Rename `unfinished_path(path)` to `path`, over what was there before."""
     if path.is_dir():
         shutil.rmtree(path)
     unfinished_path(path).replace(path)

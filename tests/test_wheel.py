@@ -1,0 +1,74 @@
+"""The wheel, installed alone: what pip installs is complete, without a checkout."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+from small_pipelines import PIPELINES
+
+CHECK = """
+import importlib.metadata, importlib.resources, pathlib, sys
+import diffusers_dmp
+from diffusers import DiffusionPipeline
+from diffusers_dmp.hub import publish
+
+package = pathlib.Path(diffusers_dmp.__file__).parent
+assert package.is_relative_to(sys.prefix), package
+assert importlib.metadata.version("diffusers-dmp") == diffusers_dmp.__version__
+assert (package / "py.typed").is_file()
+pipe = DiffusionPipeline.from_pretrained("saved", local_files_only=True)
+assert type(pipe).__module__ == "diffusers_dmp"
+assert pipe([3], num_inference_steps=2).images[0].size == (8, 8)
+publication = publish("saved", "user/wheel", license="mit", dry_run=True)
+assert "pipeline.py" in publication.files and "# wheel" in publication.card
+"""
+
+
+def run(*command, **options) -> str:
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, **options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_the_wheel_alone(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    source = tmp_path / "source"
+    files = run(
+        "git",
+        "-C",
+        REPOSITORY,
+        "ls-files",
+        "-z",
+        "--cached",
+        "--others",
+        "--exclude-standard",
+        "setup.py",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "src",
+        "pipelines",
+    ).split("\0")
+    for name in filter(None, files):
+        if (REPOSITORY / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((REPOSITORY / name).read_bytes())
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, source)
+    (wheel,) = tmp_path.glob("diffusers_dmp-*.whl")
+
+    environment = tmp_path / "environment"
+    run(sys.executable, "-m", "venv", "--without-pip", environment)
+    (site_packages,) = environment.glob("lib/python*/site-packages")
+    others = [path for path in map(Path, sys.path) if path.name == "site-packages"]
+    (site_packages / "others.pth").write_text(
+        "\n".join(map(str, others))
+    )  # not their .pth files: no editable installation
+    run(*pip, "--python", environment / "bin" / "python", "install", "--no-deps", "--ignore-installed", wheel)
+
+    PIPELINES["dit"]().save_pretrained(tmp_path / "saved")
+    run(environment / "bin" / "python", "-c", CHECK, cwd=tmp_path)
+    assert "publish" in run(environment / "bin" / "diffusers-dmp", "--help", cwd=tmp_path)
