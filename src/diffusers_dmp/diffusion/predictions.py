@@ -7,6 +7,7 @@ Legend: B batch, C channels, H and W height and width, S denoising steps.
 """
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .noise import alpha_sigma, is_flow_matching
@@ -17,6 +18,11 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 def expected_prediction_type(scheduler: SchedulerMixin) -> str:
     """Return the `prediction_type` that a scheduler expects; "flow_prediction" if it has none in its configuration."""
     return scheduler.config.get("prediction_type", "flow_prediction")
+
+
+def prediction_type_of(denoiser: ModelMixin, scheduler: SchedulerMixin) -> str:
+    """Return what a denoiser predicts: its own `prediction_type`, or what the scheduler expects if it has none."""
+    return denoiser.config.get("prediction_type") or expected_prediction_type(scheduler)
 
 
 def velocity(x0: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
