@@ -1,32 +1,48 @@
-"""Which expert owns which stretch of noise: the only place where a timestep becomes an expert.
+"""Noise intervals: which expert is responsible for which noise levels. START HERE.
 
-Legend: T counts diffusion timesteps (t = 0 is almost clean, T - 1 almost pure noise), E experts, B the batch.
+Every system of this package divides the noise levels of a diffusion model into intervals, and gives each interval to an
+expert: a set of channels (DTR), a mixture of weights (Remix-DiT), a whole denoiser (SNR split), an adapter of the model that
+guides (PPAP). `NoiseIntervals` is the only place where a noise level becomes an expert, for training and for inference:
+
+    >>> intervals = NoiseIntervals((0, 250, 600, 1000))          # three experts, T = 1000 training timesteps
+    >>> intervals.index(torch.tensor([0, 249, 250, 599.5, 1000]))  # which expert denoises at these timesteps?
+    tensor([0, 0, 1, 1, 2])
+    >>> intervals.sample(1, batch_size=4)                         # timesteps to train expert 1 with
+    tensor([583, 311, 250, 402])
+
+The rule: expert e owns the timesteps `edges[e] <= t < edges[e + 1]`. A noise level is always written as a training timestep t
+in [0, T]: small t is little noise (high signal-to-noise ratio, SNR), large t is much noise. For flow matching, t = σ·T.
+
+Legend: T training timesteps, E experts, B batch.
 """
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .diffusion.noise import is_flow_matching, signal_to_noise_ratio
+from .diffusion.timesteps import check_timesteps, check_train_timesteps
 
 
 @dataclass(frozen=True)
 class NoiseIntervals:
     """
-    A partition of the diffusion timesteps [0, T) into E half-open intervals, one per expert.
+    Divide the training timesteps [0, T) into E half-open intervals, one for each expert.
 
-    Expert `e` owns `edges[e] <= t < edges[e + 1]`. Expert 0 owns the cleanest images (small t, high SNR). A timestep
-    may be a float, as second-order and flow-matching schedulers have them; a flow-matching scheduler starts at
-    exactly t = T, which belongs to the last expert.
+    Expert `e` owns `edges[e] <= t < edges[e + 1]`; expert 0 owns the least noise. A timestep may be a float, as
+    second-order and flow-matching schedulers have them. A flow-matching scheduler starts at exactly t = T: this one
+    timestep belongs to the last expert as well.
 
     Args:
         edges (`tuple[float, ...]` of length E + 1):
-            Ascending, in timesteps, from 0 to the number of training timesteps T.
+            Where the intervals begin and end, in timesteps: ascending, from 0 to T.
 
     Raises:
-        ValueError: if `edges` do not ascend from 0.
+        ValueError: if `edges` do not ascend from 0 to a whole number.
     """
 
     edges: tuple[float, ...]
@@ -44,16 +60,17 @@ class NoiseIntervals:
         cls, num_experts: int, num_train_timesteps: int = 1000, last_takes_rest: bool = False
     ) -> "NoiseIntervals":
         """
-        Intervals of equal length, [⌊e·T/E⌋, ⌊(e+1)·T/E⌋) (PPAP, https://arxiv.org/abs/2212.05973).
+        Make intervals of equal length, [⌊e·T/E⌋, ⌊(e+1)·T/E⌋) (PPAP, https://arxiv.org/abs/2212.05973).
 
         Args:
             num_experts (`int`): E.
             num_train_timesteps (`int`): T.
-            last_takes_rest (`bool`): Where E does not divide T: all intervals have ⌊T/E⌋ timesteps, and the last one the
-                rest as well (Remix-DiT, https://arxiv.org/abs/2412.05628).
+            last_takes_rest (`bool`): What to do if T is not divisible by E. False: lengths differ by at most one
+                timestep. True: every interval has ⌊T/E⌋ timesteps, and the last one also has the rest (Remix-DiT,
+                https://arxiv.org/abs/2412.05628).
 
         Raises:
-            ValueError: if there are more experts than timesteps, or none.
+            ValueError: if `num_experts` is less than 1 or greater than T.
         """
         if not 1 <= num_experts <= num_train_timesteps:
             raise ValueError(
@@ -67,20 +84,20 @@ class NoiseIntervals:
         return cls(tuple(e * num_train_timesteps // num_experts for e in range(num_experts + 1)))
 
     @classmethod
-    def from_snr(cls, boundaries: "list[float] | tuple[float, ...]", scheduler) -> "NoiseIntervals":
+    def from_snr(cls, boundaries: Sequence[float], scheduler: SchedulerMixin) -> "NoiseIntervals":
         """
-        Intervals bounded by signal-to-noise ratios (Patch Diffusion, https://arxiv.org/abs/2207.04316).
+        Make intervals from the signal-to-noise ratios between them (Patch Diffusion, https://arxiv.org/abs/2207.04316).
 
-        Expert e owns s_e >= SNR > s_{e+1}, where s_0 = ∞, s_E = 0 and the boundaries lie between.
+        Expert e owns s_e >= SNR > s_{e+1}, with s_0 = ∞, s_E = 0 and the boundaries s_1, …, s_{E-1} between them.
 
         Args:
-            boundaries (`list[float]` of length E - 1): Descending, positive signal-to-noise ratios ᾱ/(1-ᾱ).
-            scheduler: A Diffusers scheduler with `alphas_cumprod`, or a flow-matching one (x_t = (1-σ)·x0 + σ·ε, whose
-                timestep is σ·T).
+            boundaries (`list[float]` of length E - 1): Signal-to-noise ratios ᾱ/(1-ᾱ), positive, in descending order.
+            scheduler ([`SchedulerMixin`]): A scheduler with `alphas_cumprod` ᾱ, or a flow-matching one
+                (x_t = (1-σ)·x0 + σ·ε, whose timestep is σ·T).
 
         Raises:
-            ValueError: if the boundaries do not descend, if an expert would own no timestep of this scheduler's, or if
-                the scheduler defines no SNR for a timestep.
+            ValueError: if the boundaries are not positive or not descending, if an expert would own no timestep, or if
+                the scheduler's timesteps have no signal-to-noise ratio.
         """
         boundaries = tuple(boundaries)
         descending = all(high > low for high, low in zip(boundaries, boundaries[1:]))
@@ -88,11 +105,12 @@ class NoiseIntervals:
             raise ValueError(f"Expected `boundaries` to be positive and to descend, but got {boundaries}.")
 
         num_train_timesteps = scheduler.config.get("num_train_timesteps")
+        inner: list[float]
         if is_flow_matching(scheduler):
             # SNR(t) = ((1 - σ) / σ)² > s  ⇔  t = σ·T < T / (1 + √s)
             inner = [num_train_timesteps / (1 + math.sqrt(boundary)) for boundary in boundaries]
         elif hasattr(scheduler, "alphas_cumprod"):
-            # SNR(t) falls with t: the edge is the number of timesteps above the boundary
+            # SNR(t) falls with t: the edge is the number of timesteps whose SNR is above the boundary
             snr = signal_to_noise_ratio(scheduler.alphas_cumprod.double())
             inner = [int((snr > boundary).sum()) for boundary in boundaries]
         else:
@@ -103,22 +121,24 @@ class NoiseIntervals:
         edges = (0, *inner, num_train_timesteps)
         if any(low >= high for low, high in zip(edges, edges[1:])):
             raise ValueError(
-                f"Expected every SNR interval of `boundaries` {boundaries} to hold a timestep of the scheduler's, "
+                f"Expected every SNR interval of `boundaries` {boundaries} to contain a timestep of the scheduler, "
                 f"but got the timestep edges {edges}."
             )
         return cls(edges)
 
     @property
     def num_experts(self) -> int:
+        """The number of experts E."""
         return len(self.edges) - 1
 
     @property
     def num_train_timesteps(self) -> int:
+        """The number of training timesteps T."""
         return int(self.edges[-1])
 
-    def index(self, timesteps: torch.Tensor) -> torch.LongTensor:
+    def index(self, timesteps: torch.Tensor) -> torch.Tensor:
         """
-        The expert of each timestep.
+        Find the expert that owns each timestep.
 
         Args:
             timesteps (`torch.Tensor` of any shape): Integer or float timesteps, in [0, T].
@@ -127,112 +147,84 @@ class NoiseIntervals:
             `torch.LongTensor` of the same shape, on the same device: experts in [0, E).
 
         Raises:
-            ValueError: if a timestep lies outside the range (see [`check_timesteps`]).
+            ValueError: if a timestep on the CPU lies outside (see [`check_timesteps`]).
         """
         check_timesteps(timesteps, self.num_train_timesteps)
-        if timesteps.is_floating_point():
-            timesteps = timesteps.float()
-        return torch.bucketize(timesteps, _edges_on(self.edges, timesteps.dtype, timesteps.device)[1:-1], right=True)
+        if timesteps.is_floating_point() and timesteps.dtype != torch.float64:
+            timesteps = timesteps.float()  # edges such as 999 do not exist in half precision
+        inner_edges = _edges_on(self.edges, timesteps.dtype, timesteps.device)[1:-1]
+        return torch.bucketize(timesteps, inner_edges, right=True)
 
     def sample(
         self,
-        expert: "int | torch.LongTensor",
+        expert: int | torch.Tensor,
         batch_size: int,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
-    ) -> torch.LongTensor:
+    ) -> torch.Tensor:
         """
-        Draw integer training timesteps uniformly from the interval of an expert.
+        Sample integer training timesteps uniformly from the interval of an expert.
 
         Args:
             expert (`int` or `torch.LongTensor` of shape (B,)): One expert for the batch, or one for each sample.
             batch_size (`int`): B.
-            generator (`torch.Generator`, *optional*): On `device`.
-            device (*optional*): Of the result; the generator's by default.
+            generator (`torch.Generator`, *optional*): The random generator, on `device`.
+            device (*optional*): The device of the result; by default that of the generator, or else the CPU.
 
         Returns:
             `torch.LongTensor` of shape (B,), with `index(result) == expert`.
 
         Raises:
-            ValueError: if `expert` is out of range, or its interval holds no integer timestep.
+            ValueError: if `expert` is out of range, or an interval contains no integer timestep.
         """
-        device = device or (generator.device if generator is not None else "cpu")
+        device = torch.device(device or (generator.device if generator is not None else "cpu"))
         if not all(math.ceil(low) < math.ceil(high) for low, high in zip(self.edges, self.edges[1:])):
-            raise ValueError(f"Expected every interval to hold an integer timestep, but got the edges {self.edges}.")
-        if not isinstance(expert, torch.Tensor):
-            if not 0 <= expert < self.num_experts:
-                raise ValueError(f"Expected `expert` to be in [0, {self.num_experts}), but got {expert}.")
-            expert = torch.full((batch_size,), int(expert), device=device)
-        elif expert.is_cpu and expert.numel() and (expert.min() < 0 or expert.max() >= self.num_experts):
-            raise ValueError(f"Expected `expert` to be in [0, {self.num_experts}), but got {expert.tolist()}.")
-        expert = expert.to(device, non_blocking=True)
-        integer_edges = _edges_on(self.edges, torch.long, torch.device(device))
-        low, high = integer_edges[expert], integer_edges[expert + 1]  # (B,)
+            raise ValueError(
+                f"Expected every interval to contain an integer timestep, but got the edges {self.edges}."
+            )
+        experts = torch.as_tensor(expert)
+        # to read experts that are on an accelerator would make the CPU wait for it
+        if experts.is_cpu and experts.numel() and (experts.min() < 0 or experts.max() >= self.num_experts):
+            raise ValueError(f"Expected `expert` to be in [0, {self.num_experts}), but got {experts.tolist()}.")
+        experts = experts.to(device, non_blocking=True).expand(batch_size)
+        edges = _edges_on(self.edges, torch.long, device)
+        low, high = edges[experts], edges[experts + 1]  # (B,)
         fraction = torch.rand(batch_size, generator=generator, device=device)
-        # rounding may lift fraction·(high - low) to its upper end
+        # rounding may lift fraction·(high - low) to high - low
         return torch.minimum(low + (fraction * (high - low)).long(), high - 1)
 
-    def check_scheduler(self, scheduler) -> None:
+    def check_scheduler(self, scheduler: SchedulerMixin) -> None:
         """
+        Check that a scheduler was made for the same number of training timesteps as these intervals.
+
         Raises:
-            ValueError: if the scheduler was made for another number of training timesteps than these intervals.
+            ValueError: if the numbers differ.
         """
         check_train_timesteps(scheduler, self.num_train_timesteps)
 
     def to_config(self) -> list[float]:
-        """JSON-serialisable; `NoiseIntervals(config)` is its inverse."""
+        """Return the edges as JSON can store them; `NoiseIntervals(config)` is the inverse."""
         return list(self.edges)
 
 
 @functools.lru_cache(maxsize=64)
 def _edges_on(edges: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The edges as a tensor, copied to a device once: each copy would make an accelerator wait for the host."""
+    """The edges as a tensor. Cached, because each copy to an accelerator makes the CPU wait for it."""
     if not dtype.is_floating_point:
-        edges = tuple(math.ceil(edge) for edge in edges)  # for an integer t, t >= edge ⇔ t >= ⌈edge⌉
+        edges = tuple(math.ceil(edge) for edge in edges)  # for an integer t: t >= edge ⇔ t >= ⌈edge⌉
     return torch.tensor(edges, dtype=dtype, device=device)
 
 
-def check_timesteps(timesteps: torch.Tensor, num_train_timesteps: int) -> None:
+def group_by_expert(experts: torch.Tensor) -> tuple[torch.Tensor, list[int], list[int]]:
     """
-    Refuse timesteps outside [0, T), or [0, T] for floats. On an accelerator nothing is read back (it would stall the
-    device at every step): the pipelines check their whole schedule once, on the CPU.
-
-    Raises:
-        ValueError: if one of the CPU tensor `timesteps` lies outside.
-    """
-    if not timesteps.is_cpu or torch.compiler.is_compiling() or timesteps.numel() == 0:
-        return
-    low, high = timesteps.min(), timesteps.max()
-    if low < 0 or high > num_train_timesteps or (high == num_train_timesteps and not timesteps.is_floating_point()):
-        raise ValueError(
-            f"Expected `timestep` to lie within the {num_train_timesteps} training timesteps, "
-            f"but got values from {low.item()} to {high.item()}."
-        )
-
-
-def check_train_timesteps(scheduler, num_train_timesteps: int) -> None:
-    """
-    Raises:
-        ValueError: if the scheduler's number of training timesteps is not the model's `num_train_timesteps`.
-    """
-    scheduler_timesteps = scheduler.config.get("num_train_timesteps")
-    if scheduler_timesteps != num_train_timesteps:
-        raise ValueError(
-            f"Expected the scheduler's `num_train_timesteps` to be the model's {num_train_timesteps}, "
-            f"but got a {type(scheduler).__name__} with {scheduler_timesteps}."
-        )
-
-
-def group_by_expert(experts: torch.LongTensor) -> tuple[torch.LongTensor, list[int], list[int]]:
-    """
-    Put samples of one expert next to each other.
+    Sort the samples of a batch so that those of one expert stand next to each other.
 
     Args:
-        experts (`torch.LongTensor` of shape (B,)): Of each sample, on the CPU (elsewhere the device is waited for).
+        experts (`torch.LongTensor` of shape (B,)): The expert of each sample, on the CPU (elsewhere the CPU waits).
 
     Returns:
-        The order (B,), stable, whose `argsort()` is the way back; the experts that occur, ascending; how many samples each
-        of them has.
+        The order of the samples (B,), which keeps the order within an expert and whose `argsort()` is the inverse; the
+        experts that occur, ascending; the number of samples of each of them.
     """
     sorted_experts, order = experts.sort(stable=True)
     present, sizes = sorted_experts.unique_consecutive(return_counts=True)

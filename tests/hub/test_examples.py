@@ -1,17 +1,16 @@
-"""`pipelines/<system>/`: the examples run on what the demos leave, here untrained; the pipelines take in stock models."""
+"""`pipelines/<system>/example.py`: the examples run on what the demos save, here untrained."""
 
-import json
 import runpy
 import sys
 
 import pytest
 from conftest import REPOSITORY, randomised
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, DiTPipeline, DiTTransformer2DModel
+from diffusers import DDIMScheduler
 from networks import make_resnet
 from PIL import Image
 from small_pipelines import DIT, PIPELINES, UNET, with_one
 
-from diffusers_dmp import ClassConditionalPipeline, DiTModel, GuidanceExperts, PatchedUNet2DModel, SNRSplitPipeline
+from diffusers_dmp import DiTModel, GuidanceExperts, PatchedUNet2DModel, SNRSplitPipeline
 
 SYSTEMS = ["dtr", "remix", "dmp", "patch_diffusion", "ppap"]
 
@@ -48,30 +47,3 @@ def test_examples(system, tmp_path, monkeypatch):
     for picture in tmp_path.glob("*.png"):
         assert len(Image.open(picture).convert("L").getcolors()) > 2
     assert (tmp_path / f"{system.removesuffix('_diffusion')}_samples.png").exists()
-
-
-@pytest.fixture(scope="module")
-def stock(tmp_path_factory):
-    """A repository of Diffusers' own DiT."""
-    folder = tmp_path_factory.mktemp("stock")
-    config = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "num_layers": 1, "sample_size": 8}
-    transformer = randomised(DiTTransformer2DModel(**config, num_embeds_ada_norm=1000))
-    vae = AutoencoderKL(block_out_channels=[32], norm_num_groups=8, latent_channels=4)
-    DiTPipeline(transformer, vae, DDIMScheduler()).save_pretrained(folder)
-    index = json.loads((folder / "model_index.json").read_text())  # as facebook/DiT-XL-2-256 has it
-    (folder / "model_index.json").write_text(json.dumps(index | {"id2label": {"207": "golden retriever"}}))
-    return folder
-
-
-@pytest.mark.parametrize("system", ["dtr", "remix", "dmp", "ppap"])
-def test_as_custom_pipeline(stock, system):
-    custom = {"custom_pipeline": str(REPOSITORY / "pipelines" / system), "trust_remote_code": True}
-    pipe = DiffusionPipeline.from_pretrained(stock, **custom)
-    assert type(pipe) is ClassConditionalPipeline
-    assert pipe("golden retriever", num_inference_steps=1, output_type="pt").images.shape == (1, 3, 8, 8)
-
-
-def test_the_split_pipeline_as_custom_pipeline(tmp_path):
-    split().save_pretrained(tmp_path)
-    custom = {"custom_pipeline": str(REPOSITORY / "pipelines" / "patch_diffusion"), "trust_remote_code": True}
-    assert type(DiffusionPipeline.from_pretrained(tmp_path, **custom)) is SNRSplitPipeline

@@ -1,5 +1,6 @@
 """One pipeline for any denoiser, any scheduler, any number of classes."""
 
+import json
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
+    DiTPipeline,
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
@@ -329,6 +331,42 @@ def test_round_trip_twice(latent_pipeline, tmp_path, loader):
     expected = latent_pipeline([0], generator=generators(0), **arguments).images
     assert torch.equal(loaded("zero", generator=generators(0), **arguments).images, expected)
     assert not list(tmp_path.rglob("*.bin"))
+
+
+@pytest.fixture
+def stock_folder(tmp_path):
+    """A repository of Diffusers' own `DiTPipeline`."""
+    config = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "num_layers": 1, "sample_size": 8}
+    transformer = randomised(DiTTransformer2DModel(**config, out_channels=8, num_embeds_ada_norm=1000))
+    vae = randomised(AutoencoderKL(block_out_channels=[32], norm_num_groups=8, latent_channels=4))
+    DiTPipeline(transformer, vae, DDIMScheduler()).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())  # with class names, as in facebook/DiT-XL-2-256
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"id2label": {"207": "golden retriever"}}))
+    return tmp_path
+
+
+def test_loads_a_repository_of_diffusers_own_dit(stock_folder):
+    """And generates what Diffusers' own pipeline does."""
+    arguments = {"guidance_scale": 4.0, "num_inference_steps": 3, "output_type": "np"}
+    stock = DiTPipeline.from_pretrained(stock_folder)
+    pipeline = ClassConditionalPipeline.from_pretrained(stock_folder)
+    from_components = ClassConditionalPipeline(**stock.components)
+    for each in (stock, pipeline, from_components):
+        each.set_progress_bar_config(disable=True)
+    expected = stock([207, 3], generator=generators(0)[0], **arguments).images
+    images = pipeline([207, 3], generator=generators(0)[0], **arguments).images
+    np.testing.assert_allclose(images, expected, atol=1e-4)
+    images = from_components([207, 3], generator=generators(0)[0], **arguments).images
+    np.testing.assert_allclose(images, expected, atol=1e-4)
+    assert pipeline("golden retriever", num_inference_steps=1, output_type="pt").images.shape == (1, 3, 8, 8)
+
+
+def test_a_stock_dit_is_saved_as_this_pipeline(stock_folder, tmp_path):
+    pipeline = ClassConditionalPipeline.from_pretrained(stock_folder)
+    pipeline.save_pretrained(tmp_path / "again")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "again")
+    assert type(again) is ClassConditionalPipeline and type(again.transformer) is DiTTransformer2DModel
+    assert again.get_label_ids("golden retriever") == [207]
 
 
 @pytest.mark.slow

@@ -37,7 +37,8 @@ from diffusers_dmp import (
     respaced_timesteps,
 )
 from diffusers_dmp.diffusion.predictions import PREDICTION_TYPES, convert_prediction
-from diffusers_dmp.pipelines.denoiser_inputs import DenoiserInputs, looks_at_inputs
+from diffusers_dmp.pipelines.denoiser_inputs import DenoiserInputs, reads_inputs_on_cpu
+from diffusers_dmp.pipelines.scheduling import owners_of_steps
 from diffusers_dmp.training.objectives.ddpm import VARIANCE_TYPES
 
 UNET = {
@@ -214,7 +215,7 @@ def test_the_four_evaluations_of_a_runge_kutta_step_are_one_denoisers():
     scheduler = PNDMScheduler(prediction_type="epsilon")
     pipeline = SNRSplitPipeline([Toy(1.3, "epsilon"), Toy(0.7, "epsilon")], scheduler, [0.0005])
     scheduler.set_timesteps(10)
-    owners = pipeline._owners(scheduler, None)
+    owners = owners_of_steps(scheduler, pipeline.intervals())
     assert owners[:4] == [1] * 4 and owners[4:] == [0] * (len(owners) - 4)
     assert scheduler.timesteps[:5].tolist() == [900, 850, 850, 800, 800]
     assert pipeline.intervals().index(scheduler.timesteps[:4]).tolist() == [1, 0, 0, 0]  # each by itself
@@ -226,9 +227,9 @@ def test_those_that_look_at_their_timesteps_get_them_on_the_host(mixed):
     seen = []
     remix.register_forward_pre_hook(lambda model, args: seen.append(args[1].device.type))
     draw(pipeline)
-    assert seen == ["cpu"] * len(seen) and looks_at_inputs(remix) and not looks_at_inputs(mixed.denoiser_0)
+    assert seen == ["cpu"] * len(seen) and reads_inputs_on_cpu(remix) and not reads_inputs_on_cpu(mixed.denoiser_0)
     PromptPatch.for_transformer(mixed.denoiser_0).attach(mixed.denoiser_0)
-    assert looks_at_inputs(mixed.denoiser_0)
+    assert reads_inputs_on_cpu(mixed.denoiser_0)
 
 
 # What they predict
@@ -279,7 +280,7 @@ def test_both_meanings_of_a_learned_variance():
     x_t, timestep = torch.randn(1, 4, 8, 8), torch.tensor(500)
     with torch.no_grad():
         u = unet(x_t, timestep).sample[:, 4:]
-        inputs = DenoiserInputs(unet, "sample", None, None, timestep[None], x_t.device, None)
+        inputs = DenoiserInputs(unet, timestep[None], x_t.device)
         v = inputs.predict(0, x_t, None, True)[:, 4:]
     expected = VARIANCE_TYPES["learned_range_sigmoid"](u)
     torch.testing.assert_close(VARIANCE_TYPES["learned_range"](v), expected)
@@ -400,7 +401,7 @@ def test_only_the_denoiser_at_work_is_on_the_accelerator(monkeypatch):
 def test_a_patch_is_not_lost_in_silence(mixed, tmp_path):
     patch = PromptPatch.for_transformer(mixed.denoiser_0).attach(mixed.denoiser_0)
     draw(mixed)
-    with pytest.raises(ValueError, match="no folder, but got one on denoiser 0"):
+    with pytest.raises(ValueError, match="no folder, but got a `PromptPatch` on denoiser 0"):
         mixed.save_pretrained(tmp_path)
     patch.detach()
     mixed.save_pretrained(tmp_path)

@@ -1,1 +1,1 @@
-"""The diffusion process: noise levels, predictions, schedulers and latents. Every formula of it stands here once."""
+"""The diffusion process itself: noise levels, predictions, timesteps, schedulers and latents. Each formula is here once."""

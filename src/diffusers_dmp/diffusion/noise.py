@@ -1,33 +1,63 @@
-"""Noise levels: how much image and how much noise there is in x_t.
+"""Noise levels: how much of the image and how much noise a noisy sample x_t contains.
 
-With x_t = α·x0 + σ·ε: α² + σ² = 1 for DDPM (https://arxiv.org/abs/2006.11239), α + σ = 1 for flow matching
+x_t = α·x0 + σ·ε, with α² + σ² = 1 for DDPM (https://arxiv.org/abs/2006.11239) and α + σ = 1 for flow matching
 (https://arxiv.org/abs/2210.02747).
 
-Legend: B batch, S denoising steps.
+Legend: B batch.
 """
 
-from typing import Any
-
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+
+def alpha_sigma(alphas_cumprod: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Compute α = √ᾱ and σ = √(1 - ᾱ) (DDPM, equation 4).
+
+    Args:
+        alphas_cumprod (`torch.Tensor` of any shape): ᾱ, in [0, 1].
+
+    Returns:
+        α and σ, in the shape and dtype of `alphas_cumprod`.
+    """
+    return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
 
 def signal_to_noise_ratio(alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    """SNR = ᾱ/(1 - ᾱ) = α²/σ² of each ᾱ, in the shape and dtype of `alphas_cumprod`."""
+    """
+    Compute the signal-to-noise ratio α²/σ² = ᾱ/(1 - ᾱ).
+
+    Args:
+        alphas_cumprod (`torch.Tensor` of any shape): ᾱ, in [0, 1].
+
+    Returns:
+        The ratios, in the shape and dtype of `alphas_cumprod`.
+    """
     return alphas_cumprod / (1 - alphas_cumprod)
 
 
 def noisy_sample(x0: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """
-    x_t = α·x0 + σ·ε.
+    Add noise to clean samples: x_t = α·x0 + σ·ε.
 
     Args:
         x0 (`torch.Tensor` of shape (B, …)): The clean samples.
         noise (`torch.Tensor` of shape (B, …)): ε.
         alpha, sigma (`torch.Tensor`, broadcastable to them): α and σ.
+
+    Returns:
+        `torch.Tensor` of shape (B, …).
     """
     return alpha * x0 + sigma * noise
 
 
-def is_flow_matching(scheduler: Any) -> bool:
-    """Whether a scheduler's x_t is (1-σ)·x0 + σ·ε with t = σ·T, whatever ᾱ it may have besides."""
+def is_flow_matching(scheduler: SchedulerMixin) -> bool:
+    """
+    Tell whether a scheduler's noisy samples are those of flow matching, x_t = (1-σ)·x0 + σ·ε with t = σ·T.
+
+    Such a scheduler may have `alphas_cumprod` as well, which it does not use.
+
+    Args:
+        scheduler ([`SchedulerMixin`]): Any scheduler of Diffusers.
+    """
     return "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas"))

@@ -1,28 +1,37 @@
-"""What a denoiser predicts, from one kind to another.
+"""What a denoiser predicts, and how one kind of prediction is converted into another.
 
-With x_t = α·x0 + σ·ε, α² + σ² = 1: 'epsilon' is ε, 'sample' is x0, 'v_prediction' is v = α·ε - σ·x0
-(https://arxiv.org/abs/2202.00512).
+With x_t = α·x0 + σ·ε and α² + σ² = 1, `prediction_type` "epsilon" is the noise ε, "sample" is the clean image x0, and
+"v_prediction" is the velocity v = α·ε - σ·x0 (https://arxiv.org/abs/2202.00512).
+
+Legend: B batch, C channels, H and W height and width, S denoising steps.
 """
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .noise import is_flow_matching
+from .noise import alpha_sigma, is_flow_matching
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 
 def expected_prediction_type(scheduler: SchedulerMixin) -> str:
-    """What a scheduler is to be handed: 'flow_prediction' for the flow-matching ones, which do not say."""
+    """Return the `prediction_type` that a scheduler expects; "flow_prediction" if it has none in its configuration."""
     return scheduler.config.get("prediction_type", "flow_prediction")
+
+
+def prediction_type_of(denoiser: ModelMixin, scheduler: SchedulerMixin) -> str:
+    """Return what a denoiser predicts: its own `prediction_type`, or what the scheduler expects if it has none."""
+    return denoiser.config.get("prediction_type") or expected_prediction_type(scheduler)
 
 
 def velocity(x0: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """
-    v = α·ε - σ·x0 (https://arxiv.org/abs/2202.00512).
+    Compute the velocity v = α·ε - σ·x0 (https://arxiv.org/abs/2202.00512).
 
     Args:
-        x0, noise (`torch.Tensor` of shape (B, C, H, W)): The clean samples and ε.
+        x0 (`torch.Tensor` of shape (B, C, H, W)): The clean samples.
+        noise (`torch.Tensor` of shape (B, C, H, W)): ε.
         alpha, sigma (`torch.Tensor`, broadcastable to them): α and σ.
     """
     return alpha * noise - sigma * x0
@@ -32,13 +41,16 @@ def to_x0(
     prediction: torch.Tensor, x_t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, prediction_type: str
 ) -> torch.Tensor:
     """
-    x̂0 (B, C, H, W).
+    Compute the clean samples x̂0 that a prediction implies.
 
     Args:
-        prediction (`torch.Tensor` of shape (B, C, H, W)): Of the kind `prediction_type`.
-        x_t (`torch.Tensor` of shape (B, C, H, W)): What it was made from.
-        alpha, sigma (`torch.Tensor`, broadcastable to it): α and σ.
+        prediction (`torch.Tensor` of shape (B, C, H, W)): A prediction of the kind `prediction_type`.
+        x_t (`torch.Tensor` of shape (B, C, H, W)): The noisy samples that it was made for.
+        alpha, sigma (`torch.Tensor`, broadcastable to them): α and σ of `x_t`.
         prediction_type (`str`): One of `PREDICTION_TYPES`.
+
+    Returns:
+        `torch.Tensor` of shape (B, C, H, W).
     """
     if prediction_type == "epsilon":
         return (x_t - sigma * prediction) / alpha
@@ -56,10 +68,19 @@ def convert_prediction(
     target_type: str,
 ) -> torch.Tensor:
     """
-    A prediction of one kind as one of another; see [`to_x0`] for the arguments.
+    Convert a prediction of one kind into the same prediction of another kind.
+
+    Args:
+        prediction (`torch.Tensor` of shape (B, C, H, W)): A prediction of the kind `prediction_type`.
+        x_t (`torch.Tensor` of shape (B, C, H, W)): The noisy samples that it was made for.
+        alpha, sigma (`torch.Tensor`, broadcastable to them): α and σ of `x_t`.
+        prediction_type, target_type (`str`): The kind that it is and the kind that it becomes, of `PREDICTION_TYPES`.
+
+    Returns:
+        `torch.Tensor` of shape (B, C, H, W).
 
     Raises:
-        ValueError: if a kind is not one of `PREDICTION_TYPES`.
+        ValueError: if the kinds differ and one of them is not in `PREDICTION_TYPES`.
     """
     if prediction_type == target_type:
         return prediction
@@ -75,8 +96,10 @@ def convert_prediction(
 
 def check_noise_levels(scheduler: SchedulerMixin) -> None:
     """
+    Check that a scheduler's noise levels are those of its `alphas_cumprod`.
+
     Raises:
-        ValueError: if the scheduler has no ᾱ, or its x_t is another: a flow-matching one.
+        ValueError: if the scheduler has no `alphas_cumprod`, or is a flow-matching one.
     """
     if is_flow_matching(scheduler) or not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(
@@ -86,10 +109,10 @@ def check_noise_levels(scheduler: SchedulerMixin) -> None:
 
 def noise_levels(scheduler: SchedulerMixin) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    α and σ of the x_t that a scheduler's steps begin with, of unit variance for data of unit variance.
+    Compute α and σ of the x_t at the beginning of each of a scheduler's steps, scaled to α² + σ² = 1.
 
     Args:
-        scheduler ([`SchedulerMixin`]): With `alphas_cumprod`, and its timesteps set.
+        scheduler ([`SchedulerMixin`]): A scheduler with `alphas_cumprod`, whose timesteps are set.
 
     Returns:
         Two `torch.Tensor` of shape (S,), one number for each of `scheduler.timesteps`, in float32 on the CPU.
@@ -101,11 +124,12 @@ def noise_levels(scheduler: SchedulerMixin) -> tuple[torch.Tensor, torch.Tensor]
     timesteps = scheduler.timesteps.cpu().double()
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is not None and len(sigmas) in (len(timesteps), len(timesteps) + 1):
-        # σ/α itself, of which the timesteps may only be the nearest integers
+        # here `sigmas` is σ/α; the timesteps may be rounded to integers, so that they are less exact
         angles = sigmas[: len(timesteps)].cpu().double().atan()
     else:
-        # Between two timesteps of the training schedule, on the arc from image (0) to noise (π/2): it is finite at ᾱ = 0.
-        table = scheduler.alphas_cumprod.cpu().double().sqrt().acos()
+        # interpolate between training timesteps by the angle, from 0 (image) to π/2 (noise), which is finite at ᾱ = 0
+        alphas, sigmas = alpha_sigma(scheduler.alphas_cumprod.cpu().double())
+        table = torch.atan2(sigmas, alphas)
         low = timesteps.floor().long().clamp(max=len(table) - 1)
         angles = torch.lerp(table[low], table[(low + 1).clamp(max=len(table) - 1)], timesteps - low)
     return angles.cos().float(), angles.sin().float()
@@ -115,8 +139,15 @@ def posterior_weights(
     alphas_cumprod: torch.Tensor, alphas_cumprod_prev: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    c0 and ct of the mean c0·x0 + ct·x_t of q(x_s | x_t, x0) for ᾱ_t and ᾱ_s, s < t (https://arxiv.org/abs/2006.11239,
-    equation 7).
+    Compute c0 and ct of the mean c0·x0 + ct·x_t of q(x_s | x_t, x0), s < t (DDPM, equation 7,
+    https://arxiv.org/abs/2006.11239).
+
+    Args:
+        alphas_cumprod (`torch.Tensor` of any shape): ᾱ_t.
+        alphas_cumprod_prev (`torch.Tensor` of the same shape): ᾱ_s.
+
+    Returns:
+        c0 and ct, of the same shape.
     """
     alphas = alphas_cumprod / alphas_cumprod_prev  # α_t = 1 - β_t
     return (

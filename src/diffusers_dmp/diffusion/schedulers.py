@@ -1,4 +1,4 @@
-"""Diffusers' schedulers by short names, for whoever lets people choose."""
+"""Diffusers' schedulers by the short names that the command line and the Space offer."""
 
 import diffusers
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -10,17 +10,18 @@ SCHEDULERS = {
     "UniPC": "UniPCMultistepScheduler",
     "Euler": "EulerDiscreteScheduler",
 }
-_BEGIN_ANYWHERE = ("DDIMScheduler", "DDPMScheduler")
+# these can begin at the last timestep, where a cosine schedule leaves nothing of the image (ᾱ ≈ 0)
+_BEGIN_AT_PURE_NOISE = ("DDIMScheduler", "DDPMScheduler")
 
 
 def make_like(scheduler: SchedulerMixin, class_name: str) -> SchedulerMixin:
     """
-    Another scheduler for the same noise.
+    Make a scheduler of another class with the configuration of a given one.
 
     Args:
-        scheduler ([`SchedulerMixin`]): Whose configuration is taken over, but for the solvers' `timestep_spacing`: they cannot
-            begin at the last timestep, where a cosine schedule leaves nothing of the image to be found; 'leading' begins before.
-        class_name (`str`): One of [`SCHEDULERS`]' classes.
+        scheduler ([`SchedulerMixin`]): The scheduler whose configuration is used. Solvers other than DDIM and DDPM get
+            `timestep_spacing="leading"`, because they cannot begin at the last timestep of a cosine schedule.
+        class_name (`str`): A class of Diffusers, one of the values of `SCHEDULERS`.
     """
-    settings = {} if class_name in _BEGIN_ANYWHERE else {"timestep_spacing": "leading"}
+    settings = {} if class_name in _BEGIN_AT_PURE_NOISE else {"timestep_spacing": "leading"}
     return getattr(diffusers, class_name).from_config(scheduler.config, **settings)

@@ -1,10 +1,11 @@
-"""What a denoiser is called with, and what a scheduler is handed of its answer.
-Guidance: https://arxiv.org/abs/2207.12598, learned variance: https://arxiv.org/abs/2102.09672
+"""What a denoiser is called with, and what the scheduler gets of its output.
 
+Guidance: https://arxiv.org/abs/2207.12598, learned variance: https://arxiv.org/abs/2102.09672.
 Legend: B batch, C channels, H and W height and width, in pixels or latent pixels, S denoising steps.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
@@ -12,13 +13,14 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..diffusion.predictions import convert_prediction, expected_prediction_type, noise_levels
 from ..diffusion.variance import as_learned_range
+from ..models.inputs import class_count
 from ..plugins.attachment import patch_of
 from ..saving.naming import descends_from
 
 
 def classifier_free_guidance(
     model_output: torch.Tensor,
-    guidance_scale: "float | torch.Tensor",
+    guidance_scale: float | torch.Tensor,
     sample_channels: int,
     guidance_channels: int | None = None,
 ) -> torch.Tensor:
@@ -29,11 +31,14 @@ def classifier_free_guidance(
         model_output (`torch.Tensor` of shape (2B, C or 2C, H, W)): The conditional half first.
         guidance_scale (`float`, or `torch.Tensor` of shape (B, 1, 1, 1)): w; 1 is the conditional prediction.
         sample_channels (`int`): C. The channels after them, a learned variance, stay the conditional ones.
-        guidance_channels (`int`, *optional*): Guide the first of the C channels only. The published DiT, Remix-DiT and
-            DMP guide 3 of 4; DTR all, as is the default here.
+        guidance_channels (`int`, *optional*): Guide only the first of the C channels. The published DiT, Remix-DiT and
+            DMP guide 3 of 4; DTR guides all, as is the default here.
 
     Returns:
         `torch.Tensor` of shape (B, C or 2C, H, W).
+
+    Raises:
+        ValueError: if `guidance_channels` is not in [1, C].
     """
     conditional, unconditional = model_output.chunk(2)
     guided = sample_channels if guidance_channels is None else guidance_channels
@@ -44,47 +49,105 @@ def classifier_free_guidance(
     return torch.cat([prediction.to(model_output.dtype), conditional[:, guided:]], dim=1)
 
 
-def looks_at_inputs(denoiser: ModelMixin) -> bool:
+def prepare_guidance(
+    guidance_scale: Any, batch_size: int, has_null_class: bool, device: torch.device
+) -> torch.Tensor | None:
     """
-    Whether a denoiser reads its timesteps and labels on the host: a Remix-DiT does, and a patch that keeps its gates. They
-    are left on the CPU for it, as an accelerator would have to be waited for at every step.
+    Check the scale of classifier-free guidance.
+
+    Args:
+        guidance_scale (`float` or list of B `float`): w.
+        batch_size (`int`): B.
+        has_null_class (`bool`): Whether the model can predict without a class.
+        device (`torch.device`): The device of the result.
+
+    Returns:
+        `torch.Tensor` of shape (B or 1, 1, 1, 1), in float32 for every dtype of the model; None if all scales are 1.
+
+    Raises:
+        ValueError: if there are neither one nor B scales, or the model has no null class.
     """
-    is_patched_dit = descends_from(denoiser, "DiTModel") and patch_of(denoiser) is not None
-    return descends_from(denoiser, "RemixDiTModel") or is_patched_dit
+    scales = torch.as_tensor(guidance_scale, dtype=torch.float32, device="cpu").reshape(-1)
+    if len(scales) not in (1, batch_size):
+        raise ValueError(f"Expected `guidance_scale` to be a number or {batch_size} of them, but got {len(scales)}.")
+    if (scales == 1).all():
+        return None
+    if not has_null_class:
+        raise ValueError(
+            f"Expected `guidance_scale` to be 1 for a model without a null class, but got {guidance_scale}."
+        )
+    return scales.to(device).view(-1, 1, 1, 1)
+
+
+def reads_inputs_on_cpu(denoiser: ModelMixin) -> bool:
+    """
+    Tell whether a denoiser reads the values of its timesteps and labels on the CPU.
+
+    A Remix-DiT and a DiT with prompts do. They get these inputs on the CPU: to read them from an accelerator would make
+    the CPU wait at every step.
+    """
+    is_prompted_dit = descends_from(denoiser, "DiTModel") and patch_of(denoiser) is not None
+    return descends_from(denoiser, "RemixDiTModel") or is_prompted_dit
 
 
 @dataclass
 class DenoiserInputs:
-    """What one denoiser is called with, prepared once."""
+    """
+    All inputs of one denoiser except x_t, moved to its device once.
+
+    Args:
+        denoiser ([`ModelMixin`]): The model.
+        timesteps (`torch.Tensor` of shape (S,)): The timesteps of all steps.
+        device (`torch.device`): The device of x_t.
+        guidance (`torch.Tensor` of shape (B or 1, 1, 1, 1), *optional*): Scales of classifier-free guidance.
+        class_labels (`torch.LongTensor` of shape (B,), *optional*): Class labels.
+        low_res (`torch.Tensor` of shape (B, C', h, w), *optional*): Images to enlarge, in [-1, 1].
+    """
 
     denoiser: ModelMixin
-    own_type: str
-    guidance: torch.Tensor | None  # (B or 1, 1, 1, 1)
-    class_labels: torch.LongTensor | None  # (B,)
-    timesteps: torch.Tensor  # (S,)
+    timesteps: torch.Tensor
     device: torch.device
-    num_classes: int | None
+    guidance: torch.Tensor | None = None
+    class_labels: torch.Tensor | None = None
+    low_res: torch.Tensor | None = None
 
-    def __post_init__(self):
-        self.dtype = self.denoiser.dtype  # which Diffusers looks for anew each time
-        device = "cpu" if looks_at_inputs(self.denoiser) else self.device
+    def __post_init__(self) -> None:
+        self.dtype = self.denoiser.dtype  # Diffusers would search for it at every step
+        device = "cpu" if reads_inputs_on_cpu(self.denoiser) else self.device
         self.timesteps = self.timesteps.to(device)
-        self.label_kwargs = {}
+        self.conditions: dict[str, torch.Tensor] = {}
         if self.class_labels is not None:
-            labels = self.class_labels
-            if self.guidance is not None:  # as many null classes behind them
-                labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
-            self.label_kwargs = {"class_labels": labels.to(device)}
+            null_class = class_count(self.denoiser.config) or 0  # its index is the number of classes
+            unconditional = torch.full_like(self.class_labels, null_class)
+            self.conditions["class_labels"] = self._doubled(self.class_labels, unconditional).to(device)
+        if self.low_res is not None:  # guidance leaves out the class, not the image
+            self.conditions["low_res"] = self._doubled(self.low_res, self.low_res).to(self.device)
 
-    def predict(self, i: int, x_t: torch.Tensor, guidance_channels: int | None, keeps_variance: bool) -> torch.Tensor:
-        """The prediction for step i, (B, C, H, W) → (B, C or 2C, H, W), in the dtype of x_t."""
+    def _doubled(self, conditional: torch.Tensor, unconditional: torch.Tensor) -> torch.Tensor:
+        """A batch (B, …), followed by its unconditional counterpart if there is guidance."""
+        return conditional if self.guidance is None else torch.cat([conditional, unconditional])
+
+    def predict(
+        self, step: int, x_t: torch.Tensor, guidance_channels: int | None, keeps_variance: bool
+    ) -> torch.Tensor:
+        """
+        Call the denoiser, and guide its prediction.
+
+        Args:
+            step (`int`): Index of the step.
+            x_t (`torch.Tensor` of shape (B, C, H, W)): Noisy samples.
+            guidance_channels (`int`, *optional*): See [`classifier_free_guidance`].
+            keeps_variance (`bool`): Whether to return the variance channels as well.
+
+        Returns:
+            `torch.Tensor` of shape (B, C or 2C, H, W), in the dtype of `x_t`.
+        """
         channels = x_t.shape[1]
         model_input = x_t.to(self.dtype)
-        if self.guidance is not None:
-            model_input = torch.cat([model_input, model_input])
+        model_input = self._doubled(model_input, model_input)
         # expanded, not copied, so that the model sees that the batch shares its timestep
-        timestep = self.timesteps[i].expand(len(model_input))
-        output = self.denoiser(model_input, timestep, **self.label_kwargs).sample.to(x_t.dtype)
+        timestep = self.timesteps[step].expand(len(model_input))
+        output = self.denoiser(model_input, timestep, **self.conditions).sample.to(x_t.dtype)
         if self.guidance is not None:
             output = classifier_free_guidance(output, self.guidance, channels, guidance_channels)
         if not keeps_variance:
@@ -98,30 +161,54 @@ class DenoiserInputs:
 
 @dataclass
 class Conversion:
-    """From what denoisers predict to what the scheduler is to be handed."""
+    """
+    Converts what denoisers predict into what the scheduler expects.
 
-    alphas: torch.Tensor  # (S,)
-    sigmas: torch.Tensor  # (S,)
+    Args:
+        alphas, sigmas (`torch.Tensor` of shape (S,)): α and σ of each step.
+        target_type (`str`): The scheduler's prediction type.
+    """
+
+    alphas: torch.Tensor
+    sigmas: torch.Tensor
     target_type: str
 
     @classmethod
-    def between(cls, own_types: list[str], scheduler: SchedulerMixin, device: torch.device) -> "Conversion | None":
+    def between(
+        cls, prediction_types: list[str], scheduler: SchedulerMixin, device: torch.device
+    ) -> "Conversion | None":
         """
-        None if there is nothing to convert.
+        Prepare the conversion for all steps.
+
+        Args:
+            prediction_types (`list[str]`): What each denoiser predicts.
+            scheduler ([`SchedulerMixin`]): The scheduler, its timesteps set.
+            device (`torch.device`): The device of the predictions.
+
+        Returns:
+            [`Conversion`], or None if every denoiser predicts what the scheduler expects.
 
         Raises:
-            ValueError: if the scheduler is a flow-matching one, for which nothing is converted.
+            ValueError: if there is something to convert, but the scheduler is a flow-matching one.
         """
         target_type = expected_prediction_type(scheduler)
-        if all(own_type == target_type for own_type in own_types):
+        if all(prediction_type == target_type for prediction_type in prediction_types):
             return None
         alphas, sigmas = noise_levels(scheduler)
         return cls(alphas.to(device), sigmas.to(device), target_type)
 
-    def __call__(self, i: int, model_output: torch.Tensor, x_t: torch.Tensor, own_type: str) -> torch.Tensor:
-        """Of step i, (B, C or 2C, H, W): a variance stays what it is."""
+    def __call__(self, step: int, model_output: torch.Tensor, x_t: torch.Tensor, prediction_type: str) -> torch.Tensor:
+        """
+        Convert the prediction of one step; variance channels stay as they are.
+
+        Args:
+            step (`int`): Index of the step.
+            model_output (`torch.Tensor` of shape (B, C or 2C, H, W)): A prediction of the kind `prediction_type`.
+            x_t (`torch.Tensor` of shape (B, C, H, W)): The noisy samples that it was made for.
+            prediction_type (`str`): What the denoiser predicts.
+        """
         channels = x_t.shape[1]
         prediction = convert_prediction(
-            model_output[:, :channels], x_t, self.alphas[i], self.sigmas[i], own_type, self.target_type
+            model_output[:, :channels], x_t, self.alphas[step], self.sigmas[step], prediction_type, self.target_type
         )
         return torch.cat([prediction.to(model_output.dtype), model_output[:, channels:]], dim=1)

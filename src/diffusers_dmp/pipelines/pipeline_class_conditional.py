@@ -1,6 +1,6 @@
-"""One denoiser, any Diffusers scheduler, in pixel or latent space, with or without classes.
-Guidance: https://arxiv.org/abs/2207.12598, learned variance: https://arxiv.org/abs/2102.09672
+"""Generate images with one denoiser and any Diffusers scheduler, in pixel or latent space, with or without classes.
 
+Guidance: https://arxiv.org/abs/2207.12598, learned variance: https://arxiv.org/abs/2102.09672.
 Legend: B batch, C channels, H and W height and width, in pixels or latent pixels.
 """
 
@@ -9,37 +9,42 @@ from collections.abc import Callable
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.image_processor import PipelineImageInput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ..diffusion.predictions import expected_prediction_type
+from ..diffusion.predictions import prediction_type_of
 from ..plugins.attachment import patch_of
 from ..saving.naming import PACKAGE
 from .denoising import DenoisingMixin
+from .settings import DenoiserSettings, GenerationSettings
 
 
 class ClassConditionalPipeline(DenoisingMixin, DiffusionPipeline):
     """
     Generate images with one denoiser.
 
+    `from_pretrained` also loads a repository of Diffusers' own `DiTPipeline`, such as facebook/DiT-XL-2-256.
+
     Args:
-        transformer ([`DiTModel`], [`DTRTransformer2DModel`], [`RemixDiTModel`], or Diffusers' DiT or `UNet2DModel`):
-            Called as `transformer(sample, timestep, class_labels=…)`; without labels if its configuration has none of
-            `num_classes`, `num_embeds_ada_norm` and `num_class_embeds`.
-        scheduler ([`SchedulerMixin`]): Any of Diffusers'. With a learned variance the DDPM ones use it, the others
-            leave it. What the transformer predicts (`prediction_type` in its configuration, or else what the scheduler
+        transformer ([`DiTModel`], [`DTRTransformer2DModel`], [`RemixDiTModel`], [`PatchedUNet2DModel`], or Diffusers'
+            `DiTTransformer2DModel` or `UNet2DModel`): The denoiser, called as `transformer(sample, timestep,
+            class_labels=…)`; without labels if its configuration has none of `num_classes`, `num_embeds_ada_norm` and
+            `num_class_embeds`.
+        scheduler ([`SchedulerMixin`]): Any scheduler of Diffusers. The DDPM schedulers use a learned variance, the others
+            ignore it. What the transformer predicts (`prediction_type` in its configuration, or else what the scheduler
             expects) is converted into what the scheduler expects.
         vae ([`AutoencoderKL`], *optional*): For a denoiser of latents.
-        prompt_patch ([`PromptPatch`], *optional*): Attached to the transformer, in eval mode, unless it is already. The
-            pipeline's `prompt_patch` is whatever the transformer has, which is saved with the pipeline.
-        id2label (`dict[str, str]`, *optional*): The names of the classes by index (a string, as JSON will have it).
+        id2label (`dict[str, str]`, *optional*): The names of the classes, by index (a string, as in JSON).
+        prompt_patch ([`PromptPatch`], *optional*): Prompts to attach to the transformer, in eval mode. The pipeline's
+            `prompt_patch` is always the one that is attached to the transformer; it is saved with the pipeline.
     """
 
     __module__ = PACKAGE  # the library that `save_pretrained` names
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae", "prompt_patch"]
-    _exclude_from_cpu_offload = ["prompt_patch"]  # it is small, and its transformer calls it
+    _exclude_from_cpu_offload = ["prompt_patch"]  # it is small, and the transformer calls it
 
     def __init__(
         self,
@@ -53,20 +58,29 @@ class ClassConditionalPipeline(DenoisingMixin, DiffusionPipeline):
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, prompt_patch=prompt_patch)
         self._set_up_images(vae, id2label)
 
-    def save_pretrained(self, save_directory: "str | os.PathLike", **kwargs) -> None:
-        """See [`DiffusionPipeline.save_pretrained`]."""
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """Save all components; see [`DiffusionPipeline.save_pretrained`]."""
         self.register_modules(prompt_patch=self.prompt_patch)
         super().save_pretrained(save_directory, **kwargs)
 
-    def enable_group_offload(self, *args, exclude_modules: "str | list[str] | None" = None, **kwargs) -> None:
-        """See [`DiffusionPipeline.enable_group_offload`]. A patch is small, and its transformer calls it: it stays."""
+    def enable_group_offload(self, *args, exclude_modules: str | list[str] | None = None, **kwargs) -> None:
+        """
+        Offload groups of layers; see [`DiffusionPipeline.enable_group_offload`].
+
+        The prompts stay on the accelerator: they are small, and the transformer calls them.
+        """
         exclude_modules = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
         patches = [name for name in self._exclude_from_cpu_offload if name in self.components]
         super().enable_group_offload(*args, exclude_modules=[*exclude_modules, *patches], **kwargs)
 
     @property
+    def denoisers(self) -> list[ModelMixin]:
+        """The transformer, in a list."""
+        return [self.transformer]
+
+    @property
     def prompt_patch(self) -> ModelMixin | None:
-        """The patch that the transformer has."""
+        """The prompts that are attached to the transformer, if any."""
         return patch_of(self.transformer)
 
     @prompt_patch.setter
@@ -77,57 +91,61 @@ class ClassConditionalPipeline(DenoisingMixin, DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: "int | str | list[int] | list[str] | torch.LongTensor | None" = None,
+        class_labels: int | str | list[int] | list[str] | torch.Tensor | None = None,
         batch_size: int = 1,
-        guidance_scale: "float | list[float]" = 1.0,
+        guidance_scale: float | list[float] = 1.0,
         guidance_channels: int | None = None,
         num_inference_steps: int = 50,
         timesteps: list[int] | None = None,
         height: int | None = None,
         width: int | None = None,
         eta: float = 0.0,
-        generator: "torch.Generator | list[torch.Generator] | None" = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: "Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None" = None,
-        callback_on_step_end_tensor_inputs: "list[str]" = ["latents"],  # noqa: B006  Diffusers' own default
-    ) -> "ImagePipelineOutput | tuple":
+        callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006  Diffusers' own default
+        image: PipelineImageInput | None = None,
+    ) -> ImagePipelineOutput | tuple:
         """
+        Generate images.
+
         Args:
             class_labels (`int`, `str`, a list of either, or `torch.LongTensor` of shape (B,), *optional*):
-                What to generate, as indices or as names of `id2label`; one image for each. Without it, `batch_size`
+                What to generate, as indices or as names of `id2label`; one image for each. If None, `batch_size`
                 unconditional images.
             batch_size (`int`): B, if there are no `class_labels`.
-            guidance_scale (`float` or list of B `float`): w of classifier-free guidance; 1 is none.
-            guidance_channels (`int`, *optional*): Guide the first channels only; see [`classifier_free_guidance`].
-            num_inference_steps (`int`): Denoising steps.
-            timesteps (`list[int]`, *optional*): Descending timesteps instead, for schedulers that take them
-                ([`respaced_timesteps`] gives the published choices).
-            height, width (`int`, *optional*): In pixels; the trained size by default.
+            guidance_scale (`float` or list of B `float`): w of classifier-free guidance; 1 is no guidance.
+            guidance_channels (`int`, *optional*): Guide only the first channels; see [`classifier_free_guidance`].
+            num_inference_steps (`int`): The number of denoising steps.
+            timesteps (`list[int]`, *optional*): Descending timesteps, instead of `num_inference_steps`, for schedulers
+                that take them ([`respaced_timesteps`] gives the published choices).
+            height, width (`int`, *optional*): Size of the images, in pixels; by default the size of the training images.
             eta (`float`): η of DDIM.
             generator (`torch.Generator` or a list of B, *optional*): With one for each sample, a sample does not depend
-                on its batch.
+                on the others in its batch, up to rounding.
             latents (`torch.Tensor` of shape (B, C, H, W), *optional*): The initial noise, of unit variance.
             output_type (`str`): 'pil', 'np', 'pt' (in [0, 1]) or 'latent'.
             return_dict (`bool`): Whether to return an [`ImagePipelineOutput`] or a tuple.
-            callback_on_step_end (`Callable`, *optional*): Called after each step as in every Diffusers pipeline.
-            callback_on_step_end_tensor_inputs (`list[str]`): What it is handed: 'latents'.
+            callback_on_step_end (`Callable`, *optional*): Called after each step, as in every Diffusers pipeline.
+            callback_on_step_end_tensor_inputs (`list[str]`): The tensors that the callback gets: 'latents'.
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list of them, *optional*): For a
+                super-resolution model (`low_res_channels` in its configuration): the image to enlarge, or B of them, all
+                of one size. Arrays (h, w, C) and tensors (C, h, w), with or without a batch dimension, have values in
+                [0, 1], or in [-1, 1] if some are negative. Without `class_labels`, B is the number of these images.
 
         Returns:
-            [`ImagePipelineOutput`] with `images`.
+            [`ImagePipelineOutput`] with `images`, or a tuple.
 
         Raises:
-            ValueError: if a label, name, size, scale or timestep does not fit the model, or the scheduler was made
-                for another number of training timesteps.
+            ValueError: if a label, name, size, scale, image or timestep does not fit the model, or the scheduler was
+                made for another number of training timesteps.
         """
-        own_type = self.transformer.config.get("prediction_type") or expected_prediction_type(self.scheduler)
-        return self._generate(
-            [own_type],
-            [guidance_scale],
-            lambda scheduler: [0] * len(scheduler.timesteps),
+        settings = GenerationSettings(
             class_labels=class_labels,
             batch_size=batch_size,
+            image=image,
             guidance_channels=guidance_channels,
             num_inference_steps=num_inference_steps,
             timesteps=timesteps,
@@ -141,8 +159,5 @@ class ClassConditionalPipeline(DenoisingMixin, DiffusionPipeline):
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-
-    @property
-    def denoisers(self) -> list[ModelMixin]:
-        """The transformer alone."""
-        return [self.transformer]
+        prediction_type = prediction_type_of(self.transformer, self.scheduler)
+        return self._generate(settings, [DenoiserSettings(self.transformer, prediction_type, guidance_scale)])
