@@ -59,7 +59,7 @@ def test_full_sharing_is_the_plain_dit(batch):
     routed = randomised(DTRTransformer2DModel(**TINY_CONFIG, sharing_ratio=1.0))
     plain = DiTModel(**TINY_CONFIG).eval()
     plain.load_state_dict(routed.state_dict())
-    assert torch.equal(routed(**batch).sample, plain(**batch).sample)
+    torch.testing.assert_close(routed(**batch).sample, plain(**batch).sample)
 
 
 @pytest.mark.parametrize("routing", ["window", "random"])
@@ -118,12 +118,13 @@ def test_random_masks_are_random_and_survive_a_checkpoint(tmp_path):
 @pytest.mark.parametrize("loader", [DTRTransformer2DModel, AutoModel])
 def test_round_trip(tiny_dtr, batch, tmp_path, loader):
     tiny_dtr.save_pretrained(tmp_path)
-    files = ["config.json", "diffusers_dmp.py", "diffusion_pytorch_model.safetensors"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == files
+    files = {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} >= files
     loaded = loader.from_pretrained(str(tmp_path))
     assert type(loaded) is DTRTransformer2DModel
     assert dict(loaded.config).items() >= {"sharing_ratio": 0.8, "routing_alpha": 4.0, "routing": "window"}.items()
-    assert torch.equal(loaded(**batch).sample, tiny_dtr(**batch).sample)
+    assert all(map(torch.equal, loaded.parameters(), tiny_dtr.parameters()))
+    torch.testing.assert_close(loaded(**batch).sample, tiny_dtr(**batch).sample)
 
 
 def test_gradient_checkpointing_changes_no_gradient(tiny_dtr, batch):

@@ -1,7 +1,8 @@
-"""Remix-DiT: the published numbers, experts that equal plain DiTs, and a kept mixture that is never out of date."""
+"""Remix-DiT: the published numbers, experts that equal plain DiTs, saved intervals, and fused weights that are never out of date."""
 
 import copy
 import io
+import json
 
 import pytest
 import torch
@@ -23,6 +24,17 @@ REMIX_CONFIG = TINY_CONFIG | {"num_bases": 3, "num_experts": 7}  # 7 does not di
 @pytest.fixture
 def tiny_remix() -> RemixDiTModel:
     return randomised(RemixDiTModel(**REMIX_CONFIG))
+
+
+def assert_equal_up_to_rounding(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """
+    Compare outputs of two computations that round differently.
+
+    A rounding error is relative to the largest summand, not to the sum, so that the tolerance is relative to the largest
+    output: 192 (the longest sum, 4·D) times float32's eps.
+    """
+    atol = 192 * torch.finfo(torch.float32).eps * expected.abs().max().item()
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
 
 
 def expert_batch(model: RemixDiTModel, expert: int, batch: dict) -> dict:
@@ -232,7 +244,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_remix, batch):
         torch.testing.assert_close(checkpointed.grad, plain.grad, atol=1e-7, rtol=1e-5)
 
 
-# The mixture that is kept in sampling
+# Fused weights in sampling
 
 
 @pytest.fixture
@@ -264,19 +276,45 @@ def test_mixes_once_per_expert(tiny_remix, batch, mixings):
 
 
 @torch.no_grad()
-def test_keeps_one_copy(tiny_remix, batch, mixings):
+def test_one_fused_copy(tiny_remix, batch, mixings):
     for timestep in (999, 999, 0, 999):
         tiny_remix(**batch | {"timestep": timestep})
-        held = [tensor for linear in tiny_remix.basis_linears for tensor in linear._held]
+        fused = [tensor for linear in tiny_remix.basis_linears for tensor in linear._fused]
         bases = [tensor for linear in tiny_remix.basis_linears for tensor in linear.parameters()]
-        assert sum(map(torch.numel, held)) == sum(map(torch.numel, bases)) / 3
+        assert sum(map(torch.numel, fused)) == sum(map(torch.numel, bases)) / 3
     assert len(mixings) == 3 * NUM_LINEARS
-    assert not any("held" in name for name in tiny_remix.state_dict())
+    assert not any("fused" in name for name in tiny_remix.state_dict())
     sizes = []
-    for model in (tiny_remix, tiny_remix.eval()):  # which forgets it
+    for model in (tiny_remix, tiny_remix.eval()):  # `eval` drops the fused copy
         torch.save(model, buffer := io.BytesIO())
         sizes.append(buffer.tell())
     assert sizes[0] == pytest.approx(sizes[1], rel=0.01)
+
+
+@torch.no_grad()
+def test_fusing_ahead_and_unfusing(tiny_remix, batch, mixings):
+    inputs = batch | {"timestep": 999}
+    with torch.enable_grad():
+        assert tiny_remix.fuse_expert(6)
+    assert not any(tensor.requires_grad for linear in tiny_remix.basis_linears for tensor in linear._fused)
+    before = tiny_remix(**inputs).sample
+    assert len(mixings) == NUM_LINEARS  # the call found expert 6 fused
+    tiny_remix(**batch | {"timestep": 0})  # another expert's timestep gets that expert's weights
+    assert len(mixings) == 2 * NUM_LINEARS
+
+    tiny_remix(**inputs)
+    for parameter in tiny_remix.parameters():
+        parameter.data.mul_(2)  # which PyTorch does not count
+    tiny_remix.unfuse_expert()
+    assert not any(linear.is_fused for linear in tiny_remix.basis_linears)
+    after = tiny_remix(**inputs).sample
+    assert not torch.allclose(after, before, atol=1e-4)
+    assert_equal_up_to_rounding(after, tiny_remix.bake_expert(6)(**inputs).sample)
+
+
+def test_a_layer_is_fused_before_it_is_called(tiny_remix):
+    with pytest.raises(RuntimeError, match="to be fused, or to be called within `mixing`"):
+        tiny_remix.basis_linears[0](torch.zeros(1, 1, 48))
 
 
 def optimizer_step(model):
@@ -347,17 +385,17 @@ def to_double_and_back(model):
     ids=lambda change: change.__name__,
 )
 @torch.no_grad()
-def test_other_weights_are_mixed_anew(tiny_remix, batch, change):
+def test_other_weights_are_fused_again(tiny_remix, batch, change):
     inputs = batch | {"timestep": torch.tensor(7).expand(4)}
     before = tiny_remix(**inputs).sample
     change(tiny_remix)
     after = tiny_remix(**inputs).sample
     assert not torch.allclose(after, before, atol=1e-4)
-    torch.testing.assert_close(after, copy.deepcopy(tiny_remix)(**inputs).sample)
-    torch.testing.assert_close(after, tiny_remix.bake_expert(0)(**inputs).sample, atol=1e-5, rtol=1e-4)
+    assert_equal_up_to_rounding(after, copy.deepcopy(tiny_remix)(**inputs).sample)
+    assert_equal_up_to_rounding(after, tiny_remix.bake_expert(0)(**inputs).sample)
 
 
-def test_keeps_mixtures_under_inference_mode_too(tiny_remix, batch, mixings):
+def test_fuses_under_inference_mode_too(tiny_remix, batch, mixings):
     inputs = batch | {"timestep": 7}
     with torch.inference_mode():
         model = copy.deepcopy(tiny_remix)  # its parameters are inference tensors
@@ -381,7 +419,7 @@ def test_a_tensor_in_the_place_of_another_is_noticed(tiny_remix, batch):
         output = torch.func.functional_call(tiny_remix, *inputs).sample
         tiny_remix.get_parameter(name).copy_(scale * weight)
         expected = tiny_remix.bake_expert(0)(**batch | {"timestep": 7}).sample
-        torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-3)
+        assert_equal_up_to_rounding(output, expected)
 
 
 @pytest.mark.parametrize("timestep", [7, [3, 250, 600, 999]])
@@ -432,7 +470,50 @@ def test_round_trip(tiny_remix, batch, tmp_path, loader):
     assert type(loaded) is RemixDiTModel
     assert loaded.intervals == tiny_remix.intervals
     assert dict(loaded.config).items() >= {"num_bases": 3, "num_experts": 7}.items()
-    assert torch.equal(loaded(**batch).sample, tiny_remix(**batch).sample)
+    assert all(map(torch.equal, loaded.parameters(), tiny_remix.parameters()))
+    assert_equal_up_to_rounding(loaded(**batch).sample, tiny_remix(**batch).sample)
+
+
+# Intervals
+
+
+def test_the_edges_are_saved(tiny_remix, tmp_path):
+    edges = [
+        0,
+        142,
+        284,
+        426,
+        568,
+        710,
+        852,
+        1000,
+    ]  # ⌊1000/7⌋ = 142 each; PPAP's intervals would begin at 857 for the last
+    assert tiny_remix.config.interval_edges == edges
+    tiny_remix.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["interval_edges"] == edges
+
+
+def test_odd_edges_survive_a_checkpoint_and_decide(tiny_dit, batch, tmp_path):
+    edges = [0, 0.5, 599.25, 999.5, 1000]
+    model = RemixDiTModel.from_dit(tiny_dit, num_bases=2, num_experts=4, interval_edges=edges)
+    randomised(model).save_pretrained(tmp_path)
+    loaded = RemixDiTModel.from_pretrained(tmp_path)
+    assert loaded.config.interval_edges == edges and loaded.intervals.edges == tuple(edges)
+    assert type(loaded).from_config(loaded.config).intervals == loaded.intervals
+    with torch.no_grad():
+        for timestep, expert in ((0, 0), (1, 1), (599, 1), (599.25, 2), (600, 2), (999, 2), (999.5, 3), (1000.0, 3)):
+            inputs = batch | {"timestep": torch.tensor(timestep)}
+            assert_equal_up_to_rounding(loaded(**inputs).sample, loaded.bake_expert(expert)(**inputs).sample)
+
+
+def test_configurations_of_0_1_0_have_no_edges(tiny_remix, tmp_path):
+    tiny_remix.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["interval_edges"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = RemixDiTModel.from_pretrained(tmp_path)
+    assert loaded.intervals == tiny_remix.intervals
+    assert loaded.config.interval_edges == tiny_remix.config.interval_edges
 
 
 # Every way it can be run
@@ -489,7 +570,7 @@ def test_repeated_blocks_compile_once_for_all_experts(tiny_remix, batch, mixings
         outputs = [tiny_remix(**inputs).sample for inputs in experts]
     for output, eager in zip(outputs, expected):
         torch.testing.assert_close(output, eager, atol=1e-5, rtol=1e-5)
-    assert len(mixings) == 2 * 7 * NUM_LINEARS  # kept here, too
+    assert len(mixings) == 2 * 7 * NUM_LINEARS  # fused once per expert here, too
 
 
 # Bad input
@@ -501,6 +582,9 @@ def test_repeated_blocks_compile_once_for_all_experts(tiny_remix, batch, mixings
         ({"num_bases": 0}, "num_bases. to be at least 1, but got 0"),
         ({"num_experts": 0}, "num_experts. to be between 1 and the 1000.*got 0"),
         ({"num_experts": 1001}, "num_experts.*1001"),
+        ({"interval_edges": [0, 500, 1000]}, "interval_edges.*1000 training timesteps among 8 experts.*500"),
+        ({"num_experts": 2, "interval_edges": [0, 500, 999]}, "1000 training timesteps among 2 experts.*999"),
+        ({"num_experts": 2, "interval_edges": [0, 1000, 500]}, "ascend"),
     ],
 )
 def test_refuses_a_bad_configuration(config, message):
@@ -531,11 +615,13 @@ def test_refuses_what_is_no_plain_dit(tiny_dtr):
 
 
 @pytest.mark.parametrize("expert", [-1, 7])
-def test_refuses_experts_that_there_are_not(tiny_remix, batch, expert):
+def test_refuses_unknown_experts(tiny_remix, batch, expert):
     with pytest.raises(ValueError, match=rf"`expert` to be in \[0, 7\), but got {expert}"):
         tiny_remix.bake_expert(expert)
     with pytest.raises(ValueError, match="expert"):
         tiny_remix(**batch, expert=expert)
+    with pytest.raises(ValueError, match="expert"):
+        tiny_remix.fuse_expert(expert)
 
 
 @pytest.mark.parametrize("timestep", [-1, 1000, [0, 1, 2, 1000]])
