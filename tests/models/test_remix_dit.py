@@ -1,7 +1,8 @@
-"""Remix-DiT: the published numbers, experts that equal plain DiTs, and a kept mixture that is never out of date."""
+"""Remix-DiT: the published numbers, experts that equal plain DiTs, saved intervals, and fused weights that are never out of date."""
 
 import copy
 import io
+import json
 
 import pytest
 import torch
@@ -25,13 +26,24 @@ def tiny_remix() -> RemixDiTModel:
     return randomised(RemixDiTModel(**REMIX_CONFIG))
 
 
+def assert_equal_up_to_rounding(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """
+    Compare outputs of two computations that round differently.
+
+    A rounding error is relative to the largest summand, not to the sum, so that the tolerance is relative to the largest
+    output: 192 (the longest sum, 4·D) times float32's eps.
+    """
+    atol = 192 * torch.finfo(torch.float32).eps * expected.abs().max().item()
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
+
+
 def expert_batch(model: RemixDiTModel, expert: int, batch: dict) -> dict:
     """The batch at the first, the last and two more timesteps of an expert."""
     low, high = model.intervals.edges[expert : expert + 2]
     return batch | {"timestep": torch.tensor([low, high - 1, (low + high) // 2, low + 1])}
 
 
-# What it computes
+# Outputs
 
 
 @pytest.mark.parametrize("case", ["expert0", "expert3", "expert7"])
@@ -45,7 +57,7 @@ def test_matches_the_published_remix_dit(case, with_gradients):
 
 
 @pytest.mark.parametrize("with_gradients", [False, True])
-def test_a_sample_meets_its_own_expert_whatever_its_batch(with_gradients):
+def test_every_sample_gets_the_expert_of_its_own_timestep(with_gradients):
     """The published code averages the experts over the batch (`case.batch_mean`), which is wrong for each of them."""
     vectors = Vectors("remix_tiny")
     model = convert_checkpoint("remix", vectors.state_dict, vectors.config)
@@ -56,7 +68,7 @@ def test_a_sample_meets_its_own_expert_whatever_its_batch(with_gradients):
         for i, which in enumerate(order):
             own = slice(which, which + 1)
             alone = model(sample[own], timestep[own], labels[own]).sample
-            torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=1e-4)
+            assert_equal_up_to_rounding(together[i : i + 1], alone)
     assert (together[1] - vectors["case.batch_mean.out"][0]).abs().max() > 1e-2
 
 
@@ -65,12 +77,12 @@ def test_dropped_labels_follow_their_samples(tiny_remix, batch):
     reverse = {name: value.flip(0) for name, value in batch.items()}
     output = tiny_remix(**batch, force_drop_ids=drop).sample
     assert not torch.allclose(output, tiny_remix(**batch).sample)
-    torch.testing.assert_close(tiny_remix(**reverse, force_drop_ids=drop.flip(0)).sample.flip(0), output)
+    assert_equal_up_to_rounding(tiny_remix(**reverse, force_drop_ids=drop.flip(0)).sample.flip(0), output)
 
 
 def test_one_basis_is_the_plain_dit(tiny_dit, batch):
     model = RemixDiTModel.from_dit(tiny_dit, num_bases=1, num_experts=8)
-    torch.testing.assert_close(model(**batch).sample, tiny_dit(**batch).sample, atol=1e-5, rtol=1e-5)
+    assert_equal_up_to_rounding(model(**batch).sample, tiny_dit(**batch).sample)
 
 
 @pytest.mark.parametrize("num_bases, num_experts", [(4, 8), (4, 20), (3, 7)])
@@ -79,7 +91,7 @@ def test_every_expert_starts_as_the_dit(tiny_dit, batch, num_bases, num_experts)
     assert not model.training
     for expert in range(num_experts):
         inputs = expert_batch(model, expert, batch)
-        torch.testing.assert_close(model(**inputs).sample, tiny_dit(**inputs).sample, atol=1e-5, rtol=1e-4)
+        assert_equal_up_to_rounding(model(**inputs).sample, tiny_dit(**inputs).sample)
 
 
 def test_from_a_stock_dit(batch):
@@ -140,7 +152,7 @@ def test_presets_are_the_dits(name):
 @given(
     num_bases=st.integers(1, 4), num_groups=st.integers(1, 3), shape=st.tuples(st.integers(1, 3), st.integers(1, 3))
 )
-def test_mixing_has_exact_gradients(num_bases, num_groups, shape):
+def test_gradients_of_mixing(num_bases, num_groups, shape):
     generator = torch.Generator().manual_seed(0)
     inputs = (
         torch.randn(num_groups, num_bases, generator=generator, dtype=torch.float64, requires_grad=True),
@@ -154,7 +166,7 @@ def test_mixing_has_exact_gradients(num_bases, num_groups, shape):
 
 
 class Allocations(TorchDispatchMode):
-    """The numbers of elements of all tensors that are made, but for views."""
+    """Record the number of elements of every tensor that is allocated; views are not."""
 
     def __init__(self, *known: torch.Tensor):
         super().__init__()
@@ -164,7 +176,9 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
         for tensor in output if isinstance(output, (tuple, list)) else [output]:
-            self.tensors.setdefault(tensor.untyped_storage().data_ptr(), tensor)  # alive, so that none takes its place
+            self.tensors.setdefault(
+                tensor.untyped_storage().data_ptr(), tensor
+            )  # keeps it alive, so that no other tensor gets its address
         return output
 
     @property
@@ -202,7 +216,7 @@ def test_frozen_bases_get_no_gradient():
 
 
 def test_gradients_reach_bases_and_coefficients_of_the_experts_at_work(tiny_remix, batch):
-    """The gradient of a mixed batch is the mean of its samples' own, computed with plain DiTs."""
+    """The gradient of a batch of several experts is the mean of its samples' gradients, computed with plain DiTs."""
     tiny_remix(**batch).sample.square().mean().backward()
     experts = tiny_remix.intervals.index(batch["timestep"]).tolist()  # 0, 1, 4, 6
     name = "transformer_blocks.1.ff.net.2.weight"
@@ -232,12 +246,12 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_remix, batch):
         torch.testing.assert_close(checkpointed.grad, plain.grad, atol=1e-7, rtol=1e-5)
 
 
-# The mixture that is kept in sampling
+# Fused weights in sampling
 
 
 @pytest.fixture
 def mixings(monkeypatch) -> list[torch.Tensor]:
-    """The coefficients of each mixing of a layer."""
+    """Record the coefficients of every mixing of a layer."""
     calls, original = [], BasisLinear.mix
 
     def mix(linear, coefficients):
@@ -259,24 +273,50 @@ def test_mixes_once_per_expert(tiny_remix, batch, mixings):
         inputs = batch | {"timestep": torch.tensor(timestep).expand(4)}
         output = tiny_remix(**inputs).sample
         plain = expected[sum(timestep >= edge for edge in edges[1:])]
-        torch.testing.assert_close(output, plain(**inputs).sample, atol=1e-5, rtol=1e-4)
+        assert_equal_up_to_rounding(output, plain(**inputs).sample)
     assert len(mixings) == 7 * NUM_LINEARS
 
 
 @torch.no_grad()
-def test_keeps_one_copy(tiny_remix, batch, mixings):
+def test_one_fused_copy(tiny_remix, batch, mixings):
     for timestep in (999, 999, 0, 999):
         tiny_remix(**batch | {"timestep": timestep})
-        held = [tensor for linear in tiny_remix.basis_linears for tensor in linear._held]
+        fused = [tensor for linear in tiny_remix.basis_linears for tensor in linear._fused]
         bases = [tensor for linear in tiny_remix.basis_linears for tensor in linear.parameters()]
-        assert sum(map(torch.numel, held)) == sum(map(torch.numel, bases)) / 3
+        assert sum(map(torch.numel, fused)) == sum(map(torch.numel, bases)) / 3
     assert len(mixings) == 3 * NUM_LINEARS
-    assert not any("held" in name for name in tiny_remix.state_dict())
+    assert not any("fused" in name for name in tiny_remix.state_dict())
     sizes = []
-    for model in (tiny_remix, tiny_remix.eval()):  # which forgets it
+    for model in (tiny_remix, tiny_remix.eval()):  # `eval` drops the fused copy
         torch.save(model, buffer := io.BytesIO())
         sizes.append(buffer.tell())
     assert sizes[0] == pytest.approx(sizes[1], rel=0.01)
+
+
+@torch.no_grad()
+def test_fusing_ahead_and_unfusing(tiny_remix, batch, mixings):
+    inputs = batch | {"timestep": 999}
+    with torch.enable_grad():
+        assert tiny_remix.fuse_expert(6)
+    assert not any(tensor.requires_grad for linear in tiny_remix.basis_linears for tensor in linear._fused)
+    before = tiny_remix(**inputs).sample
+    assert len(mixings) == NUM_LINEARS  # the call found expert 6 fused
+    tiny_remix(**batch | {"timestep": 0})  # another expert's timestep gets that expert's weights
+    assert len(mixings) == 2 * NUM_LINEARS
+
+    tiny_remix(**inputs)
+    for parameter in tiny_remix.parameters():
+        parameter.data.mul_(2)  # which PyTorch does not count
+    tiny_remix.unfuse_expert()
+    assert not any(linear.is_fused for linear in tiny_remix.basis_linears)
+    after = tiny_remix(**inputs).sample
+    assert not torch.allclose(after, before, atol=1e-4)
+    assert_equal_up_to_rounding(after, tiny_remix.bake_expert(6)(**inputs).sample)
+
+
+def test_a_layer_is_fused_before_it_is_called(tiny_remix):
+    with pytest.raises(RuntimeError, match="to be fused, or to be called within `mixing`"):
+        tiny_remix.basis_linears[0](torch.zeros(1, 1, 48))
 
 
 def optimizer_step(model):
@@ -304,7 +344,7 @@ def change_coefficients(model):
 
 def replace(model):
     linear = model.basis_linears[0]
-    for factor in (2, -1):  # twice, so that the second may lie where the first lay
+    for factor in (2, -1):  # twice, so that the second may get the address of the first
         linear.weight = torch.nn.Parameter(factor * linear.weight)
 
 
@@ -347,33 +387,33 @@ def to_double_and_back(model):
     ids=lambda change: change.__name__,
 )
 @torch.no_grad()
-def test_other_weights_are_mixed_anew(tiny_remix, batch, change):
+def test_other_weights_are_fused_again(tiny_remix, batch, change):
     inputs = batch | {"timestep": torch.tensor(7).expand(4)}
     before = tiny_remix(**inputs).sample
     change(tiny_remix)
     after = tiny_remix(**inputs).sample
     assert not torch.allclose(after, before, atol=1e-4)
-    torch.testing.assert_close(after, copy.deepcopy(tiny_remix)(**inputs).sample)
-    torch.testing.assert_close(after, tiny_remix.bake_expert(0)(**inputs).sample, atol=1e-5, rtol=1e-4)
+    assert_equal_up_to_rounding(after, copy.deepcopy(tiny_remix)(**inputs).sample)
+    assert_equal_up_to_rounding(after, tiny_remix.bake_expert(0)(**inputs).sample)
 
 
-def test_keeps_mixtures_under_inference_mode_too(tiny_remix, batch, mixings):
+def test_fuses_under_inference_mode_too(tiny_remix, batch, mixings):
     inputs = batch | {"timestep": 7}
     with torch.inference_mode():
         model = copy.deepcopy(tiny_remix)  # its parameters are inference tensors
         expected = [model(**inputs).sample for _ in range(2)][1]
         assert len(mixings) == NUM_LINEARS
         load(model)
-        torch.testing.assert_close(model(**inputs).sample, copy.deepcopy(model)(**inputs).sample)
+        assert_equal_up_to_rounding(model(**inputs).sample, copy.deepcopy(model)(**inputs).sample)
         tiny_remix(**inputs)
     with torch.no_grad():
-        torch.testing.assert_close(tiny_remix(**inputs).sample, expected)
-    torch.testing.assert_close(tiny_remix(**inputs).sample, expected)  # with gradients
+        assert_equal_up_to_rounding(tiny_remix(**inputs).sample, expected)
+    assert_equal_up_to_rounding(tiny_remix(**inputs).sample, expected)  # with gradients
 
 
 @torch.no_grad()
-def test_a_tensor_in_the_place_of_another_is_noticed(tiny_remix, batch):
-    """Python gives a new object the id of one that is gone."""
+def test_replaced_tensors_are_noticed(tiny_remix, batch):
+    """Python gives the id of a deleted object to a new one."""
     name = "transformer_blocks.0.attn.to_qkv.weight"
     weight = tiny_remix.get_parameter(name).clone()
     for scale in range(20):
@@ -381,21 +421,21 @@ def test_a_tensor_in_the_place_of_another_is_noticed(tiny_remix, batch):
         output = torch.func.functional_call(tiny_remix, *inputs).sample
         tiny_remix.get_parameter(name).copy_(scale * weight)
         expected = tiny_remix.bake_expert(0)(**batch | {"timestep": 7}).sample
-        torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-3)
+        assert_equal_up_to_rounding(output, expected)
 
 
 @pytest.mark.parametrize("timestep", [7, [3, 250, 600, 999]])
 @torch.no_grad()
-def test_offloaded_weights_are_mixed_where_they_come(tiny_remix, batch, timestep):
+def test_offloaded_weights_are_mixed_in_every_call(tiny_remix, batch, timestep):
     inputs = batch | {"timestep": torch.tensor(timestep)}
     expected = tiny_remix(**inputs).sample
     offloaded = cpu_offload(copy.deepcopy(tiny_remix), torch.device("cpu"))  # weights on "meta" between the calls
     assert offloaded.basis_linears[0].weight.is_meta
     for _ in range(2):
-        torch.testing.assert_close(offloaded(**inputs).sample, expected)
+        assert_equal_up_to_rounding(offloaded(**inputs).sample, expected)
 
 
-# Out again
+# Export, and saving
 
 
 def test_a_baked_expert_equals_the_model_on_its_timesteps(tiny_remix, batch):
@@ -403,7 +443,7 @@ def test_a_baked_expert_equals_the_model_on_its_timesteps(tiny_remix, batch):
         baked = tiny_remix.bake_expert(expert)
         assert type(baked) is DiTModel and not baked.training
         inputs = expert_batch(tiny_remix, expert, batch)
-        torch.testing.assert_close(baked(**inputs).sample, tiny_remix(**inputs).sample, atol=1e-5, rtol=1e-4)
+        assert_equal_up_to_rounding(baked(**inputs).sample, tiny_remix(**inputs).sample)
 
 
 def test_experts_as_stock_models(batch, tmp_path):
@@ -432,10 +472,53 @@ def test_round_trip(tiny_remix, batch, tmp_path, loader):
     assert type(loaded) is RemixDiTModel
     assert loaded.intervals == tiny_remix.intervals
     assert dict(loaded.config).items() >= {"num_bases": 3, "num_experts": 7}.items()
-    assert torch.equal(loaded(**batch).sample, tiny_remix(**batch).sample)
+    assert all(map(torch.equal, loaded.parameters(), tiny_remix.parameters()))
+    assert_equal_up_to_rounding(loaded(**batch).sample, tiny_remix(**batch).sample)
 
 
-# Every way it can be run
+# Intervals
+
+
+def test_the_edges_are_saved(tiny_remix, tmp_path):
+    edges = [
+        0,
+        142,
+        284,
+        426,
+        568,
+        710,
+        852,
+        1000,
+    ]  # ⌊1000/7⌋ = 142 each; PPAP's intervals would begin at 857 for the last
+    assert tiny_remix.config.interval_edges == edges
+    tiny_remix.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["interval_edges"] == edges
+
+
+def test_odd_edges_survive_a_checkpoint_and_decide(tiny_dit, batch, tmp_path):
+    edges = [0, 0.5, 599.25, 999.5, 1000]
+    model = RemixDiTModel.from_dit(tiny_dit, num_bases=2, num_experts=4, interval_edges=edges)
+    randomised(model).save_pretrained(tmp_path)
+    loaded = RemixDiTModel.from_pretrained(tmp_path)
+    assert loaded.config.interval_edges == edges and loaded.intervals.edges == tuple(edges)
+    assert type(loaded).from_config(loaded.config).intervals == loaded.intervals
+    with torch.no_grad():
+        for timestep, expert in ((0, 0), (1, 1), (599, 1), (599.25, 2), (600, 2), (999, 2), (999.5, 3), (1000.0, 3)):
+            inputs = batch | {"timestep": torch.tensor(timestep)}
+            assert_equal_up_to_rounding(loaded(**inputs).sample, loaded.bake_expert(expert)(**inputs).sample)
+
+
+def test_configurations_of_0_1_0_have_no_edges(tiny_remix, tmp_path):
+    tiny_remix.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["interval_edges"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = RemixDiTModel.from_pretrained(tmp_path)
+    assert loaded.intervals == tiny_remix.intervals
+    assert loaded.config.interval_edges == tiny_remix.config.interval_edges
+
+
+# Precision and compilation
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -476,7 +559,7 @@ def test_compiles_without_a_graph_break(tiny_remix, batch, timestep, with_gradie
     with torch.set_grad_enabled(with_gradients):
         expected = tiny_remix(**batch).sample
         compiled = torch.compile(tiny_remix, fullgraph=True, backend="eager")
-        torch.testing.assert_close(compiled(**batch).sample, expected, atol=1e-5, rtol=1e-5)
+        assert_equal_up_to_rounding(compiled(**batch).sample, expected)
 
 
 @torch.no_grad()
@@ -488,8 +571,8 @@ def test_repeated_blocks_compile_once_for_all_experts(tiny_remix, batch, mixings
     with torch._dynamo.config.patch(error_on_recompile=True):
         outputs = [tiny_remix(**inputs).sample for inputs in experts]
     for output, eager in zip(outputs, expected):
-        torch.testing.assert_close(output, eager, atol=1e-5, rtol=1e-5)
-    assert len(mixings) == 2 * 7 * NUM_LINEARS  # kept here, too
+        assert_equal_up_to_rounding(output, eager)
+    assert len(mixings) == 2 * 7 * NUM_LINEARS  # fused once per expert here, too
 
 
 # Bad input
@@ -501,6 +584,9 @@ def test_repeated_blocks_compile_once_for_all_experts(tiny_remix, batch, mixings
         ({"num_bases": 0}, "num_bases. to be at least 1, but got 0"),
         ({"num_experts": 0}, "num_experts. to be between 1 and the 1000.*got 0"),
         ({"num_experts": 1001}, "num_experts.*1001"),
+        ({"interval_edges": [0, 500, 1000]}, "interval_edges.*1000 training timesteps among 8 experts.*500"),
+        ({"num_experts": 2, "interval_edges": [0, 500, 999]}, "1000 training timesteps among 2 experts.*999"),
+        ({"num_experts": 2, "interval_edges": [0, 1000, 500]}, "ascend"),
     ],
 )
 def test_refuses_a_bad_configuration(config, message):
@@ -525,17 +611,19 @@ def test_refuses_a_dit_of_another_size_by_the_first_weight():
         RemixDiTModel.from_dit(stock, num_layers=1)
 
 
-def test_refuses_what_is_no_plain_dit(tiny_dtr):
+def test_refuses_models_that_are_no_plain_dit(tiny_dtr):
     with pytest.raises(ValueError, match="plain DiT.*DTRTransformer2DModel"):
         RemixDiTModel.from_dit(tiny_dtr)
 
 
 @pytest.mark.parametrize("expert", [-1, 7])
-def test_refuses_experts_that_there_are_not(tiny_remix, batch, expert):
+def test_refuses_unknown_experts(tiny_remix, batch, expert):
     with pytest.raises(ValueError, match=rf"`expert` to be in \[0, 7\), but got {expert}"):
         tiny_remix.bake_expert(expert)
     with pytest.raises(ValueError, match="expert"):
         tiny_remix(**batch, expert=expert)
+    with pytest.raises(ValueError, match="expert"):
+        tiny_remix.fuse_expert(expert)
 
 
 @pytest.mark.parametrize("timestep", [-1, 1000, [0, 1, 2, 1000]])

@@ -14,7 +14,7 @@ from runs import TINY, launch, logged, train_here, weights
 from safetensors.torch import load_file
 
 from diffusers_dmp import DiTModel, NoiseIntervals, RemixDiTModel
-from diffusers_dmp.conversion.original import _RENAMED, _rename
+from diffusers_dmp.conversion.dit import _RENAMED, _rename
 from diffusers_dmp.training.loop import draw_experts
 from diffusers_dmp.training.objectives.timesteps import expert_timesteps
 

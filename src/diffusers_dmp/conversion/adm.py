@@ -1,11 +1,15 @@
-"""ADM's UNets in (https://github.com/openai/guided-diffusion), as Diffusers' `UNet2DModel`: the published ImageNet 64 to 256
-ones and LSUN's, unconditional or not, whose residual blocks sample down and up and scale and shift by the timestep.
+"""Conversion of ADM's UNets (https://github.com/openai/guided-diffusion) to Diffusers' `UNet2DModel`.
+
+These are the published models for ImageNet at 64 to 256 pixels and for LSUN, conditional or not. Their residual blocks also
+do the down- and upsampling, and are scaled and shifted by the timestep.
 """
+
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
 
-from .renaming import load_renamed
+from .renaming import check_ndim, group_heads_by_part, load_renamed, pop_supported, split_qkv
 
 _RESNET = {
     "in_layers.0": "norm1",
@@ -15,7 +19,7 @@ _RESNET = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-_ATTENTION = {"norm": "group_norm", "proj_out": "to_out.0"}  # and qkv, which is one matrix there
+_ATTENTION = {"norm": "group_norm", "proj_out": "to_out.0"}  # and qkv, one matrix in the original
 _TOP = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
@@ -26,20 +30,26 @@ _TOP = {
 }
 
 
-def build_adm_unet(weights: dict[str, torch.Tensor], config: dict) -> UNet2DModel:
-    """The model that the shapes of the weights, and what `config` (whose entries are consumed) adds to them, describe."""
-    for key, ndim in {"input_blocks.0.0.weight": 4, "out.2.weight": 4, "time_embed.0.weight": 2}.items():
-        shape = tuple(weights[key].shape) if key in weights else None
-        if shape is None or len(shape) != ndim:
-            raise ValueError(f"Expected {key!r} in `state_dict` to have {ndim} dimensions, but got the shape {shape}.")
-    for name, supported in {"use_scale_shift_norm": True, "resblock_updown": True, "dims": 2}.items():
-        if config.pop(name, supported) != supported:
-            raise ValueError(f"Expected `{name}` to be {supported}, as in the published models.")
+def build_adm_unet(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> UNet2DModel:
+    """
+    Make a new model that ADM's weights fit.
+
+    Args:
+        weights (`dict[str, torch.Tensor]`): The weights under the original's names; attention matrices may be reordered in
+            place.
+        config (`dict[str, Any]`): Arguments of the original's constructor, which are removed.
+
+    Returns:
+        [`UNet2DModel`]: The model; [`load_adm_unet`] loads the weights.
+
+    Raises:
+        ValueError: if weights or arguments do not fit one another, or are not supported.
+    """
+    check_ndim(weights, {"input_blocks.0.0.weight": 4, "out.2.weight": 4, "time_embed.0.weight": 2})
+    pop_supported(config, {"use_scale_shift_norm": True, "resblock_updown": True, "dims": 2})
     head_dim = config.pop("num_head_channels", 64)
     if not config.pop("use_new_attention_order", False):
-        for key in weights:
-            if ".qkv." in key:  # (heads · 3 · d, …) → (3 · heads · d, …)
-                weights[key] = weights[key].unflatten(0, (-1, 3, head_dim)).transpose(0, 1).flatten(0, 2)
+        group_heads_by_part(weights, head_dim)
 
     layers_per_block = _layers_per_block(weights)
     num_inputs = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("input_blocks."))
@@ -47,7 +57,7 @@ def build_adm_unet(weights: dict[str, torch.Tensor], config: dict) -> UNet2DMode
     widths = [len(weights[f"input_blocks.{index}.0.out_layers.3.weight"]) for index in first_blocks]
     attends = [f"input_blocks.{index}.1.qkv.weight" in weights for index in first_blocks]
     for name in ("channel_mult", "num_res_blocks", "attention_resolutions", "dropout", "conv_resample"):
-        config.pop(name, None)  # read from the weights, or no matter to them
+        config.pop(name, None)  # read from the weights, or not needed for sampling
     model_channels = config.pop("model_channels", weights["time_embed.0.weight"].shape[1])
     if widths[0] != model_channels:
         raise ValueError(
@@ -75,12 +85,21 @@ def build_adm_unet(weights: dict[str, torch.Tensor], config: dict) -> UNet2DMode
 
 
 def load_adm_unet(model: UNet2DModel, weights: dict[str, torch.Tensor]) -> None:
-    """Fill the model with the original's weights; see [`load_renamed`]."""
+    """
+    Load ADM's weights into a model.
+
+    Args:
+        model ([`UNet2DModel`]): What [`build_adm_unet`] made of these weights.
+        weights (`dict[str, torch.Tensor]`): The weights under the original's names.
+
+    Raises:
+        ValueError: if a weight is missing, unknown, or of another shape; it is named.
+    """
     load_renamed(model, weights, _module_names(model), _translated)
 
 
 def _layers_per_block(weights: dict[str, torch.Tensor]) -> int:
-    """Residual blocks of a level on the way down; on the way up one more, and all but the last level sample up."""
+    """Count the residual blocks of a level on the way down. On the way up there is one more, and one for upsampling."""
     blocks = {tuple(key.split(".")[:3]) for key in weights if key.startswith("output_blocks.") and "in_layers" in key}
     num_outputs = len({index for _, index, _ in blocks})
     num_levels = 1 + sum(place != "0" for *_, place in blocks)
@@ -88,7 +107,7 @@ def _layers_per_block(weights: dict[str, torch.Tensor]) -> int:
 
 
 def _module_names(model: UNet2DModel) -> dict[str, str]:
-    """From Diffusers' modules' names to the original's."""
+    """Map the names of Diffusers' modules to the original's."""
     names = {ours: original for original, ours in _TOP.items()}
 
     def add_resnet(ours: str, original: str) -> None:
@@ -109,7 +128,7 @@ def _module_names(model: UNet2DModel) -> dict[str, str]:
             if kind == "down" and block.downsamplers is not None:
                 add_resnet(f"{ours}.downsamplers.0", f"{original}.{index}.0")
                 index += 1
-            if kind == "up" and block.upsamplers is not None:  # behind the level's last block
+            if kind == "up" and block.upsamplers is not None:  # after the level's last block
                 add_resnet(f"{ours}.upsamplers.0", f"{original}.{index - 1}.{1 + attends}")
     add_resnet("mid_block.resnets.0", "middle_block.0")
     add_attention("mid_block.attentions.0", "middle_block.1")
@@ -118,8 +137,9 @@ def _module_names(model: UNet2DModel) -> dict[str, str]:
 
 
 def _translated(name: str, tensor: torch.Tensor, model: UNet2DModel) -> torch.Tensor:
-    """An original tensor as Diffusers has it; of a shape that does not fit, as it is, to be refused by name."""
+    """Turn an original tensor into Diffusers'. One whose shape does not fit is returned as it is, to be refused by name."""
     expected = model.get_parameter(name).shape
-    if ".to_" in name and "to_out" not in name:
-        tensor = tensor.chunk(3)["qkv".index(name.split(".to_")[1][0])]
-    return tensor.view(expected) if tensor.numel() == expected.numel() else tensor  # its projections are convolutions
+    tensor = split_qkv(name, tensor)
+    return (
+        tensor.view(expected) if tensor.numel() == expected.numel() else tensor
+    )  # the projections are convolutions there

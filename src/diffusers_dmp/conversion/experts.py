@@ -1,4 +1,4 @@
-"""Experts out, as stock Diffusers weights that need nothing of this package."""
+"""Export of a Remix-DiT's experts as stock Diffusers models, usable without this package."""
 
 import json
 import os
@@ -9,20 +9,22 @@ from ..models.remix_dit import RemixDiTModel
 
 def to_diffusers_experts(model: RemixDiTModel, folder: "str | os.PathLike", approximate: bool = False) -> list[Path]:
     """
-    Save every expert as a [`DiTTransformer2DModel`] of Diffusers', in `expert_0`, `expert_1`, …; and in `experts.json`
-    which of them owns which timesteps, expert i those from `edges[i]` to below `edges[i + 1]`, and the model's
-    `downscale_freq_shift`, which approximate ones have to be given after loading (see [`DiTModel.to_diffusers`]).
+    Save every expert as a [`DiTTransformer2DModel`] of Diffusers, in `expert_0`, `expert_1`, … of a folder.
+
+    `experts.json` beside them holds the `edges` of the experts' intervals (expert i owns the timesteps from `edges[i]` to
+    below `edges[i + 1]`), and the model's `downscale_freq_shift`, which has to be set after loading an approximate export
+    (see [`DiTModel.to_diffusers`]).
 
     Args:
-        model ([`RemixDiTModel`]): Exact under the stock semantics alone; see [`DiTModel.to_diffusers`].
-        folder: Where to write.
-        approximate (`bool`): Export a model of other semantics all the same.
+        model ([`RemixDiTModel`]): The model.
+        folder (`str` or `os.PathLike`): Where to write.
+        approximate (`bool`): Whether to export a model with the published semantics; see [`DiTModel.to_diffusers`].
 
     Returns:
-        `list[Path]`: the experts' folders.
+        `list[Path]`: The experts' folders.
 
     Raises:
-        ValueError: if the semantics are not the stock ones and `approximate` is not set.
+        ValueError: if the semantics are not the stock ones and `approximate` is False.
     """
     paths = [Path(folder, f"expert_{expert}") for expert in range(model.config.num_experts)]
     for expert, path in enumerate(paths):

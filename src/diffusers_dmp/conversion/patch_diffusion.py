@@ -1,4 +1,4 @@
-"""Patch Diffusion's checkpoints in (https://github.com/ericl122333/PatchDiffusion-Pytorch)."""
+"""Conversion of Patch Diffusion's checkpoints (https://github.com/ericl122333/PatchDiffusion-Pytorch)."""
 
 import math
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..models.patched_unet_2d import PatchedUNet2DModel
-from .renaming import load_renamed
+from .renaming import check_ndim, group_heads_by_part, load_renamed, pop_supported, split_qkv
 
 _RES_BLOCK = {
     "in_layers.0": "norm1",
@@ -16,7 +16,7 @@ _RES_BLOCK = {
     "classemb_proj": "class_gate_proj",
     "skip_connection": "conv_shortcut",
 }
-_ATTENTION = {"norm": "group_norm", "proj_out": "to_out.0"}  # and qkv, which is one matrix there
+_ATTENTION = {"norm": "group_norm", "proj_out": "to_out.0"}  # and qkv, one matrix in the original
 _TOP = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
@@ -31,7 +31,15 @@ _TOP = {
 
 
 def module_names(model: PatchedUNet2DModel) -> dict[str, str]:
-    """From our modules' names to the original's."""
+    """
+    Map the names of a model's modules to the original's.
+
+    Args:
+        model ([`PatchedUNet2DModel`]): The model.
+
+    Returns:
+        `dict[str, str]`: The original's names by the model's.
+    """
     names = {ours: original for original, ours in _TOP.items()}
 
     def add_layer(ours: str, original_resnet: str, original_attention: str | None) -> None:
@@ -61,37 +69,27 @@ def module_names(model: PatchedUNet2DModel) -> dict[str, str]:
 
 
 def build_patched_unet(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> PatchedUNet2DModel:
-    """The model that the shapes of the weights, and what `config` (whose entries are consumed) adds to them, describe."""
-    for key, ndim in {"input_blocks.0.0.weight": 4, "out.2.weight": 4, "time_embed.0.weight": 2}.items():
-        shape = tuple(weights[key].shape) if key in weights else None
-        if shape is None or len(shape) != ndim:
-            raise ValueError(f"Expected {key!r} in `state_dict` to have {ndim} dimensions, but got the shape {shape}.")
-    for name, supported in {
-        "use_scale_shift_norm": True,
-        "resblock_updown": False,
-        "conv_resample": True,
-        "dims": 2,
-    }.items():
-        if config.pop(name, supported) != supported:
-            raise ValueError(f"Expected `{name}` to be {supported}, as in every published model.")
+    """
+    Make a new model that Patch Diffusion's weights fit.
 
+    Args:
+        weights (`dict[str, torch.Tensor]`): The weights under the original's names; attention matrices may be reordered in
+            place.
+        config (`dict[str, Any]`): Arguments of the original's constructor, which are removed.
+
+    Returns:
+        [`PatchedUNet2DModel`]: The model; [`load_patched_unet`] loads the weights.
+
+    Raises:
+        ValueError: if weights or arguments do not fit one another, or are not supported.
+    """
+    check_ndim(weights, {"input_blocks.0.0.weight": 4, "out.2.weight": 4, "time_embed.0.weight": 2})
+    pop_supported(config, {"use_scale_shift_norm": True, "resblock_updown": False, "conv_resample": True, "dims": 2})
     head_dim = config.pop("num_head_channels", 64)
     if not config.pop("use_new_attention_order", True):
-        for key in weights:
-            if ".qkv." in key:  # (heads · 3 · d, …) → (3 · heads · d, …)
-                weights[key] = weights[key].unflatten(0, (-1, 3, head_dim)).transpose(0, 1).flatten(0, 2)
+        group_heads_by_part(weights, head_dim)
 
-    widths, attention_levels, num_layers = [], set(), 0
-    num_blocks = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("input_blocks."))
-    for index in range(1, num_blocks):
-        if f"input_blocks.{index}.0.op.weight" in weights:
-            continue
-        width = len(weights[f"input_blocks.{index}.0.out_layers.2.weight"])
-        if index == 1 or f"input_blocks.{index - 1}.0.op.weight" in weights:
-            widths.append(width)
-        num_layers += len(widths) == 1
-        if f"input_blocks.{index}.1.qkv.weight" in weights:
-            attention_levels.add(len(widths) - 1)
+    widths, attention_levels, num_layers = _read_levels(weights)
     model_channels = config.pop("model_channels", weights["time_embed.0.weight"].shape[1])
     in_channels = config.pop("in_channels", 3)
     patch_size = config.pop("patch_size", math.isqrt(len(weights["out.2.weight"]) // in_channels))
@@ -100,7 +98,7 @@ def build_patched_unet(weights: dict[str, torch.Tensor], config: dict[str, Any])
     num_label_rows = len(weights["label_embs.weight"]) if "label_embs.weight" in weights else 0
     classifier_free = config.pop("classifier_free", True)
     num_classes = config.pop("num_classes", num_label_rows - classifier_free if num_label_rows else None)
-    if "attention_resolutions" in config:  # factors by which a level is smaller than the first
+    if "attention_resolutions" in config:  # by which factors these levels are smaller than the first
         attention_levels = {int(math.log2(factor)) for factor in config.pop("attention_resolutions")}
     learns_variance = "variance_output_t_emb.weight" in weights
     multiple = patch_size * 2 ** (len(widths) - 1)
@@ -121,22 +119,48 @@ def build_patched_unet(weights: dict[str, torch.Tensor], config: dict[str, Any])
     )
 
 
+def _read_levels(weights: dict[str, torch.Tensor]) -> tuple[list[int], set[int], int]:
+    """Read the width of each level, the levels with attention, and the layers per level."""
+    widths: list[int] = []
+    attention_levels: set[int] = set()
+    num_layers = 0
+    num_blocks = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("input_blocks."))
+    for index in range(1, num_blocks):
+        if f"input_blocks.{index}.0.op.weight" in weights:
+            continue
+        width = len(weights[f"input_blocks.{index}.0.out_layers.2.weight"])
+        if index == 1 or f"input_blocks.{index - 1}.0.op.weight" in weights:
+            widths.append(width)
+        num_layers += len(widths) == 1
+        if f"input_blocks.{index}.1.qkv.weight" in weights:
+            attention_levels.add(len(widths) - 1)
+    return widths, attention_levels, num_layers
+
+
 def load_patched_unet(model: PatchedUNet2DModel, weights: dict[str, torch.Tensor]) -> None:
-    """Fill the model with the original's weights; see [`load_renamed`]."""
+    """
+    Load Patch Diffusion's weights into a model.
+
+    Args:
+        model ([`PatchedUNet2DModel`]): What [`build_patched_unet`] made of these weights.
+        weights (`dict[str, torch.Tensor]`): The weights under the original's names.
+
+    Raises:
+        ValueError: if a weight is missing, unknown, or of another shape; it is named.
+    """
     load_renamed(model, weights, module_names(model), _translated)
 
 
 def _translated(name: str, tensor: torch.Tensor, model: PatchedUNet2DModel) -> torch.Tensor:
-    """An original tensor as ours has it; of a shape that does not fit, as it is, to be refused by name."""
+    """Turn an original tensor into ours. One whose shape does not fit is returned as it is, to be refused by name."""
     expected = model.get_parameter(name).shape
-    if ".attn.to_" in name and "to_out" not in name:
-        tensor = tensor.chunk(3)["qkv".index(name.split(".to_")[1][0])]
+    tensor = split_qkv(name, tensor)
     if tensor.numel() != expected.numel():
         return tensor
     p = model.config.patch_size
-    # the channels of a patch: there rows, columns, colours; here, as in `pixel_unshuffle`, colours first
+    # the channels of a patch: in the original rows, columns, colours; here, as in `pixel_unshuffle`, colours first
     if name == "conv_in.weight":
         return tensor.unflatten(1, (p, p, -1)).permute(0, 3, 1, 2, 4, 5).flatten(1, 3)
     if name.startswith(("conv_out.", "variance_out.2.")):
         return tensor.unflatten(0, (p, p, -1)).movedim(2, 0).flatten(0, 2)
-    return tensor.view(expected)  # its projections are convolutions
+    return tensor.view(expected)  # the original's attention projections are convolutions

@@ -1,3 +1,5 @@
+"""Denoisers with `from_pretrained`: DiT, DTR, Remix-DiT, and the patchified UNet of Patch Diffusion."""
+
 from .dit.model import DIT_PRESETS, DiTModel
 from .dtr_transformer_2d import DTRTransformer2DModel, TaskRouting
 from .patched_unet_2d import PatchedUNet2DModel

@@ -1,22 +1,25 @@
-"""What every way of loading foreign weights needs."""
+"""Helpers for loading weights that another implementation saved."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import nn
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def check_weights(
     model: nn.Module, weights: dict[str, torch.Tensor], source: str, source_name: Callable[[str], str] = str
 ) -> None:
     """
-    Refuse weights that do not fit, by the name of the first that does not.
+    Check that weights fit a model, and name the first that does not.
 
     Args:
-        model (`nn.Module`): What they are meant for; may be on the meta device.
-        weights (`dict[str, torch.Tensor]`): Under the model's names.
-        source (`str`): The argument that they came in, for the message.
-        source_name (`Callable[[str], str]`): From the model's names to those that the user knows.
+        model (`nn.Module`): The model to load them into; may be on the meta device.
+        weights (`dict[str, torch.Tensor]`): The weights under the model's parameter names.
+        source (`str`): The argument that the user gave them in, for the message.
+        source_name (`Callable[[str], str]`): Turns one of the model's names into the name that the user knows.
 
     Raises:
         ValueError: if a weight is unknown, missing, or of another shape than the model's.
@@ -37,6 +40,15 @@ def check_weights(
             raise ValueError(f"Expected `{source}` to hold {source_name(name)!r}, but it is missing.")
 
 
-def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model in that dtype; Diffusers warns of a cast even where there is none."""
+def in_dtype(model: Model, dtype: torch.dtype) -> Model:
+    """
+    Cast a model, unless it has the dtype already: Diffusers warns of every cast.
+
+    Args:
+        model (`ModelMixin`): The model.
+        dtype (`torch.dtype`): The dtype of its weights.
+
+    Returns:
+        `ModelMixin`: The same model.
+    """
     return model if model.dtype == dtype else model.to(dtype)

@@ -1,10 +1,12 @@
-"""Linear layers that are mixtures: the part of Remix-DiT that a plain DiT has not.
+"""The layers of Remix-DiT: linear layers whose weights are mixtures of several sets of weights, the bases.
 https://arxiv.org/abs/2412.05628
 
 Legend: B batch, N tokens, D width, K bases, G mixtures at work.
 """
 
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,28 +18,29 @@ from .dit.layers import DiTBlock
 
 class Mix(torch.autograd.Function):
     """
-    Mixtures of linear layers as matrix products, which neither forward nor backward make scaled copies of the bases.
+    Mix linear layers by matrix products, so that neither forward nor backward make scaled copies of the bases.
 
     Args of `apply`:
         coefficients (`torch.Tensor` of shape (G, K)): On the bases' device.
-        weight (`torch.Tensor` of shape (K, out, in)), bias (`torch.Tensor` of shape (K, out)): The bases.
+        weight (`torch.Tensor` of shape (K, out, in)): The weights of the bases.
+        bias (`torch.Tensor` of shape (K, out)): The biases of the bases.
 
     Returns:
-        The mixtures' weights (G, out, in) and biases (G, out), in the bases' dtype.
+        `tuple[torch.Tensor, torch.Tensor]`: The mixtures' weights (G, out, in) and biases (G, out), in the bases' dtype.
     """
 
     @staticmethod
     def forward(
-        ctx, coefficients: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+        ctx: Any, coefficients: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See the class."""
         ctx.save_for_backward(coefficients, weight, bias)
         return mix(weight, coefficients), mix(bias, coefficients)
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx, grad_weight: torch.Tensor, grad_bias: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(ctx: Any, grad_weight: torch.Tensor, grad_bias: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients (G, out, in) and (G, out) of the mixtures → those of coefficients, weight and bias, where needed."""
         coefficients, weight, bias = ctx.saved_tensors
         needs_coefficients, *needs_bases = ctx.needs_input_grad
         a = coefficients.to(weight.dtype)
@@ -46,10 +49,10 @@ class Mix(torch.autograd.Function):
         grad_coefficients = None
         if needs_coefficients:
             # ∂L/∂a_gk = ⟨∂L/∂W_g, W_k⟩
-            products = [_matmul(grad, basis.flatten(1).T) for grad, basis in zip(grads, (weight, bias))]
-            grad_coefficients = sum(products).to(coefficients.dtype)
+            from_weight, from_bias = (_matmul(grad, basis.flatten(1).T) for grad, basis in zip(grads, (weight, bias)))
+            grad_coefficients = (from_weight + from_bias).to(coefficients.dtype)
 
-        # ∂L/∂W_k = Σ_g a_gk·∂L/∂W_g; of one mixture as an outer product, which takes half a matrix product's time
+        # ∂L/∂W_k = Σ_g a_gk·∂L/∂W_g; for one mixture by an outer product, in half the time of a matrix product
         product = torch.mul if len(a) == 1 else _matmul
         grad_bases = [
             product(a.T, grad).view(basis.shape) if needed else None
@@ -59,13 +62,22 @@ class Mix(torch.autograd.Function):
 
 
 def mix(bases: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
-    """Bases (K, …) and coefficients (G, K) → mixtures (G, …) in the bases' dtype."""
+    """
+    Mix tensors.
+
+    Args:
+        bases (`torch.Tensor` of shape (K, …)): The tensors.
+        coefficients (`torch.Tensor` of shape (G, K)): The weight of every tensor in every mixture.
+
+    Returns:
+        `torch.Tensor` of shape (G, …): The mixtures in the bases' dtype.
+    """
     # W_g = Σ_k a_gk·W_k
     return _matmul(coefficients.to(bases.dtype), bases.flatten(1)).unflatten(1, bases.shape[1:])
 
 
 def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """With an `out`, autocast leaves a product alone; it would copy all bases into half precision."""
+    """Multiply matrices in their own dtype: with `out`, autocast does not copy all bases to half precision."""
     return torch.mm(a, b, out=a.new_empty(len(a), b.shape[1]))
 
 
@@ -73,21 +85,22 @@ def grouped_linear(
     hidden_states: torch.Tensor, weights: torch.Tensor, biases: torch.Tensor, group_sizes: list[int]
 ) -> torch.Tensor:
     """
-    Every group of neighbouring samples through a linear layer of its own.
+    Apply G linear layers, each to its own group of neighbouring samples.
 
     Args:
-        hidden_states (`torch.Tensor` of shape (B, N, in)).
-        weights (`torch.Tensor` of shape (G, out, in)), biases (`torch.Tensor` of shape (G, out)).
-        group_sizes (`list[int]` of length G): With the sum B.
+        hidden_states (`torch.Tensor` of shape (B, N, in)): The tokens.
+        weights (`torch.Tensor` of shape (G, out, in)): The layers' weights.
+        biases (`torch.Tensor` of shape (G, out)): The layers' biases.
+        group_sizes (`list[int]` of length G): The number of samples of each layer; their sum is B.
 
     Returns:
         `torch.Tensor` of shape (B, N, out).
     """
     groups = list(zip(hidden_states.split(group_sizes), weights.unbind(), biases.unbind()))
-    # an `out` knows neither gradients nor autocast
+    # `out` works neither with gradients nor with autocast
     if torch.is_grad_enabled() or torch.is_autocast_enabled(hidden_states.device.type):
         return torch.cat([F.linear(group, weight, bias) for group, weight, bias in groups])
-    # written where it belongs: `cat` would be one more pass over all of it
+    # written in place: `cat` would copy all of it once more
     output = hidden_states.new_empty(*hidden_states.shape[:2], weights.shape[1])
     for (group, weight, bias), part in zip(groups, output.split(group_sizes)):
         torch.addmm(bias, group.flatten(0, 1), weight.T, out=part.flatten(0, 1))
@@ -96,8 +109,10 @@ def grouped_linear(
 
 class BasisLinear(nn.Module):
     """
-    K linear layers that act as mixtures of them: as the one that they [`hold`], or, for a while, as those of [`mixing`].
-    [`reset_parameters`] initialises them.
+    A linear layer whose weights are a mixture of K sets of weights, the bases.
+
+    It can be called after [`~BasisLinear.fuse`], or within [`~BasisLinear.mixing`]. The weights are uninitialised until
+    [`~BasisLinear.reset_parameters`].
 
     Args:
         num_bases (`int`): K.
@@ -110,43 +125,60 @@ class BasisLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_bases, out_features, in_features))
         self.bias = nn.Parameter(torch.empty(num_bases, out_features))
-        self._mixing = None
-        self.release()
+        self._mixing: tuple[torch.Tensor, list[int]] | None = None
+        self._fused: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def reset_parameters(self) -> None:
-        """Each basis as DiT's linear layers start."""
+        """Initialise every basis as the linear layers of a DiT."""
         for basis in self.weight:
             nn.init.xavier_uniform_(basis)
         nn.init.zeros_(self.bias)
 
     def mix(self, coefficients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Coefficients (G, K) → weights (G, out, in) and biases (G, out)."""
-        return Mix.apply(coefficients.to(self.weight.device), self.weight, self.bias)
-
-    def hold(self, coefficients: torch.Tensor) -> None:
-        """Act as this mixture, of coefficients (1, K), until [`release`]."""
-        self.release()  # first, so that there are never two
-        self._held = tuple(part.squeeze(0) for part in self.mix(coefficients))
-
-    def release(self) -> None:
-        """Forget the mixture that is held."""
-        self._held = None
-
-    @property
-    def holds(self) -> bool:
-        """Whether a mixture is held."""
-        return self._held is not None
-
-    @contextmanager
-    def mixing(self, coefficients: torch.Tensor, group_sizes: list[int]):
         """
-        Act as these mixtures while the context lasts, made anew at every call and with gradients.
+        Mix the bases.
 
         Args:
-            coefficients (`torch.Tensor` of shape (G, K)): The mixtures to act as.
-            group_sizes (`list[int]` of length G): On how many neighbouring samples each of them acts.
+            coefficients (`torch.Tensor` of shape (G, K)): The weight of every basis in every mixture.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: Weights (G, out, in) and biases (G, out).
         """
-        self.release()  # it costs memory, and after a training step it is out of date
+        return Mix.apply(coefficients.to(self.weight.device), self.weight, self.bias)
+
+    def fuse(self, coefficients: torch.Tensor) -> None:
+        """
+        Compute one mixture and use it in every call until [`~BasisLinear.unfuse`].
+
+        `train()`, `eval()`, `to()`, `load_state_dict` and [`~BasisLinear.mixing`] unfuse as well, since they may change the
+        bases. After other changes of the bases the caller has to fuse again.
+
+        Args:
+            coefficients (`torch.Tensor` of shape (1, K)): The weight of every basis.
+        """
+        self.unfuse()  # first, so that there are never two copies in memory
+        weight, bias = self.mix(coefficients)
+        self._fused = weight.squeeze(0), bias.squeeze(0)
+
+    def unfuse(self) -> None:
+        """Drop the fused weights."""
+        self._fused = None
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether there are fused weights."""
+        return self._fused is not None
+
+    @contextmanager
+    def mixing(self, coefficients: torch.Tensor, group_sizes: list[int]) -> Iterator[None]:
+        """
+        Mix in every call, with gradients, while the context lasts.
+
+        Args:
+            coefficients (`torch.Tensor` of shape (G, K)): The weight of every basis in every mixture.
+            group_sizes (`list[int]` of length G): The number of neighbouring samples that each mixture is applied to.
+        """
+        self.unfuse()  # fused weights take memory, and are out of date after a training step
         self._mixing = coefficients, group_sizes
         try:
             yield
@@ -156,7 +188,11 @@ class BasisLinear(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, N, in) → (B, N, out)."""
         if self._mixing is None:
-            return F.linear(hidden_states, *self._held)
+            if self._fused is None:
+                raise RuntimeError(
+                    "Expected a BasisLinear to be fused, or to be called within `mixing`, but got neither."
+                )
+            return F.linear(hidden_states, *self._fused)
         coefficients, group_sizes = self._mixing
         weights, biases = self.mix(coefficients)
         if len(group_sizes) == 1:
@@ -164,36 +200,44 @@ class BasisLinear(nn.Module):
         return grouped_linear(hidden_states, weights, biases, group_sizes)
 
     def train(self, mode: bool = True) -> "BasisLinear":
-        # between the modes, averaged weights come and go through `.data`, where PyTorch does not count
-        self.release()
+        """Unfuse: averaged weights are usually swapped in through `.data`, which PyTorch does not count, before `eval()`."""
+        self.unfuse()
         return super().train(mode)
 
-    def _apply(self, fn, recurse: bool = True) -> "BasisLinear":
-        self.release()  # on the way to another device or dtype
+    def _apply(self, fn: Any, recurse: bool = True) -> "BasisLinear":
+        self.unfuse()  # the bases move to another device or dtype
         return super()._apply(fn, recurse)
 
-    def _load_from_state_dict(self, *args) -> None:
-        self.release()
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.unfuse()
         super()._load_from_state_dict(*args)
 
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_held": None}  # neither copies nor pickles hold a mixture
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_fused": None}  # copies and pickles are not fused
 
     def extra_repr(self) -> str:
+        """See `nn.Module.extra_repr`."""
         num_bases, out_features, in_features = self.weight.shape
         return f"num_bases={num_bases}, in_features={in_features}, out_features={out_features}"
 
 
 class RemixBlock(DiTBlock):
-    """A DiT block with K sets of weights for its four linear layers, all other parts being shared."""
+    """
+    A DiT block with K sets of weights for its four linear layers; all other parts are shared.
 
-    def __init__(self, dim: int, heads: int, dropout: float, norm_eps: float, num_bases: int):
-        super().__init__(dim, heads, dropout, norm_eps)
+    Args:
+        sizes: The arguments of [`DiTBlock`].
+        num_bases (`int`): K.
+    """
+
+    def __init__(self, *sizes: Any, num_bases: int):
+        super().__init__(*sizes)
+        dim = self.norm1.linear.in_features
         self.attn.to_qkv = BasisLinear(num_bases, dim, 3 * dim)
         self.attn.to_out = BasisLinear(num_bases, dim, dim)
         self.ff.net[0].proj = BasisLinear(num_bases, dim, 4 * dim)
         self.ff.net[2] = BasisLinear(num_bases, 4 * dim, dim)
-        # a tuple, which is no submodule of its own
+        # a tuple, as a module list would register the layers a second time
         self.basis_linears = (self.attn.to_qkv, self.attn.to_out, self.ff.net[0].proj, self.ff.net[2])
 
     def forward(
@@ -205,12 +249,17 @@ class RemixBlock(DiTBlock):
     ) -> torch.Tensor:
         """
         Args:
-            hidden_states (`torch.Tensor` of shape (B, N, D)), conditioning (`torch.Tensor` of shape (B, D)).
-            coefficients, group_sizes (*optional*): See [`BasisLinear.mixing`]; without them the layers act as what
-                they hold.
+            hidden_states (`torch.Tensor` of shape (B, N, D)): The tokens.
+            conditioning (`torch.Tensor` of shape (B, D)): The sum of timestep and label embeddings.
+            coefficients (`torch.Tensor` of shape (G, K), *optional*): See [`BasisLinear.mixing`]. If None, the layers use
+                their fused weights.
+            group_sizes (`list[int]` of length G, *optional*): See [`BasisLinear.mixing`].
+
+        Returns:
+            `torch.Tensor` of shape (B, N, D).
         """
         with ExitStack() as stack:
-            if coefficients is not None:
+            if coefficients is not None and group_sizes is not None:
                 for linear in self.basis_linears:
                     stack.enter_context(linear.mixing(coefficients, group_sizes))
             return super().forward(hidden_states, conditioning)

@@ -1,7 +1,7 @@
-"""The parts of a DiT: attention, the adaLN-Zero block, and the embedding of timestep and label.
+"""The layers of a DiT: attention, the adaLN-Zero block, and the embedding of timestep and label.
 https://arxiv.org/abs/2212.09748
 
-Legend: B batch, N tokens, D width.
+Legend: B batch, N tokens, D width, H and W height and width in (latent) pixels, p patch size, C channels.
 """
 
 import torch
@@ -15,12 +15,20 @@ from ..inputs import drop_labels
 
 
 class DiTAttnProcessor:
-    """Self-attention through whichever backend `set_attention_backend` chose."""
+    """Compute self-attention with the backend that `set_attention_backend` chose."""
 
     _attention_backend = None
     _parallel_config = None
 
     def __call__(self, attn: "DiTAttention", hidden_states: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            attn ([`DiTAttention`]): The layer with the weights.
+            hidden_states (`torch.Tensor` of shape (B, N, D)): The tokens.
+
+        Returns:
+            `torch.Tensor` of shape (B, N, D).
+        """
         query, key, value = attn.to_qkv(hidden_states).unflatten(-1, (3, attn.heads, -1)).unbind(2)  # (B, N, heads, d)
         hidden_states = dispatch_attention_fn(
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
@@ -39,16 +47,21 @@ class DiTAttention(nn.Module, AttentionModuleMixin):
 
     _default_processor_cls = DiTAttnProcessor
     _available_processors = [DiTAttnProcessor]
-    _supports_qkv_fusion = False  # they are fused to begin with
+    _supports_qkv_fusion = False  # query, key and value are always fused here
+
+    processor: DiTAttnProcessor
+    to_qkv: nn.Module
+    to_out: nn.Module
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
         self.to_qkv = nn.Linear(dim, 3 * dim)
         self.to_out = nn.Linear(dim, dim)
-        self.set_processor(self._default_processor_cls())
+        self.processor = self._default_processor_cls()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, N, D) → (B, N, D)."""
         return self.processor(self, hidden_states)
 
 
@@ -59,8 +72,8 @@ class DiTBlock(nn.Module):
     Args:
         dim (`int`): The width D.
         heads (`int`): The number of attention heads.
-        dropout (`float`): Of the feed-forward layer.
-        norm_eps (`float`): Of the second LayerNorm; the first always has 1e-6.
+        dropout (`float`): The dropout probability in the feed-forward layer.
+        norm_eps (`float`): The eps of the second LayerNorm; the first always has 1e-6.
     """
 
     def __init__(self, dim: int, heads: int, dropout: float, norm_eps: float):
@@ -75,6 +88,9 @@ class DiTBlock(nn.Module):
         Args:
             hidden_states (`torch.Tensor` of shape (B, N, D)): The tokens.
             conditioning (`torch.Tensor` of shape (B, D)): c, the sum of timestep and label embeddings.
+
+        Returns:
+            `torch.Tensor` of shape (B, N, D).
         """
         # shift₁, scale₁, gate₁, shift₂, scale₂, gate₂ = Linear(SiLU(c))
         normed, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, emb=conditioning)
@@ -89,13 +105,13 @@ class DiTBlock(nn.Module):
 
 class TimestepLabelEmbedding(nn.Module):
     """
-    The conditioning c = embed(t) + embed(y), computed once for all blocks.
+    The conditioning c = embed(t) + embed(y) of timestep t and label y, computed once for all blocks.
 
     Args:
         dim (`int`): The width D.
-        num_classes (`int`): The label table's rows, without the null class.
-        class_dropout_prob (`float`): How often training drops a label. Above 0 the table has one row more, the null
-            class, whose index is `num_classes`.
+        num_classes (`int`): The number of classes without the null class.
+        class_dropout_prob (`float`): How often training drops a label. Above 0 there is a null class, with the index
+            `num_classes`.
         downscale_freq_shift (`float`): See [`DiTModel`].
     """
 
@@ -110,15 +126,15 @@ class TimestepLabelEmbedding(nn.Module):
     def forward(
         self,
         timestep: torch.Tensor,
-        class_labels: torch.LongTensor,
-        force_drop_ids: torch.BoolTensor | None = None,
+        class_labels: torch.Tensor,
+        force_drop_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Args:
-            timestep (`torch.Tensor` of shape (B,) or (1,)): In steps, integer or float.
-            class_labels (`torch.LongTensor` of shape (B,)): In [0, num_classes], the last the null class.
-            force_drop_ids (`torch.BoolTensor` of shape (B,), *optional*): Which labels become the null class. Drawn
-                at random in training when it is not given.
+            timestep (`torch.Tensor` of shape (B,) or (1,)): In steps of the training schedule, integer or float.
+            class_labels (`torch.LongTensor` of shape (B,)): In [0, num_classes]; `num_classes` is the null class.
+            force_drop_ids (`torch.BoolTensor` of shape (B,), *optional*): Which labels become the null class. If None,
+                random ones in training, and none otherwise.
 
         Returns:
             `torch.Tensor` of shape (B, D).
@@ -128,3 +144,21 @@ class TimestepLabelEmbedding(nn.Module):
         label_embedding = self.class_embedder(class_labels)  # (B, D)
         time_features = self.time_proj(timestep).to(label_embedding.dtype)  # (B or 1, 256)
         return self.timestep_embedder(time_features) + label_embedding
+
+
+def unpatchify(hidden_states: torch.Tensor, height: int, width: int, patch_size: int) -> torch.Tensor:
+    """
+    Assemble an image from its tokens.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape (B, N, p·p·C)): The tokens, row by row.
+        height (`int`): H.
+        width (`int`): W.
+        patch_size (`int`): p.
+
+    Returns:
+        `torch.Tensor` of shape (B, C, H, W).
+    """
+    hidden_states = hidden_states.unflatten(1, (height // patch_size, width // patch_size))
+    hidden_states = hidden_states.unflatten(-1, (patch_size, patch_size, -1))  # (B, H/p, W/p, p, p, C)
+    return torch.einsum("bhwpqc->bchpwq", hidden_states).reshape(len(hidden_states), -1, height, width)
