@@ -70,7 +70,7 @@ def test_the_report_of_a_patch(demo_folder, monkeypatch):
         "CONTRIBUTING.md",
         "docs/training.md",
         "docs/weights.md",
-        "docs/patches.md",
+        "docs/prompts.md",
         "docs/snr_split.md",
         "docs/guidance.md",
         "docs/hub.md",

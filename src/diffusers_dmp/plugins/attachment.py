@@ -1,94 +1,127 @@
-"""How a patch gets into a transformer: PyTorch's own hooks, and what one of them hands to the next.
+"""How prompts get into a transformer: forward hooks, and what one hook passes on to the next.
 
-Legend: B batch, N image tokens, M prompts, D width.
+Legend: B batch, N image tokens, M prompts, D width, L blocks that get prompts.
 """
 
-import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import is_compiled_module
+from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .blocks import layout_of
-from .gate_cache import KeptGates
+from .blocks import TransformerLayout, argument_names, blocks_of, check_argument, layout_of, submodule_of
+from .gate_cache import GateCache
+from .gating import PromptGates
+from .hooks import ForwardHooks
 
 if TYPE_CHECKING:
-    from .prompts import PromptGates, PromptPatch
+    from .prompts import PromptPatch
 
 
 class Attachment:
     """
-    A patch at work in a transformer.
+    The connection of a [`PromptPatch`] and the transformer that it is attached to.
 
-    In a forward pass the conditioning is read when it is there and becomes the gates of all blocks; before each block its
-    prompts are inserted; the losses join the transformer's output.
+    In a forward pass, the gates of all blocks are computed as soon as the conditioning is known, the prompts of each block
+    are inserted before it, and the losses are added to the transformer's output.
 
     Args:
-        patch ([`PromptPatch`]): What to attach.
-        transformer (`nn.Module`): To what. Its parameters are frozen until [`remove`].
+        patch ([`PromptPatch`]): The prompts.
+        transformer (`nn.Module`): The transformer. Its parameters are frozen until [`~Attachment.remove`].
 
     Raises:
-        ValueError: if they do not fit; see [`PromptPatch.attach`].
+        ValueError: if the two do not fit; see [`PromptPatch.attach`].
     """
 
-    attaches_a_patch = True
+    attaches_a_patch = True  # see `attachment_of`
 
     def __init__(self, patch: "PromptPatch", transformer: nn.Module):
         layout = layout_of(transformer)
-        if patch.config.mode == "prepend" and layout.time_conditioning is None:
+        conditioning = layout.conditioning if patch.config.mode == "add" else layout.time_conditioning
+        if conditioning is None:
             name = type(transformer).__name__
             raise ValueError(f"Expected a transformer that can take extra tokens to prepend to, but got a {name}.")
-        self.conditioning = layout.conditioning if patch.config.mode == "add" else layout.time_conditioning
-        self.argument_names = _argument_names(type(transformer))
-        blocks = _submodule(transformer, layout.blocks)
+        blocks = blocks_of(transformer)
         _check_fit(patch, transformer, layout, len(blocks))
-        self.embedder = _submodule(transformer, self.conditioning.embedder)
-        observed = _submodule(transformer, self.conditioning.observed)
+        observed = submodule_of(transformer, conditioning.observed)
         for name in layout.depends_on:
-            _check_name("depends_on", name, self.argument_names, transformer)
-        block_arguments = _argument_names(type(blocks[0]))
-        _check_name("image_tokens", layout.image_tokens, block_arguments, blocks[0])
-        self.token_position = block_arguments.index(layout.image_tokens)
-        self.patch = patch
-        self.transformer = transformer
-        self.layout = layout
-        self._end_pass()
-        self.checkpointed = WeakTensorKeyDictionary()  # gates by a block's input, for when the block is computed again
-        self.kept = KeptGates()
+            check_argument("depends_on", name, transformer)
+        check_argument("image_tokens", layout.image_tokens, blocks[0])
 
+        self.patch = patch
+        self.transformer: Any = transformer
+        self.layout = layout
+        self.conditioning = conditioning
+        self.embedder = submodule_of(transformer, conditioning.embedder)
+        self.argument_names = argument_names(transformer)
+        self.token_position = argument_names(blocks[0]).index(layout.image_tokens)
         self.frozen = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+        self.hooks = ForwardHooks()
+        self._forget_passes()
+
         transformer.requires_grad_(False)
-        self.handles = [
-            transformer.register_forward_pre_hook(self._before_transformer, with_kwargs=True),
-            *(
-                block.register_forward_pre_hook(partial(self._before_block, index), with_kwargs=True)
-                for index, block in enumerate(blocks[: patch.config.depth])
-            ),
-            # also where the pass breaks off, so that it does not seem under way
-            transformer.register_forward_hook(self._after_transformer, always_call=True),
-        ]
+        self.hooks.before(transformer, self._before_transformer)
+        for index, block in enumerate(blocks[: patch.config.depth]):
+            self.hooks.before(block, partial(self._before_block, index))
+        # also after an exception, or else the pass would seem to be still running
+        self.hooks.after(transformer, self._after_transformer, always_call=True)
         if patch.config.gate != "none":
-            self.handles.append(observed.register_forward_hook(self._after_embedder))
+            self.hooks.after(observed, self._after_embedder)
         if patch.config.mode == "prepend":
-            self.handles.append(blocks[-1].register_forward_hook(self._after_last_block))
-        torch.compiler.reset()  # compiled code looks at weights, but not at hooks that come and go
+            self.hooks.after(blocks[-1], self._after_last_block)
 
     def remove(self) -> None:
-        """Leave the transformer as it was."""
-        for handle in self.handles:
-            handle.remove()
+        """Restore the transformer as it was before."""
+        self.hooks.remove()
         for parameter in self.frozen:
-            if not parameter.is_inference():  # those can never want gradients again
+            if not parameter.is_inference():  # those can never require gradients again
                 parameter.requires_grad_(True)
-        torch.compiler.reset()
+
+    def gates_at(self, timesteps: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        """
+        Return the gates at some timesteps, found by running the transformer on a blank image.
+
+        Args:
+            timesteps (`torch.Tensor` of shape (S,)): Training timesteps.
+            inputs (`dict`): The other arguments of the transformer's `forward`, for one sample.
+
+        Returns:
+            `torch.Tensor` of shape (S, L, M).
+        """
+        config, device = self.transformer.config, self.transformer.device
+        if device.type == "meta":  # the weights are offloaded, and come back to the device of the inputs
+            device = timesteps.device
+        size = (1, config.in_channels, config.sample_size, config.sample_size)
+        blank = torch.zeros(size, device=device, dtype=self.transformer.dtype)
+        found = []
+
+        def collect(transformer: nn.Module, args: tuple, output: Any) -> None:
+            found.append(self.gates.gates[:, 0])  # type: ignore[union-attr]
+
+        # first of the hooks, before the pass ends
+        handle = self.transformer.register_forward_hook(collect, prepend=True)
+        try:
+            # eagerly, as it is not worth compiling for a batch of one
+            with _eval_mode(self.transformer, self.patch), torch.compiler.set_stance("force_eager"):
+                for timestep in timesteps.to(device):
+                    self.transformer(blank, timestep=timestep[None], **inputs)
+        finally:
+            handle.remove()
+        return torch.stack(found)
+
+    def _forget_passes(self) -> None:
+        self._end_pass()
+        self.gates_by_input = WeakTensorKeyDictionary()  # by a block's input, for gradient checkpointing
+        self.gate_cache = GateCache()
 
     def _end_pass(self) -> None:
-        self.inputs: dict[str, Any] = {}  # the arguments of the forward pass under way
-        self.gates: PromptGates | None = None  # and what its conditioning came to
+        self.inputs: dict[str, Any] = {}  # the arguments of the running forward pass, by name
+        self.gates: PromptGates | None = None  # of the running forward pass
 
     def _before_transformer(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
         self._end_pass()
@@ -96,25 +129,25 @@ class Attachment:
 
     def _after_embedder(self, observed: nn.Module, args: tuple, output: Any) -> None:
         conditioning = self.conditioning.read(self.embedder, output, self.inputs)
-        self._follow(conditioning)
+        self._move_patch_to(conditioning.device)
         # embedders in training mode drop labels at random
         changing = self.patch.training or self.embedder.training or torch.is_grad_enabled()
         if changing or torch.compiler.is_compiling():
             self.gates = self.patch(conditioning)
         else:
-            self.gates = self.kept(
-                [self.inputs.get(name) for name in self.layout.depends_on],
-                [*self.embedder.parameters(), *self.patch.parameters()],
-                conditioning.device.type,
-                partial(self.patch, conditioning),
+            self.gates = self.gate_cache.get(
+                inputs=[self.inputs.get(name) for name in self.layout.depends_on],
+                weights=[*self.embedder.parameters(), *self.patch.parameters()],
+                device_type=conditioning.device.type,
+                compute=lambda: self.patch(conditioning),
             )
 
     def _before_block(self, index: int, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Prompts of block `index` into the image tokens, which come by position or by name."""
+        """Insert the prompts of block `index` into its image tokens, which come by position or by name."""
         by_name = len(args) <= self.token_position
         hidden_states = kwargs[self.layout.image_tokens] if by_name else args[self.token_position]
         if index == 0:
-            self._follow(hidden_states)
+            self._move_patch_to(hidden_states.device)
             self._check_tokens(hidden_states)
         gates = None if self.patch.config.gate == "none" else self._gates_for(block, hidden_states).gates
         hidden_states = self.patch.insert(hidden_states, index, gates)
@@ -128,81 +161,89 @@ class Attachment:
     def _after_transformer(self, transformer: nn.Module, args: tuple, output: Any) -> Any:
         gates = self.gates
         self._end_pass()
-        if gates is None or gates.importance_loss is None or output is None:  # None where the pass broke off
+        if gates is None or gates.importance_loss is None or output is None:  # no output after an exception
             return output
         losses = {name: gates[name] for name in ("importance_loss", "load_loss") if name in gates}
-        return _joined(output, losses)
+        return _with_losses(output, losses)
 
-    def _gates_for(self, block: nn.Module, hidden_states: torch.Tensor) -> "PromptGates":
+    def _gates_for(self, block: nn.Module, hidden_states: torch.Tensor) -> PromptGates:
         """
-        The gates of the forward pass that a block's input belongs to: of the one under way, or, where gradient
-        checkpointing computes a block again in the backward pass, of the one in which the block was computed first.
+        Return the gates of the forward pass that a block's input belongs to.
+
+        That is the running forward pass. But where gradient checkpointing computes a block again in the backward pass, it is
+        the pass in which the block was computed first, found by the identity of the input.
         """
-        compiled_alone = block._compiled_call_impl is not None
-        if compiled_alone:
-            looked_up = getattr(self.transformer, "gradient_checkpointing", False)
-        else:  # in a graph of the whole transformer nothing is computed again
-            looked_up = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        gates = self._looked_up(hidden_states) if looked_up else self.gates
+        # private, but PyTorch has no other way to tell; without it, this is a graph of the whole transformer
+        compiled_by_itself = getattr(block, "_compiled_call_impl", None) is not None
+        if compiled_by_itself:
+            checkpointed = getattr(self.transformer, "gradient_checkpointing", False)
+        else:  # in a graph of the whole transformer, no hook runs in the backward pass
+            checkpointed = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        gates = self._gates_by_input(hidden_states) if checkpointed else self.gates
         if gates is None:
             raise ValueError(
-                "Expected a patched block to be called by its transformer, or again by gradient checkpointing without "
-                "`use_reentrant`, but got a call from elsewhere."
+                "Expected a block with prompts to be called by its transformer, or again by gradient checkpointing "
+                "without `use_reentrant`, but got a call from elsewhere."
             )
         return gates
 
     @torch.compiler.disable
-    def _looked_up(self, hidden_states: torch.Tensor) -> "PromptGates | None":
+    def _gates_by_input(self, hidden_states: torch.Tensor) -> PromptGates | None:
         if self.gates is not None:
-            self.checkpointed[hidden_states] = self.gates
-        return self.checkpointed.get(hidden_states)
+            self.gates_by_input[hidden_states] = self.gates
+        return self.gates_by_input.get(hidden_states)
 
-    def _follow(self, tensor: torch.Tensor) -> None:
-        """A patch is where its transformer computes, which offloading and `to()` move without knowing of the patch."""
-        if self.patch.prompts.device != tensor.device:
-            self.patch.to(tensor.device)
+    def _move_patch_to(self, device: torch.device) -> None:
+        """Move the prompts where the transformer computes: offloading and `to()` move it without them."""
+        if self.patch.prompts.device != device:
+            self.patch.to(device)
 
     def _check_tokens(self, hidden_states: torch.Tensor) -> None:
         config = self.patch.config
         if config.mode == "add" and hidden_states.shape[1] != config.num_prompts:
             raise ValueError(
-                f"Expected an image of the {config.num_prompts} tokens that the patch has prompts for, "
+                f"Expected an image of {config.num_prompts} tokens, one for each prompt of a block, "
                 f"but got {hidden_states.shape[1]}."
             )
 
     def __getstate__(self) -> dict:
-        lasting = ("patch", "transformer", "layout", "conditioning", "argument_names", "embedder", "token_position",
-                   "frozen", "handles")  # fmt: skip
-        return {name: getattr(self, name) for name in lasting}
+        passing = ("inputs", "gates", "gates_by_input", "gate_cache")
+        return {name: value for name, value in self.__dict__.items() if name not in passing}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._end_pass()
-        self.checkpointed = WeakTensorKeyDictionary()
-        self.kept = KeptGates()
-        # a patch is copied without its transformer, but not the other way about
+        self._forget_passes()
+        # the copy of a transformer has a copy of the prompts, which know nothing of their attachment so far
         self.patch._attachment = self
 
 
-def unwrapped(transformer: nn.Module) -> nn.Module:
-    """The transformer itself, where `torch.compile` has wrapped it."""
-    return transformer._orig_mod if is_compiled_module(transformer) else transformer
-
-
 def patch_of(transformer: nn.Module) -> "PromptPatch | None":
-    """The patch that a transformer has, if it has one."""
-    attachment = attachment_of(unwrapped(transformer))
+    """Return the [`PromptPatch`] that is attached to a transformer, or None."""
+    attachment = attachment_of(unwrap_module(transformer))
     return None if attachment is None else attachment.patch
 
 
 def attachment_of(transformer: nn.Module) -> Attachment | None:
-    """What patches a transformer."""
+    """Return the [`Attachment`] of a transformer that is not wrapped by `torch.compile`, or None."""
     owners = (getattr(hook, "__self__", None) for hook in transformer._forward_hooks.values())
-    # by a mark, not by class: see naming.py
+    # by an attribute, as code that comes with a repository defines another class `Attachment`: see saving/naming.py
     return next((owner for owner in owners if getattr(owner, "attaches_a_patch", False)), None)
 
 
-def _joined(output: "BaseOutput | tuple", losses: dict[str, torch.Tensor]) -> "BaseOutput | tuple":
+@contextmanager
+def _eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Put models into eval mode, and each of their modules back into its own mode afterwards."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _with_losses(output: "BaseOutput | tuple", losses: dict[str, torch.Tensor]) -> "BaseOutput | tuple":
     if isinstance(output, BaseOutput):
         for name, loss in losses.items():
             output[name] = loss
@@ -212,42 +253,21 @@ def _joined(output: "BaseOutput | tuple", losses: dict[str, torch.Tensor]) -> "B
     raise ValueError(f"Expected the transformer to return a BaseOutput or a tuple, but got a {type(output).__name__}.")
 
 
-def _argument_names(cls: type[nn.Module]) -> list[str]:
-    return list(inspect.signature(cls.forward).parameters)[1:]  # without self
-
-
-def _submodule(transformer: nn.Module, name: str) -> nn.Module:
-    try:
-        return transformer.get_submodule(name)
-    except AttributeError as error:
-        raise ValueError(
-            f"Expected the layout of {type(transformer).__name__} to name modules that it has, but got {name!r}."
-        ) from error
-
-
-def _check_name(what: str, name: str, valid: list[str], module: nn.Module) -> None:
-    if name not in valid:
-        raise ValueError(
-            f"Expected `{what}` to name arguments of {type(module).__name__}'s `forward`, {', '.join(valid)}, "
-            f"but got {name!r}."
-        )
-
-
-def _check_fit(patch: "PromptPatch", transformer: nn.Module, layout, num_blocks: int) -> None:
+def _check_fit(patch: "PromptPatch", transformer: nn.Module, layout: TransformerLayout, num_blocks: int) -> None:
     config, name = patch.config, type(transformer).__name__
     if attachment_of(transformer) is not None:
-        raise ValueError(f"Expected a {name} without a patch, but got one that has one; `detach()` that one first.")
+        raise ValueError(f"Expected a {name} without prompts, but got one that has some; `detach()` those first.")
     if config.hidden_size != layout.width(transformer):
         raise ValueError(
-            f"Expected the patch's `hidden_size` to be the {layout.width(transformer)} channels of the {name}, "
+            f"Expected the prompts' `hidden_size` to be the {layout.width(transformer)} channels of the {name}, "
             f"but got {config.hidden_size}."
         )
     if config.depth > num_blocks:
         raise ValueError(
-            f"Expected the patch's `depth` to be at most the {num_blocks} blocks of the {name}, but got {config.depth}."
+            f"Expected the prompts' `depth` to be at most the {num_blocks} blocks of the {name}, but got {config.depth}."
         )
     if config.mode == "add" and config.num_prompts != layout.num_tokens(transformer):
         raise ValueError(
-            f"Expected the patch's `num_prompts` to be the {layout.num_tokens(transformer)} image tokens of the {name}, "
+            f"Expected `num_prompts` to be the {layout.num_tokens(transformer)} image tokens of the {name}, "
             f"but got {config.num_prompts}."
         )

@@ -1,4 +1,4 @@
-"""Gates that are kept while sampling, where the same timesteps and labels come again."""
+"""A cache of gates for sampling, where the same timesteps and labels come again."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -7,61 +7,76 @@ from typing import Any
 import torch
 
 from ..models.caching import tensor_state
+from .gating import PromptGates
 
-MAX_KEPT_BYTES = 64 * 2**20  # for 250 steps, the published number, of DiT-XL/2 up to a batch of 9
+MAX_CACHED_BYTES = 64 * 2**20  # for 250 steps, the published number, of DiT-XL/2 up to a batch of 9
 
 
-class KeptGates:
-    """The gates of the last calls, as far as `MAX_KEPT_BYTES` reach, by the inputs that decided them."""
+class GateCache:
+    """Caches the gates of the latest calls by their inputs, up to `MAX_CACHED_BYTES`."""
 
     def __init__(self):
-        self.forget()
+        self.clear()
 
-    def forget(self) -> None:
-        """Drop all of them."""
-        self.gates, self.num_bytes = OrderedDict(), 0
-        self.state = self.weights = None
+    def clear(self) -> None:
+        """Empty the cache."""
+        # with the tensors of each key: as long as they live, no other tensor gets their ids
+        self._gates: OrderedDict[tuple, tuple[PromptGates, list[torch.Tensor]]] = OrderedDict()
+        self._num_bytes = 0
+        self._state: list[Any] = []  # of the weights and of autocast
+        self._weights: list[torch.Tensor] = []
 
-    def __call__(
-        self, inputs: list[Any], weights: list[torch.Tensor], device_type: str, compute: Callable[[], Any]
-    ) -> Any:
+    def get(
+        self,
+        inputs: list[Any],
+        weights: list[torch.Tensor],
+        device_type: str,
+        compute: Callable[[], PromptGates],
+    ) -> PromptGates:
         """
+        Return the cached gates for some inputs, or compute and cache them.
+
         Args:
-            inputs (`list`): What decides the gates besides the weights, the timestep first.
-            weights (`list[torch.Tensor]`): When one of them changes, nothing is kept.
-            device_type (`str`): Where it is computed, for the precision of autocast there.
-            compute (`Callable`): What to call if no gates are kept for these inputs.
+            inputs (`list`): All that decides the gates besides the weights, the timestep first.
+            weights (`list[torch.Tensor]`): The cache is emptied when one of them changes.
+            device_type (`str`): Where the gates are computed. The cache is emptied when autocast changes there.
+            compute (`Callable[[], PromptGates]`): Computes the gates.
+
+        Returns:
+            [`PromptGates`]
         """
-        state = [tensor_state(weight) for weight in weights]
+        state: list[Any] = [tensor_state(weight) for weight in weights]
         state += [torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)]
-        if state != self.state:
-            self.forget()
-            self.state, self.weights = state, weights  # alive, they are the only ones with their ids
-        key, tensors = _key(inputs)
+        if state != self._state:
+            self.clear()
+            self._state, self._weights = state, weights
+        key, tensors = _cache_key(inputs)
         if key is None:
             return compute()
-        if key in self.gates:
-            self.gates.move_to_end(key)
-            return self.gates[key][0]
+        if key in self._gates:
+            self._gates.move_to_end(key)
+            return self._gates[key][0]
         computed = compute()
-        self.gates[key] = computed, tensors
-        self.num_bytes += computed.gates.nbytes
-        while self.num_bytes > MAX_KEPT_BYTES:
-            _, (oldest, _) = self.gates.popitem(last=False)
-            self.num_bytes -= oldest.gates.nbytes
+        self._gates[key] = computed, tensors
+        self._num_bytes += computed.gates.nbytes
+        while self._num_bytes > MAX_CACHED_BYTES:
+            _, (oldest, _) = self._gates.popitem(last=False)
+            self._num_bytes -= oldest.gates.nbytes
         return computed
 
 
-def _key(inputs: list[Any]) -> tuple[tuple | None, list[torch.Tensor]]:
+def _cache_key(inputs: list[Any]) -> tuple[tuple | None, list[torch.Tensor]]:
     """
-    What stands for these inputs, without waiting for an accelerator: tensors on the CPU for their values, others for
-    themselves, and those that have to be kept alive for it. None where the first of them, the timestep, is such a one (there
-    is another at every step), or for inputs of other types.
+    Return a key for some inputs without waiting for an accelerator, and the tensors that must live as long as the key.
+
+    Tensors on the CPU count by their values, other tensors by their identity. The key is None if the first input, the
+    timestep, is a tensor on an accelerator, as samplers pass another one at every step. It is also None for inputs of other types.
     """
-    key, alive = [], []
+    key: list[Any] = []
+    alive: list[torch.Tensor] = []
     for position, value in enumerate(inputs):
         if isinstance(value, dict):
-            parts, tensors = _key([None, *value.values()])
+            parts, tensors = _cache_key([None, *value.values()])
             if parts is None:
                 return None, []
             key.append(parts)

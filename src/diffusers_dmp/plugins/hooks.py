@@ -1,0 +1,84 @@
+"""Forward hooks on modules that other libraries define, which compiled code notices as well."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+
+class ForwardHooks:
+    """
+    Hooks that run before and after the forward passes of some modules, and are removed together.
+
+    These are PyTorch's hooks. Diffusers' `ModelHook` and `HookRegistry` are not used: a copy of a module with a registry
+    computes with the original's weights, the module cannot be pickled, no hook runs where a forward pass raises an
+    exception, and attributes remain on the module after removal.
+
+    `torch.compile` checks whether a module has got a `forward` of its own since it was compiled, but not whether a module
+    without hooks has got hooks (`torch._dynamo.config.skip_nnmodule_hook_guards`). Each module therefore gets a `forward`
+    of its own, which does what its `forward` did before. Code that was compiled without the hooks no longer applies, code
+    that was compiled with them applies again when they return, and no other model is compiled again.
+    """
+
+    def __init__(self) -> None:
+        self._modules: list[nn.Module] = []
+        self._handles: list[Any] = []
+
+    def before(self, module: nn.Module, hook: Callable) -> None:
+        """
+        Add a hook that runs before `module`.
+
+        Args:
+            module (`nn.Module`): The module.
+            hook (`Callable[[nn.Module, tuple, dict], tuple[tuple, dict] | None]`): Gets the module and its arguments. May
+                return other arguments.
+        """
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        self._mark(module)
+
+    def after(self, module: nn.Module, hook: Callable, always_call: bool = False) -> None:
+        """
+        Add a hook that runs after `module`.
+
+        Args:
+            module (`nn.Module`): The module.
+            hook (`Callable[[nn.Module, tuple, Any], Any]`): Gets the module, its positional arguments and its output. May
+                return another output.
+            always_call (`bool`): Run the hook with the output `None` if the forward pass raises an exception.
+        """
+        self._handles.append(module.register_forward_hook(hook, always_call=always_call))
+        self._mark(module)
+
+    def remove(self) -> None:
+        """Remove all hooks and every other trace of them."""
+        for handle in self._handles:
+            handle.remove()
+        for module in self._modules:
+            _remove_own_forward(module)
+        self._handles, self._modules = [], []
+
+    def _mark(self, module: nn.Module) -> None:
+        if module not in self._modules:
+            _set_own_forward(module)
+            self._modules.append(module)
+
+
+def _set_own_forward(module: nn.Module) -> None:
+    forward = module.forward
+    if "forward" in vars(module):  # group offloading, for example, has set one already
+        forward = partial(_call_forward, forward)
+    module.forward = forward
+
+
+def _remove_own_forward(module: nn.Module) -> None:
+    forward = vars(module).get("forward")
+    if isinstance(forward, partial) and forward.func is _call_forward:
+        module.forward = forward.args[0]
+    elif getattr(forward, "__func__", None) is type(module).forward:
+        del module.forward
+    # else others have wrapped it in the meantime, and it stays inside theirs
+
+
+def _call_forward(forward: Callable, *args, **kwargs) -> Any:
+    return forward(*args, **kwargs)
