@@ -452,8 +452,9 @@ def test_tuples_instead_of_outputs():
     assert torch.equal(by_name[0], output.prev_sample) and torch.equal(by_place[0], output.prev_sample)
 
 
-def test_a_guided_pipeline_is_saved_without_its_guidance(tmp_path):
-    pipeline = ClassConditionalPipeline(make_unet(), DDIMScheduler(beta_end=0.03))
+@pytest.mark.parametrize("pipeline_class", [ClassConditionalPipeline, DDIMPipeline])
+def test_a_guided_pipeline_is_saved_without_its_guidance(tmp_path, pipeline_class):
+    pipeline = pipeline_class(make_unet(), DDIMScheduler(beta_end=0.03))
     pipeline.scheduler = guided(pipeline.scheduler)
     pipeline.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == ["diffusers", "DDIMScheduler"]
@@ -479,6 +480,7 @@ def test_timesteps_stay_on_the_cpu():
 @pytest.mark.parametrize(
     ("scheduler", "arguments", "message"),
     [
+        (None, {}, "`scheduler` to be a scheduler of Diffusers, but got None"),
         (FlowMatchEulerDiscreteScheduler(), {}, "with other noise levels"),
         (DDIMScheduler(num_train_timesteps=500), {}, "to be the model's 1000, but got a DDIMScheduler with 500"),
         (DDIMScheduler(), {"rescale_to_mean": True}, "a DDPMScheduler for `rescale_to_mean`"),

@@ -26,7 +26,7 @@ _OWN_ATTRIBUTES = ("scheduler", "guidance", "_noise_levels")
 
 
 def _setting(name: str) -> property:
-    """An attribute of a guided scheduler that is one of its guidance."""
+    """An attribute that a guided scheduler has from its own guidance."""
 
     def get(self: "GuidedScheduler") -> Any:
         return getattr(self.guidance, name)
@@ -86,12 +86,12 @@ class GuidedScheduler(SchedulerMixin):
     vae = _setting("vae")
     on_nonfinite = _setting("on_nonfinite")
 
-    def __new__(cls, scheduler: SchedulerMixin, *args, **kwargs):
-        base: type = cls
-        scheduler_class: Any = type(scheduler)
-        if isinstance(scheduler, GuidedScheduler):
-            scheduler_class = scheduler.unguided_class
-        return super().__new__(_guided_class(base, scheduler_class))
+    def __new__(cls, scheduler: SchedulerMixin, *args, **kwargs) -> "GuidedScheduler":
+        """Make an instance of the class that is derived from this one and from the scheduler's."""
+        if not hasattr(scheduler, "set_timesteps"):
+            raise ValueError(f"Expected `scheduler` to be a scheduler of Diffusers, but got {scheduler!r}.")
+        scheduler_class = scheduler.unguided_class if isinstance(scheduler, GuidedScheduler) else type(scheduler)
+        return _new_instance(cls, scheduler_class)
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class GuidedScheduler(SchedulerMixin):
         self._noise_levels: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __reduce__(self):
-        """For `copy` and `pickle`: the class cannot be imported by its name."""
+        """Copy and pickle without the name of the class, by which it cannot be imported."""
         return _new_instance, type(self).__bases__, self.__dict__
 
     @classmethod
@@ -230,7 +230,7 @@ class GuidedScheduler(SchedulerMixin):
 
 
 @functools.cache
-def _guided_class(base: type, scheduler_class: Any) -> type:
+def _guided_class(base: Any, scheduler_class: Any) -> type:
     """
     Derive a class from [`GuidedScheduler`] and from a scheduler's class.
 
@@ -262,7 +262,6 @@ def _guided_class(base: type, scheduler_class: Any) -> type:
     return Guided
 
 
-def _new_instance(base: type, scheduler_class: type) -> GuidedScheduler:
-    """An empty guided scheduler, whose attributes are set afterwards."""
-    cls = _guided_class(base, scheduler_class)
-    return object.__new__(cls)
+def _new_instance(base: Any, scheduler_class: Any) -> GuidedScheduler:
+    """A guided scheduler without attributes, which are set afterwards."""
+    return object.__new__(_guided_class(base, scheduler_class))
