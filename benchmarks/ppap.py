@@ -75,7 +75,8 @@ def run(
         unet = patched_unet(8).to(device).eval()
         scheduler = DDIMScheduler(prediction_type="sample")
         both = GuidedScheduler(scheduler, experts, target)
-        both.set_timesteps(50)
+        for each in (scheduler, both):
+            each.set_timesteps(50)
 
         @torch.no_grad()
         def step(scheduler, unet=unet, x_t=x_t):

@@ -1,4 +1,4 @@
-"""Small vision models: transformers' own classes with random weights, and the published vectors' linear one."""
+"""Small vision networks: classes of transformers with random weights, and the linear classifier of the published vectors."""
 
 import torch
 from conftest import Vectors, randomised
@@ -33,7 +33,7 @@ PLAIN = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # images stay in [-1,
 
 
 class LinearClassifier(PreTrainedModel):
-    """The toy of the published guidance: logits = W·x."""
+    """The network of the published guidance vectors: logits = W·x."""
 
     config_class = PreTrainedConfig
 
@@ -78,12 +78,12 @@ def make_dpt() -> DPTForDepthEstimation:
         reassemble_factors=[4, 2, 1, 0.5],
     )
     network = randomised(DPTForDepthEstimation(config))
-    network.head.head[4].bias.data.add_(1)  # else its last ReLU would be zero everywhere
+    network.head.head[4].bias.data.add_(1)  # otherwise its last ReLU is zero everywhere
     return network
 
 
 def with_statistics(network: PreTrainedModel) -> PreTrainedModel:
-    """Random weights, and BatchNorm statistics that are those of such a network."""
+    """Give a network random weights, and BatchNorm statistics that fit them."""
     network = randomised(network)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):

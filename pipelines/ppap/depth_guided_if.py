@@ -1,5 +1,5 @@
-"""DeepFloyd-IF draws what a prompt says in the shape of a photograph: depth guidance of its stage I, without a text encoder's
-fine-tuning or paired data (PPAP, https://arxiv.org/abs/2212.05973, section 5.3).
+"""Generate an image for a prompt with the depth of a photograph: DeepFloyd-IF, whose stage I is guided by depth experts.
+PPAP, https://arxiv.org/abs/2212.05973, section 5.3
 
 python pipelines/ppap/depth_guided_if.py photo.png "a photo of a dog" --experts outputs/ppap_if_depth/experts
 """
@@ -16,10 +16,10 @@ from diffusers_dmp.training.data.images import center_crop, to_tensor
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("image", help="whose depth is asked for")
+    parser.add_argument("image", help="photograph with the depth to ask for")
     parser.add_argument("prompt")
     parser.add_argument(
-        "--experts", default="outputs/ppap_if_depth/experts", help="as training/train_ppap.py writes them"
+        "--experts", default="outputs/ppap_if_depth/experts", help="folder that training/train_ppap.py wrote"
     )
     parser.add_argument("--stage_1", default="DeepFloyd/IF-I-XL-v1.0")
     parser.add_argument("--stage_2", default="DeepFloyd/IF-II-L-v1.0", help="empty to stop at 64 x 64 pixels")

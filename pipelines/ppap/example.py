@@ -1,4 +1,7 @@
-"""Digits that were asked for, by a model that knows no classes: `python pipelines/ppap/example.py`, after `make demo-ppap`."""
+"""Generate the digits 0 to 9 with a model without classes, guided by experts.
+
+make demo-ppap && python pipelines/ppap/example.py
+"""
 
 import torch
 from diffusers import DiffusionPipeline
@@ -11,7 +14,7 @@ experts = GuidanceExperts.from_pretrained("outputs/ppap_digits/experts")
 unguided = pipe.scheduler
 guided = GuidedScheduler(unguided, experts, ClassTarget(list(range(10))), scale=7.5)
 grids = {}
-for name, scheduler in {"unguided": unguided, "0 to 9 asked for": guided}.items():
+for name, scheduler in {"unguided": unguided, "guided to 0 to 9": guided}.items():
     pipe.scheduler = scheduler
     images = pipe(batch_size=10, num_inference_steps=25, generator=torch.Generator().manual_seed(0)).images
     grids[name] = sample_grid([[image] for image in images], pixel_size=6)

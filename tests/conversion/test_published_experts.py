@@ -1,4 +1,4 @@
-"""PPAP's published adapters, exactly."""
+"""Conversion of PPAP's published experts."""
 
 import copy
 import json
@@ -14,7 +14,7 @@ from diffusers_dmp import GuidanceExperts, convert_checkpoint
 from diffusers_dmp.conversion.ppap import peft_factors
 
 RANK, ALPHA = 2, 8
-ORIGINAL = (  # transformers' names → the original's
+ORIGINAL = (  # names of transformers → published names
     (r"^classifier\.1", "fc"),
     (r"^resnet\.embedder\.embedder\.convolution", "conv1"),
     (r"^resnet\.embedder\.embedder\.normalization", "bn1"),
@@ -35,7 +35,7 @@ def original_name(name: str) -> str:
 
 @pytest.fixture
 def published():
-    """Checkpoints of two experts as the published code writes them, and the networks that they stand for."""
+    """Checkpoints of two experts as the published code writes them, and the networks with their LoRA merged."""
     base = make_resnet()
     checkpoints, networks = [], []
     generator = torch.Generator().manual_seed(0)
@@ -44,7 +44,7 @@ def published():
         checkpoint = {}
         for name, tensor in network.state_dict().items():
             if "normalization" in name and tensor.is_floating_point():
-                tensor.add_(0.1 * torch.rand(tensor.shape, generator=generator))  # each expert's own
+                tensor.add_(0.1 * torch.rand(tensor.shape, generator=generator))  # differs between experts
             original = original_name(name)
             adapted = re.search(r"^conv1|conv[12]\.weight", original)
             if adapted:
@@ -67,13 +67,14 @@ def test_published_convolution():
     assert "r=2, alpha=8" in json.loads((FIXTURES / "diffusion.json").read_text())["ppap.lora_conv.note"]
     lora_a, lora_b = vectors["ppap.lora_conv.A"], vectors["ppap.lora_conv.B"]
     delta = vectors["ppap.lora_conv.delta_scaled"]
-    for num_out in (6, 100):  # of full rank, and of less
+    for num_out in (6, 100):  # a product of full rank, and of a lower one
         rows = lora_b if num_out == 6 else torch.randn(3 * num_out, 6)
         expected = delta if num_out == 6 else 4 * (rows @ lora_a).view(num_out, 4, 3, 3)
         factor_a, factor_b = peft_factors(lora_a, rows, (num_out, 4, 3, 3))
         assert len(factor_a) == min(num_out, 2 * 3**2)
         product = F.conv2d(factor_a.transpose(0, 1), factor_b).transpose(0, 1)  # as PEFT multiplies them
-        torch.testing.assert_close(4 * product, expected, atol=1e-6, rtol=1e-6)
+        # sums of 6 products of a magnitude of up to 10, times 4
+        torch.testing.assert_close(4 * product, expected, atol=2e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -94,7 +95,7 @@ def test_published_experts(published, tmp_path):
 
 
 def published_deit(seed: int) -> dict[str, torch.Tensor]:
-    """A checkpoint as the published code writes it, of two blocks of two heads; the frozen weights are those of seed 0."""
+    """A checkpoint as the published code writes it, with two blocks of two heads. Frozen weights do not depend on the seed."""
     frozen, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
     width, layers = (
         128,
@@ -125,7 +126,7 @@ def published_deit(seed: int) -> dict[str, torch.Tensor]:
 
 
 def run_published_deit(checkpoint: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
-    """What the published code computes with it: timm's DeiT-S, LoRA unscaled, images unnormalised."""
+    """The published computation, written out: timm's DeiT-S, LoRA without a scale, images without normalisation."""
     weights = {name.removeprefix("deit.classifier."): tensor for name, tensor in checkpoint.items()}
 
     def linear(x, name):

@@ -1,4 +1,4 @@
-"""Depth guidance of the real `IFPipeline`, of tiny random components."""
+"""Depth guidance of the real `IFPipeline` with tiny, random components."""
 
 import pytest
 import torch
@@ -23,13 +23,13 @@ def pipeline() -> IFPipeline:
         sample_max_value=1.5,
     )  # fmt: skip
     unet = randomised(unet)
-    # as the tokenizer and the text encoder would be left out where prompts are encoded beforehand
+    # without tokenizer and text encoder: the prompts are encoded
     pipeline = IFPipeline(None, None, unet, scheduler, None, None, None, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def draw(pipeline: IFPipeline, guidance_scale: float = 7.0) -> torch.Tensor:
+def generate(pipeline: IFPipeline, guidance_scale: float = 7.0) -> torch.Tensor:
     return pipeline(
         prompt_embeds=EMBEDS,
         negative_prompt_embeds=torch.zeros_like(EMBEDS),
@@ -51,9 +51,9 @@ def test_depth_is_what_was_asked_for(pipeline, guidance_scale):
     def error(images: torch.Tensor) -> torch.Tensor:
         return -target.log_likelihood(experts(images, torch.tensor(0)))
 
-    without = draw(pipeline, guidance_scale)
+    without = generate(pipeline, guidance_scale)
     pipeline.scheduler = GuidedScheduler(pipeline.scheduler, experts, target, scale=0.5, rescale_to_mean=True)
-    guided = draw(pipeline, guidance_scale)
+    guided = generate(pipeline, guidance_scale)
     assert guided.shape == (2, 3, 32, 32) and guided.isfinite().all()
     assert (error(guided) < 0.6 * error(without)).all()
     assert not guided.requires_grad

@@ -1,4 +1,4 @@
-"""One vision model, one adapter per stretch of noise."""
+"""One vision network, one adapter per noise interval."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ def images() -> torch.Tensor:
 
 
 def adapted(network, **kwargs) -> GuidanceExperts:
-    """Experts that differ from the network and one another, as after training, statistics included."""
+    """Experts that differ from the network and from one another, as after training; also in their statistics."""
     experts = GuidanceExperts(network, **{**PLAIN, "rank": 4, "lora_alpha": 8} | kwargs)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -42,7 +42,7 @@ def result(output: ModelOutput) -> torch.Tensor:
     return output.predicted_depth if "predicted_depth" in output else output.logits
 
 
-# What they compute
+# What experts compute
 
 
 def test_published_intervals():
@@ -56,10 +56,11 @@ def test_published_intervals():
 @pytest.mark.parametrize("method", ["ppap", "multi_experts"])
 @torch.no_grad()
 def test_fresh_experts_are_the_network(network, images, method):
+    """Up to rounding: without gradients another kernel may run."""
     expected = result(network(ImagePreprocessor([0.5] * 3, [0.5] * 3, None)(images)))
     experts = GuidanceExperts(network, **PLAIN, method=method)
     for expert in (0, 4, 2):
-        assert torch.equal(result(experts.run_expert(expert, images)), expected)
+        torch.testing.assert_close(result(experts.run_expert(expert, images)), expected)
 
 
 @torch.no_grad()
@@ -73,7 +74,7 @@ def test_experts_differ(network, images):
 
 @torch.no_grad()
 def test_merged_is_unmerged(network, images):
-    """With α/γ = 2, which the reference forgets for its linears."""
+    """With α/γ = 2, which the published code leaves out for linears."""
     experts = adapted(network)
     for expert in (1, 3, 1):
         unmerged = result(experts.run_expert(expert, images, merged=False))
@@ -82,7 +83,7 @@ def test_merged_is_unmerged(network, images):
     assert all(layer.merged for layer in experts.modules() if isinstance(layer, LoraLayer))
 
 
-def test_merging_is_pefts():
+def test_merged_weights_are_those_of_peft():
     experts = adapted(make_resnet())
     for name, layer in experts.experts.layers.items():
         weight = layer.get_base_layer().weight.clone()
@@ -93,7 +94,7 @@ def test_merging_is_pefts():
 
 
 @torch.no_grad()
-def test_switching_for_ever_does_not_wear_the_weights(images):
+def test_rounding_errors_of_many_switches(images):
     experts = adapted(make_resnet())
     first = result(experts.run_expert(2, images))
     for switch in range(300):
@@ -123,14 +124,14 @@ def test_gradients_of_a_mixed_batch(images):
         torch.testing.assert_close(torch.autograd.grad(alone, images)[0][i], together[i], atol=1e-5, rtol=1e-3)
 
 
-def test_the_head_stays_the_networks(network):
+def test_the_head_is_not_adapted(network):
     own = GuidanceExperts(network, **PLAIN).expert_tensors(0)
     assert not [name for name in own if "classifier" in name]
     assert [name for name in own if name.endswith("lora_A.weight")]
 
 
-def test_the_papers_layers():
-    """ResNet: stem and the first two convolutions of each block; transformers: all of attention."""
+def test_default_target_modules():
+    """The paper's: of a ResNet the stem and the first two convolutions of each block, of a ViT the attention."""
     own = GuidanceExperts(make_resnet(), **PLAIN).expert_tensors(0)
     layers = {name.removesuffix(".lora_A.weight") for name in own if name.endswith("lora_A.weight")}
     blocks = [f"resnet.encoder.stages.{stage}.layers.{layer}" for stage, layer in [(0, 0), (1, 0), (1, 1)]]
@@ -141,7 +142,7 @@ def test_the_papers_layers():
     assert layers == {f"vit.layers.{i}.attention.{part}_proj" for i in (0, 1) for part in "qkvo"}
 
 
-# What is trained
+# Training
 
 
 def test_only_the_expert_in_training_changes(images):
@@ -157,14 +158,14 @@ def test_only_the_expert_in_training_changes(images):
         result(experts.run_expert(3, images)).square().mean().backward()
         optimizer.step()
     experts.eval()
-    experts.run_expert(0, images)  # another one's turn
+    experts.run_expert(0, images)  # activates another expert
     changed = {name for name, tensor in experts.expert_tensors().items() if not torch.equal(tensor, before[name])}
     assert changed and all(name.startswith("expert_3.") for name in changed)
     for ending in ("lora_A.weight", "lora_B.weight", "normalization.bias", "running_mean", "num_batches_tracked"):
         assert [name for name in changed if name.endswith(ending)], ending
 
 
-# In folders
+# Saving and loading
 
 
 @pytest.mark.parametrize("method", ["ppap", "multi_experts", "finetune"])
@@ -173,7 +174,7 @@ def test_round_trip(images, tmp_path, method):
     make_resnet().save_pretrained(tmp_path / "base")
     settings = {"method": method, "num_experts": 1 if method == "finetune" else 5}
     experts = adapted(type(make_resnet()).from_pretrained(tmp_path / "base"), **settings)
-    experts.run_expert(0, images)  # merged when it is saved
+    experts.run_expert(0, images)  # so that its LoRA is merged while it is saved
     experts.save_pretrained(tmp_path / "experts")
     loaded = GuidanceExperts.from_pretrained(tmp_path / "experts")
     assert dict(loaded.config).items() <= dict(experts.config).items() and loaded.config.method == method
@@ -186,9 +187,38 @@ def test_round_trip(images, tmp_path, method):
         assert [name for name in loaded.expert_tensors() if name.endswith("running_var")]
         own_bytes = sum(tensor.nbytes for tensor in experts.expert_tensors().values())
         size = (tmp_path / "experts" / "guidance_experts.safetensors").stat().st_size
-        assert own_bytes < size < own_bytes + 2**17  # and a header: nothing of the network
+        assert own_bytes < size < own_bytes + 2**17  # tensors and a header: nothing of the network
         loaded.load_expert_tensors(experts.expert_tensors())  # into merged weights
         torch.testing.assert_close(result(loaded(images, timestep)), result(experts(images, timestep)))
+
+
+@torch.no_grad()
+def test_interval_edges(images, tmp_path):
+    make_resnet().save_pretrained(tmp_path / "base")
+    network = type(make_resnet()).from_pretrained(tmp_path / "base")
+    edges = [0, 62.5, 700, 1000]
+    experts = adapted(network, num_experts=3, interval_edges=edges)
+    experts.save_pretrained(tmp_path / "experts")
+    assert json.loads((tmp_path / "experts" / "config.json").read_text())["interval_edges"] == edges
+    loaded = GuidanceExperts.from_pretrained(tmp_path / "experts")
+    assert loaded.intervals == experts.intervals == NoiseIntervals(edges)
+    timesteps = [62, 63, 699, 700, 999]
+    together = result(loaded(images, torch.tensor(timesteps)))
+    for i, expert in enumerate([0, 1, 1, 2, 2]):
+        alone = result(experts.run_expert(expert, images[i : i + 1]))
+        torch.testing.assert_close(together[i], alone[0], atol=1e-5, rtol=1e-4)
+
+
+def test_bundles_of_version_0_1_have_uniform_intervals(tmp_path):
+    make_resnet().save_pretrained(tmp_path / "base")
+    experts = GuidanceExperts.from_base(str(tmp_path / "base"), **PLAIN, image_size=None, num_experts=3)
+    experts.save_pretrained(tmp_path / "experts")
+    path = tmp_path / "experts" / "config.json"
+    config = json.loads(path.read_text())
+    assert config.pop("interval_edges") == [0, 333, 666, 1000]
+    path.write_text(json.dumps(config))
+    loaded = GuidanceExperts.from_pretrained(tmp_path / "experts")
+    assert loaded.intervals == NoiseIntervals.uniform(3) and loaded.config.interval_edges == [0, 333, 666, 1000]
 
 
 def test_a_network_in_half_precision(tmp_path):
@@ -199,14 +229,14 @@ def test_a_network_in_half_precision(tmp_path):
     assert result(experts(torch.zeros(1, 3, 32, 32), torch.tensor(5))).dtype == torch.float32
 
 
-def test_weights_in_another_layout_are_merged(images):
+def test_merging_in_another_memory_format(images):
     experts = adapted(make_resnet())
     expected = result(experts.run_expert(1, images, merged=False))
     experts.to(memory_format=torch.channels_last)
     torch.testing.assert_close(result(experts.run_expert(1, images, merged=True)), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_what_the_image_processor_says(tmp_path):
+def test_settings_of_the_image_processor(tmp_path):
     make_resnet().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="preprocessor_config.json, or `image_mean`"):
         GuidanceExperts.from_base(str(tmp_path))
@@ -256,6 +286,12 @@ def test_families_without_a_default():
         ({"method": "lora"}, "one of ppap, multi_experts, finetune, but got 'lora'"),
         ({"method": "finetune"}, "`num_experts` to be 1 for the method 'finetune', but got 5"),
         ({"image_std": [1.0]}, "to have one length"),
+        (
+            {"interval_edges": [0, 300, 1000]},
+            r"`interval_edges` to be 6 numbers .* 5 experts, but got \[0, 300, 1000\]",
+        ),
+        ({"num_experts": 2, "interval_edges": [0, 300, 900]}, "from 0 to 1000, for 2 experts, but got"),
+        ({"num_experts": 2, "interval_edges": [0, 1000, 1000]}, "to ascend strictly"),
     ],
 )
 def test_arguments_that_do_not_fit(arguments, message):
@@ -275,7 +311,7 @@ def test_tensors_that_do_not_fit():
         experts.load_expert_tensors(tensors | {name: torch.zeros(1)})
 
 
-def test_a_network_from_nowhere_cannot_be_named(tmp_path):
+def test_experts_of_a_network_that_was_not_loaded_cannot_be_saved(tmp_path):
     experts = GuidanceExperts(LinearClassifier(torch.ones(2, 3)), **PLAIN, method="multi_experts")
     with pytest.raises(ValueError, match="`base_model_name_or_path` to be given"):
         experts.save_pretrained(tmp_path)

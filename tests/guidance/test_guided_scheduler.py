@@ -1,7 +1,9 @@
-"""Guidance in the scheduler: any pipeline, one line."""
+"""Guidance in the scheduler, for any pipeline."""
 
 import copy
 import inspect
+import json
+import pickle
 
 import pytest
 import torch
@@ -56,7 +58,8 @@ def toy_noise(x_t: torch.Tensor) -> torch.Tensor:
     return 0.6 * x_t
 
 
-def draw(pipeline: DiffusionPipeline, **kwargs) -> torch.Tensor:
+def generate(pipeline: DiffusionPipeline, **kwargs) -> torch.Tensor:
+    """Two images (B, H, W, C) in [0, 1]."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     images = pipeline(batch_size=2, num_inference_steps=4, generator=generator, output_type="np", **kwargs).images
@@ -64,18 +67,18 @@ def draw(pipeline: DiffusionPipeline, **kwargs) -> torch.Tensor:
 
 
 def log_likelihood(images: torch.Tensor) -> float:
-    """Of what is asked for, in images (B, H, W, C) in [0, 1]."""
+    """log p of the classes `LABELS`, in images (B, H, W, C) in [0, 1]."""
     logits = (images * 2 - 1).movedim(-1, 1).flatten(1) @ Vectors("diffusion")["guidance.W"].T
     return F.log_softmax(logits, -1)[range(2), LABELS].mean().item()
 
 
-# What is published
+# Equality with the published code
 
 
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
 @torch.no_grad()
 def test_published_ddim(kind):
-    """25 steps, whatever the model predicts; x̂0 is clipped before it is guided."""
+    """25 steps with each prediction type; x̂0 is clipped before it is guided."""
     vectors = Vectors("diffusion")
     scheduler = guided(DDIMScheduler(prediction_type=kind), ClassTarget(vectors["guidance.y"]))
     scheduler.set_timesteps(25)
@@ -103,8 +106,8 @@ def test_published_ddpm_mean():
 
 
 @torch.no_grad()
-def test_a_gradient_as_long_as_the_mean():
-    """μ + σ²·s·∇·‖μ‖/‖∇‖, each image's own."""
+def test_rescale_to_mean():
+    """μ + σ²·s·∇·‖μ‖/‖∇‖, with the norms of each sample."""
     inner = DDPMScheduler(variance_type="fixed_small", clip_sample=False)
     x_t = torch.randn(2, 3, 8, 8) * torch.tensor([1.0, 3.0]).view(2, 1, 1, 1)
     mean = inner.step(toy_noise(x_t), 500, x_t, generator=torch.Generator().manual_seed(0)).prev_sample
@@ -117,8 +120,8 @@ def test_a_gradient_as_long_as_the_mean():
     torch.testing.assert_close(shift, 20 * variance * mean.flatten(1).norm(dim=1), atol=1e-4, rtol=1e-3)
 
 
-def test_no_gradient_is_no_guidance():
-    """Where the network sees nothing, there is nothing to be as long as the mean."""
+def test_zero_gradient():
+    """A gradient of zero cannot be rescaled, and changes nothing."""
     scheduler = GuidedScheduler(
         DDPMScheduler(), linear_experts(torch.zeros(5, 192)), ClassTarget(1), rescale_to_mean=True
     )
@@ -127,10 +130,10 @@ def test_no_gradient_is_no_guidance():
         each.step(toy_noise(x_t), 500, x_t, generator=torch.Generator().manual_seed(0)).prev_sample
         for each in (scheduler, DDPMScheduler())
     ]
-    assert torch.equal(*steps)
+    torch.testing.assert_close(*steps)
 
 
-# In other solvers
+# Schedulers and pipelines
 
 
 SOLVERS = [DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler,
@@ -138,47 +141,47 @@ SOLVERS = [DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerAnces
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda cls: cls.__name__)
-def test_every_solver_goes_where_it_is_asked_to(solver):
+def test_every_scheduler_moves_towards_the_target(solver):
     unclipped = {"clip_sample": False} if solver in (DDIMScheduler, DDPMScheduler, LCMScheduler) else {}
     pipeline = ClassConditionalPipeline(make_unet(), solver(prediction_type="epsilon", **unclipped))
-    without = draw(pipeline)
+    without = generate(pipeline)
     pipeline.scheduler = guided(pipeline.scheduler, scale=3.0)
-    with_guidance = draw(pipeline)
+    with_guidance = generate(pipeline)
     assert log_likelihood(with_guidance) > log_likelihood(without) + 0.1
     pipeline.scheduler.scale = 0.0
-    torch.testing.assert_close(draw(pipeline), without, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(generate(pipeline), without, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("solver", [DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler])
-def test_all_predictions_are_guided_alike(solver):
+def test_all_prediction_types_give_the_same_images(solver):
     images = []
     for kind in PREDICTION_TYPES:
         unet = make_unet()
-        unet.register_to_config(prediction_type="epsilon")  # converted for the scheduler
+        unet.register_to_config(prediction_type="epsilon")  # the pipeline converts it for the scheduler
         pipeline = ClassConditionalPipeline(unet, solver(prediction_type=kind))
         pipeline.scheduler = guided(pipeline.scheduler, scale=2.0)
-        images.append(draw(pipeline))
+        images.append(generate(pipeline))
     torch.testing.assert_close(images[1], images[0], atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(images[2], images[0], atol=1e-3, rtol=1e-3)
 
 
-def test_in_diffusers_own_pipelines():
+def test_in_pipelines_of_diffusers():
     for pipeline in (DDPMPipeline(make_unet(), DDPMScheduler()), DDIMPipeline(make_unet(), DDIMScheduler())):
-        without = draw(pipeline)
+        without = generate(pipeline)
         pipeline.scheduler = guided(pipeline.scheduler, scale=5.0)
-        assert log_likelihood(draw(pipeline)) > log_likelihood(without) + 0.1
+        assert log_likelihood(generate(pipeline)) > log_likelihood(without) + 0.1
 
 
 def test_in_a_split_pipeline():
     pipeline = SNRSplitPipeline([make_unet(seed=0), make_unet(seed=1)], DDIMScheduler(), [0.25])
-    without = draw(pipeline)
+    without = generate(pipeline)
     pipeline.scheduler = guided(pipeline.scheduler, scale=5.0)
-    assert log_likelihood(draw(pipeline)) > log_likelihood(without) + 0.1
+    assert log_likelihood(generate(pipeline)) > log_likelihood(without) + 0.1
 
 
 @pytest.mark.parametrize("scheduler_class", [DDPMScheduler, DPMSolverMultistepScheduler])
-def test_beside_a_learned_variance(scheduler_class):
-    """And beside classifier-free guidance. A DPM-Solver would cut the prediction to three channels; see `around`."""
+def test_with_a_learned_variance(scheduler_class):
+    """Together with classifier-free guidance. For a DPM-Solver, the pipeline guides `around` one without learned variance."""
     transformer = randomised(DiTModel(**TINY_CONFIG))
     pipeline = ClassConditionalPipeline(transformer, scheduler_class(variance_type="learned_range"))
     experts = linear_experts(torch.randn(5, 256, generator=torch.Generator().manual_seed(0)))
@@ -202,7 +205,7 @@ def test_a_sample_does_not_depend_on_its_batch():
 
 
 def test_two_networks_at_once():
-    """One guided scheduler around another."""
+    """A guided scheduler around another one."""
     pipeline = ClassConditionalPipeline(make_unet(), DDIMScheduler(clip_sample=False))
     noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     pipeline.scheduler = guided(guided(pipeline.scheduler, scale=1.5), scale=0.5)
@@ -214,7 +217,7 @@ def test_two_networks_at_once():
 
 
 def test_a_vae_in_half_precision():
-    """Its gradient would vanish: it is taken in float32."""
+    """Gradients would underflow in half precision: the VAE is copied in float32."""
     vae = randomised(AutoencoderKL(latent_channels=4, block_out_channels=(4,), norm_num_groups=2, sample_size=8))
     x_t, steps = torch.randn(2, 4, 8, 8), []
     for own in (vae, copy.deepcopy(vae).half()):
@@ -242,16 +245,17 @@ def test_half_precision(dtype):
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_where_no_gradients_are_kept(context):
+def test_without_gradients_outside(context):
+    """Up to rounding, as other kernels may run in inference mode."""
     scheduler, x_t = guided(DDIMScheduler()), torch.randn(2, 3, 8, 8)
     scheduler.set_timesteps(1000)
     expected = scheduler.step(toy_noise(x_t), 500, x_t).prev_sample
     with context():
-        assert torch.equal(scheduler.step(toy_noise(x_t.clone()), 500, x_t.clone()).prev_sample, expected)
+        torch.testing.assert_close(scheduler.step(toy_noise(x_t.clone()), 500, x_t.clone()).prev_sample, expected)
 
 
-def test_latents_are_guided_by_the_image_that_they_will_be():
-    """∇ by x_t of log p(y | decode(x̂0)), the noise held fixed."""
+def test_latents_are_guided_through_the_vae():
+    """∇ of log p(y | decode(x̂0)) with respect to x_t, where ε is constant."""
     vae = randomised(AutoencoderKL(latent_channels=4, block_out_channels=(4,), norm_num_groups=2, sample_size=8))
     scheduler = guided(DDIMScheduler(clip_sample=False), scale=3.0, vae=vae)
     scheduler.set_timesteps(10)
@@ -268,7 +272,7 @@ def test_latents_are_guided_by_the_image_that_they_will_be():
     torch.testing.assert_close(step, expected.detach(), atol=1e-4, rtol=1e-3)
 
 
-# When
+# Which steps are guided
 
 
 def guided_timesteps(scheduler: GuidedScheduler, num_inference_steps: int) -> list[int]:
@@ -281,21 +285,21 @@ def guided_timesteps(scheduler: GuidedScheduler, num_inference_steps: int) -> li
     return seen
 
 
-def test_in_a_stretch_of_noise():
+def test_timestep_range():
     scheduler = guided(DDIMScheduler(), timestep_range=(300, 800))
     assert guided_timesteps(scheduler, 10) == [700, 600, 500, 400, 300]
 
 
-def test_a_step_without_guidance_is_the_schedulers_own():
-    """Clipping and all, also where x̂0 would be far out of range, as at the first steps of a cosine schedule."""
+def test_other_steps_are_those_of_the_scheduler():
+    """They clip, also where x̂0 is far out of range, as at the first steps of a cosine schedule."""
     inner = DDIMScheduler(beta_schedule="squaredcos_cap_v2")
     pipeline = ClassConditionalPipeline(make_unet(), inner)
-    without = draw(pipeline)
+    without = generate(pipeline)
     pipeline.scheduler = guided(inner, timestep_range=(2000, 3000))
-    assert torch.equal(draw(pipeline), without)
+    torch.testing.assert_close(generate(pipeline), without)
     pipeline.scheduler = guided(inner, scale=5.0)
-    assert log_likelihood(draw(pipeline)) > log_likelihood(without) + 0.1
-    assert inner.config.clip_sample
+    assert log_likelihood(generate(pipeline)) > log_likelihood(without) + 0.1
+    assert pipeline.scheduler.config.clip_sample
 
 
 def test_every_other_step():
@@ -309,19 +313,19 @@ def test_both_evaluations_of_a_second_order_step():
 @pytest.mark.parametrize(
     "solver", [DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler]
 )
-def test_not_where_there_is_nothing_yet(solver):
-    """ᾱ = 0 at the first step, or the 2⁻²⁴ that some take for it."""
+def test_steps_of_pure_noise_are_not_guided(solver):
+    """ᾱ = 0 at the first step, or the 2⁻²⁴ that some schedulers replace it by."""
     scheduler = solver(rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction")
     assert guided_timesteps(guided(scheduler), 4) == [749, 499, 249]
 
 
-def test_a_stretch_holds_whole_steps():
-    """Of a second-order scheduler: both evaluations of those that begin in it."""
+def test_timestep_range_of_a_second_order_scheduler():
+    """Both evaluations of the steps that begin in it."""
     scheduler = guided(HeunDiscreteScheduler(timestep_spacing="trailing"), timestep_range=(300, 800))
     assert guided_timesteps(scheduler, 5) == [799, 599, 599, 399, 399, 199]
 
 
-def test_every_other_step_from_where_a_pipeline_begins():
+def test_every_other_step_from_a_later_beginning():
     scheduler = guided(EulerDiscreteScheduler(timestep_spacing="trailing"), every=2)
     seen = []
     scheduler.experts.register_forward_pre_hook(lambda module, args: seen.append(int(args[1])))
@@ -333,28 +337,102 @@ def test_every_other_step_from_where_a_pipeline_begins():
     assert seen == [499, 299, 99]
 
 
-# In the place of a scheduler
+# A subclass of the scheduler's class
 
 
-def test_it_stands_for_its_scheduler(tmp_path):
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda cls: cls.__name__)
+def test_type_and_isinstance_agree(solver):
+    scheduler = guided(solver())
+    assert isinstance(scheduler, solver) and isinstance(scheduler, GuidedScheduler)
+    assert issubclass(type(scheduler), solver) and issubclass(type(scheduler), GuidedScheduler)
+    assert scheduler.__class__ is type(scheduler) is type(guided(solver()))
+    assert (type(scheduler).__module__, type(scheduler).__name__) == (solver.__module__, solver.__name__)
+    assert type(scheduler).__qualname__ == f"GuidedScheduler[{solver.__name__}]"
+
+
+def test_attributes_of_the_scheduler():
     inner = DDIMScheduler(num_train_timesteps=1000, beta_end=0.03)
     scheduler = guided(inner)
-    assert isinstance(scheduler, DDIMScheduler) and isinstance(scheduler, GuidedScheduler)
     assert scheduler.config == inner.config and scheduler.init_noise_sigma == 1 and scheduler.order == 1
     for method in ("step", "set_timesteps"):
         own, expected = (inspect.signature(getattr(each, method)).parameters for each in (scheduler, inner))
         assert list(own) == list(expected)
-    assert DPMSolverMultistepScheduler.from_config(scheduler.config).config.beta_end == 0.03
     scheduler.set_timesteps(7, "cpu")
     assert len(scheduler.timesteps) == 7
     assert len(scheduler) == 1000
-    twin = copy.deepcopy(scheduler)
-    twin.scale = 0
-    assert scheduler.scale == 7.5 and twin.scheduler is not scheduler.scheduler
+
+
+def test_the_given_scheduler_does_not_change():
+    inner = EulerDiscreteScheduler()
+    inner.set_timesteps(5)
+    scheduler = guided(inner)
+    assert scheduler.scheduler is inner and len(scheduler.timesteps) == 5
+    before = inner.timesteps
+    scheduler.set_timesteps(3)
+    x_t = torch.randn(2, 3, 8, 8)
+    scheduler.step(toy_noise(x_t), scheduler.timesteps[0], x_t)
+    scheduler.register_to_config(timestep_spacing="trailing")
+    assert scheduler.step_index == 1 and inner.step_index is None and inner.timesteps is before
+    assert inner.config.timestep_spacing == "linspace"
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda scheduler: pickle.loads(pickle.dumps(scheduler))])
+def test_copies(copied):
+    scheduler = guided(guided(DDIMScheduler()))
+    scheduler.set_timesteps(10)
+    twin = copied(scheduler)
+    assert type(twin) is type(scheduler)
+    x_t, t = torch.randn(2, 3, 8, 8), scheduler.timesteps[4]
+    step = twin.step(toy_noise(x_t), t, x_t).prev_sample
+    assert torch.equal(step, scheduler.step(toy_noise(x_t), t, x_t).prev_sample)
+    twin.scale = twin.scheduler.scale = 0
+    assert scheduler.scale == scheduler.scheduler.scale == 7.5
+    assert twin.scheduler is not scheduler.scheduler and twin.experts is not scheduler.experts
+
+
+def test_other_schedulers_from_the_configuration():
+    """Without guidance, which is no part of a configuration."""
+    scheduler = guided(DDIMScheduler(beta_end=0.03))
+    again = type(scheduler).from_config(scheduler.config, clip_sample=False)
+    assert type(again) is DDIMScheduler
+    assert again.config.beta_end == 0.03 and not again.config.clip_sample and scheduler.config.clip_sample
+    assert DPMSolverMultistepScheduler.from_config(scheduler.config).config.beta_end == 0.03
+    around = scheduler.around(again)
+    assert isinstance(around, GuidedScheduler) and around.experts is scheduler.experts
+    with pytest.raises(ValueError, match="a scheduler's class, but got that of GuidedScheduler"):
+        GuidedScheduler.from_config(scheduler.config)
+
+
+def test_guided_schedulers_in_one_another():
+    """Each has its own settings, which can be changed; the state is that of the outermost one."""
+    inner = guided(DDIMScheduler(clip_sample=False), ClassTarget(0), scale=1.0)
+    outer = guided(inner, scale=2.0)
+    assert type(outer) is type(inner) and outer.scheduler is inner
+    outer.set_timesteps(10)
+    x_t, t = torch.randn(2, 3, 8, 8), outer.timesteps[4]
+    once = guided(DDIMScheduler(clip_sample=False), scale=3.0)
+    once.set_timesteps(10)
+    inner.target, outer.scheduler.scale = outer.target, 1.0
+    expected = once.step(toy_noise(x_t), t, x_t).prev_sample
+    torch.testing.assert_close(outer.step(toy_noise(x_t), t, x_t).prev_sample, expected, atol=1e-4, rtol=1e-3)
+
+
+class HalvedScheduler(GuidedScheduler):
+    """As users derive their own from it."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.scale /= 2
+
+
+def test_a_subclass():
+    scheduler = HalvedScheduler(DDIMScheduler(), linear_experts(), ClassTarget(0), scale=4.0)
+    assert isinstance(scheduler, HalvedScheduler) and isinstance(scheduler, DDIMScheduler) and scheduler.scale == 2
+    assert isinstance(copy.deepcopy(scheduler), HalvedScheduler)
 
 
 def test_one_target_for_two_networks():
-    """Each looks the name up for itself."""
+    """Each guided scheduler looks the class up in its own network."""
     target = ClassTarget("LABEL_2")
     first = guided(DDIMScheduler(), target)
     renamed = linear_experts()
@@ -374,18 +452,23 @@ def test_tuples_instead_of_outputs():
     assert torch.equal(by_name[0], output.prev_sample) and torch.equal(by_place[0], output.prev_sample)
 
 
-def test_a_guided_pipeline_is_saved_without_its_guidance(tmp_path):
-    pipeline = ClassConditionalPipeline(make_unet(), DDIMScheduler(beta_end=0.03))
+@pytest.mark.parametrize("pipeline_class", [ClassConditionalPipeline, DDIMPipeline])
+def test_a_guided_pipeline_is_saved_without_its_guidance(tmp_path, pipeline_class):
+    pipeline = pipeline_class(make_unet(), DDIMScheduler(beta_end=0.03))
     pipeline.scheduler = guided(pipeline.scheduler)
     pipeline.save_pretrained(tmp_path)
-    assert "GuidedScheduler" not in (tmp_path / "model_index.json").read_text()
+    assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == ["diffusers", "DDIMScheduler"]
+    assert json.loads((tmp_path / "scheduler/scheduler_config.json").read_text())["_class_name"] == "DDIMScheduler"
     loaded = DiffusionPipeline.from_pretrained(tmp_path)
     assert type(loaded.scheduler) is DDIMScheduler and loaded.scheduler.config.beta_end == 0.03
     assert loaded.scheduler.config.clip_sample
+    pipeline.scheduler.save_pretrained(tmp_path / "alone")
+    assert type(DDIMScheduler.from_pretrained(tmp_path / "alone")) is DDIMScheduler
+    assert type(type(pipeline.scheduler).from_pretrained(tmp_path / "alone")) is DDIMScheduler
 
 
-def test_timesteps_stay_where_they_are_looked_at():
-    """On the CPU, whatever device a pipeline asks for: no step waits for an accelerator to say which timestep it is."""
+def test_timesteps_stay_on_the_cpu():
+    """On any device that a pipeline asks for, so that no step waits for an accelerator to know its timestep."""
     scheduler = guided(DDIMScheduler())
     scheduler.set_timesteps(5, device="meta")
     assert scheduler.timesteps.device.type == "cpu"
@@ -397,6 +480,7 @@ def test_timesteps_stay_where_they_are_looked_at():
 @pytest.mark.parametrize(
     ("scheduler", "arguments", "message"),
     [
+        (None, {}, "`scheduler` to be a scheduler of Diffusers, but got None"),
         (FlowMatchEulerDiscreteScheduler(), {}, "with other noise levels"),
         (DDIMScheduler(num_train_timesteps=500), {}, "to be the model's 1000, but got a DDIMScheduler with 500"),
         (DDIMScheduler(), {"rescale_to_mean": True}, "a DDPMScheduler for `rescale_to_mean`"),
@@ -410,17 +494,17 @@ def test_arguments_that_do_not_fit(scheduler, arguments, message):
 
 
 @pytest.mark.parametrize("on_nonfinite", ["raise", "unguided"])
-def test_gradients_that_are_not_finite(on_nonfinite):
+def test_nonfinite_gradients(on_nonfinite):
     inner = DDIMScheduler(clip_sample=False)
     scheduler = guided(inner, scale=float("inf"), timestep_range=(0, 500), on_nonfinite=on_nonfinite)
     pipeline = ClassConditionalPipeline(make_unet(), inner)
-    expected = draw(pipeline)
+    expected = generate(pipeline)
     pipeline.scheduler = scheduler
     if on_nonfinite == "raise":
         with pytest.raises(FloatingPointError, match="at timestep 250, from expert 0"):
-            draw(pipeline)
+            generate(pipeline)
     else:
-        torch.testing.assert_close(draw(pipeline), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(generate(pipeline), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_overflow_in_half_precision():
@@ -431,7 +515,7 @@ def test_overflow_in_half_precision():
     for each in (scheduler, plain):
         each.set_timesteps(10)
     t = scheduler.timesteps[3]
-    assert torch.equal(
+    torch.testing.assert_close(
         scheduler.step(toy_noise(x_t), t, x_t).prev_sample, plain.step(toy_noise(x_t), t, x_t).prev_sample
     )
     scheduler = guided(DDIMScheduler(clip_sample=False), scale=1e9)
@@ -448,13 +532,13 @@ def test_a_timestep_that_was_not_set():
         scheduler.step(torch.zeros(1, 3, 8, 8), 3, torch.zeros(1, 3, 8, 8))
 
 
-def test_real_experts_in_turn():
-    """A ResNet with an adapter per interval: the steps of one interval are guided by one expert."""
+def test_each_step_is_guided_by_the_expert_of_its_timestep():
+    """A ResNet with an adapter per interval."""
     experts = GuidanceExperts(make_resnet(), **PLAIN)
     scheduler = GuidedScheduler(DDIMScheduler(), experts, ClassTarget(3))
     acting = []
     pipeline = ClassConditionalPipeline(make_unet(), DDIMScheduler())
     pipeline.scheduler = scheduler
     experts.experts.network.register_forward_pre_hook(lambda *_: acting.append(experts.experts.active))
-    draw(pipeline)
+    generate(pipeline)
     assert acting == [3, 2, 1, 0]

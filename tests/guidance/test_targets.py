@@ -1,4 +1,4 @@
-"""What can be asked for."""
+"""Guidance targets."""
 
 import pytest
 import torch
@@ -37,10 +37,10 @@ def test_classes(labels, indices):
     target.prepare(CONFIG)
     logits = torch.randn(2, 3)
     expected = F.log_softmax(logits, -1)[range(2), indices if len(indices) == 2 else indices * 2]
-    assert torch.equal(target.log_likelihood(ImageClassifierOutput(logits=logits)), expected)
+    torch.testing.assert_close(target.log_likelihood(ImageClassifierOutput(logits=logits)), expected)
 
 
-def test_classes_that_there_are_not():
+def test_unknown_classes():
     with pytest.raises(ValueError, match=r"such as \['zebra'.*\], but got 'zebras'"):
         ClassTarget("zebras").prepare(CONFIG)
     with pytest.raises(ValueError, match=r"in \[0, 2\], but got 3"):
@@ -75,7 +75,7 @@ def test_segmentation():
         SegmentationTarget(torch.zeros(1, 2, 2)).log_likelihood(SemanticSegmenterOutput(logits=logits))
 
 
-def test_several_at_once():
+def test_weighted_targets():
     logits = torch.randn(2, 3)
     targets = WeightedTargets([(ClassTarget(0), 1.0), (ClassTarget("zebra"), -0.5)])
     targets.prepare(CONFIG)
@@ -85,7 +85,7 @@ def test_several_at_once():
 
 
 class BrightTarget(GuidanceTarget):
-    """As users write their own: whatever excites the first class, without a soft-max."""
+    """A target as users write their own: the logit of the first class."""
 
     def log_likelihood(self, output):
         return output.logits[:, 0]

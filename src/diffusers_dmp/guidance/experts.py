@@ -1,62 +1,59 @@
-"""An off-the-shelf vision model that knows noisy images: one frozen network, one adapter per stretch of noise.
+"""An off-the-shelf vision network that understands noisy images: one frozen network, one adapter per noise interval.
 https://arxiv.org/abs/2212.05973
 
 Legend: B batch, C channels, H and W height and width in pixels, E experts, T diffusion timesteps.
 """
 
-import os
-from pathlib import Path
-
 import torch
-from diffusers.configuration_utils import ConfigMixin
-from diffusers.utils import PushToHubMixin
-from huggingface_hub import create_repo, snapshot_download
-from safetensors.torch import load_file, save_file
+from diffusers.configuration_utils import FrozenDict
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..intervals import NoiseIntervals, group_by_expert
-from ..models.vision import ImagePreprocessor, load_network, network_sha256, processor_settings
-from ..saving.mixins import VersionedMixin, check_version
-from .adapters import FullExperts, LoraExperts, lora_targets
+from ..models.vision import ImagePreprocessor, network_sha256
+from ..saving.mixins import VersionedMixin
+from .adapters import AdapterExperts, AdapterSettings, NetworkExperts, lora_targets
+from .bundle import ExpertsBundleMixin
 
 METHODS = ("ppap", "multi_experts", "finetune")
-WEIGHTS_NAME = "guidance_experts.safetensors"
 
 
-class GuidanceExperts(VersionedMixin, nn.Module, ConfigMixin, PushToHubMixin):
+class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
     """
-    E experts on noisy images, each for the timesteps [⌊e·T/E⌋, ⌊(e+1)·T/E⌋), made of one network for clean ones.
+    E experts on noisy images, one for each noise interval, made of one network for clean images.
 
     ```py
     experts = GuidanceExperts.from_base("microsoft/resnet-50", num_experts=5)  # to be trained: training/train_ppap.py
     experts = GuidanceExperts.from_pretrained("outputs/ppap/experts")
     ```
 
-    Untrained experts are the network itself.
+    Untrained experts compute what the network itself does.
 
     Args:
-        network (`PreTrainedModel`): Of transformers, for image classification, depth estimation or segmentation. It becomes
-            a part of this module, changed in place, in float32.
+        network (`PreTrainedModel`): A network of transformers for image classification, depth estimation or segmentation. It
+            becomes a part of this module, changed in place, in float32.
         image_mean, image_std (`list[float]`), image_size (`int` or `list[int]`, *optional*): See [`ImagePreprocessor`].
         num_experts (`int`): E.
         num_train_timesteps (`int`): T.
-        method (`str`): 'ppap': LoRA, biases and normalisation layers of its own for each expert; 'multi_experts': a whole
-            network each; 'finetune': one for all timesteps.
-        rank (`int`), lora_alpha (`float`): γ and α; LoRA counts α/γ.
-        target_modules (`str` or `list[str]`, *optional*): Which layers get LoRA, as PEFT reads it; the paper's by default.
-        rank_pattern, alpha_pattern (`dict`, *optional*): Exceptions by layer, as PEFT reads them.
-        adapt_head_bias (`bool`): Let a classifier's last bias be each expert's own as well, as the published code does for DeiT;
-            the paper leaves the head as it is.
-        base_model_name_or_path (`str`, *optional*): Where the network was loaded from.
+        method (`str`): 'ppap': each expert owns LoRA, biases and normalisation layers; 'multi_experts': each expert is a whole
+            network; 'finetune': one network for all timesteps.
+        rank (`int`), lora_alpha (`float`): γ and α of LoRA, W + α/γ·B·A.
+        target_modules (`str` or `list[str]`, *optional*): The layers that get LoRA, as PEFT reads it; by default the paper's.
+        rank_pattern, alpha_pattern (`dict`, *optional*): Layers with another rank or α, as PEFT reads them.
+        adapt_head_bias (`bool`): Let each expert own the bias of the classification head as well, as the published code does for
+            DeiT. The paper leaves the head as it is.
+        base_model_name_or_path (`str`, *optional*): The folder or Hub id that the network was loaded from.
+        interval_edges (`list[float]` of length E + 1, *optional*): In timesteps, ascending from 0 to T: expert e owns
+            `interval_edges[e] <= t < interval_edges[e + 1]`. By default the intervals are of equal length,
+            [⌊e·T/E⌋, ⌊(e+1)·T/E⌋).
 
     Raises:
-        ValueError: if `method` is unknown, 'finetune' is to have several experts, or the network is of a family without a
-            default for `target_modules`.
+        ValueError: if `method` is unknown, 'finetune' is to have several experts, the network is of a family without a default
+            for `target_modules`, or `interval_edges` do not fit the numbers of experts and timesteps.
     """
 
-    config_name = "config.json"
+    config: FrozenDict
 
     def __init__(
         self,
@@ -74,6 +71,7 @@ class GuidanceExperts(VersionedMixin, nn.Module, ConfigMixin, PushToHubMixin):
         alpha_pattern: dict[str, float] | None = None,
         adapt_head_bias: bool = False,
         base_model_name_or_path: str | None = None,
+        interval_edges: list[float] | None = None,
     ):
         super().__init__()
         if method not in METHODS:
@@ -83,13 +81,14 @@ class GuidanceExperts(VersionedMixin, nn.Module, ConfigMixin, PushToHubMixin):
         if target_modules is None and method == "ppap":
             target_modules = lora_targets(network)
         network.float()
-        self.intervals = NoiseIntervals.uniform(num_experts, num_train_timesteps)
-        self.register_to_config(
+        self.intervals = _intervals(interval_edges, num_experts, num_train_timesteps)
+        self.register_to_config(  # type: ignore[operator]  # Diffusers has no types
             image_mean=image_mean,
             image_std=image_std,
             image_size=image_size,
             num_experts=num_experts,
             num_train_timesteps=num_train_timesteps,
+            interval_edges=self.intervals.to_config(),
             method=method,
             rank=rank,
             lora_alpha=lora_alpha,
@@ -101,107 +100,28 @@ class GuidanceExperts(VersionedMixin, nn.Module, ConfigMixin, PushToHubMixin):
             base_model_class=type(network).__name__,
             base_model_sha256=network_sha256(network),
         )
-        self.preprocess = ImagePreprocessor(image_mean, image_std, image_size)
-        if method == "ppap":
-            self.experts = LoraExperts(
-                network,
-                num_experts,
-                rank,
-                lora_alpha,
-                target_modules,
-                rank_pattern,
-                alpha_pattern,
-                adapt_head_bias,
+        self.preprocess: nn.Module = ImagePreprocessor(image_mean, image_std, image_size)
+        self.experts: AdapterExperts | NetworkExperts
+        if target_modules is not None and method == "ppap":
+            settings = AdapterSettings(
+                rank, lora_alpha, target_modules, rank_pattern or {}, alpha_pattern or {}, adapt_head_bias
             )
+            self.experts = AdapterExperts(network, num_experts, settings)
         else:
-            self.experts = FullExperts(network, num_experts)
+            self.experts = NetworkExperts(network, num_experts)
         self.network_config = network.config
         self.eval()
 
-    @classmethod
-    def from_base(cls, pretrained_model_name_or_path: str, **kwargs) -> "GuidanceExperts":
-        """
-        Untrained experts.
-
-        Args:
-            pretrained_model_name_or_path (`str`): A transformers model's folder or Hub id.
-            kwargs: The constructor's other arguments. What the image processor there says need not be given.
-
-        Raises:
-            ValueError: see [`GuidanceExperts`] and [`processor_settings`].
-        """
-        if not {"image_mean", "image_std", "image_size"} <= set(kwargs):
-            kwargs = processor_settings(pretrained_model_name_or_path) | kwargs
-        kwargs.setdefault("base_model_name_or_path", pretrained_model_name_or_path)
-        return cls(load_network(pretrained_model_name_or_path), **kwargs)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: "str | os.PathLike",
-        base_model: "str | os.PathLike | None" = None,
-        **kwargs,
-    ) -> "GuidanceExperts":
-        """
-        Load what [`save_pretrained`] wrote.
-
-        Args:
-            pretrained_model_name_or_path: A folder, or a Hub id.
-            base_model (*optional*): Where the network is now, if not where it was.
-            kwargs: `revision`, `token`, `cache_dir` and `local_files_only`, for the Hub.
-
-        Raises:
-            ValueError: if `base_model` is another model than the experts were made for, or tensors are missing, unknown or
-                of another shape.
-        """
-        folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir():
-            patterns = [cls.config_name, WEIGHTS_NAME]
-            folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=patterns, **kwargs))
-        saved = cls.load_config(folder)
-        check_version(saved)
-        config = {name: value for name, value in saved.items() if not name.startswith("_")}
-        base_model_class, fingerprint = config.pop("base_model_class"), config.pop("base_model_sha256")
-        base_model = str(base_model or config["base_model_name_or_path"])
-        network = load_network(base_model)
-        if (type(network).__name__, network_sha256(network)) != (base_model_class, fingerprint):
-            raise ValueError(
-                f"Expected `base_model` to be the {base_model_class} that the experts in {str(folder)!r} were made for "
-                f"({config['base_model_name_or_path']!r}), but got a {type(network).__name__} with other weights in {base_model!r}."
-            )
-        experts = cls(network, **config)
-        experts.load_expert_tensors(load_file(folder / WEIGHTS_NAME))
-        return experts
-
-    def save_pretrained(self, save_directory: "str | os.PathLike", push_to_hub: bool = False, **kwargs) -> None:
-        """
-        Write the configuration, and in `guidance_experts.safetensors` all that is the experts' own. The network itself is
-        named only, by `base_model_name_or_path`.
-
-        Args:
-            save_directory: A folder, made if need be.
-            push_to_hub (`bool`): Upload it as well; `repo_id`, `private`, `token` and `commit_message` say how.
-
-        Raises:
-            ValueError: if it is not known where the network was loaded from.
-        """
-        if not self.config.base_model_name_or_path:
-            raise ValueError(
-                "Expected `base_model_name_or_path` to be given for a network that was not loaded from anywhere, but got "
-                "nothing: the experts are saved without it."
-            )
-        os.makedirs(save_directory, exist_ok=True)
-        self.save_config(save_directory)
-        tensors = {name: tensor.detach().contiguous() for name, tensor in self.expert_tensors().items()}
-        save_file(tensors, os.path.join(save_directory, WEIGHTS_NAME), metadata={"format": "pt"})
-        if push_to_hub:
-            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
-            message, private, token = (kwargs.pop(name, None) for name in ("commit_message", "private", "token"))
-            repo_id = create_repo(repo_id, exist_ok=True, private=private, token=token).repo_id
-            self._upload_folder(save_directory, repo_id, token=token, commit_message=message)
-
     def expert_tensors(self, expert: int | None = None) -> dict[str, torch.Tensor]:
-        """What is one expert's own, by name; or all experts', each name with `expert_<e>.` before it."""
+        """
+        The tensors that experts own: parameters and buffers, not copied.
+
+        Args:
+            expert (`int`, *optional*): Index of the expert; by default all experts.
+
+        Returns:
+            `dict[str, torch.Tensor]`: The tensors by name; those of all experts with the prefix `expert_<e>.`
+        """
         if expert is not None:
             return self.experts.tensors(expert)
         return {
@@ -213,15 +133,15 @@ class GuidanceExperts(VersionedMixin, nn.Module, ConfigMixin, PushToHubMixin):
     @torch.no_grad()
     def load_expert_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """
-        Copy tensors in that [`expert_tensors`] named.
+        Copy the values of all experts' tensors from others of the same names and shapes.
+
+        Args:
+            tensors (`dict[str, torch.Tensor]`): By the names that [`expert_tensors`] gives to those of all experts.
 
         Raises:
-            ValueError: if one is missing, unknown or of another shape.
+            ValueError: if a tensor is missing, unknown or of another shape.
         """
-        if self.config.method == "ppap":
-            self.experts.activate(
-                self.experts.active, merged=False
-            )  # else the weights would keep the old adapter's part
+        self.experts.unmerge_active()  # otherwise the network's weights would keep the replaced LoRA
         own = self.expert_tensors()
         for name in own.keys() ^ tensors.keys():
             raise ValueError(
@@ -237,19 +157,19 @@ class GuidanceExperts(VersionedMixin, nn.Module, ConfigMixin, PushToHubMixin):
 
     @property
     def device(self) -> torch.device:
-        """Where everything is."""
+        """The device of the experts."""
         return next(self.parameters()).device
 
     def forward(self, images: torch.Tensor, timesteps: torch.Tensor) -> ModelOutput:
         """
-        Each image's own expert on it.
+        Run each image through the expert that owns its timestep.
 
         Args:
-            images (`torch.Tensor` of shape (B, C, H, W)): x_t, in [-1, 1] where it is clean.
-            timesteps (`torch.Tensor` of shape (B,) or ()): On the CPU, or else it is waited for.
+            images (`torch.Tensor` of shape (B, C, H, W)): x_t, scaled so that clean pixels are in [-1, 1].
+            timesteps (`torch.Tensor` of shape (B,) or ()): In [0, T]. Pass CPU timesteps to avoid a device sync.
 
         Returns:
-            `ModelOutput`: The network's own: `logits` or `predicted_depth`, in the images' order.
+            `ModelOutput`: The network's output, with `logits` or `predicted_depth`, in the order of the images.
         """
         owners = self.intervals.index(timesteps.cpu()).expand(len(images)) if len(images) else timesteps.cpu().long()
         order, present, sizes = group_by_expert(owners)
@@ -267,19 +187,26 @@ class GuidanceExperts(VersionedMixin, nn.Module, ConfigMixin, PushToHubMixin):
 
     def run_expert(self, expert: int, images: torch.Tensor, merged: bool | None = None) -> ModelOutput:
         """
-        One expert on all images.
+        Run all images through one expert.
 
         Args:
-            expert (`int`): Which.
+            expert (`int`): Index of the expert.
             images (`torch.Tensor` of shape (B, C, H, W)): As in [`forward`].
-            merged (`bool`, *optional*): With its LoRA added to the weights; by default out of training.
+            merged (`bool`, *optional*): Add the expert's LoRA to the weights first, so that it costs nothing; by default in eval
+                mode only.
         """
         network = self.experts.activate(expert, merged=not self.training if merged is None else merged)
         return network(self.preprocess(images))
 
     def requires_grad_of_expert(self, expert: int) -> dict[str, nn.Parameter]:
-        """Let one expert be trained; its parameters by name. Of a classifier's head, PPAP trains
-        its bias at most."""
+        """
+        Make the parameters of one expert trainable and freeze everything else.
+
+        Of a classifier's head, PPAP trains the bias at most.
+
+        Returns:
+            `dict[str, nn.Parameter]`: The trainable parameters by name.
+        """
         self.requires_grad_(False)
         parameters = {
             name: tensor for name, tensor in self.expert_tensors(expert).items() if isinstance(tensor, nn.Parameter)
@@ -287,3 +214,15 @@ class GuidanceExperts(VersionedMixin, nn.Module, ConfigMixin, PushToHubMixin):
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         return parameters
+
+
+def _intervals(edges: list[float] | None, num_experts: int, num_train_timesteps: int) -> NoiseIntervals:
+    """The intervals between `edges`, or uniform ones."""
+    if edges is None:
+        return NoiseIntervals.uniform(num_experts, num_train_timesteps)
+    if len(edges) != num_experts + 1 or edges[-1] != num_train_timesteps:
+        raise ValueError(
+            f"Expected `interval_edges` to be {num_experts + 1} numbers from 0 to {num_train_timesteps}, for "
+            f"{num_experts} experts, but got {list(edges)}."
+        )
+    return NoiseIntervals(tuple(edges))

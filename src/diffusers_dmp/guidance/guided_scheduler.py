@@ -1,4 +1,4 @@
-"""Guidance by a vision model, for any pipeline: in the scheduler, which sees x_t, t and the prediction.
+"""Guidance by a vision network for any pipeline: in the scheduler, which sees x_t, t and the denoiser's prediction.
 https://arxiv.org/abs/2212.05973, after https://arxiv.org/abs/2105.05233, algorithms 1 and 2
 
 Legend: B batch, C channels, H and W height and width, in pixels or latent pixels, T diffusion timesteps.
@@ -7,63 +7,91 @@ Legend: B batch, C channels, H and W height and width, in pixels or latent pixel
 import copy
 import functools
 import inspect
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, DDPMParallelScheduler, DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ..diffusion.latents import decode_latents
-from ..diffusion.predictions import (
-    PREDICTION_TYPES,
-    check_noise_levels,
-    convert_prediction,
-    expected_prediction_type,
-    noise_levels,
-    posterior_weights,
-    to_x0,
-)
+from ..diffusion.predictions import PREDICTION_TYPES, check_noise_levels, expected_prediction_type, noise_levels
 from .experts import GuidanceExperts
+from .gradient import Guidance, NoisyStep
+from .steps import guided_prediction, step_with_guided_mean, unclipped
 from .targets import GuidanceTarget
 
-NONFINITE = ("raise", "unguided")
-MIN_ALPHA = (
-    1e-3  # below, there is no image in x_t to be guided: at ᾱ = 0, or the 2⁻²⁴ that some schedulers take for it
-)
+# With a smaller α, x_t has no image to guide: at ᾱ = 0, or the 2⁻²⁴ that some schedulers replace it by.
+MIN_ALPHA = 1e-3
+_OWN_ATTRIBUTES = ("scheduler", "guidance", "_noise_levels")
 
 
-class GuidedScheduler:
+def _setting(name: str) -> property:
+    """An attribute that a guided scheduler has from its own guidance."""
+
+    def get(self: "GuidedScheduler") -> Any:
+        return getattr(self.guidance, name)
+
+    def change(self: "GuidedScheduler", value: Any) -> None:
+        setattr(self.guidance, name, value)
+
+    return property(get, change)
+
+
+class GuidedScheduler(SchedulerMixin):
     """
-    A scheduler whose steps go where a vision model sees what is asked for.
+    A scheduler whose steps move towards samples in which a vision network sees what is asked for.
 
     ```py
     pipe.scheduler = GuidedScheduler(pipe.scheduler, experts, ClassTarget("zebra"), scale=7.5)
     ```
 
-    It stands for the scheduler that it wraps in everything else: configuration, timesteps, attributes, `isinstance`, and what
-    is saved, which is the scheduler without guidance. `GuidedScheduler(…).scheduler` is that scheduler. Schedulers of the DDPM
-    kind are guided in the mean of their step, μ + σ²·s·∇log p, the others in the noise, ε - √(1-ᾱ)·s·∇log p, which is that of
-    the clipped x̂0 where the scheduler clips, as published. Around another guided scheduler it asks for both things at once.
+    The object that is made is an instance of both this class and the class of the given scheduler, of which it overrides
+    `set_timesteps` and `step`. It is a copy: its timesteps, state and configuration are its own, and the given scheduler, which
+    stays available as `scheduler`, does not change. Guidance is not saved: `save_pretrained`, also a pipeline's, writes the
+    scheduler without it, and `from_config` makes one without it.
+
+    DDPM schedulers are guided in the mean of their step, μ + σ²·s·∇log p. All others are guided in the noise,
+    ε - √(1-ᾱ)·s·∇log p, where ε is that of the clipped x̂0 if the scheduler clips, as in the published code. A guided scheduler
+    around another guided one asks for both things at once.
 
     Args:
-        scheduler ([`SchedulerMixin`]): Any of Diffusers' that has `alphas_cumprod`.
-        experts ([`GuidanceExperts`]): Moved to the samples' device, in eval mode. Gradients are in float32.
+        scheduler ([`SchedulerMixin`]): Any scheduler of Diffusers that has `alphas_cumprod`.
+        experts ([`GuidanceExperts`]): The network that guides. It is moved to the samples' device, and put in float32 and eval
+            mode.
         target ([`GuidanceTarget`]): What to ask for.
-        scale (`float`): s.
-        rescale_to_mean (`bool`): Take ∇log p as long as the mean, for each image: the paper's text-to-image case (DDPM kind
-            only).
-        timestep_range (`tuple[float, float]`, *optional*): Guide only where low <= t < high.
-        every (`int`): Guide every so manieth step, from the first on.
-        vae ([`AutoencoderKL`], *optional*): For latents: x̂0 is decoded, in float32, and the experts look at that.
-        on_nonfinite (`str`): What to do where guidance is infinite or not a number, in the samples' own dtype: 'unguided'
-            leaves that image's step without it; 'raise' does too, so that nothing is ever read back from an accelerator, and
-            raises a `FloatingPointError` at the last of the timesteps (not where a pipeline is stopped before).
+        scale (`float`): The guidance scale s.
+        rescale_to_mean (`bool`): Rescale ∇log p to the norm of the mean, for each sample, as in the paper's text-to-image
+            experiments (DDPM schedulers only).
+        timestep_range (`tuple[float, float]`, *optional*): Guide only the timesteps low <= t < high.
+        every (`int`): Guide every n-th step, beginning with the first one.
+        vae ([`AutoencoderKL`], *optional*): For latents: x̂0 is decoded, in float32, and the experts see the decoded images.
+        on_nonfinite (`str`): What to do where guidance is infinite or not a number in the samples' dtype. Such samples are not
+            guided in that step. With 'unguided' that is all; with 'raise' a `FloatingPointError` is raised at the last of the
+            timesteps (and not if a pipeline stops before it), so that no step waits for an accelerator.
 
     Raises:
-        ValueError: if the scheduler has no ᾱ or other training timesteps than the experts, an argument is out of range, or the
-            target does not fit the experts' network.
+        ValueError: if the scheduler has no ᾱ or another number of training timesteps than the experts, an argument is out of
+            range, or the target does not fit the experts' network.
     """
+
+    unguided_class: "ClassVar[type[SchedulerMixin] | None]" = None
+
+    scheduler: SchedulerMixin
+    guidance: Guidance
+    experts = _setting("experts")
+    scale = _setting("scale")
+    rescale_to_mean = _setting("rescale_to_mean")
+    timestep_range = _setting("timestep_range")
+    every = _setting("every")
+    vae = _setting("vae")
+    on_nonfinite = _setting("on_nonfinite")
+
+    def __new__(cls, scheduler: SchedulerMixin, *args, **kwargs) -> "GuidedScheduler":
+        """Make an instance of the class that is derived from this one and from the scheduler's."""
+        if not hasattr(scheduler, "set_timesteps"):
+            raise ValueError(f"Expected `scheduler` to be a scheduler of Diffusers, but got {scheduler!r}.")
+        scheduler_class = scheduler.unguided_class if isinstance(scheduler, GuidedScheduler) else type(scheduler)
+        return _new_instance(cls, scheduler_class)
 
     def __init__(
         self,
@@ -85,51 +113,47 @@ class GuidedScheduler:
             raise ValueError(
                 f"Expected the scheduler's `prediction_type` to be one of {', '.join(PREDICTION_TYPES)}, but got {kind!r}."
             )
-        self.guides_mean = isinstance(scheduler, (DDPMScheduler, DDPMParallelScheduler))
         if rescale_to_mean and not self.guides_mean:
             raise ValueError(
                 f"Expected a DDPMScheduler for `rescale_to_mean`, but got a {type(scheduler).__name__}, which has no mean."
             )
-        if every < 1:
-            raise ValueError(f"Expected `every` to be at least 1, but got {every}.")
-        if on_nonfinite not in NONFINITE:
-            raise ValueError(f"Expected `on_nonfinite` to be one of {', '.join(NONFINITE)}, but got {on_nonfinite!r}.")
+        state = {name: value for name, value in scheduler.__dict__.items() if name not in _OWN_ATTRIBUTES}
+        self.__dict__.update(copy.deepcopy(state))
         self.scheduler = scheduler
-        self.__module__ = scheduler.__class__.__module__
-        self.experts = experts.float().eval()
-        self.target = target
-        self.scale = scale
-        self.rescale_to_mean = rescale_to_mean
-        self.timestep_range = timestep_range
-        self.every = every
-        self.vae = vae
-        if vae is not None and vae.dtype != torch.float32:
-            self.vae = copy.deepcopy(vae).float()
-        self.on_nonfinite = on_nonfinite
-        self._nonfinite, self._noise_levels = [], None
+        self.guidance = Guidance(
+            experts, target, scale, rescale_to_mean, timestep_range, every, vae=vae, on_nonfinite=on_nonfinite
+        )
+        self._noise_levels: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    @property
-    def __class__(self) -> type:
-        """For `isinstance`, and with `__module__` for what a pipeline's `save_pretrained` writes."""
-        return self.scheduler.__class__
+    def __reduce__(self):
+        """Copy and pickle without the name of the class, by which it cannot be imported."""
+        return _new_instance, type(self).__bases__, self.__dict__
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "scheduler":  # not there yet, while it is copied
-            raise AttributeError(name)
-        return getattr(self.scheduler, name)
+    @classmethod
+    def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs) -> Any:
+        """
+        Make the scheduler without guidance; see [`ConfigMixin.from_config`]. [`around`] guides another scheduler.
 
-    def __len__(self) -> int:
-        return len(self.scheduler)
+        Raises:
+            ValueError: if it is called on `GuidedScheduler` itself, which is no scheduler's class.
+        """
+        if cls.unguided_class is None:
+            raise ValueError("Expected `from_config` of a scheduler's class, but got that of GuidedScheduler.")
+        return cls.unguided_class.from_config(config, return_unused_kwargs, **kwargs)
 
     @property
     def target(self) -> GuidanceTarget:
-        """What is asked for: a copy, as it looks its names up in this scheduler's network."""
-        return self._target
+        """What is asked for: a copy of what was given, with its classes looked up in the network of the experts."""
+        return self.guidance.target
 
     @target.setter
     def target(self, target: GuidanceTarget) -> None:
-        self._target = copy.deepcopy(target)
-        self._target.prepare(self.experts.network_config)
+        self.guidance.set_target(target)
+
+    @property
+    def guides_mean(self) -> bool:
+        """Whether the mean of a step is guided, as for DDPM, or else the noise."""
+        return isinstance(self, (DDPMScheduler, DDPMParallelScheduler))
 
     def around(self, scheduler: SchedulerMixin) -> "GuidedScheduler":
         """The same guidance around another scheduler."""
@@ -145,167 +169,99 @@ class GuidedScheduler:
             on_nonfinite=self.on_nonfinite,
         )
 
-    @property
-    def set_timesteps(self):
-        """The scheduler's own, but that the timesteps stay on the CPU, so that no step has to wait to know them."""
-        signature = inspect.signature(self.scheduler.set_timesteps)
+    def _guidances(self) -> list[Guidance]:
+        """Its own guidance, and then that of each guided scheduler inside."""
+        inner = self.scheduler._guidances() if isinstance(self.scheduler, GuidedScheduler) else []
+        return [self.guidance, *inner]
 
-        @functools.wraps(self.scheduler.set_timesteps)
-        def set_timesteps(*args, **kwargs) -> None:
-            arguments = signature.bind(*args, **kwargs)
-            arguments.arguments["device"] = "cpu"
-            self.scheduler.set_timesteps(*arguments.args, **arguments.kwargs)
-            self._nonfinite, self._noise_levels = [], None
-
-        return set_timesteps
-
-    @property
-    def step(self):
-        """The scheduler's own, guided; with its signature, which pipelines look at."""
-
-        @functools.wraps(self.scheduler.step)
-        def step(model_output: torch.Tensor, timestep, sample: torch.Tensor, *args, **kwargs):
-            position = self._position(timestep)
-            if not self._guides(position):
-                result = self.scheduler.step(model_output, timestep, sample, *args, **kwargs)
-            elif self.guides_mean:
-                result = self._step_with_guided_mean(position, model_output, sample, *args, **kwargs)
-            else:
-                guided = self._guided_prediction(position, model_output, sample)
-                with self._unclipped():
-                    result = self.scheduler.step(guided, timestep, sample, *args, **kwargs)
-            if position == len(self.timesteps) - 1:
-                self._raise_nonfinite()
-            return result
-
-        return step
+    def _guided_step(
+        self, step: Callable, model_output: torch.Tensor, timestep, sample: torch.Tensor, *args, **kwargs
+    ):
+        """A step of the scheduler with guidance, where `step` is the one without."""
+        position = self._position(timestep)
+        guidances = [guidance for guidance in self._guidances() if self._is_guided(position, guidance)]
+        if not guidances:
+            result = step(model_output, timestep, sample, *args, **kwargs)
+        elif self.guides_mean:
+            call = inspect.signature(step).bind(model_output, int(self.timesteps[position]), sample, *args, **kwargs)
+            noisy = self._noisy_step(position, model_output, sample)
+            result = step_with_guided_mean(self, step, call, noisy, guidances)
+        else:
+            noisy = self._noisy_step(position, model_output, sample)
+            guided = guided_prediction(self, noisy, model_output, guidances)
+            with unclipped(self):
+                result = step(guided, timestep, sample, *args, **kwargs)
+        if position == len(self.timesteps) - 1:
+            for guidance in self._guidances():
+                guidance.raise_if_nonfinite()
+        return result
 
     def _position(self, timestep) -> int:
-        """Of the step under way; a timestep on an accelerator, which none of ours is, is waited for."""
-        if getattr(self.scheduler, "step_index", None) is not None:
-            return self.scheduler.step_index  # a second-order scheduler has a timestep twice
+        """The index in `timesteps` of the step that is taken."""
+        step_index = getattr(self, "step_index", None)
+        if step_index is not None:
+            return step_index  # a second-order scheduler has each timestep twice
         matches = (self.timesteps == torch.as_tensor(timestep).cpu()).nonzero()
         if len(matches) == 0:
             raise ValueError(f"Expected `timestep` to be one of {self.timesteps.tolist()}, but got {timestep}.")
         return int(matches[0])
 
-    def _guides(self, position: int) -> bool:
-        low, high = self.timestep_range or (0, float("inf"))
-        # both evaluations of a second-order scheduler's step are guided, or neither
+    def _is_guided(self, position: int, guidance: Guidance) -> bool:
+        """Whether guidance applies. Of a second-order scheduler's step both evaluations are guided, or neither."""
         step = position // self.order
-        first_step = (getattr(self.scheduler, "begin_index", None) or 0) // self.order
-        chosen = low <= self.timesteps[step * self.order] < high and (step - first_step) % self.every == 0
-        return chosen and self._level(position)[0] > MIN_ALPHA
+        first_step = (getattr(self, "begin_index", None) or 0) // self.order
+        applies = guidance.applies(self.timesteps[step * self.order], step - first_step)
+        return applies and self._level(position)[0].item() > MIN_ALPHA
 
     def _level(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """α and σ of a step's x_t, on the CPU."""
+        """α and σ of x_t, on the CPU."""
         if self._noise_levels is None:
-            self._noise_levels = noise_levels(self.scheduler)
+            self._noise_levels = noise_levels(self)
         alphas, sigmas = self._noise_levels
         return alphas[position], sigmas[position]
 
-    def _guided_prediction(self, position: int, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-        """The prediction (B, C or 2C, H, W), of whatever type, for the guided noise."""
-        channels = sample.shape[1]
-        prediction, rest = model_output[:, :channels].float(), model_output[:, channels:]
-        kind = self.config.prediction_type
+    def _noisy_step(self, position: int, model_output: torch.Tensor, sample: torch.Tensor) -> NoisyStep:
+        """The input of a step as guidance needs it."""
+        timestep = self.timesteps[position]
         alpha, sigma = self._level(position)
-        x_t = self.scheduler.scale_model_input(sample, self.timesteps[position]).float()
-        gradient = self._gradient(position, prediction, x_t)
-        if self.config.get("thresholding") or self.config.get("clip_sample"):
-            # before it is guided, as published: the noise that is guided is that of the clipped x̂0
-            x0 = self._clipped(to_x0(prediction, x_t, alpha, sigma, kind))
-            prediction = convert_prediction(x0, x_t, alpha, sigma, "sample", kind)
-        # ε - σ·s·∇log p, and what that makes of x0 = (x_t - σ·ε)/α and v = (ε - σ·x_t)/α
-        factor = {"epsilon": 1, "sample": -sigma / alpha, "v_prediction": 1 / alpha}[kind]
-        guided = prediction - factor * sigma * self.scale * gradient
-        dtype = model_output.dtype
-        return torch.cat([self._finite(position, guided.to(dtype), prediction.to(dtype)), rest], dim=1)
+        x_t = self.scale_model_input(sample, timestep).float()
+        prediction = model_output[:, : sample.shape[1]].float()
+        return NoisyStep(timestep, x_t, prediction, self.config.prediction_type, alpha, sigma)
 
-    def _finite(self, position: int, guided: torch.Tensor, unguided: torch.Tensor) -> torch.Tensor:
-        """Each image's guided tensor, or where that is not finite the unguided one."""
-        finite = guided.flatten(1).isfinite().all(1)
-        if self.on_nonfinite == "raise":
-            self._nonfinite.append((self.timesteps[position], (~finite).any()))
-        return torch.where(finite.view(-1, 1, 1, 1), guided, unguided)
 
-    def _clipped(self, x0: torch.Tensor) -> torch.Tensor:
-        """As the scheduler itself would."""
-        if self.config.get("thresholding"):
-            return self.scheduler._threshold_sample(x0)
-        return x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+@functools.cache
+def _guided_class(base: Any, scheduler_class: Any) -> type:
+    """
+    Derive a class from [`GuidedScheduler`] and from a scheduler's class.
 
-    @contextmanager
-    def _unclipped(self):
-        """The scheduler without clipping, once."""
-        switches = {name: self.config[name] for name in ("thresholding", "clip_sample") if name in self.config}
-        self.scheduler.register_to_config(**dict.fromkeys(switches, False))
-        try:
-            yield
-        finally:
-            self.scheduler.register_to_config(**switches)
+    It has the name and module of the scheduler's class, because Diffusers saves schedulers under these, and they are saved
+    without guidance.
+    """
 
-    def _step_with_guided_mean(self, position: int, model_output: torch.Tensor, sample: torch.Tensor, *args, **kwargs):
-        """The step of the scheduler, whose noise does not depend on its mean, and σ²·s·∇log p on top."""
-        channels, t = sample.shape[1], int(self.timesteps[position])
-        call = inspect.signature(self.scheduler.step).bind(model_output, t, sample, *args, **kwargs)
-        return_dict = call.arguments.get("return_dict", True)
-        call.arguments["return_dict"] = True
-        output = self.scheduler.step(*call.args, **call.kwargs)
-        gradient = self._gradient(position, model_output[:, :channels].float(), sample.float())
-        if self.rescale_to_mean:
-            # Deviation from reference: as long as each image's own mean, where it takes the first's for the whole batch
-            mean = self._mean(output.pred_original_sample.float(), sample.float(), t)
-            length, mean_length = (tensor.flatten(1).norm(dim=1) for tensor in (gradient, mean))
-            gradient = gradient * torch.where(length > 0, mean_length / length, 0).view(-1, 1, 1, 1)
-        guided = output.prev_sample.float() + self._variance(model_output[:, channels:], t) * self.scale * gradient
-        output.prev_sample = self._finite(position, guided.to(output.prev_sample.dtype), output.prev_sample)
-        return output if return_dict else output.to_tuple()
+    class Guided(base, scheduler_class):  # type: ignore[valid-type, misc]
+        unguided_class = scheduler_class
+        __doc__ = scheduler_class.__doc__
+        __module__ = scheduler_class.__module__
 
-    def _mean(self, x0: torch.Tensor, x_t: torch.Tensor, t: int) -> torch.Tensor:
-        previous = int(self.scheduler.previous_timestep(t))
-        alphas_cumprod = self.scheduler.alphas_cumprod
-        alpha_prev = alphas_cumprod[previous] if previous >= 0 else torch.ones(())
-        x0_weight, xt_weight = posterior_weights(alphas_cumprod[t], alpha_prev)
-        return x0_weight * x0 + xt_weight * x_t
+        @functools.wraps(scheduler_class.set_timesteps)
+        def set_timesteps(self, *args, **kwargs):
+            # The timesteps stay on the CPU, so that no step waits for an accelerator to know which one it is.
+            call = inspect.signature(super().set_timesteps).bind(*args, **kwargs)
+            call.arguments["device"] = "cpu"
+            super().set_timesteps(*call.args, **call.kwargs)
+            self._noise_levels = None
+            for guidance in self._guidances():
+                guidance.reset()
 
-    def _variance(self, variance_output: torch.Tensor, t: int) -> torch.Tensor:
-        """σ² of the step, learned or not."""
-        variance_type = self.scheduler.variance_type
-        variance = self.scheduler._get_variance(t, predicted_variance=variance_output.float())
-        if variance_type == "learned_range":
-            return variance.exp()
-        return variance**2 if variance_type == "fixed_small_log" else variance  # which is σ there
+        @functools.wraps(scheduler_class.step)
+        def step(self, model_output, timestep, sample, *args, **kwargs):
+            return self._guided_step(super().step, model_output, timestep, sample, *args, **kwargs)
 
-    def _gradient(self, position: int, prediction: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
-        """∇ log p(y | x_t) by x_t (B, C, H, W), in float32."""
-        device = x_t.device
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(device.type, enabled=False),
-        ):
-            if self.experts.device != device:
-                self.experts.to(device)
-            x_t = x_t.detach().clone().requires_grad_()
-            images = x_t
-            if self.vae is not None:
-                alpha, sigma = self._level(position)
-                x0 = to_x0(prediction.detach().clone(), x_t, alpha, sigma, self.config.prediction_type)
-                images = decode_latents(self.vae, x0)
-            log_likelihood = self.target.log_likelihood(self.experts(images, self.timesteps[position]))
-            (gradient,) = torch.autograd.grad(log_likelihood.sum(), x_t)
-        return gradient
+    Guided.__name__ = scheduler_class.__name__
+    Guided.__qualname__ = f"{base.__name__}[{scheduler_class.__name__}]"
+    return Guided
 
-    def _raise_nonfinite(self) -> None:
-        found, self._nonfinite = self._nonfinite, []
-        if not found:
-            return
-        flags = torch.stack([flag for _, flag in found]).tolist()  # read once, after all steps
-        for (timestep, _), flag in zip(found, flags):
-            if flag:
-                expert = self.experts.intervals.index(timestep).item()
-                raise FloatingPointError(
-                    f"Expected guidance of scale {self.scale} to have finite gradients, but got others at timestep "
-                    f"{timestep.item():g}, from expert {expert}. `on_nonfinite='unguided'` leaves such steps unguided."
-                )
+
+def _new_instance(base: Any, scheduler_class: Any) -> GuidedScheduler:
+    """A guided scheduler without attributes, which are set afterwards."""
+    return object.__new__(_guided_class(base, scheduler_class))

@@ -1,6 +1,6 @@
-"""What guidance asks of a vision model: log p(y | x) of a class, a depth map or a segmentation, up to a constant.
+"""What guidance asks for: log p(y | x) of a class, a depth map or a segmentation, from the output of a vision network.
 
-A new one is a class with the two methods of [`GuidanceTarget`].
+To ask for something else, derive from [`GuidanceTarget`].
 
 Legend: B batch, K classes, h and w height and width of a map.
 """
@@ -16,31 +16,46 @@ from transformers.utils import ModelOutput
 
 class GuidanceTarget(ABC):
     """
-    Something to ask for. [`GuidedScheduler`] calls `prepare` once, and `log_likelihood` at every step that it guides, on the
-    network's output for the noisy images; its gradient by them is the guidance.
+    Base class of what guidance can ask for.
+
+    [`GuidedScheduler`] calls `prepare` once, and `log_likelihood` at every step that it guides. The gradient of the
+    log-likelihood with respect to the noisy images is the guidance.
     """
 
-    def prepare(self, network_config: PreTrainedConfig) -> None:  # noqa: B027  most need nothing
-        """Whatever can be checked or looked up beforehand, in the network's configuration."""
+    def prepare(self, network_config: PreTrainedConfig) -> None:  # noqa: B027  optional
+        """
+        Check the target and look up its classes, before the first step.
+
+        Args:
+            network_config (`PreTrainedConfig`): The configuration of the network that guides.
+        """
 
     @abstractmethod
     def log_likelihood(self, output: ModelOutput) -> torch.Tensor:
-        """log p(y | x) (B,), up to a constant, each image's from its own output alone."""
+        """
+        Compute log p(y | x) up to a constant.
+
+        Args:
+            output (`ModelOutput`): The network's output for a batch of B images.
+
+        Returns:
+            `torch.Tensor` of shape (B,): For each image, and depending on no other image.
+        """
 
 
 class ClassTarget(GuidanceTarget):
     """
-    Classes of an image classification model.
+    Ask for classes of an image classification network.
 
     Args:
-        labels (`int`, `str`, a list of B of either, or `torch.LongTensor` of shape (B,)): One class for all images or one for
-            each, by index or by name (one of the synonyms between commas, or all of them).
+        labels (`int`, `str`, a list of B of either, or `torch.LongTensor` of shape (B,)): One class for all images, or one for
+            each image, by index or by name. Of a name with synonyms, "tench, Tinca tinca", one of them is enough.
 
     Raises:
-        ValueError: from `prepare`, if a class is unknown; close names are listed.
+        ValueError: from `prepare`, if a class is unknown; the message lists similar names.
     """
 
-    def __init__(self, labels: "int | str | list[int] | list[str] | torch.LongTensor"):
+    def __init__(self, labels: "int | str | list[int] | list[str] | torch.Tensor"):
         self.labels = labels
 
     def prepare(self, network_config: PreTrainedConfig) -> None:
@@ -50,6 +65,7 @@ class ClassTarget(GuidanceTarget):
 
     @staticmethod
     def _index(label: "int | str", id2label: dict[int, str]) -> int:
+        """The index of a class that is given by index or by name."""
         if not isinstance(label, str):
             if label not in id2label:
                 raise ValueError(f"Expected `labels` to be in [0, {len(id2label) - 1}], but got {label}.")
@@ -64,19 +80,20 @@ class ClassTarget(GuidanceTarget):
     def log_likelihood(self, output: ModelOutput) -> torch.Tensor:
         log_probs = F.log_softmax(output.logits, dim=-1)  # (B, K)
         _check_batch("labels", len(self.indices), len(log_probs))
-        self.indices = self.indices.to(log_probs.device)  # once
+        self.indices = self.indices.to(log_probs.device)
         return log_probs.gather(1, self.indices.expand(len(log_probs))[:, None])[:, 0]
 
 
 class DepthTarget(GuidanceTarget):
     """
-    A depth map, as the same model sees it in a clean image: log p = -mean (d - d*)², a Gaussian's.
+    Ask for a depth map, as a depth estimation network predicts it: log p = -mean (d - d*)².
 
     Args:
-        depth (`torch.Tensor` of shape (B or 1, h, w)): In the network's own units and size.
+        depth (`torch.Tensor` of shape (B or 1, h, w)): d*, in the units and size of the network's predictions, for example its
+            prediction for a clean image.
 
     Raises:
-        ValueError: if it is of another size than what the network predicts.
+        ValueError: from `log_likelihood`, if the network predicts depth maps of another size.
     """
 
     def __init__(self, depth: torch.Tensor):
@@ -91,17 +108,17 @@ class DepthTarget(GuidanceTarget):
 
 class SegmentationTarget(GuidanceTarget):
     """
-    A map of classes: log p = the mean over its pixels of log p(class).
+    Ask for a map of classes of a segmentation network: log p is the mean of log p(class) over the pixels.
 
     Args:
-        classes (`torch.LongTensor` of shape (B or 1, h, w)): In the size of the network's logits.
-        ignore_index (`int`): Pixels of this value ask for nothing.
+        classes (`torch.LongTensor` of shape (B or 1, h, w)): The class of each pixel, in the size of the network's logits.
+        ignore_index (`int`): Pixels with this value are left free.
 
     Raises:
-        ValueError: if it is of another size than the network's logits, or has other classes.
+        ValueError: from `prepare`, if the network has no such class; from `log_likelihood`, if its logits are of another size.
     """
 
-    def __init__(self, classes: torch.LongTensor, ignore_index: int = -100):
+    def __init__(self, classes: torch.Tensor, ignore_index: int = -100):
         self.classes = classes.long()
         self.ignore_index = ignore_index
 
@@ -125,11 +142,12 @@ class SegmentationTarget(GuidanceTarget):
 
 class WeightedTargets(GuidanceTarget):
     """
-    Several things asked of one network at once: log p = Σ wᵢ·log pᵢ. (Of several networks: one [`GuidedScheduler`] around
-    another.)
+    Ask one network for several things at once: log p = Σ wᵢ·log pᵢ.
+
+    To ask several networks, put one [`GuidedScheduler`] around another.
 
     Args:
-        targets (`list[tuple[GuidanceTarget, float]]`): Each with its weight.
+        targets (`list[tuple[GuidanceTarget, float]]`): Targets and their weights wᵢ.
     """
 
     def __init__(self, targets: "list[tuple[GuidanceTarget, float]]"):
@@ -140,15 +158,17 @@ class WeightedTargets(GuidanceTarget):
             target.prepare(network_config)
 
     def log_likelihood(self, output: ModelOutput) -> torch.Tensor:
-        return sum(weight * target.log_likelihood(output) for target, weight in self.targets)
+        return torch.stack([weight * target.log_likelihood(output) for target, weight in self.targets]).sum(0)
 
 
-def _check_batch(name: str, asked: int, batch_size: int) -> None:
-    if asked not in (1, batch_size):
-        raise ValueError(f"Expected `{name}` to be for 1 or {batch_size} images, but got {asked}.")
+def _check_batch(name: str, number: int, batch_size: int) -> None:
+    """Refuse a target for another number of images than 1 or B."""
+    if number not in (1, batch_size):
+        raise ValueError(f"Expected `{name}` to be for 1 or {batch_size} images, but got {number}.")
 
 
 def _check_map(name: str, target: torch.Tensor, shape: "tuple[int, ...]") -> None:
+    """Refuse a map of another height and width than `shape` (B, h, w), or for another number of images."""
     _check_batch(name, len(target), shape[0])
     if tuple(target.shape[1:]) != tuple(shape[1:]):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A transformers image processor's resizing and normalisation, differentiably and on tensors.
+"""Vision networks of transformers: loading, preprocessing of images, and checksums of weights.
 
 Legend: B batch, C channels, H and W height and width in pixels.
 """
@@ -17,12 +17,18 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 class ImagePreprocessor(nn.Module):
     """
-    From what diffusion models make to what vision models take.
+    Resize and normalise images as an image processor does, but differentiably and on tensors.
 
     Args:
-        mean, std (`list[float]`): Of the network's training images in [0, 1], by channel.
-        size (`int`, `list[int]` or `None`): The shorter side in pixels, or height and width; None leaves images as they are.
+        mean, std (`list[float]`): Mean and standard deviation of each channel of the network's training images, in [0, 1].
+        size (`int`, `list[int]` or `None`): The shorter side in pixels, or height and width. None leaves the size as it is.
+
+    Raises:
+        ValueError: if `mean` and `std` are not of the same length.
     """
+
+    mean: torch.Tensor
+    std: torch.Tensor
 
     def __init__(self, mean: list[float], std: list[float], size: "int | list[int] | None"):
         super().__init__()
@@ -34,11 +40,17 @@ class ImagePreprocessor(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """
+        Preprocess images.
+
         Args:
-            images (`torch.Tensor` of shape (B, C, H, W)): In [-1, 1] where they are clean. Grey ones become as many channels
-                as the network takes.
+            images (`torch.Tensor` of shape (B, C, H, W)): Scaled so that clean pixels are in [-1, 1]. Grey images, with C = 1,
+                get as many channels as the network has.
+
+        Returns:
+            `torch.Tensor` of shape (B, C, H', W').
         """
         height, width = images.shape[-2:]
+        size: tuple[int, ...]
         if isinstance(self.size, int):
             scale = self.size / min(height, width)
             size = (round(height * scale), round(width * scale))
@@ -46,16 +58,22 @@ class ImagePreprocessor(nn.Module):
             size = (height, width) if self.size is None else tuple(self.size)
         if size != (height, width):
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
-        return ((images + 1) / 2 - self.mean) / self.std  # (B, C, H', W')
+        return ((images + 1) / 2 - self.mean) / self.std
 
 
 def processor_settings(name_or_path: str) -> dict[str, Any]:
     """
-    `image_mean`, `image_std` and `image_size` as the image processor beside a transformers model has them. Only its
-    configuration is read: the processors themselves work on arrays.
+    Read the image processor's settings from a transformers model.
+
+    Args:
+        name_or_path (`str`): The folder or Hub id of the model.
+
+    Returns:
+        `dict`: `image_mean`, `image_std` and `image_size`, the arguments of [`ImagePreprocessor`].
 
     Raises:
-        ValueError: if there is none, or its size is given in other ways.
+        ValueError: if the model has no image processor, or its size is given neither as height and width nor as the shortest
+            edge.
     """
     try:
         settings, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
@@ -73,7 +91,7 @@ def processor_settings(name_or_path: str) -> dict[str, Any]:
 
 
 def _output_size(settings: dict[str, Any]) -> "int | list[int]":
-    """Of what is left after cropping, which guidance does without: it should see the whole image."""
+    """The size after cropping: instead of being cropped, the whole image is resized to it."""
     size = settings["crop_size"] if settings.get("do_center_crop") else settings["size"]
     if isinstance(size, int):
         return size
@@ -87,7 +105,15 @@ def _output_size(settings: dict[str, Any]) -> "int | list[int]":
 
 
 def load_network(name_or_path: str) -> PreTrainedModel:
-    """Of the class that it was saved as."""
+    """
+    Load a transformers model of the class that it was saved as, in float32 and eval mode.
+
+    Args:
+        name_or_path (`str`): The folder or Hub id of the model.
+
+    Raises:
+        ValueError: if transformers has no such class.
+    """
     config = AutoConfig.from_pretrained(name_or_path)
     network_class = getattr(transformers, (config.architectures or ["none"])[0], None)
     if network_class is None:
@@ -99,7 +125,16 @@ def load_network(name_or_path: str) -> PreTrainedModel:
 
 
 def network_sha256(network: nn.Module, settings: "dict[str, Any] | None" = None) -> str:
-    """Tells one network's weights, and settings that go with them, from another's."""
+    """
+    Compute a checksum of a network's weights and buffers.
+
+    Args:
+        network (`nn.Module`): The network.
+        settings (`dict`, *optional*): Settings that are part of the checksum as well, as JSON.
+
+    Returns:
+        `str`: The SHA-256 digest, in hexadecimal digits.
+    """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode() if settings else b"")
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())

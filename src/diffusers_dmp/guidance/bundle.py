@@ -1,0 +1,122 @@
+"""How guidance experts are loaded and saved: a configuration, and one safetensors file with the tensors that the experts own.
+
+The network that they share is not copied: the configuration has its name and a checksum of its weights.
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.utils import PushToHubMixin
+from huggingface_hub import create_repo, snapshot_download, upload_folder
+from safetensors.torch import load_file, save_file
+
+from ..models.vision import load_network, network_sha256, processor_settings
+from ..saving.mixins import check_version
+
+if TYPE_CHECKING:
+    from .experts import GuidanceExperts
+
+WEIGHTS_NAME = "guidance_experts.safetensors"
+
+
+class ExpertsBundleMixin(ConfigMixin, PushToHubMixin):
+    """Loading and saving for [`GuidanceExperts`]."""
+
+    config_name = "config.json"
+
+    @classmethod
+    def from_base(cls, pretrained_model_name_or_path: str, **kwargs) -> "GuidanceExperts":
+        """
+        Make untrained experts of a network.
+
+        Args:
+            pretrained_model_name_or_path (`str`): The folder or Hub id of a transformers model.
+            kwargs: The other arguments of [`GuidanceExperts`]. `image_mean`, `image_std` and `image_size` are by default those of
+                the image processor in the same folder.
+
+        Raises:
+            ValueError: see [`GuidanceExperts`] and [`processor_settings`].
+        """
+        if not {"image_mean", "image_std", "image_size"} <= set(kwargs):
+            kwargs = processor_settings(pretrained_model_name_or_path) | kwargs
+        kwargs.setdefault("base_model_name_or_path", pretrained_model_name_or_path)
+        return cls(load_network(pretrained_model_name_or_path), **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: "str | os.PathLike",
+        base_model: "str | os.PathLike | None" = None,
+        **kwargs,
+    ) -> "GuidanceExperts":
+        """
+        Load experts that [`save_pretrained`] wrote.
+
+        Args:
+            pretrained_model_name_or_path: A folder, or a Hub id.
+            base_model (*optional*): The folder or Hub id of the network, if it has moved since the experts were saved.
+            kwargs: `revision`, `token`, `cache_dir` and `local_files_only`, for the Hub.
+
+        Raises:
+            ValueError: if `base_model` is another model than the experts were made for, or tensors are missing, unknown or
+                of another shape.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            patterns = [cls.config_name, WEIGHTS_NAME]
+            folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=patterns, **kwargs))
+        saved = cls.load_config(folder)
+        check_version(saved)
+        config = {name: value for name, value in saved.items() if not name.startswith("_")}
+        base_model_class, fingerprint = config.pop("base_model_class"), config.pop("base_model_sha256")
+        base_model = str(base_model or config["base_model_name_or_path"])
+        network = load_network(base_model)
+        if (type(network).__name__, network_sha256(network)) != (base_model_class, fingerprint):
+            raise ValueError(
+                f"Expected `base_model` to be the {base_model_class} that the experts in {str(folder)!r} were made for "
+                f"({config['base_model_name_or_path']!r}), but got a {type(network).__name__} with other weights in {base_model!r}."
+            )
+        experts = cls(network, **config)
+        experts.load_expert_tensors(load_file(folder / WEIGHTS_NAME))
+        return experts
+
+    def save_pretrained(self, save_directory: "str | os.PathLike", push_to_hub: bool = False, **kwargs) -> None:
+        """
+        Save the configuration, and the tensors that the experts own in `guidance_experts.safetensors`.
+
+        The network that they share is not saved: the configuration refers to it by `base_model_name_or_path`.
+
+        Args:
+            save_directory: A folder, created if it does not exist.
+            push_to_hub (`bool`): Upload the folder to the Hub as well.
+            kwargs: `repo_id`, `private`, `token` and `commit_message` of the upload.
+
+        Raises:
+            ValueError: if it is not known where the network was loaded from.
+        """
+        if not self.config.base_model_name_or_path:
+            raise ValueError(
+                "Expected `base_model_name_or_path` to be given for a network that was not loaded from anywhere, but got "
+                "nothing: the experts are saved without it."
+            )
+        os.makedirs(save_directory, exist_ok=True)
+        self.save_config(save_directory)
+        tensors = {name: tensor.detach().contiguous() for name, tensor in self.expert_tensors().items()}
+        save_file(tensors, os.path.join(save_directory, WEIGHTS_NAME), metadata={"format": "pt"})
+        if push_to_hub:
+            _upload(save_directory, **kwargs)
+
+
+def _upload(
+    folder: "str | os.PathLike",
+    repo_id: str | None = None,
+    private: bool | None = None,
+    token: "str | bool | None" = None,
+    commit_message: str | None = None,
+) -> None:
+    """Upload a folder to a model repository of the Hub, by default one of the folder's name."""
+    repo_id = create_repo(repo_id or Path(folder).name, exist_ok=True, private=private, token=token).repo_id
+    message = commit_message or "Upload GuidanceExperts"
+    upload_folder(repo_id=repo_id, folder_path=folder, token=token, commit_message=message)
