@@ -15,7 +15,7 @@ from diffusers_dmp.evaluation.metrics import GaussianStatistics, frechet_distanc
 from diffusers_dmp.evaluation.npz import write_npz
 from diffusers_dmp.evaluation.sample import SamplingArguments, sample_images
 from diffusers_dmp.training.arguments import TrainingArguments
-from diffusers_dmp.training.trainer import make_scheduler
+from diffusers_dmp.training.objectives.from_arguments import make_scheduler
 
 from .timing import HEADER, compare, hardware, seconds
 

@@ -9,7 +9,7 @@ from conftest import REPOSITORY, TINY_CONFIG, randomised
 
 from diffusers_dmp import ClassConditionalPipeline, DTRTransformer2DModel, PromptPatch
 from diffusers_dmp.training.arguments import TrainingArguments
-from diffusers_dmp.training.trainer import make_scheduler
+from diffusers_dmp.training.objectives.from_arguments import make_scheduler
 
 
 @pytest.fixture

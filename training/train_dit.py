@@ -1,11 +1,11 @@
-"""Train a plain DiT, the baseline of everything else.
+"""Train a plain DiT, the baseline of all systems.
 
 accelerate launch training/train_dit.py --config training/presets/dit_digits.yaml [--any_field value]
 """
 
 from diffusers_dmp import DiTModel
 from diffusers_dmp.training.arguments import DiTTrainingArguments, parse_arguments
-from diffusers_dmp.training.dit import train_dit
+from diffusers_dmp.training.dit_family import train_dit
 
 if __name__ == "__main__":
     train_dit(DiTModel, parse_arguments(DiTTrainingArguments))

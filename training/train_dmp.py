@@ -1,4 +1,4 @@
-"""Train a patch of prompts for a frozen, converged transformer (DMP, https://arxiv.org/abs/2405.17825).
+"""Train prompts for a frozen, converged transformer (DMP, https://arxiv.org/abs/2405.17825).
 
 accelerate launch training/train_dmp.py --config training/presets/dmp_digits.yaml [--any_field value]
 """
@@ -9,8 +9,10 @@ from pathlib import Path
 
 from diffusers_dmp import PromptPatch
 from diffusers_dmp.training.arguments import TrainingArguments, option, parse_arguments
-from diffusers_dmp.training.dit import check_config, load_dit_family, load_training_data
-from diffusers_dmp.training.prompted import PatchedTransformer
+from diffusers_dmp.training.data.training_data import load_training_data
+from diffusers_dmp.training.dit_family import check_config, load_dit_family
+from diffusers_dmp.training.objectives.from_arguments import make_objective
+from diffusers_dmp.training.prompted import PromptedTransformer
 from diffusers_dmp.training.recipe import TrainingRecipe
 from diffusers_dmp.training.trainer import make_accelerator, train
 
@@ -20,17 +22,27 @@ GATES = {"dmp": "linear", "prompt_tuning": "none"}
 
 @dataclass(kw_only=True)
 class DMPTrainingArguments(TrainingArguments):
+    """Prompts, or one of the paper's baselines."""
+
     pretrained_model_name_or_path: str | None = option(
-        None, "The model to patch, or that of a pipeline (folder or Hub id), or an original DiT's file."
+        None, "The frozen model or pipeline (folder or Hub id), or an original DiT's file."
     )
-    method: str = option("dmp", "dmp, or the paper's baselines: prompt_tuning (no gate), full_finetuning (no patch).")
+    method: str = option(
+        "dmp", "dmp, or the paper's baselines: prompt_tuning (no gate), full_finetuning (no prompts)."
+    )
     prompt_mode: str = option("add", "add prompts to the image tokens, or prepend them.")
-    num_prompts: int | None = option(None, "How many, if they are prepended; by default as many as image tokens.")
-    depth: int | None = option(None, "The first so many blocks get prompts; by default all.")
-    topk: float = option(1.0, "Share of the prompts that a gate keeps.")
-    gate_learning_rate: float = option(1e-3, "Of gate and noise; `learning_rate` is the prompts'.")
-    importance_loss_weight: float = option(1.0, "Of the balance of the prompts' weights.")
-    load_loss_weight: float = option(1.0, "Of the balance of how often prompts are kept, for `topk` below 1.")
+    num_prompts: int | None = option(
+        None, "Number of prompts, if they are prepended; by default as many as image tokens."
+    )
+    depth: int | None = option(None, "Number of first blocks that get prompts; by default all.")
+    topk: float = option(1.0, "Share of the prompts that the gate selects.")
+    gate_learning_rate: float = option(
+        1e-3, "Learning rate of the gate and its noise; `learning_rate` is that of the prompts."
+    )
+    importance_loss_weight: float = option(1.0, "Weight of the loss that balances the prompts' weights.")
+    load_loss_weight: float = option(
+        1.0, "Weight of the loss that balances how often prompts are selected, for `topk` below 1."
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -41,14 +53,15 @@ class DMPTrainingArguments(TrainingArguments):
 
 
 def train_dmp(args: DMPTrainingArguments) -> None:
+    """Train prompts for the frozen model, or the model itself."""
     accelerator = make_accelerator(args)
     data = load_training_data(accelerator, args)
     base = load_dit_family(args.pretrained_model_name_or_path)
-    check_config(base, args.pretrained_model_name_or_path, data.config)
-    expert_intervals = getattr(base, "intervals", None)  # a Remix-DiT is told its expert
+    check_config(base, args.pretrained_model_name_or_path, data.model_config(args))
+    objective = make_objective(args, base, in_latents=data.vae is not None)
+    expert_intervals = getattr(base, "intervals", None)  # of a Remix-DiT, which is told its expert
     if args.method == "full_finetuning":
-        recipe = TrainingRecipe(expert_intervals=expert_intervals)
-        train(accelerator, args, base, recipe=recipe, **data.for_training)
+        train(accelerator, args, base, objective, data, TrainingRecipe(expert_intervals=expert_intervals))
         accelerator.end_training()
         return
 
@@ -70,7 +83,7 @@ def train_dmp(args: DMPTrainingArguments) -> None:
         auxiliary_weights=lambda step: loss_weights(args),
         components=lambda model: {"transformer": model.transformer, "prompt_patch": model.patch},
     )
-    train(accelerator, args, PatchedTransformer(patch), recipe=recipe, **data.for_training)
+    train(accelerator, args, PromptedTransformer(patch), objective, data, recipe)
     if accelerator.is_main_process:
         shutil.copytree(
             Path(args.output_dir, "pipeline", "prompt_patch"), Path(args.output_dir, "patch"), dirs_exist_ok=True
@@ -79,7 +92,7 @@ def train_dmp(args: DMPTrainingArguments) -> None:
 
 
 def loss_weights(args: DMPTrainingArguments) -> dict[str, float]:
-    """How much each of the balancing losses counts, of those that there are."""
+    """The weights of the balancing losses that the method has, by their names in the output."""
     weights = {"importance_loss": args.importance_loss_weight, "load_loss": args.load_loss_weight}
     names = {"dmp": ["importance_loss", "load_loss"] if args.topk < 1 else ["importance_loss"], "prompt_tuning": []}
     return {name: weights[name] for name in names[args.method]}

@@ -7,22 +7,17 @@ from dataclasses import dataclass
 
 from diffusers_dmp import DTRTransformer2DModel
 from diffusers_dmp.training.arguments import DiTTrainingArguments, option, parse_arguments
-from diffusers_dmp.training.dit import train_dit
+from diffusers_dmp.training.dit_family import train_dit
 
 
 @dataclass(kw_only=True)
 class DTRTrainingArguments(DiTTrainingArguments):
+    """A DiT with task routing."""
+
     sharing_ratio: float = option(0.8, "Share of the channels that a timestep uses, in (0, 1].")
-    routing_alpha: float = option(4.0, "How the channel windows crowd towards the clean timesteps.")
+    routing_alpha: float = option(4.0, "The larger, the more the channel windows crowd towards the clean timesteps.")
     routing: str = option("window", "window, or random for the paper's baseline.")
 
 
 if __name__ == "__main__":
-    args = parse_arguments(DTRTrainingArguments)
-    train_dit(
-        DTRTransformer2DModel,
-        args,
-        sharing_ratio=args.sharing_ratio,
-        routing_alpha=args.routing_alpha,
-        routing=args.routing,
-    )
+    train_dit(DTRTransformer2DModel, parse_arguments(DTRTrainingArguments))

@@ -4,58 +4,63 @@ accelerate launch training/train_ppap.py --config training/presets/ppap_digits.y
 """
 
 import copy
-import dataclasses
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from diffusers import DDPMScheduler
 from safetensors.torch import load_file, save_file
 
 from diffusers_dmp import GuidanceExperts
 from diffusers_dmp.guidance.experts import METHODS
-from diffusers_dmp.training.arguments import TrainingArguments, check_expert, option, parse_arguments
-from diffusers_dmp.training.checkpoints import expect_no_checkpoints
-from diffusers_dmp.training.dit import load_training_data
-from diffusers_dmp.training.objectives.distillation import DistillationObjective, ExpertStudent, LabelObjective
+from diffusers_dmp.training.arguments import ExpertArguments, SharedTrainingArguments, option, parse_arguments
+from diffusers_dmp.training.conditions import no_conditions
+from diffusers_dmp.training.data.training_data import load_training_data
+from diffusers_dmp.training.experts import ExpertTraining, train_experts
+from diffusers_dmp.training.objectives.distillation import (
+    DistillationObjective,
+    ExpertStudent,
+    LabelObjective,
+    StudentCall,
+)
+from diffusers_dmp.training.objectives.from_arguments import noise_schedule
+from diffusers_dmp.training.objectives.objective import Objective
 from diffusers_dmp.training.recipe import TrainingRecipe
-from diffusers_dmp.training.trainer import make_accelerator, train
+from diffusers_dmp.training.summary import TrainingSummary
+from diffusers_dmp.training.trainer import make_accelerator
 
 WEIGHTS_NAME = "expert.safetensors"
 
 
 @dataclass(kw_only=True)
-class PPAPTrainingArguments(TrainingArguments):
+class PPAPTrainingArguments(ExpertArguments, SharedTrainingArguments):
+    """The experts of a vision model that guide."""
+
     base_model: str = option("", "Folder or Hub id of the transformers model: classifier, depth or segmentation.")
     method: str = option(
         "ppap",
         "ppap (no labels), or the paper's baselines, on labels: multi_experts (whole copies), finetune (one model).",
     )
-    num_experts: int = option(5, "Into how many equal stretches the timesteps are cut.")
-    expert: str = option("all", "Which to train, 0 being that for the cleanest images; the last one makes the bundle.")
-    rank: int = option(16, "Of LoRA.")
-    lora_alpha: float = option(8.0, "LoRA counts this over its rank.")
-    target_modules: list[str] = field(
-        default_factory=list, metadata={"help": "Endings of the layers that get LoRA; the paper's by default."}
-    )
+    num_experts: int = option(5, "Number of equal intervals of timesteps, each with its expert.")
+    rank: int = option(16, "Rank of LoRA.")
+    lora_alpha: float = option(8.0, "LoRA is scaled by this over its rank.")
+    target_modules: list[str] = option([], "Endings of the names of layers that get LoRA; the paper's by default.")
     network_image_size: int | None = option(
-        None, "Scale images to this for the network; by default to what its image processor says."
+        None, "Scale images to this many pixels for the network; by default to what its image processor says."
     )
-    learn_sigma: bool = option(False, "Not used: nothing is denoised.")
 
-    # the paper's
-    weight_decay: float = option(0.05, "Of AdamW.")
-    lr_scheduler: str = option("linear", "Of transformers' get_scheduler.")
-    ema_decay: float = option(0.0, "Of averaged weights; 0 for none.")
+    # other defaults, the paper's
+    weight_decay: float = option(0.05, "Weight decay of AdamW.")
+    lr_scheduler: str = option("linear", "Schedule of transformers' get_scheduler.")
+    ema_decay: float = option(0.0, "Decay of the averaged weights; 0 for no averaging.")
 
     def __post_init__(self):
         super().__post_init__()
-        self.expert = str(self.expert)  # a preset's bare 0 is a number
         if self.method not in METHODS:
             raise ValueError(f"Expected `method` to be one of {', '.join(METHODS)}, but got {self.method!r}.")
         if self.method == "finetune":
             self.num_experts = 1
         self.check_at_least_one("num_experts", "rank")
-        check_expert(self.expert, self.num_experts, self.resume_from_checkpoint)
+        self.check_expert(self.num_experts)
         for name in ("sample_steps", "pipeline_steps"):
             if getattr(self, name):
                 raise ValueError(f"Expected `{name}` to be 0, as nothing is sampled, but got {getattr(self, name)}.")
@@ -73,41 +78,44 @@ class PPAPTrainingArguments(TrainingArguments):
 
 
 def train_ppap(args: PPAPTrainingArguments) -> None:
+    """Train one expert, or all in turn; when all are there, put them together."""
     accelerator = make_accelerator(args)
     data = load_training_data(accelerator, args)
     experts = make_experts(args)
-    teacher = copy.deepcopy(experts)
-    is_classifier = experts.config.base_model_class.endswith("ForImageClassification")
-    if args.method == "ppap" or data.label_names is None or not is_classifier:
-        objective = DistillationObjective(teacher, args.num_train_timesteps, args.teacher_image_column is not None)
-    else:
-        objective = LabelObjective(args.num_train_timesteps)
+    objective = make_objective(args, experts, has_labels=data.label_names is not None)
     experts.to(accelerator.device)
-
-    chosen = range(args.num_experts) if args.expert == "all" else [int(args.expert)]
     folders = [Path(args.output_dir, f"expert_{expert}") for expert in range(args.num_experts)]
-    if args.resume_from_checkpoint is None:
-        for expert in chosen:  # before any trains
-            expect_no_checkpoints(folders[expert])
-    for expert in chosen:
-        own_args = dataclasses.replace(args, output_dir=str(folders[expert]))
-        student = ExpertStudent(experts, expert, args.image_channels, args.image_size)
+
+    def prepare(expert: int) -> ExpertTraining:
         recipe = TrainingRecipe(
+            denoiser=StudentCall(data.sample_shape),
+            conditions=no_conditions,
             expert_intervals=experts.intervals,
             expert=expert,
-            objective=objective,
-            save=lambda student: save_expert(experts, student.expert, folders[student.expert]),
+            save=lambda student: save_expert(experts, expert, folders[expert]),
         )
-        # some networks have layers that they never call, as DPT its first fusion layer's first residual one
-        own_accelerator = make_accelerator(own_args, find_unused_parameters=True)
-        train(own_accelerator, own_args, student, recipe=recipe, **data.for_training)
+        return ExpertTraining(model=ExpertStudent(experts, expert), objective=objective, recipe=recipe)
+
+    # some networks have layers that they never call, as DPT its first fusion layer's first residual one
+    chosen = args.chosen_experts(args.num_experts)
+    train_experts(args, data, folders, chosen, prepare, find_unused_parameters=True)
     if accelerator.is_main_process and all((folder / WEIGHTS_NAME).exists() for folder in folders):
         bundle(experts, folders, Path(args.output_dir))
     accelerator.end_training()
 
 
+def make_objective(args: PPAPTrainingArguments, experts: GuidanceExperts, has_labels: bool) -> Objective:
+    """What the experts learn from: labels, for the baselines of a classifier, or else the network itself."""
+    scheduler = DDPMScheduler(**noise_schedule(args))
+    is_classifier = experts.config.base_model_class.endswith("ForImageClassification")
+    if args.method != "ppap" and has_labels and is_classifier:
+        return LabelObjective(scheduler)
+    teacher = copy.deepcopy(experts)
+    return DistillationObjective(scheduler, teacher, uses_teacher_images=args.teacher_image_column is not None)
+
+
 def make_experts(args: PPAPTrainingArguments) -> GuidanceExperts:
-    """Untrained ones."""
+    """Untrained experts, which are still equal to the network itself."""
     settings = {
         "num_experts": args.num_experts,
         "num_train_timesteps": args.num_train_timesteps,
@@ -122,12 +130,13 @@ def make_experts(args: PPAPTrainingArguments) -> GuidanceExperts:
 
 
 def save_expert(experts: GuidanceExperts, expert: int, folder: Path) -> None:
+    """Write the tensors of one expert."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in experts.expert_tensors(expert).items()}
     save_file(tensors, folder / WEIGHTS_NAME)
 
 
 def bundle(experts: GuidanceExperts, folders: list[Path], output_dir: Path) -> None:
-    """Put all experts together, whichever process trained them when, with a summary of their training."""
+    """Save all experts together, and a summary of their trainings, which may have been separate runs."""
     experts.load_expert_tensors(
         {
             f"expert_{expert}.{name}": tensor
@@ -136,9 +145,7 @@ def bundle(experts: GuidanceExperts, folders: list[Path], output_dir: Path) -> N
         }
     )
     experts.save_pretrained(output_dir / "experts")
-    summaries = [json.loads((folder / "training_summary.json").read_text()) for folder in folders]
-    totals = {name: sum(summary[name] for summary in summaries) for name in ("steps", "train_seconds")}
-    (output_dir / "training_summary.json").write_text(json.dumps(totals | {"experts": summaries}) + "\n")
+    TrainingSummary.of_experts(folders).save(output_dir)
 
 
 if __name__ == "__main__":

@@ -7,19 +7,27 @@ from dataclasses import dataclass
 
 from diffusers_dmp import RemixDiTModel
 from diffusers_dmp.training.arguments import DiTTrainingArguments, option, parse_arguments
-from diffusers_dmp.training.dit import train_dit
+from diffusers_dmp.training.dit_family import train_dit
 from diffusers_dmp.training.recipe import TrainingRecipe
 
 
 @dataclass(kw_only=True)
 class RemixTrainingArguments(DiTTrainingArguments):
-    num_bases: int = option(4, "K, sets of weights.")
-    num_experts: int = option(8, "N, mixtures of them, one for each stretch of the timesteps.")
-    coefficient_learning_rate: float = option(1e-2, "Of the mixing coefficients; `learning_rate` is the weights'.")
-    prior_loss_weight: float = option(1e-4, "Of the prior on the mixing coefficients, annealed linearly to 0.")
+    """A Remix-DiT."""
+
+    num_bases: int = option(4, "K, the number of sets of weights that are mixed.")
+    num_experts: int = option(8, "N, the number of mixtures, one for each interval of timesteps.")
+    coefficient_learning_rate: float = option(
+        1e-2, "Learning rate of the mixing coefficients; `learning_rate` is that of the weights."
+    )
+    prior_loss_weight: float = option(
+        1e-4, "Initial weight of the prior on the mixing coefficients, annealed linearly to 0."
+    )
 
 
 def train_remix(args: RemixTrainingArguments) -> None:
+    """Train a Remix-DiT, and save its pipeline."""
+
     def recipe(model: RemixDiTModel) -> TrainingRecipe:
         return TrainingRecipe(
             expert_intervals=model.intervals,
@@ -29,7 +37,7 @@ def train_remix(args: RemixTrainingArguments) -> None:
             describe=lambda model: {"mixing_coefficients": model.mixing_coefficients.tolist()},
         )
 
-    train_dit(RemixDiTModel, args, recipe, num_bases=args.num_bases, num_experts=args.num_experts)
+    train_dit(RemixDiTModel, args, recipe)
 
 
 if __name__ == "__main__":

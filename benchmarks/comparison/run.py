@@ -32,7 +32,7 @@ from diffusers_dmp.evaluation.sample import (
     sample_images,
     sampling_settings,
 )
-from diffusers_dmp.training.data.seeded_sampling import draw, load_to_draw
+from diffusers_dmp.training.data.seeded_sampling import load_sampling_pipeline, sample_seeded
 from diffusers_dmp.training.data.shards import remember_settings
 
 from .data import EXTRACTOR, GUIDE, HELD_OUT, MAKERS, TRAIN, noise_images
@@ -200,7 +200,7 @@ def _draw_guided(plan: Plan, run: Run, arguments: SamplingArguments, path: Path)
     """[`sample_images`] where a classifier says what to draw."""
     number = arguments.num_samples
     labels = [index % NUM_CLASSES for index in range(number)]
-    pipeline, experts = load_to_draw(arguments.pipeline, arguments, _device()), _experts(plan, run)
+    pipeline, experts = load_sampling_pipeline(arguments.pipeline, arguments, _device()), _experts(plan, run)
     settings = sampling_settings(arguments, pipeline, Path(arguments.pipeline))
     remember_settings(path.parent / SETTINGS_NAME, settings | {"guidance_scale": plan.guidance_scale}, "images")
     scheduler = pipeline.scheduler
@@ -230,7 +230,7 @@ def _experts(plan: Plan, run: Run) -> GuidanceExperts:
 def _load(plan: Plan, run: Run, source: Path, labels: list[int]) -> DiffusionPipeline:
     """The pipeline that draws, guided or not."""
     settings = SamplingArguments(pipeline=str(source), scheduler=run.scheduler)
-    pipeline = load_to_draw(settings.pipeline, settings, _device())
+    pipeline = load_sampling_pipeline(settings.pipeline, settings, _device())
     if run.guide:
         target = ClassTarget(labels)
         pipeline.scheduler = GuidedScheduler(pipeline.scheduler, _experts(plan, run), target, plan.guidance_scale)
@@ -244,7 +244,7 @@ def _call(
     conditional = (pipeline.num_classes or 1) > 1
     own = {"class_labels": labels, "guidance_scale": 1.0} if conditional else {"batch_size": len(labels)}
     indices = range(first, first + len(labels))
-    return draw(pipeline, run.seed, indices, num_inference_steps=plan.num_inference_steps, **own)
+    return sample_seeded(pipeline, run.seed, indices, num_inference_steps=plan.num_inference_steps, **own)
 
 
 def _measure(plan: Plan, data: str, source: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,6 +1,8 @@
-"""Both ways in which the tests start a training, and what it leaves."""
+"""The two ways in which the tests start a training, and what it leaves.
 
-import os
+Both run on one device: the launched processes inherit the environment, in which `conftest` hides GPUs.
+"""
+
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_dmp.training.arguments import DiTTrainingArguments
-from diffusers_dmp.training.dit import train_dit
+from diffusers_dmp.training.dit_family import train_dit
 
 TINY = {
     "image_size": 8,
@@ -30,12 +32,12 @@ TINY = {
 
 
 def launch(script: str, output_dir: Path, *, num_processes: int = 1, **arguments) -> None:
-    """`accelerate launch` of a tiny training, in a process of its own, on the CPU."""
+    """`accelerate launch` of a tiny training, in a process of its own."""
     launch_script(script, output_dir, num_processes, TINY | arguments)
 
 
 def launch_script(script: str, output_dir: Path, num_processes: int, arguments: dict) -> str:
-    """The same with all arguments given; returns what it wrote to stderr, progress bars and all."""
+    """`accelerate launch` of an entry point with the given arguments. Returns what it wrote to stderr, progress bars included."""
     # with "--cpu", accelerate would start several processes through MPI alone, and here silently one
     kind = "--cpu" if num_processes == 1 else "--multi_gpu"
     command = [sys.executable, "-m", "accelerate.commands.launch", kind, "--num_machines", "1"]
@@ -43,14 +45,13 @@ def launch_script(script: str, output_dir: Path, num_processes: int, arguments: 
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(REPOSITORY / "training" / script)]
     for name, value in (arguments | {"output_dir": str(output_dir)}).items():
         command += [f"--{name}", str(value)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stderr
 
 
 def train_here(model_class, digits: Path, output_dir: Path, **arguments) -> None:
-    """The same in this process, which is faster."""
+    """A tiny training in this process, which is faster."""
     config = TINY | {"dataset": str(digits), "output_dir": str(output_dir), "report_to": "none"} | arguments
     train_dit(model_class, DiTTrainingArguments(**config))
 

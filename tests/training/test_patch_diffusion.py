@@ -16,9 +16,9 @@ from runs import TINY, launch_script
 
 from diffusers_dmp import ClassConditionalPipeline, NoiseIntervals, PatchedUNet2DModel, SNRSplitPipeline
 from diffusers_dmp.evaluation.digits import write_image_folder
-from diffusers_dmp.training import trainer
 from diffusers_dmp.training.arguments import TrainingArguments
-from diffusers_dmp.training.trainer import make_scheduler
+from diffusers_dmp.training.objectives import from_arguments
+from diffusers_dmp.training.objectives.from_arguments import make_scheduler
 
 TINY_UNET = {name: value for name, value in TINY.items() if name not in ("num_layers", "num_attention_heads")} | {
     "patch_size": 2,
@@ -151,13 +151,13 @@ def run_report(folder: Path) -> dict:
 
 
 def test_the_variance_is_learned_in_the_models_own_sense(train_patch_here, tmp_path, monkeypatch):
-    made, objective = [], trainer.DiffusionObjective
+    made, objective = [], from_arguments.DiffusionObjective
 
     def remember(*args):
-        made.append(args[1:])
+        made.append(args[1:3])
         return objective(*args)
 
-    monkeypatch.setattr(trainer, "DiffusionObjective", remember)
+    monkeypatch.setattr(from_arguments, "DiffusionObjective", remember)
     train_patch_here(tmp_path / "learned", max_train_steps=1)
     train_patch_here(tmp_path / "fixed", max_train_steps=1, learn_sigma=False)
     assert made == [("sqrt_snr", "learned_range_sigmoid"), ("sqrt_snr", None)]

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -74,15 +75,25 @@ def draw(pipeline: Path, output_dir: Path, **arguments) -> Dataset:
     return load_dataset(str(output_dir), split="train")
 
 
+def grey_levels(images: list, others: list) -> int:
+    """The largest difference between two lists of images, in 8-bit grey levels."""
+    pixels, other_pixels = (np.stack([np.asarray(image, dtype=int) for image in each]) for each in (images, others))
+    return np.abs(pixels - other_pixels).max()
+
+
+def assert_alike(images: list, others: list) -> None:
+    """Equal up to rounding: float32's in another batch or thread may take a pixel to the next grey level."""
+    assert grey_levels(images, others) <= 1
+
+
 # Images without data
 
 
 def test_images_depend_on_seed_and_index_alone(pipeline, tmp_path):
     images = draw(pipeline, tmp_path / "one")["image"]
     assert len(images) == 10 and images[0].size == (8, 8)
-    others = draw(pipeline, tmp_path / "two", batch_size=3)["image"]
-    assert all(one.tobytes() == other.tobytes() for one, other in zip(images, others, strict=True))
-    assert images[0].tobytes() != images[1].tobytes()
+    assert_alike(draw(pipeline, tmp_path / "two", batch_size=3)["image"], images)
+    assert grey_levels(images[:1], images[1:2]) > 10
 
 
 def test_drawing_goes_on_where_it_was(pipeline, tmp_path):
@@ -103,8 +114,7 @@ def test_drawing_on_two_processes(pipeline, tmp_path):
     images = draw(pipeline, tmp_path / "one")["image"]
     arguments = {"pipeline": pipeline, "num_images": 10, "batch_size": 4, "shard_size": 6, "num_inference_steps": 2}
     launch_script("generate_guidance_data.py", tmp_path / "two", 2, arguments)
-    others = load_dataset(str(tmp_path / "two"), split="train")["image"]
-    assert [image.tobytes() for image in others] == [image.tobytes() for image in images]
+    assert_alike(load_dataset(str(tmp_path / "two"), split="train")["image"], images)
 
 
 def test_drawing_with_diffusers_own_pipeline(tmp_path):
@@ -227,9 +237,9 @@ def test_depth_from_pairs_of_resolutions(train_ppap_here, depth_base, pairs, tmp
 
     items = training_items(load_images(pairs["dataset"]), PPAPTrainingArguments(**TINY | pairs))[:]
     large = {image.numpy().tobytes() for image in items["teacher_images"]}
-    assert {image.numpy().tobytes() for image in torch.cat(seen[16])} == large  # as they are
+    assert {image.numpy().tobytes() for image in torch.cat(seen[16]).cpu()} == large  # as they are
     small = {image.numpy().tobytes() for image in items["images"]}
-    assert not small & {image.numpy().tobytes() for image in torch.cat(seen[8])}  # with noise
+    assert not small & {image.numpy().tobytes() for image in torch.cat(seen[8]).cpu()}  # with noise
     monkeypatch.undo()
     experts = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts")
     assert experts(torch.zeros(2, 3, 8, 8), torch.tensor(700)).predicted_depth.shape == (2, 64, 64)

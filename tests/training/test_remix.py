@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 
 from diffusers_dmp import DiTModel, NoiseIntervals, RemixDiTModel
 from diffusers_dmp.conversion.dit import _RENAMED, _rename
-from diffusers_dmp.training.loop import draw_experts
-from diffusers_dmp.training.objectives.timesteps import expert_timesteps
+from diffusers_dmp.training.objectives.timesteps import expert_timesteps, random_experts
 
 REMIX = {"num_bases": 2, "num_experts": 3, "lr_scheduler": "cosine_with_min_lr", "min_lr_rate": 0.5}
 
@@ -85,7 +84,7 @@ def test_the_prior_fades_to_nothing(remix_run, train_remix_here, tmp_path, monke
     import train_remix
 
     recipes = []
-    monkeypatch.setattr(train_remix, "train_dit", lambda model_class, args, recipe, **config: recipes.append(recipe))
+    monkeypatch.setattr(train_remix, "train_dit", lambda model_class, args, recipe: recipes.append(recipe))
     train_remix_here(tmp_path, prior_loss_weight=1e-4, max_train_steps=100)
     weight = recipes[0](RemixDiTModel(**TINY_CONFIG)).auxiliary_weights
     assert [weight(step)["prior_loss"] for step in (0, 50, 100)] == pytest.approx([1e-4, 0.5e-4, 0])
@@ -111,7 +110,7 @@ def test_a_step_trains_one_expert(train_remix_here, tmp_path, monkeypatch):
     monkeypatch.setattr(RemixDiTModel, "forward", remember)
     train_remix_here(tmp_path, max_train_steps=6, gradient_accumulation_steps=2)
     experts = [expert for expert, _ in drawn]
-    assert experts == [draw_experts(0, step, 3, 1)[0] for step in range(6) for _ in range(2)]
+    assert experts == [random_experts(0, step, 3, 1)[0] for step in range(6) for _ in range(2)]
     assert len(set(experts)) > 1
     for expert, owners in drawn:
         assert len(owners) == 8 and (owners == expert).all()
@@ -119,7 +118,7 @@ def test_a_step_trains_one_expert(train_remix_here, tmp_path, monkeypatch):
 
 
 def test_experts_are_drawn_evenly():
-    drawn = np.array([draw_experts(0, step, 8, 2) for step in range(4000)])
+    drawn = np.array([random_experts(0, step, 8, 2) for step in range(4000)])
     counts = np.stack([(drawn == expert).mean(0) for expert in range(8)])
     assert np.abs(counts - 1 / 8).max() < 0.02
     assert np.abs(np.corrcoef(drawn.T)[0, 1]) < 0.05  # processes do not draw alike
@@ -133,7 +132,7 @@ def test_two_processes_train_an_expert_each(digits, dit_run, tmp_path):
     launch("train_remix.py", tmp_path, num_processes=2, dataset=digits, max_train_steps=2,
            pretrained_model_name_or_path=dit_run / "pipeline", **REMIX)  # fmt: skip
     assert (tmp_path / "checkpoint-2" / "random_states_1.pkl").exists()  # there was a second process
-    drawn = [expert for step in range(2) for expert in draw_experts(0, step, 3, 2)]
+    drawn = [expert for step in range(2) for expert in random_experts(0, step, 3, 2)]
     assert summary(tmp_path)["samples_per_expert"] == [8 * drawn.count(expert) for expert in range(3)]
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
 

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..models.vision import network_sha256
 from ..training.arguments import option, parse_arguments
-from ..training.data.seeded_sampling import DrawingArguments, draw, load_to_draw
+from ..training.data.seeded_sampling import SeededSamplingArguments, load_sampling_pipeline, sample_seeded
 from ..training.data.shards import make_shard_accelerator, remember_settings, write_shards
 from .images import DatasetImages
 from .npz import write_npz
@@ -29,7 +29,7 @@ SHARDS, PNG_FOLDER = "shards", "png"
 
 
 @dataclass(kw_only=True)
-class SamplingArguments(DrawingArguments):
+class SamplingArguments(SeededSamplingArguments):
     output_dir: str = option("outputs/samples", f"Where {NPZ_NAME} is written, and what it is put together of.")
     num_samples: int = option(50_000, "How many.")
     num_inference_steps: int = option(250, "Denoising steps.")
@@ -58,7 +58,7 @@ def sample_images(args: SamplingArguments) -> Path | None:
     folder = Path(args.output_dir)
     with accelerator.main_process_first():
         source = args.pipeline if os.path.isdir(args.pipeline) else DiffusionPipeline.download(args.pipeline)
-    pipeline = load_to_draw(str(source), args, accelerator.device)
+    pipeline = load_sampling_pipeline(str(source), args, accelerator.device)
     with accelerator.main_process_first():
         remember_settings(folder / SETTINGS_NAME, sampling_settings(args, pipeline, Path(source)), "images")
         (folder / SHARDS).mkdir(exist_ok=True)
@@ -77,7 +77,7 @@ def sample_images(args: SamplingArguments) -> Path | None:
         for start in range(0, len(rows), args.batch_size):
             indices = rows[start : start + args.batch_size]
             own = {"batch_size": len(indices)} if num_classes is None else {"class_labels": [*map(label, indices)]}
-            columns["image"] += draw(pipeline, args.seed, indices, **arguments, **own)
+            columns["image"] += sample_seeded(pipeline, args.seed, indices, **arguments, **own)
             progress.update(len(indices))
         if num_classes is not None:
             columns["label"], features["label"] = [*map(label, rows)], datasets.Value("int64")
@@ -112,7 +112,7 @@ def sampling_settings(args: SamplingArguments, pipeline: DiffusionPipeline, fold
 
     Args:
         args ([`SamplingArguments`]): What was asked for.
-        pipeline: As [`load_to_draw`] returned it.
+        pipeline: As [`load_sampling_pipeline`] returned it.
         folder (`Path`): What it was loaded from.
     """
     free = ("output_dir", "batch_size", "png")

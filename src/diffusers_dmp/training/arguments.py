@@ -1,7 +1,12 @@
-"""What a training entry point can be told: dataclasses, filled from a YAML preset and from the command line."""
+"""The arguments of the training entry points: groups of dataclass fields, filled from a YAML preset and the command line.
+
+An entry point has one dataclass, which inherits the groups that it needs. A model's own arguments are typed in that
+dataclass alone: [`model_arguments`] finds those that the model's constructor takes.
+"""
 
 import argparse
 import dataclasses
+import inspect
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -10,104 +15,141 @@ from transformers import HfArgumentParser
 
 TRACKERS = ("tensorboard", "wandb", "none")
 
-Arguments = TypeVar("Arguments", bound="DataArguments")
+Arguments = TypeVar("Arguments")
 
 
 def option(default: Any, help: str) -> Any:
-    """A dataclass field with its help text."""
+    """A dataclass field with its default and its help text; a list is copied for each instance."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
     return dataclasses.field(default=default, metadata={"help": help})
 
 
 @dataclass(kw_only=True)
 class DataArguments:
-    """Images, as training and encoding read them."""
+    """The images, as training and encoding read them."""
 
     dataset: str = option(
         "",
         "Folder of images (one sub-folder per class), parquet folder or file (of images, or of latents from "
         "encode_latents.py), or Hub data set id.",
     )
-    dataset_split: str = option("train", "Which split of it.")
-    image_column: str = option("image", "The data set's column of images.")
+    dataset_split: str = option("train", "Split of `dataset`.")
+    image_column: str = option("image", "Column of images in the data set.")
     teacher_image_column: str | None = option(
-        None, "Its column of the same images for a teacher to look at, for PPAP."
+        None, "For PPAP: column of the same images, in the resolution that the teacher sees."
     )
-    teacher_image_size: int | None = option(None, "Their size.")
-    label_column: str = option("label", "The data set's column of class labels; without it training is unconditional.")
+    teacher_image_size: int | None = option(None, "For PPAP: size of the teacher's images in pixels.")
+    label_column: str = option(
+        "label", "Column of class labels in the data set; without such a column training is unconditional."
+    )
     image_size: int = option(256, "Images are cropped and scaled to this many pixels.")
     image_channels: int = option(3, "1 (grey), 3 (RGB) or 4 (RGBA).")
     dataloader_num_workers: int = option(0, "Worker processes that read images.")
-    vae: str | None = option(None, "Folder or Hub id of an AutoencoderKL, to train on its latents.")
+    vae: str | None = option(None, "Folder or Hub id of an AutoencoderKL, for training on its latents.")
 
     def __post_init__(self):
         self.check_at_least_one("image_size")
 
     def check_at_least_one(self, *names: str) -> None:
+        """
+        Check that numbers are positive.
+
+        Raises:
+            ValueError: if one of the arguments `names` is below 1.
+        """
         for name in names:
             if getattr(self, name) < 1:
                 raise ValueError(f"Expected `{name}` to be at least 1, but got {getattr(self, name)}.")
 
 
 @dataclass(kw_only=True)
-class TrainingArguments(DataArguments):
-    """What every system's training shares."""
+class NoiseArguments:
+    """The noise schedule."""
 
-    validation_dataset: str | None = option(
-        None, "Images to report the loss on before and after, as `dataset` has them."
-    )
-    validation_split: str = option("train", "Which split of it.")
-    validation_repeats: int = option(1, "How often each of them is noised, anew, for it.")
-    output_dir: str = option("outputs/model", "Where checkpoints, samples and, at the end, `pipeline/` are written.")
-    seed: int = option(0, "Of everything random.")
-    random_flip: bool = option(True, "Mirror half of the images.")
-
-    # diffusion process
-    num_train_timesteps: int = option(1000, "T.")
+    num_train_timesteps: int = option(1000, "T, the number of training timesteps.")
     beta_schedule: str = option(
         "linear",
-        "Of Diffusers' DDPMScheduler: linear, scaled_linear, squaredcos_cap_v2, …; linear0.025 is linear up to that beta.",
+        "Schedule of Diffusers' DDPMScheduler: linear, scaled_linear, squaredcos_cap_v2, …; linear0.025 is linear up to "
+        "that beta.",
     )
     beta_start: float = option(1e-4, "First beta of the linear schedules.")
     beta_end: float = option(0.02, "Last beta of the linear schedules.")
+
+
+@dataclass(kw_only=True)
+class ObjectiveArguments:
+    """The loss of a denoiser."""
+
     prediction_type: str = option("epsilon", "What the model predicts: epsilon, sample (x0) or v_prediction.")
-    learn_sigma: bool = option(True, "Learn the variance as well.")
+    learn_sigma: bool = option(True, "Whether the model learns the variance as well.")
     weighting: str = option("constant", "Loss weighting: constant, min_snr_5, p2_1_1, snr, uw, …")
-    uncertainty_learning_rate: float = option(0.025, "Of the log-variances of the weighting `uw`.")
+    uncertainty_learning_rate: float = option(0.025, "Learning rate of the log-variances of the weighting `uw`.")
 
-    # optimisation
+
+@dataclass(kw_only=True)
+class OptimisationArguments:
+    """Batches, optimiser, learning rate, averaged weights and precision."""
+
     batch_size: int = option(256, "Images per optimiser step, over all processes and accumulation steps.")
-    gradient_accumulation_steps: int = option(1, "Into how many micro-batches a process cuts its share.")
+    gradient_accumulation_steps: int = option(1, "Number of micro-batches that a process cuts its images of a step into.")
     max_train_steps: int = option(400_000, "Optimiser steps.")
-    learning_rate: float = option(1e-4, "Of AdamW.")
-    weight_decay: float = option(0.0, "Of AdamW.")
-    adam_beta1: float = option(0.9, "Of AdamW.")
-    adam_beta2: float = option(0.999, "Of AdamW.")
+    learning_rate: float = option(1e-4, "Learning rate of AdamW.")
+    weight_decay: float = option(0.0, "Weight decay of AdamW.")
+    adam_beta1: float = option(0.9, "β1 of AdamW.")
+    adam_beta2: float = option(0.999, "β2 of AdamW.")
     lr_scheduler: str = option(
-        "constant", "Of transformers' get_scheduler: constant, cosine, cosine_with_min_lr, constant_with_warmup, …"
+        "constant",
+        "Schedule of transformers' get_scheduler: constant, cosine, cosine_with_min_lr, constant_with_warmup, …",
     )
-    min_lr_rate: float = option(0.0, "Share of its start at which `cosine_with_min_lr` ends.")
+    min_lr_rate: float = option(0.0, "For cosine_with_min_lr: the final learning rate as a share of the initial one.")
     lr_warmup_steps: int = option(0, "Steps of linear warm-up, for the schedules that have one.")
-    max_grad_norm: float | None = option(None, "Clip the gradients' norm to this.")
-    ema_decay: float = option(0.9999, "Of the averaged weights, which are the ones saved; 0 for no averaging.")
-    mixed_precision: str | None = option(None, "no, fp16 or bf16; what `accelerate launch` says by default.")
-    gradient_checkpointing: bool = option(False, "Trade time for memory.")
-    resume_from_checkpoint: str | None = option(None, "A checkpoint's folder, or `latest` in `output_dir`.")
-
-    # what is written along the way
-    logging_steps: int = option(50, "Log the loss, its noise bands, learning rate and images per second this often.")
-    report_to: str = option("tensorboard", "tensorboard, wandb or none.")
-    checkpointing_steps: int = option(10_000, "Write a checkpoint this often.")
-    checkpoints_total_limit: int | None = option(2, "Keep this many.")
-    pipeline_steps: int = option(
-        0, "Save the pipeline as it then is this often, in `pipeline-<step>`; 0 for the end alone."
+    max_grad_norm: float | None = option(None, "Clip the norm of the gradients to this; no clipping by default.")
+    ema_decay: float = option(0.9999, "Decay of the averaged weights, which are the ones saved; 0 for no averaging.")
+    mixed_precision: str | None = option(None, "no, fp16 or bf16; by default as `accelerate launch` was told.")
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
+    deterministic: bool = option(
+        False, "Use deterministic algorithms only, so that a resumed run is repeated bit for bit on a GPU too; slower."
     )
-    sample_steps: int = option(0, "Draw a grid of samples this often; 0 for never.")
+
+
+@dataclass(kw_only=True)
+class OutputArguments:
+    """What a training writes, and when."""
+
+    output_dir: str = option("outputs/model", "Where checkpoints, samples and, at the end, `pipeline/` are written.")
+    resume_from_checkpoint: str | None = option(
+        None, "Folder of a checkpoint to resume from, or `latest` for the last one in `output_dir`."
+    )
+    logging_steps: int = option(
+        50, "Every n-th step, log the loss, the loss by timestep, learning rate and images per second."
+    )
+    report_to: str = option("tensorboard", "Where to log: tensorboard, wandb or none.")
+    checkpointing_steps: int = option(10_000, "Write a checkpoint every n-th step.")
+    checkpoints_total_limit: int | None = option(2, "How many checkpoints to keep.")
+    pipeline_steps: int = option(
+        0, "Save the current pipeline every n-th step, in `pipeline-<step>`; 0 to save it at the end only."
+    )
+    sample_steps: int = option(0, "Generate a grid of samples every n-th step; 0 for never.")
     sample_inference_steps: int = option(50, "Denoising steps of those samples.")
+
+
+@dataclass(kw_only=True)
+class SharedTrainingArguments(OutputArguments, OptimisationArguments, NoiseArguments, DataArguments):
+    """The arguments that every training has."""
+
+    validation_dataset: str | None = option(
+        None, "Held-out images, in any form that `dataset` can have; the loss on them is reported before and after."
+    )
+    validation_split: str = option("train", "Split of `validation_dataset`.")
+    validation_repeats: int = option(1, "How many times each held-out image is noised, each time differently.")
+    seed: int = option(0, "Seed of all random numbers.")
+    random_flip: bool = option(True, "Mirror half of the images.")
 
     def __post_init__(self):
         super().__post_init__()
         if self.mixed_precision is False:
-            self.mixed_precision = "no"  # as YAML reads a bare `no`
+            self.mixed_precision = "no"  # YAML reads a bare `no` as false
         self.check_at_least_one(
             "batch_size", "gradient_accumulation_steps", "max_train_steps", "logging_steps", "checkpointing_steps",
             "sample_inference_steps", "validation_repeats",
@@ -128,48 +170,90 @@ class TrainingArguments(DataArguments):
 
 
 @dataclass(kw_only=True)
+class TrainingArguments(ObjectiveArguments, SharedTrainingArguments):
+    """The arguments that every training of a denoiser has."""
+
+
+@dataclass(kw_only=True)
 class DiTTrainingArguments(TrainingArguments):
-    """A DiT trained from scratch, or further from a checkpoint."""
+    """A DiT that is trained from scratch or from a checkpoint."""
 
     pretrained_model_name_or_path: str | None = option(
         None,
-        "Go on from this model, or from that of a pipeline (folder or Hub id), or an original DiT's file; a Remix-DiT is "
-        "made from a DiT, too.",
+        "Start from the weights of this model or pipeline (folder or Hub id), or of an original DiT's file; a Remix-DiT "
+        "can start from a DiT, too.",
     )
     preset: str | None = option(
-        None, "A published size, DiT-S/2 to DiT-XL/8 (RemixDiT-S/2 …), instead of the next four."
+        None, "A published size, DiT-S/2 to DiT-XL/8 (RemixDiT-S/2 …), instead of the next four arguments."
     )
     num_layers: int = option(12, "Blocks.")
-    num_attention_heads: int = option(6, "Heads.")
+    num_attention_heads: int = option(6, "Attention heads.")
     attention_head_dim: int = option(64, "Channels per head.")
-    patch_size: int = option(2, "Side of a patch, in (latent) pixels.")
+    patch_size: int = option(2, "Side of the squares of (latent) pixels that become tokens.")
     class_dropout_prob: float = option(0.1, "How often a label is dropped, for classifier-free guidance.")
 
 
-def check_expert(expert: str, num_experts: int, resume_from_checkpoint: str | None) -> None:
-    """
-    Of a training of one of several experts, or of all in turn.
+@dataclass(kw_only=True)
+class ExpertArguments(OutputArguments):
+    """The choice of an expert, for systems whose experts are models of their own."""
 
-    Raises:
-        ValueError: if `expert` is neither 'all' nor an index, or all are to go on from one checkpoint.
+    expert: str = option("all", "The expert to train: 0 for the cleanest images, 1, …, or all of them in turn.")
+
+    def check_expert(self, num_experts: int) -> None:
+        """
+        Check `expert`, and turn the number that a preset may have into a string.
+
+        Raises:
+            ValueError: if `expert` is neither 'all' nor an index, or if all experts are to resume from one checkpoint.
+        """
+        self.expert = str(self.expert)
+        valid = ["all", *map(str, range(num_experts))]
+        if self.expert not in valid:
+            raise ValueError(f"Expected `expert` to be one of {', '.join(valid)}, but got {self.expert!r}.")
+        if self.expert == "all" and num_experts > 1 and self.resume_from_checkpoint not in (None, "latest"):
+            raise ValueError(
+                "Expected `resume_from_checkpoint` to be 'latest', each expert's own, to go on with all experts, "
+                f"but got {self.resume_from_checkpoint!r}."
+            )
+
+    def chosen_experts(self, num_experts: int) -> list[int]:
+        """The indices of the experts to train."""
+        return list(range(num_experts)) if self.expert == "all" else [int(self.expert)]
+
+
+def model_arguments(model_class: type, args: Any, without: type | None = None) -> dict[str, Any]:
     """
-    valid = ["all", *map(str, range(num_experts))]
-    if expert not in valid:
-        raise ValueError(f"Expected `expert` to be one of {', '.join(valid)}, but got {expert!r}.")
-    if expert == "all" and num_experts > 1 and resume_from_checkpoint not in (None, "latest"):
-        raise ValueError(
-            "Expected `resume_from_checkpoint` to be 'latest', each expert's own, to go on with all experts, "
-            f"but got {resume_from_checkpoint!r}."
-        )
+    The arguments of a model's constructor that a dataclass of arguments has a field for.
+
+    Args:
+        model_class (`type`): The model's class. A constructor with `**kwargs` takes its base class's arguments as well.
+        args: The dataclass.
+        without (`type`, *optional*): Leave out the fields of this dataclass.
+
+    Returns:
+        `dict[str, Any]`: The fields' values, by name.
+    """
+    names: set[str] = set()
+    for base in model_class.__mro__:
+        parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
+        names |= {parameter.name for parameter in parameters}
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    left_out = set() if without is None else {field.name for field in dataclasses.fields(without)}
+    fields = [field.name for field in dataclasses.fields(args) if field.name not in left_out]
+    return {name: getattr(args, name) for name in fields if name in names}
 
 
 def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None = None) -> Arguments:
     """
-    Read `--config preset.yaml`, then let the command line override it.
+    Read a preset, if the command line names one with `--config`, and let the command line override it.
 
     Args:
-        arguments_class: The dataclass to fill.
+        arguments_class (`type`): The dataclass to fill.
         argv (`list[str]`, *optional*): The command line; the process's own by default.
+
+    Returns:
+        The filled dataclass.
 
     Raises:
         ValueError: if the preset names an unknown argument; the valid ones are listed.
@@ -182,7 +266,7 @@ def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None = N
     if config_path is not None:
         with open(config_path) as file:
             preset = yaml.safe_load(file) or {}
-        valid = [field.name for field in dataclasses.fields(arguments_class)]
+        valid = [field.name for field in dataclasses.fields(arguments_class)]  # type: ignore[arg-type]
         unknown = [name for name in preset if name not in valid]
         if unknown:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Checkpoints of a training under way: `checkpoint-<step>` folders, written whole or not at all."""
+"""Checkpoints of a training: folders `checkpoint-<step>`, written whole or not at all."""
 
 import logging
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from ..saving.whole import finish, unfinished_path
-from .arguments import TrainingArguments
+from .arguments import SharedTrainingArguments
 
 PREFIX = "checkpoint-"
 
@@ -16,20 +16,23 @@ logger = logging.getLogger(__name__)
 
 
 def checkpoints(output_dir: "str | os.PathLike") -> list[Path]:
-    """The checkpoints of a training, oldest first."""
+    """The folders of a training's complete checkpoints, in the order of their steps."""
     found = Path(output_dir).glob(f"{PREFIX}*")
     complete = [path for path in found if path.name.removeprefix(PREFIX).isdigit()]
     return sorted(complete, key=checkpoint_step)
 
 
 def checkpoint_step(path: Path) -> int:
+    """The number of steps that were done when a checkpoint was written."""
     return int(path.name.removeprefix(PREFIX))
 
 
 def expect_no_checkpoints(output_dir: "str | os.PathLike") -> None:
     """
+    Check that a new run's folder is free of an earlier run's checkpoints, from which one would later resume by mistake.
+
     Raises:
-        ValueError: if there are some, from which a later run would resume by mistake.
+        ValueError: if it is not.
     """
     found = checkpoints(output_dir)
     if found:
@@ -39,12 +42,19 @@ def expect_no_checkpoints(output_dir: "str | os.PathLike") -> None:
         )
 
 
-def resume(accelerator: Accelerator, args: TrainingArguments) -> int:
+def resume(accelerator: Accelerator, args: SharedTrainingArguments) -> int:
     """
-    Load what `resume_from_checkpoint` asks for, and return how many steps it has done.
+    Load the checkpoint that `args.resume_from_checkpoint` asks for, if any.
+
+    Args:
+        accelerator (`Accelerator`): With everything registered that a checkpoint holds.
+        args ([`SharedTrainingArguments`]): For the checkpoint, the output folder and the last step.
+
+    Returns:
+        `int`: The number of steps that are done.
 
     Raises:
-        ValueError: if it is not there, or beyond `max_train_steps`, or if checkpoints are there and none was asked for.
+        ValueError: if it is not there, or beyond `max_train_steps`, or if there are checkpoints and none was asked for.
     """
     if args.resume_from_checkpoint is None:
         expect_no_checkpoints(args.output_dir)
@@ -70,16 +80,25 @@ def resume(accelerator: Accelerator, args: TrainingArguments) -> int:
     return checkpoint_step(path)
 
 
-def save_checkpoint(accelerator: Accelerator, args: TrainingArguments, step: int) -> None:
-    """Everything that resuming needs. It gets its name when it is complete, so that a killed run leaves no half of one."""
+def save_checkpoint(accelerator: Accelerator, args: SharedTrainingArguments, step: int) -> None:
+    """
+    Write a checkpoint with everything that resuming needs, and remove surplus old ones.
+
+    The folder gets its name when it is complete, so that a run that is killed leaves no incomplete checkpoint.
+
+    Args:
+        accelerator (`Accelerator`): Of all processes, each of which has to call.
+        args ([`SharedTrainingArguments`]): For the output folder and the number of checkpoints to keep.
+        step (`int`): The number of steps done.
+    """
     path = Path(args.output_dir, f"{PREFIX}{step}")
     unfinished = unfinished_path(path)
     accelerator.save_state(str(unfinished))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        finish(path)  # it may replace one of a later step that this run resumed before
+        finish(path)  # a run that went back to an earlier checkpoint replaces the later ones
         if args.checkpoints_total_limit is not None:
-            # those of later steps, which such a run has yet to replace, do not count
+            # the later ones, which such a run has yet to replace, do not count
             done = [checkpoint for checkpoint in checkpoints(args.output_dir) if checkpoint_step(checkpoint) <= step]
             for surplus in done[: -args.checkpoints_total_limit]:
                 shutil.rmtree(surplus)

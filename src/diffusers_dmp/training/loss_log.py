@@ -1,4 +1,4 @@
-"""What a training reports while it runs."""
+"""What a training logs while it runs."""
 
 import json
 import logging
@@ -11,16 +11,16 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ..intervals import NoiseIntervals
-from .arguments import TrainingArguments
+from .arguments import SharedTrainingArguments
 from .loop import TrainingStep
 
-NUM_LOSS_BANDS = 8  # the loss is logged apart for this many uniform stretches of noise
+NUM_LOSS_BANDS = 8  # the number of uniform intervals of timesteps for which the loss is logged separately
 
 logger = logging.getLogger(__name__)
 
 
-def trackable(args: TrainingArguments) -> dict:
-    """The arguments as the trackers take them."""
+def trackable(args: SharedTrainingArguments) -> dict:
+    """The arguments in the form that trackers accept: numbers and strings."""
     return {
         name: value if isinstance(value, (int, float, str)) else json.dumps(value)
         for name, value in vars(args).items()
@@ -29,11 +29,18 @@ def trackable(args: TrainingArguments) -> dict:
 
 class LossLog:
     """
-    Progress bar and trackers: the loss, the loss in each of `NUM_LOSS_BANDS` uniform stretches of noise, the learning
-    rate, and images per second, over the steps since the last time. Sums stay on the device until they are due.
+    Progress bar and trackers of a training.
+
+    Every n-th step it logs, over the steps since the last time: the loss, the loss in each of `NUM_LOSS_BANDS` uniform
+    intervals of timesteps, the learning rate and images per second. Sums stay on the device until then.
+
+    Args:
+        accelerator (`Accelerator`): Of all processes, each of which has to call.
+        args ([`SharedTrainingArguments`]): For the number n, the last step and the batch size.
+        first_step (`int`): The number of steps done before.
     """
 
-    def __init__(self, accelerator: Accelerator, args: TrainingArguments, first_step: int):
+    def __init__(self, accelerator: Accelerator, args: SharedTrainingArguments, first_step: int):
         self.accelerator = accelerator
         self.args = args
         self.bands = NoiseIntervals.uniform(min(NUM_LOSS_BANDS, args.num_train_timesteps), args.num_train_timesteps)
@@ -57,12 +64,13 @@ class LossLog:
 
     @contextmanager
     def paused(self):
-        """What is done meanwhile does not count as training time."""
+        """A context whose time does not count as training time."""
         start = time.perf_counter()
         yield
         self.seconds_paused += time.perf_counter() - start
 
     def __call__(self, done: TrainingStep, learning_rate: float) -> None:
+        """Add a step, and log if it is time."""
         band = self.bands.index(done.timesteps)
         self.band_losses.index_add_(0, band, done.sample_losses)
         self.band_counts.index_add_(0, band, torch.ones_like(done.sample_losses))
@@ -95,21 +103,30 @@ class LossLog:
         self.accelerator.log(values, step=done.step)
 
     def close(self) -> None:
+        """End the progress bar."""
         self.progress.close()
 
 
 class ExpertCounts:
-    """How many samples each expert was trained on, by all processes, since the training began (whether resumed or not)."""
+    """
+    The number of samples that each expert was trained on, by all processes; checkpoints carry it on.
+
+    Args:
+        intervals ([`NoiseIntervals`]): The intervals of all experts.
+    """
 
     def __init__(self, intervals: NoiseIntervals):
         self.samples = [0] * intervals.num_experts
 
-    def add(self, experts: list[int], batch_size: int) -> None:
-        for expert in experts:
-            self.samples[expert] += batch_size // len(experts)
+    def add(self, owners: list[int], batch_size: int) -> None:
+        """Count a batch of which each process trained one expert; see [`StepExperts`]."""
+        for expert in owners:
+            self.samples[expert] += batch_size // len(owners)
 
     def state_dict(self) -> dict[str, list[int]]:
+        """What a checkpoint holds."""
         return {"samples": self.samples}
 
     def load_state_dict(self, state: dict[str, list[int]]) -> None:
+        """Go on counting from a checkpoint."""
         self.samples = state["samples"]

@@ -1,14 +1,18 @@
-"""A patch in training."""
+"""Prompts in training, for a transformer that is frozen."""
+
+from typing import Any
 
 from torch import nn
 
 from ..plugins import PromptPatch
 
 
-class PatchedTransformer(nn.Module):
+class PromptedTransformer(nn.Module):
     """
-    A transformer of which a patch is trained and nothing else: its parameters, its state and its mode are the patch's, so
-    that optimiser, averaging, checkpoints and processes deal with a few megabytes. Called as the transformer is.
+    A transformer of which the attached prompts are trained and nothing else. It is called as the transformer is.
+
+    Its parameters, its state and its mode are those of the prompts, so that optimiser, averaging, checkpoints and
+    communication between processes handle a few megabytes.
 
     Args:
         patch ([`PromptPatch`]): Attached to its transformer, which should be in eval mode on the device of the training.
@@ -17,19 +21,20 @@ class PatchedTransformer(nn.Module):
     def __init__(self, patch: PromptPatch):
         super().__init__()
         self.patch = patch
-        self._transformer = (patch.transformer,)  # in a tuple it is no submodule
+        self._transformer = (patch.transformer,)  # in a tuple, so that it is no submodule
 
     @property
     def transformer(self) -> nn.Module:
-        """What the patch is attached to."""
+        """The transformer that the prompts are attached to."""
         return self._transformer[0]
 
     @property
-    def config(self):
-        """The transformer's."""
+    def config(self) -> Any:
+        """The configuration of the transformer."""
         return self.transformer.config
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """See the transformer's `forward`."""
         return self.transformer(*args, **kwargs)
 
     def enable_gradient_checkpointing(self) -> None:

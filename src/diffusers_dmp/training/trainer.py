@@ -1,56 +1,53 @@
-"""What surrounds the training loop: processes, averaged weights, checkpoints, logs, samples, and the finished pipeline."""
+"""A whole training: processes, averaged weights, checkpoints, logs, samples, and the finished pipeline."""
 
 import dataclasses
-import json
 import logging
 import os
-import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, LoggerType, ProjectConfiguration, set_seed
-from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.training_utils import EMAModel
-from diffusers.utils import make_image_grid
 from torch import nn
-from transformers import get_scheduler
 
-from ..pipelines import ClassConditionalPipeline
-from ..saving.whole import written_whole
-from .arguments import TrainingArguments
+from .arguments import SharedTrainingArguments
 from .checkpoints import resume, save_checkpoint
-from .data.images import GlobalBatchSampler, endless_batches, training_items
-from .loop import training_steps
+from .conditions import LabelConditions
+from .data.batches import training_batches
+from .data.training_data import TrainingData
+from .denoiser import Denoiser
+from .determinism import deterministic_algorithms, prepare_determinism
+from .loop import TrainingParts, TrainingStep, training_steps
 from .loss_log import ExpertCounts, LossLog, trackable
-from .objectives.ddpm import DiffusionObjective
+from .objectives.objective import Objective
+from .optimisation import averaged_weights, learns, make_ema, make_lr_scheduler, make_optimizer
+from .pipeline_output import save_samples, save_whole, trained_pipeline
 from .recipe import TrainingRecipe
+from .summary import TrainingSummary
 from .validation import validation_loss
-
-MIN_LR_SCHEDULE = "cosine_with_min_lr"  # the one that takes `min_lr_rate`
 
 logger = logging.getLogger(__name__)
 
 
-def make_accelerator(args: TrainingArguments, find_unused_parameters: bool = False) -> Accelerator:
+def make_accelerator(args: SharedTrainingArguments, find_unused_parameters: bool = False) -> Accelerator:
     """
-    The processes, devices and trackers of a training.
+    The processes, devices and trackers of a training. It has to be made before CUDA is used.
 
     Args:
-        args ([`TrainingArguments`]): Everything that can be set.
+        args ([`SharedTrainingArguments`]): For accumulation, precision, trackers, output folder and determinism.
         find_unused_parameters (`bool`): Whether the model may have parameters that its output does not depend on.
 
     Raises:
         ValueError: if the tracker that `report_to` names is not installed.
     """
+    if args.deterministic:
+        prepare_determinism()
     if args.report_to != "none" and LoggerType(args.report_to) not in get_available_trackers():
         raise ValueError(f"Expected `report_to` to be an installed tracker, but got {args.report_to!r}, which is not.")
     accelerator = Accelerator(
@@ -61,7 +58,7 @@ def make_accelerator(args: TrainingArguments, find_unused_parameters: bool = Fal
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")),
         kwargs_handlers=[
-            # buffers are the same tables everywhere
+            # buffers are the same tables in every process
             DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=find_unused_parameters)
         ],
     )
@@ -75,172 +72,116 @@ def make_accelerator(args: TrainingArguments, find_unused_parameters: bool = Fal
 
 def train(
     accelerator: Accelerator,
-    args: TrainingArguments,
+    args: SharedTrainingArguments,
     model: nn.Module,
-    dataset: datasets.Dataset,
-    label_names: list[str] | None,
-    vae: AutoencoderKL | None = None,
+    objective: Objective,
+    data: TrainingData,
     recipe: TrainingRecipe | None = None,
-    validation: datasets.Dataset | None = None,
 ) -> None:
     """
-    Train `model` and save it, as a pipeline in `args.output_dir/pipeline` if `recipe` does not say how. Another training may follow; after the last one,
-    the caller's `accelerator.end_training()` parts the processes.
+    Train a model, and save it as a pipeline in `args.output_dir/pipeline`, or as the recipe says.
+
+    Another training may follow; after the last one, the caller ends the processes with `accelerator.end_training()`.
 
     Args:
         accelerator (`Accelerator`): As [`make_accelerator`] returns it.
-        args ([`TrainingArguments`]): Everything that can be set.
-        model (`nn.Module`): A DiT, on the CPU; or what stands for one, with its `config`, while `recipe.components` tells
-            what to make a pipeline of.
-        dataset (`datasets.Dataset`): As [`load_images`] returns it.
-        label_names (`list[str]`, *optional*): The classes' names; None for unconditional training.
-        vae ([`AutoencoderKL`], *optional*): To train on its latents.
-        recipe ([`TrainingRecipe`], *optional*): What the system trains differently.
-        validation (`datasets.Dataset`, *optional*): Held out; the loss on it before and after goes into the summary.
+        args ([`SharedTrainingArguments`]): Everything that can be set.
+        model (`nn.Module`): The model, on the CPU; or a module that stands for one, if `recipe` says how it is saved.
+        objective ([`Objective`]): The noise process and the loss.
+        data ([`TrainingData`]): What it is trained on.
+        recipe ([`TrainingRecipe`], *optional*): What the system trains differently from a plain DiT.
 
     Raises:
-        ValueError: if the batch does not divide among processes, accumulation steps and timestep clusters, or an
+        ValueError: if the batch does not divide among processes, accumulation steps and timestep clusters, or if an
             argument is unknown.
     """
-    recipe = recipe or TrainingRecipe()
+    with deterministic_algorithms(args.deterministic):
+        run = prepare_run(accelerator, args, model, objective, data, recipe or TrainingRecipe())
+        before = run.describe()
+        set_seed(args.seed, device_specific=True)  # for the model's own noise
+        first_step = resume(accelerator, args)
+        if run.ema is not None:
+            run.ema.to(accelerator.device)
+        if accelerator.is_main_process:
+            os.makedirs(args.output_dir, exist_ok=True)
+            resolved = yaml.safe_dump(dataclasses.asdict(args), sort_keys=False)
+            Path(args.output_dir, "training_arguments.yaml").write_text(resolved)
+        if args.report_to != "none":
+            accelerator.init_trackers(Path(args.output_dir).name, config=trackable(args))
 
-    # 1. Objective and process
-    scheduler = make_scheduler(args, in_latents=vae is not None)
-    variance_type = getattr(model, "variance_type", "learned_range") if args.learn_sigma else None
-    objective = recipe.objective or DiffusionObjective(scheduler, args.weighting, variance_type)
-    check_batch_size(accelerator, args, objective)
-    if recipe.expert_intervals is not None and objective.uncertainty is not None:
-        raise ValueError(
-            f"Expected `weighting` to leave the choice of timesteps to the experts, but got {args.weighting!r}."
-        )
+        train_seconds = run.train_from(first_step)
 
-    # 2. Model and optimiser
+        accelerator.wait_for_everyone()
+        with averaged_weights(run.parts.plain_model, run.ema):
+            if accelerator.is_main_process:
+                run.save()
+            after = run.describe()
+        if accelerator.is_main_process:
+            summary = TrainingSummary(steps=args.max_train_steps - first_step, train_seconds=round(train_seconds, 1))
+            if run.expert_counts is not None:
+                summary.samples_per_expert = run.expert_counts.samples
+            if after:
+                summary.before, summary.after = before, after
+            summary.save(args.output_dir)
+        # Beside protecting the files: with gloo, a process that ends right after a collective can wait for ever for a
+        # thread that still has to free the collective's tensors, and that in turn waits for the interpreter's lock.
+        accelerator.wait_for_everyone()
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
+
+def prepare_run(
+    accelerator: Accelerator,
+    args: SharedTrainingArguments,
+    model: nn.Module,
+    objective: Objective,
+    data: TrainingData,
+    recipe: TrainingRecipe,
+) -> "TrainingRun":
+    """Everything that a training needs, on its device and registered for checkpoints; see [`train`]."""
+    check_batch(accelerator, args, objective, recipe)
     if args.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    if vae is not None:
-        vae.to(accelerator.device)
+        model.enable_gradient_checkpointing()  # type: ignore[operator]
+    if data.vae is not None:
+        data.vae.to(accelerator.device)
+    conditions = recipe.conditions or LabelConditions(model.config.class_dropout_prob)  # type: ignore[union-attr,arg-type]
     optimizer = make_optimizer(args, model, objective, recipe.learning_rates)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-        scheduler_specific_kwargs={"min_lr_rate": args.min_lr_rate} if args.lr_scheduler == MIN_LR_SCHEDULE else {},
-    )
-    model, optimizer = accelerator.prepare(model, optimizer)
-    if objective.uncertainty is None:
-        objective.to(accelerator.device)
-    else:  # it learns, too
-        objective = accelerator.prepare(objective)
+    lr_scheduler = make_lr_scheduler(args, optimizer)
+    prepared_model, optimizer = accelerator.prepare(model, optimizer)
+    prepared_objective = accelerator.prepare(objective) if learns(objective) else objective.to(accelerator.device)
+
+    # in the order of their files in a checkpoint
     accelerator.register_for_checkpointing(lr_scheduler)
     expert_counts = None
     if recipe.expert_intervals is not None:
         expert_counts = ExpertCounts(recipe.expert_intervals)
         accelerator.register_for_checkpointing(expert_counts)
-    ema = None
-    if args.ema_decay:
-        # Deviation from reference: Diffusers' EMAModel warms its decay up, so that short runs are averaged sensibly, too
-        ema = EMAModel(accelerator.unwrap_model(model).parameters(), decay=args.ema_decay, foreach=True)
-        accelerator.register_for_checkpointing(ema)
-
-    def describe() -> dict[str, Any]:
-        plain_model, plain_objective = accelerator.unwrap_model(model), accelerator.unwrap_model(objective)
-        description = recipe.describe(plain_model)
-        if validation is not None:
-            description["validation_loss"] = validation_loss(
-                accelerator,
-                plain_model,
-                plain_objective,
-                scheduler,
-                validation,
-                args,
-                vae,
-                recipe.timestep_range(args),
-            )
-        return description
-
-    # 3. Where to begin
-    before = describe()
-    set_seed(args.seed, device_specific=True)  # of the model's own noise
-    first_step = resume(accelerator, args)
+    ema = make_ema(args, accelerator.unwrap_model(prepared_model))
     if ema is not None:
-        ema.to(accelerator.device)
-    if accelerator.is_main_process:
-        os.makedirs(args.output_dir, exist_ok=True)
-        resolved = yaml.safe_dump(dataclasses.asdict(args), sort_keys=False)
-        Path(args.output_dir, "training_arguments.yaml").write_text(resolved)
-    if args.report_to != "none":
-        accelerator.init_trackers(Path(args.output_dir).name, config=trackable(args))
-
-    # 4. Train
-    steps = training_steps(
-        accelerator,
-        model,
-        objective,
-        scheduler,
-        optimizer,
-        lr_scheduler,
-        make_batches(accelerator, args, dataset, first_step),
-        first_step=first_step,
-        last_step=args.max_train_steps,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        random_flip=args.random_flip,
-        max_grad_norm=args.max_grad_norm,
+        accelerator.register_for_checkpointing(ema)
+    parts = TrainingParts(
+        accelerator=accelerator,
+        model=prepared_model,
+        objective=prepared_objective,
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
         recipe=recipe,
-        vae=vae,
+        denoiser=recipe.denoiser or Denoiser(data.sample_shape),
+        conditions=conditions,
+        vae=data.vae,
     )
-    log = LossLog(accelerator, args, first_step)
-
-    def finished_pipeline() -> ClassConditionalPipeline:
-        id2label = label_names and dict(enumerate(label_names))
-        pipeline_scheduler = DDPMScheduler.from_config(scheduler.config)  # sampling sets its timesteps
-        components = recipe.components(accelerator.unwrap_model(model))
-        return ClassConditionalPipeline(scheduler=pipeline_scheduler, vae=vae, id2label=id2label, **components)
-
-    started = time.perf_counter()
-    for done in steps:
-        if ema is not None:
-            ema.step(accelerator.unwrap_model(model).parameters())
-        if expert_counts is not None:
-            expert_counts.add(done.experts, args.batch_size)
-        log(done, lr_scheduler.get_last_lr()[0])
-        with log.paused():
-            # before the checkpoint, so that who resumes from that has it
-            if args.pipeline_steps and done.step % args.pipeline_steps == 0 and accelerator.is_main_process:
-                with averaged_weights(accelerator.unwrap_model(model), ema):
-                    save_whole(finished_pipeline(), Path(args.output_dir, f"pipeline-{done.step}"))
-            if done.step % args.checkpointing_steps == 0:
-                save_checkpoint(accelerator, args, done.step)
-            if args.sample_steps and done.step % args.sample_steps == 0 and accelerator.is_main_process:
-                with averaged_weights(accelerator.unwrap_model(model), ema):
-                    draw_samples(accelerator, finished_pipeline(), args, done.step)
-    log.close()
-    train_seconds = time.perf_counter() - started
-
-    # 5. Save
-    accelerator.wait_for_everyone()
-    with averaged_weights(accelerator.unwrap_model(model), ema):
-        if accelerator.is_main_process and recipe.save is not None:
-            recipe.save(accelerator.unwrap_model(model))
-        elif accelerator.is_main_process:
-            finished_pipeline().save_pretrained(os.path.join(args.output_dir, "pipeline"))
-        after = describe()
-    if accelerator.is_main_process:
-        summary = {"steps": args.max_train_steps - first_step, "train_seconds": round(train_seconds, 1)}
-        if expert_counts is not None:
-            summary["samples_per_expert"] = expert_counts.samples
-        if after:
-            summary |= {"before": before, "after": after}
-        Path(args.output_dir, "training_summary.json").write_text(json.dumps(summary) + "\n")
-    # Besides the files: with gloo, a process that ends right upon a collective can wait for ever for a thread that still has
-    # its tensors to free, and that in turn waits for the interpreter's lock.
-    accelerator.wait_for_everyone()
-    for tracker in accelerator.trackers:
-        tracker.finish()
+    return TrainingRun(parts=parts, args=args, data=data, ema=ema, expert_counts=expert_counts)
 
 
-def check_batch_size(accelerator: Accelerator, args: TrainingArguments, objective: DiffusionObjective) -> None:
+def check_batch(
+    accelerator: Accelerator, args: SharedTrainingArguments, objective: Objective, recipe: TrainingRecipe
+) -> None:
+    """
+    Check that a batch can be cut into micro-batches, and that only one of weighting and experts chooses its timesteps.
+
+    Raises:
+        ValueError: if it cannot, or if both do.
+    """
     num_slices = accelerator.num_processes * args.gradient_accumulation_steps
     num_clusters = objective.train_intervals.num_experts
     if args.batch_size % (num_slices * num_clusters):
@@ -248,95 +189,71 @@ def check_batch_size(accelerator: Accelerator, args: TrainingArguments, objectiv
             f"Expected `batch_size` to be divisible by {num_slices} (processes times accumulation steps) times "
             f"{num_clusters} (timestep clusters), but got {args.batch_size}."
         )
-
-
-def make_optimizer(
-    args: TrainingArguments, model: nn.Module, objective: DiffusionObjective, learning_rates: dict[str, float]
-) -> torch.optim.Optimizer:
-    """AdamW, with groups of their own for the parameters named in `learning_rates` and for what the objective learns."""
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    own_groups = [{"params": [parameters.pop(name)], "lr": lr} for name, lr in learning_rates.items()]
-    parameter_groups = [{"params": list(parameters.values())}, *own_groups]
-    if objective.uncertainty is not None:
-        parameter_groups.append(
-            {"params": list(objective.parameters()), "lr": args.uncertainty_learning_rate, "weight_decay": 0.0}
+    if recipe.expert_intervals is not None and num_clusters > 1:
+        raise ValueError(
+            f"Expected `weighting` to leave the choice of timesteps to the experts, but got {args.weighting!r}."  # type: ignore[attr-defined]
         )
-    return torch.optim.AdamW(
-        parameter_groups,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.weight_decay,
-        fused=True,
-    )
 
 
-def make_batches(
-    accelerator: Accelerator, args: TrainingArguments, dataset: datasets.Dataset, first_step: int
-) -> Iterator[dict]:
-    """This process's micro-batches, from `first_step` on."""
-    num_slices = accelerator.num_processes * args.gradient_accumulation_steps
-    first_slice = accelerator.process_index * args.gradient_accumulation_steps
-    own_slices = range(first_slice, first_slice + args.gradient_accumulation_steps)
-    sampler = GlobalBatchSampler(len(dataset), args.batch_size, args.seed, num_slices, own_slices, first_step)
-    items = training_items(dataset, args)
-    pin_memory = accelerator.device.type == "cuda"
-    return endless_batches(items, sampler, args.dataloader_num_workers, pin_memory)
+@dataclass(kw_only=True)
+class TrainingRun:
+    """
+    A training under way.
 
+    Args:
+        parts ([`TrainingParts`]): What is trained, and by what.
+        args ([`SharedTrainingArguments`]): Everything that can be set.
+        data ([`TrainingData`]): What it is trained on.
+        ema ([`EMAModel`], *optional*): The averaged weights.
+        expert_counts ([`ExpertCounts`], *optional*): The number of samples that each expert was trained on.
+    """
 
-def make_scheduler(args: TrainingArguments, in_latents: bool) -> DDPMScheduler:
-    """The diffusion process, sampled ancestrally at evenly respaced timesteps, as published."""
-    beta_schedule, beta_end = args.beta_schedule, args.beta_end
-    if re.fullmatch(r"linear[\d.]+", beta_schedule):  # as Patch Diffusion calls them
-        beta_schedule, beta_end = "linear", float(beta_schedule.removeprefix("linear"))
-    return DDPMScheduler(
-        num_train_timesteps=args.num_train_timesteps,
-        beta_schedule=beta_schedule,
-        beta_start=args.beta_start,
-        beta_end=beta_end,
-        prediction_type=args.prediction_type,
-        variance_type="learned_range" if args.learn_sigma else "fixed_small",
-        clip_sample=not in_latents,  # pixels end at ±1, latents nowhere
-        timestep_spacing="linspace",
-    )
+    parts: TrainingParts
+    args: SharedTrainingArguments
+    data: TrainingData
+    ema: EMAModel | None
+    expert_counts: ExpertCounts | None
 
+    def describe(self) -> dict[str, Any]:
+        """What the summary says of the model with its present weights; every process has to call."""
+        description = self.parts.recipe.describe(self.parts.plain_model)
+        if self.data.validation is not None:
+            description["validation_loss"] = validation_loss(self.parts, self.args, self.data.validation)
+        return description
 
-def save_whole(pipeline: ClassConditionalPipeline, path: Path) -> None:
-    """A pipeline gets its name when it is complete, in the place of what an earlier run left there."""
-    with written_whole(path) as unfinished:
-        pipeline.save_pretrained(unfinished)
+    def train_from(self, first_step: int) -> float:
+        """Do all steps from `first_step` on, with all that is written along the way. Returns the duration in seconds."""
+        batches = training_batches(self.parts.accelerator, self.args, self.data.dataset, first_step)
+        steps = training_steps(self.parts, self.args, batches, first_step)
+        log = LossLog(self.parts.accelerator, self.args, first_step)
+        started = time.perf_counter()
+        for done in steps:
+            if self.ema is not None:
+                self.ema.step(self.parts.plain_model.parameters())
+            if self.expert_counts is not None and done.experts is not None:
+                self.expert_counts.add(done.experts.owners, self.args.batch_size)
+            log(done, self.parts.lr_scheduler.get_last_lr()[0])
+            with log.paused():
+                self._write_along_the_way(done)
+        log.close()
+        return time.perf_counter() - started
 
+    def _write_along_the_way(self, done: TrainingStep) -> None:
+        """The pipeline, checkpoint and samples that are due after a step."""
+        accelerator, args = self.parts.accelerator, self.args
+        # before the checkpoint, so that a run that is resumed from it has the pipeline too
+        if args.pipeline_steps and done.step % args.pipeline_steps == 0 and accelerator.is_main_process:
+            with averaged_weights(self.parts.plain_model, self.ema):
+                save_whole(trained_pipeline(self.parts, self.data), Path(args.output_dir, f"pipeline-{done.step}"))
+        if done.step % args.checkpointing_steps == 0:
+            save_checkpoint(accelerator, args, done.step)
+        if args.sample_steps and done.step % args.sample_steps == 0 and accelerator.is_main_process:
+            with averaged_weights(self.parts.plain_model, self.ema):
+                save_samples(accelerator, trained_pipeline(self.parts, self.data), args, done.step)
 
-@contextmanager
-def averaged_weights(model: nn.Module, ema: EMAModel | None):
-    """The model in eval mode with its averaged weights, and afterwards as it was."""
-    if ema is not None:
-        ema.store(model.parameters())
-        ema.copy_to(model.parameters())
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train()
-        if ema is not None:
-            ema.restore(model.parameters())
-
-
-def draw_samples(
-    accelerator: Accelerator, pipeline: ClassConditionalPipeline, args: TrainingArguments, step: int
-) -> None:
-    """Write `samples/step-<step>.png`, up to ten classes in columns (ten without classes), four rows; also to the tracker."""
-    pipeline.set_progress_bar_config(disable=True)
-    rows, columns = 4, min(pipeline.num_classes or 10, 10)
-    labels = {"batch_size": rows * columns}
-    if pipeline.num_classes is not None:
-        labels = {"class_labels": list(range(columns)) * rows}
-    generator = torch.Generator(accelerator.device).manual_seed(args.seed)
-    images = pipeline(**labels, num_inference_steps=args.sample_inference_steps, generator=generator).images
-    path = Path(args.output_dir, "samples", f"step-{step}.png")
-    path.parent.mkdir(exist_ok=True)
-    grid = make_image_grid(images, rows, columns)
-    grid.save(path)
-    pixels = np.asarray(grid.convert("RGB"))[None]  # (1, H, W, 3)
-    for tracker in accelerator.trackers:
-        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        tracker.log_images({"samples": pixels}, step=step, **layout)
+    def save(self) -> None:
+        """Save the trained model as the recipe says, or as a pipeline."""
+        if self.parts.recipe.save is not None:
+            self.parts.recipe.save(self.parts.plain_model)
+        else:
+            trained_pipeline(self.parts, self.data).save_pretrained(Path(self.args.output_dir, "pipeline"))

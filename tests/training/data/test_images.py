@@ -14,14 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusers_dmp.evaluation.digits import digit_images, fit_reader, write_image_folder
-from diffusers_dmp.training.data.images import (
-    GlobalBatchSampler,
-    center_crop,
-    class_names,
-    endless_batches,
-    load_images,
-    to_tensors,
-)
+from diffusers_dmp.training.data.batches import GlobalBatchSampler, endless_batches
+from diffusers_dmp.training.data.images import center_crop, class_names, load_images, to_tensors
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from diffusers import DDPMScheduler
 
 from diffusers_dmp import NoiseIntervals
 from diffusers_dmp.training.objectives.ddpm import DiffusionObjective
+from diffusers_dmp.training.objectives.objective import NoisedBatch
 from diffusers_dmp.training.objectives.timesteps import balanced_timesteps
 
 SCHEDULES = {
@@ -23,6 +24,20 @@ def vectors() -> Vectors:
 
 def scheduler(schedule: str, **config) -> DDPMScheduler:
     return DDPMScheduler(**SCHEDULES[schedule], **config)
+
+
+def noised(vectors: Vectors, group: str = "loss") -> NoisedBatch:
+    """The published batch of a group of vectors."""
+    return NoisedBatch(vectors[f"{group}.x0"], vectors[f"{group}.noise"], vectors[f"{group}.t"])
+
+
+def both_losses(
+    objective: DiffusionObjective, model_output: torch.Tensor, batch: NoisedBatch
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weighted squared error and the variational bound of each sample."""
+    prediction, variance_output = model_output.chunk(2, dim=1)
+    bound = objective.variational_bound(prediction, variance_output, batch)
+    return objective.weighted_squared_error(prediction, batch), bound
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -43,16 +58,18 @@ def test_weights_match(vectors, schedule, weighting, published):
 @pytest.mark.parametrize("weighting", ["constant", "min_snr_5"])
 def test_loss_and_variational_bound_match(vectors, schedule, weighting):
     objective = DiffusionObjective(scheduler(schedule), weighting, "learned_range")
-    output = objective(vectors["loss.model_output"], vectors["loss.x0"], vectors["loss.noise"], vectors["loss.t"])
-    assert_matches(output.mse, vectors[f"loss.dtr.{schedule}.{weighting}.mse"])
-    assert_matches(output.vb, vectors[f"loss.dtr.{schedule}.{weighting}.vb"])
+    output = objective(vectors["loss.model_output"], noised(vectors))
+    error, bound = both_losses(objective, vectors["loss.model_output"], noised(vectors))
+    assert_matches(error, vectors[f"loss.dtr.{schedule}.{weighting}.mse"])
+    assert_matches(bound, vectors[f"loss.dtr.{schedule}.{weighting}.vb"])
     assert_matches(output.sample_losses, vectors[f"loss.dtr.{schedule}.{weighting}.loss"])
     assert_matches(output.loss, vectors[f"loss.dtr.{schedule}.{weighting}.loss"].mean())
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_noised_samples_match(vectors, schedule):
-    x_t = scheduler(schedule).add_noise(vectors["loss.x0"], vectors["loss.noise"], vectors["loss.t"])
+    objective = DiffusionObjective(scheduler(schedule))
+    x_t = objective.add_noise(vectors["loss.x0"], vectors["loss.noise"], vectors["loss.t"])
     assert_matches(x_t, vectors[f"loss.xt.{schedule}"])
 
 
@@ -62,10 +79,10 @@ def test_x0_weighted_losses_match_for_every_prediction_type(vectors, prediction_
     objective = DiffusionObjective(
         scheduler("linear", prediction_type=prediction_type), weighting, "learned_range_sigmoid"
     )
-    output = objective(
-        vectors["patchloss.model_output"], vectors["patchloss.x0"], vectors["patchloss.noise"], vectors["patchloss.t"]
-    )
-    for name, value in {"mse": output.mse, "vb": output.vb, "loss": output.sample_losses}.items():
+    model_output, batch = vectors["patchloss.model_output"], noised(vectors, "patchloss")
+    error, bound = both_losses(objective, model_output, batch)
+    losses = objective(model_output, batch).sample_losses
+    for name, value in {"mse": error, "vb": bound, "loss": losses}.items():
         assert_matches(value, vectors[f"patchloss.{prediction_type}.{weighting}.{name}"])
 
 
@@ -79,7 +96,7 @@ def test_min_snr_is_one_loss_whatever_is_predicted(vectors):
         x_t, x0_hat = alpha * x0 + sigma * noise, 0.9 * x0
         noise_hat = (x_t - alpha * x0_hat) / sigma
         prediction = {"epsilon": noise_hat, "sample": x0_hat, "v_prediction": alpha * noise_hat - sigma * x0_hat}
-        losses.append(objective(prediction[prediction_type], x0, noise, timesteps).mse)
+        losses.append(objective(prediction[prediction_type], NoisedBatch(x0, noise, timesteps)).sample_losses)
     torch.testing.assert_close(losses[1], losses[0], atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(losses[2], losses[0], atol=1e-4, rtol=1e-3)
 
@@ -97,8 +114,8 @@ def test_both_conventions_of_the_learned_variance_match(vectors, variance_type, 
 def test_the_bound_trains_the_variance_alone(vectors):
     model_output = vectors["loss.model_output"].clone().requires_grad_()
     objective = DiffusionObjective(scheduler("linear"), variance_type="learned_range")
-    vb = objective(model_output, vectors["loss.x0"], vectors["loss.noise"], vectors["loss.t"]).vb
-    vb.sum().backward()
+    _, bound = both_losses(objective, model_output, noised(vectors))
+    bound.sum().backward()
     mean_gradient, variance_gradient = model_output.grad.chunk(2, dim=1)
     assert (mean_gradient == 0).all()
     assert (variance_gradient[1:] != 0).any()
@@ -108,12 +125,13 @@ def test_uncertainty_weighting_matches(vectors):
     objective = DiffusionObjective(scheduler("cosine"), "uw", "learned_range")
     objective.uncertainty.log_variances.data = vectors["loss.uw.log_variances"]
     arguments = [vectors["loss.model_output"], vectors["loss.x0"], vectors["loss.noise"], vectors["loss.uw.t"]]
-    assert_matches(objective(*arguments).loss, vectors["loss.uw.loss"].squeeze())
+    loss = objective(arguments[0], NoisedBatch(*arguments[1:])).loss
+    assert_matches(loss, vectors["loss.uw.loss"].squeeze())
 
     # the order within the batch does not matter
     order = torch.randperm(16)
-    shuffled = [argument[order] for argument in arguments]
-    assert_matches(objective(*shuffled).loss, vectors["loss.uw.loss"].squeeze())
+    model_output, *shuffled = [argument[order] for argument in arguments]
+    assert_matches(objective(model_output, NoisedBatch(*shuffled)).loss, vectors["loss.uw.loss"].squeeze())
 
 
 def test_uncertainty_weighting_learns_its_variances():
@@ -159,7 +177,7 @@ def test_refuses_what_it_does_not_know(vectors):
         DiffusionObjective(scheduler("linear"), variance_type="learned")
     with pytest.raises(ValueError, match="model_output.*4 channels.*8"):
         objective = DiffusionObjective(scheduler("linear"))
-        objective(vectors["loss.model_output"], vectors["loss.x0"], vectors["loss.noise"], vectors["loss.t"])
+        objective(vectors["loss.model_output"], noised(vectors))
 
 
 def test_refuses_a_weight_that_is_infinite_at_the_last_timestep():

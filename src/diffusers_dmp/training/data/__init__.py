@@ -1,4 +1,4 @@
-"""What training reads and what is made for it: images, latents and generated images, in shards."""
+"""The data of trainings: images, their latents, generated images, batches, and shards that hold them."""
 
 from ...saving.moved import old_names
 

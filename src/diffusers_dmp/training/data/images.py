@@ -1,13 +1,12 @@
-"""Images, or latents of them, in: from a folder, from parquet, or from the Hub, through `datasets`.
+"""Images, or latents of them, from a folder, from parquet files or from the Hub, through `datasets`.
 
-Legend: B batch size of one optimiser step over all processes, N images, C channels, S image size in pixels.
+Legend: N images, C channels, S image size in pixels.
 """
 
-import functools
 import io
-import itertools
 import os
-from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import numpy as np
@@ -15,23 +14,25 @@ import PIL.Image
 import pyarrow as pa
 import safetensors.torch
 import torch
-from torch.utils.data import DataLoader, Sampler
 
 from ..arguments import DataArguments
 
-LATENTS = "latents"  # the column of what `encode_latents` wrote
+LATENTS = "latents"  # the column that `encode_latents` writes
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 
 
 def load_images(source: str, image_column: str = "image", split: str = "train") -> datasets.Dataset:
     """
-    A data set of images, or of latents from `encode_latents`, and of class labels if it has a label column.
+    Load a data set of images, or of latents from [`encode_latents`], with class labels if it has a label column.
 
     Args:
         source (`str`): A folder of images (one sub-folder per class, or no sub-folders), a folder of parquet files, one
             parquet file, or the id of a data set on the Hub.
-        image_column (`str`): Where the images are.
-        split (`str`): Which part of it.
+        image_column (`str`): The column of images.
+        split (`str`): The split to load.
+
+    Returns:
+        `datasets.Dataset`: Its images are not decoded yet; see [`to_tensors`].
 
     Raises:
         ValueError: if `source` is a folder without images, or has no such column.
@@ -55,7 +56,7 @@ def load_images(source: str, image_column: str = "image", split: str = "train") 
             f"Expected `image_column` to be one of {dataset.column_names}, the columns of {source!r}, "
             f"but got {image_column!r}."
         )
-    # decoded by ourselves, so that a broken file can be named
+    # not decoded by `datasets`, so that an error can name the broken file
     for name, feature in dataset.features.items():
         if isinstance(feature, datasets.Image) or name == image_column:
             dataset = dataset.cast_column(name, datasets.Image(decode=False))
@@ -64,7 +65,15 @@ def load_images(source: str, image_column: str = "image", split: str = "train") 
 
 def class_names(dataset: datasets.Dataset, label_column: str = "label") -> list[str] | None:
     """
-    The names of the classes, by index; None for a data set without labels.
+    The names of the classes, ordered by class index.
+
+    Args:
+        dataset (`datasets.Dataset`): As [`load_images`] returns it.
+        label_column (`str`): The column of class labels.
+
+    Returns:
+        `list[str]`: The names; the indices themselves where the labels are plain integers; None for a data set without
+        labels.
 
     Raises:
         ValueError: if the labels are neither classes nor integers.
@@ -82,85 +91,91 @@ def class_names(dataset: datasets.Dataset, label_column: str = "label") -> list[
     return [str(label) for label in range(max(dataset[label_column]) + 1)]
 
 
+@dataclass(frozen=True)
+class ImageReader:
+    """
+    Turns rows of a data set into tensors.
+
+    The items are `images` (C, S, S) in [-1, 1] and, with labels, `class_labels` (). For a data set of latents they are
+    `mean` and `std` instead of `images`, both of shape (2, c, s, s): of the image, and of its mirror image.
+
+    Args:
+        image_size (`int`): S, in pixels.
+        channels (`int`): C: 1, 3 or 4.
+        image_column (`str`), label_column (`str`): The columns to read.
+        teacher_image_column (`str`, *optional*): The column of a second image of each item, `teacher_images`.
+        teacher_image_size (`int`, *optional*): The size of that image in pixels.
+
+    Raises:
+        ValueError: if `channels` has another value; and, on reading, if an item is not an image (the file is named).
+    """
+
+    image_size: int
+    channels: int
+    image_column: str = "image"
+    label_column: str = "label"
+    teacher_image_column: str | None = None
+    teacher_image_size: int | None = None
+
+    def __post_init__(self):
+        if self.channels not in PIL_MODES:
+            raise ValueError(
+                f"Expected the number of channels to be one of {list(PIL_MODES)}, but got {self.channels}."
+            )
+
+    def __call__(self, columns: dict[str, list]) -> dict[str, list]:
+        """Rows, as `datasets` hands them to a transform (one list per column) → the items' tensors, in the same layout."""
+        items: dict[str, list]
+        if LATENTS in columns:
+            latents = [safetensors.torch.load(encoded) for encoded in columns[LATENTS]]
+            items = {name: [moments[name].float() for moments in latents] for name in ("mean", "std")}
+        else:
+            items = {"images": self._read(columns[self.image_column], self.image_size)}
+        if self.teacher_image_column is not None and self.teacher_image_size is not None:
+            items["teacher_images"] = self._read(columns[self.teacher_image_column], self.teacher_image_size)
+        if self.label_column in columns:
+            items["class_labels"] = columns[self.label_column]
+        return items
+
+    def _read(self, column: list[dict[str, Any]], size: int) -> list[torch.Tensor]:
+        images = (open_image(encoded).convert(PIL_MODES[self.channels]) for encoded in column)
+        return [to_tensor(center_crop(image, size)) for image in images]
+
+
+def to_tensors(dataset: datasets.Dataset, image_size: int, channels: int, **columns: Any) -> datasets.Dataset:
+    """
+    The same data set with tensors as items.
+
+    Args:
+        dataset (`datasets.Dataset`): As [`load_images`] returns it.
+        image_size (`int`), channels (`int`), columns: See [`ImageReader`].
+    """
+    return dataset.with_transform(ImageReader(image_size, channels, **columns))
+
+
 def training_items(dataset: datasets.Dataset, args: DataArguments) -> datasets.Dataset:
-    """[`to_tensors`] as the arguments have it."""
+    """The same data set with tensors as items, of the size and from the columns that the arguments name."""
     return to_tensors(
         dataset,
         args.image_size,
         args.image_channels,
-        args.image_column,
-        args.label_column,
-        args.teacher_image_column,
-        args.teacher_image_size,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        teacher_image_column=args.teacher_image_column,
+        teacher_image_size=args.teacher_image_size,
     )
 
 
-def to_tensors(
-    dataset: datasets.Dataset,
-    image_size: int,
-    channels: int,
-    image_column: str = "image",
-    label_column: str = "label",
-    teacher_image_column: str | None = None,
-    teacher_image_size: int | None = None,
-) -> datasets.Dataset:
+def open_image(encoded: dict[str, Any]) -> PIL.Image.Image:
     """
-    The same data set, whose items are `images` (C, S, S) in [-1, 1] and, with labels, `class_labels` ().
-
-    The items of a data set of latents are `mean` and `std` instead, both (2, C, S, S): of image and mirror image.
+    Decode one entry of a `datasets.Image` column that was loaded with `decode=False`.
 
     Args:
-        image_size (`int`): S.
-        channels (`int`): C: 1, 3 or 4.
-        teacher_image_column (`str`), teacher_image_size (`int`, *optional*): A second image of each item, `teacher_images`.
+        encoded (`dict`): `bytes` of an image file, or None, and its `path`.
 
     Raises:
-        ValueError: on reading an item that is not an image; the file is named.
+        ValueError: if it is not an image that can be read; the file is named.
     """
-    if channels not in PIL_MODES:
-        raise ValueError(f"Expected the number of channels to be one of {list(PIL_MODES)}, but got {channels}.")
-
-    return dataset.with_transform(
-        functools.partial(
-            _read_items,
-            image_size=image_size,
-            channels=channels,
-            image_column=image_column,
-            label_column=label_column,
-            teacher_image_column=teacher_image_column,
-            teacher_image_size=teacher_image_size,
-        )
-    )
-
-
-def _read_items(
-    columns: dict[str, list],
-    image_size: int,
-    channels: int,
-    image_column: str,
-    label_column: str,
-    teacher_image_column: str | None,
-    teacher_image_size: int | None,
-) -> dict[str, list]:
-    if LATENTS in columns:
-        latents = [safetensors.torch.load(encoded) for encoded in columns[LATENTS]]
-        items = {name: [moments[name].float() for moments in latents] for name in ("mean", "std")}
-    else:
-        items = {"images": _read_images(columns[image_column], image_size, channels)}
-    if teacher_image_column is not None:
-        items["teacher_images"] = _read_images(columns[teacher_image_column], teacher_image_size, channels)
-    if label_column in columns:
-        items["class_labels"] = columns[label_column]
-    return items
-
-
-def _read_images(column: list[dict], image_size: int, channels: int) -> list[torch.Tensor]:
-    images = (open_image(encoded).convert(PIL_MODES[channels]) for encoded in column)
-    return [to_tensor(center_crop(image, image_size)) for image in images]
-
-
-def open_image(encoded: dict) -> PIL.Image.Image:
-    """Decode one entry of an undecoded `datasets.Image` column."""
     file = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
     try:
         image = PIL.Image.open(file)
@@ -173,8 +188,10 @@ def open_image(encoded: dict) -> PIL.Image.Image:
 
 def center_crop(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
     """
-    ADM's centre crop (https://arxiv.org/abs/2105.05233): halved by box filter while it is twice too large, then scaled
-    bicubically so that the shorter side is `size`, then cut.
+    Crop the centre square of an image and scale it to `size` x `size` pixels, as ADM does (https://arxiv.org/abs/2105.05233).
+
+    The image is halved with a box filter while it is at least twice too large, then scaled bicubically until its shorter
+    side has `size` pixels, then cropped.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), PIL.Image.Resampling.BOX)
@@ -187,68 +204,6 @@ def center_crop(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
 
 
 def to_tensor(image: PIL.Image.Image) -> torch.Tensor:
-    """8-bit image → (C, H, W) in [-1, 1]."""
+    """8-bit image → float32 tensor (C, H, W) in [-1, 1]."""
     pixels = np.atleast_3d(np.asarray(image, dtype=np.float32))  # (H, W, C)
     return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
-
-
-class GlobalBatchSampler(Sampler[list[int]]):
-    """
-    Endless batches, decided by (seed, step) alone: this process's slices of batches of B that are the same whatever the
-    number of processes and of accumulation steps, and in which each image occurs exactly once per epoch.
-
-    The epochs' permutations follow one another without a gap, so that a batch may begin in one and end in the next.
-    Accelerate's own sharding pads or drops the last batch of an epoch instead.
-
-    Args:
-        num_images (`int`): N.
-        batch_size (`int`): B.
-        seed (`int`): Of the order.
-        num_slices (`int`): Into how many micro-batches B is cut: processes times accumulation steps.
-        own_slices (`range`): Which of them are this process's.
-        first_step (`int`): Where to begin, for a resumed training.
-    """
-
-    def __init__(
-        self, num_images: int, batch_size: int, seed: int, num_slices: int, own_slices: range, first_step: int = 0
-    ):
-        self.num_images = num_images
-        self.batch_size = batch_size
-        self.seed = seed
-        self.num_slices = num_slices
-        self.own_slices = own_slices
-        self.first_step = first_step
-        self._permutation = functools.lru_cache(maxsize=2)(self._draw_permutation)
-
-    def _draw_permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
-
-    def batch(self, step: int) -> list[int]:
-        """The indices of all B images of an optimiser step."""
-        positions = (
-            divmod(position, self.num_images)
-            for position in range(step * self.batch_size, (step + 1) * self.batch_size)
-        )
-        return [int(self._permutation(epoch)[position]) for epoch, position in positions]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        length = self.batch_size // self.num_slices
-        for step in itertools.count(self.first_step):
-            batch = self.batch(step)
-            for own in self.own_slices:
-                yield batch[own * length : (own + 1) * length]
-
-
-def endless_batches(
-    dataset: datasets.Dataset, sampler: GlobalBatchSampler, num_workers: int, pin_memory: bool
-) -> Iterator[dict]:
-    """The sampler's batches as dictionaries of stacked tensors."""
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        # its base seed, which nothing here depends on, would otherwise be drawn from the global random state
-        generator=torch.Generator().manual_seed(0),
-    )
-    return iter(loader)

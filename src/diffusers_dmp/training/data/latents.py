@@ -1,6 +1,6 @@
 """A VAE's latents of a whole data set and of its mirror images, encoded once, in parquet shards that training reads.
 
-Legend: N images, b those encoded at once, C latent channels, S latent size.
+Legend: b images encoded at once, H and W their height and width, C latent channels, S latent size.
 """
 
 import json
@@ -21,15 +21,15 @@ from .images import LATENTS, class_names, load_images, to_tensors
 from .shards import make_shard_accelerator, remember_settings, write_shards
 
 DTYPES = ("float32", "float16")
-ENCODING_NAME = "encoding.json"  # beside the shards: what they hold
+ENCODING_NAME = "encoding.json"  # the settings of the encoding, beside the shards
 
 
 @dataclass(kw_only=True)
 class EncodingArguments(DataArguments):
-    """What is encoded, and how."""
+    """The images to encode, and how they are encoded."""
 
-    output_dir: str = option("outputs/latents", "Where the shards are written: hand it to training as `dataset`.")
-    batch_size: int = option(32, "Images that a process encodes at once, beside their mirror images.")
+    output_dir: str = option("outputs/latents", "Where the shards are written; training reads them as its `dataset`.")
+    batch_size: int = option(32, "Images that a process encodes at once, together with their mirror images.")
     shard_size: int = option(4096, "Images per shard.")
     dtype: str = option("float32", "float32, or float16 for half the space.")
 
@@ -43,28 +43,31 @@ class EncodingArguments(DataArguments):
 
 
 def latent_distribution(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images (b, 3, H, W) in [-1, 1] → mean and standard deviation (b, C, S, S) of their latents, not yet scaled."""
+    """Mean and standard deviation (b, C, S, S) of the latents, not yet scaled, of images (b, 3, H, W) in [-1, 1]."""
     posterior = vae.encode(images.to(vae.dtype)).latent_dist
     return posterior.mean, posterior.std
 
 
 def encode_latents(args: EncodingArguments) -> None:
     """
-    Write `train-<i>-of-<n>.parquet` into `output_dir`, in the data set's order; see [`write_shards`].
+    Write the latents of a data set into parquet shards, in the data set's order; see [`write_shards`].
 
     Each row has the label, if there is one, and in the column `latents` a safetensors block of `mean` and `std`, both of
     shape (2, C, S, S): of the image, and of its mirror image.
 
+    Args:
+        args ([`EncodingArguments`]): Everything that can be set.
+
     Raises:
-        ValueError: if the data set cannot be read, the images do not fit the VAE, or `output_dir` holds shards of another
-            encoding.
+        ValueError: if the data set cannot be read, if the images do not fit the VAE, or if `output_dir` holds shards of
+            another encoding.
     """
     accelerator = make_shard_accelerator()
     with accelerator.main_process_first():
         dataset = load_images(args.dataset, args.image_column, args.dataset_split)
     if LATENTS in dataset.column_names:
         raise ValueError(f"Expected `dataset` to hold images, but got latents in {args.dataset!r}.")
-    class_names(dataset, args.label_column)  # refuses what training would refuse
+    class_names(dataset, args.label_column)  # raises where training would
     vae = AutoencoderKL.from_pretrained(args.vae).requires_grad_(False).eval()
     _check_vae(args, vae)
     vae.to(accelerator.device)
@@ -82,8 +85,16 @@ def encode_latents(args: EncodingArguments) -> None:
 def _encode_shard(
     args: EncodingArguments, images: datasets.Dataset, vae: AutoencoderKL, progress: tqdm
 ) -> datasets.Dataset:
-    items = to_tensors(images, args.image_size, args.image_channels, args.image_column, args.label_column)
-    columns, features = {LATENTS: []}, {LATENTS: datasets.Value("binary")}
+    """The shard of some images."""
+    items = to_tensors(
+        images,
+        args.image_size,
+        args.image_channels,
+        image_column=args.image_column,
+        label_column=args.label_column,
+    )
+    columns: dict[str, list] = {LATENTS: []}
+    features = {LATENTS: datasets.Value("binary")}
     for batch in DataLoader(items, args.batch_size, num_workers=args.dataloader_num_workers):
         pixels = batch["images"].to(vae.device)
         distributions = [latent_distribution(vae, side) for side in (pixels, pixels.flip(-1))]
@@ -101,6 +112,7 @@ def _encode_shard(
 
 
 def _check_vae(args: EncodingArguments, vae: AutoencoderKL) -> None:
+    """Check that the VAE can encode images of this size and number of channels."""
     if vae.config.in_channels != args.image_channels:
         raise ValueError(
             f"Expected `image_channels` to be the {vae.config.in_channels} of `vae`, but got {args.image_channels}."
@@ -112,12 +124,12 @@ def _check_vae(args: EncodingArguments, vae: AutoencoderKL) -> None:
 
 
 def vae_fingerprint(vae: AutoencoderKL) -> dict[str, float]:
-    """What tells VAEs of one shape apart, whatever they are called."""
+    """Numbers by which VAEs with latents of one shape differ, wherever they lie."""
     return {"scaling_factor": vae.config.scaling_factor, "shift_factor": vae.config.get("shift_factor") or 0.0}
 
 
 def _check_encoding(args: EncodingArguments, num_images: int, vae: AutoencoderKL) -> None:
-    """Record what `output_dir` is about to hold, or compare it with what is recorded there."""
+    """Record the settings of the encoding in `output_dir`, or compare them with those recorded."""
     ignored = ("output_dir", "batch_size", "dataloader_num_workers")
     encoding = {name: value for name, value in asdict(args).items() if name not in ignored}
     for name in ("dataset", "vae"):
@@ -128,18 +140,20 @@ def _check_encoding(args: EncodingArguments, num_images: int, vae: AutoencoderKL
 
 
 def check_latents(
-    dataset: datasets.Dataset, source: str, vae: AutoencoderKL | None, latent_shape: tuple[int, int, int]
+    dataset: datasets.Dataset, source: str, vae: AutoencoderKL | None, latent_shape: tuple[int, ...]
 ) -> None:
     """
+    Check that a data set's latents, if it has any, are those that a training expects.
+
     Args:
         dataset (`datasets.Dataset`): As [`load_images`] returns it.
         source (`str`): The folder or Hub id that it is from.
-        vae ([`AutoencoderKL`], *optional*): That training has.
-        latent_shape (`tuple[int, int, int]`): That training expects, (C, S, S).
+        vae ([`AutoencoderKL`], *optional*): The VAE of the training.
+        latent_shape (`tuple[int, ...]`): The shape that training expects, (C, S, S).
 
     Raises:
-        ValueError: if the latents have no VAE to decode them, or are not that VAE's or of that shape, or if the folder
-            lacks some of them.
+        ValueError: if the training has no VAE to decode the latents, if they are another VAE's or of another shape, or if
+            the folder lacks some of them.
     """
     if LATENTS not in dataset.column_names:
         return
@@ -151,7 +165,7 @@ def check_latents(
             f"Expected the latents in `dataset` to have the shape {latent_shape} of `vae` and `image_size`, but got {shape}."
         )
     record = Path(source, ENCODING_NAME)
-    if not record.exists():  # on the Hub, say
+    if not record.exists():  # as for a data set on the Hub
         return
     encoding = json.loads(record.read_text())
     for name, value in {"num_images": len(dataset), **vae_fingerprint(vae)}.items():

@@ -1,8 +1,11 @@
-"""Images that a seed and an index decide alone, however many are drawn at a time, and by how many processes."""
+"""Images that depend on a seed and an index alone, whatever the batch size and the number of processes.
+
+(On one kind of device, and up to rounding for different batch sizes.)
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import PIL.Image
@@ -16,16 +19,18 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(kw_only=True)
-class DrawingArguments:
-    """What decides how images are drawn; how many of them a subclass says, in the field that it names."""
+class SeededSamplingArguments:
+    """How images are generated. A subclass has a field for their number, and names it in `number_field`."""
 
-    pipeline: str = option("", "Folder or Hub id of the pipeline that draws.")
-    batch_size: int = option(100, "How many at a time; a null class doubles what the model sees.")
-    shard_size: int = option(1000, "How many to a file, of which a run that goes on keeps the whole ones.")
-    seed: int = option(0, "With an image's index it decides the image alone.")
+    pipeline: str = option("", "Folder or Hub id of the pipeline that generates the images.")
+    batch_size: int = option(100, "Images that are generated at once; guidance doubles the batch that the model sees.")
+    shard_size: int = option(1000, "Images per file; an interrupted run keeps its complete files.")
+    seed: int = option(0, "An image depends on this and its index alone.")
     num_inference_steps: int = option(25, "Denoising steps.")
-    scheduler: str = option("", "Diffusers' scheduler to draw with, in the pipeline's settings; empty for its own.")
-    dtype: str = option("float32", "Of the pipeline: float32, float16 or bfloat16.")
+    scheduler: str = option(
+        "", "Diffusers' scheduler to sample with, in the pipeline's settings; empty for the pipeline's own."
+    )
+    dtype: str = option("float32", "Precision of the pipeline: float32, float16 or bfloat16.")
 
     number_field: ClassVar[str]
 
@@ -45,39 +50,40 @@ class DrawingArguments:
             raise ValueError(f"Expected `dtype` to be one of {', '.join(DTYPES)}, but got {self.dtype!r}.")
 
 
-def load_to_draw(name_or_path: str, args: DrawingArguments, device: torch.device) -> DiffusionPipeline:
+def load_sampling_pipeline(
+    name_or_path: str, args: SeededSamplingArguments, device: torch.device
+) -> DiffusionPipeline:
     """
-    A pipeline that draws images as they are, without a progress of its own.
+    Load a pipeline that returns its images unchanged (without watermark or safety checker), and shows no progress.
 
     Args:
         name_or_path (`str`): A folder or Hub id.
-        args ([`DrawingArguments`]): For its dtype and scheduler.
-        device (`torch.device`): Where to.
+        args ([`SeededSamplingArguments`]): For its dtype and scheduler.
+        device (`torch.device`): The device to move it to.
     """
     pipeline = DiffusionPipeline.from_pretrained(name_or_path, dtype=getattr(torch, args.dtype)).to(device)
     if args.scheduler:
         pipeline.scheduler = make_like(pipeline.scheduler, args.scheduler)
-    for name in (
-        "watermarker",
-        "safety_checker",
-    ):  # they would draw into images that are only learned from or measured
+    for name in ("watermarker", "safety_checker"):  # they would change images that are only learned from or measured
         if getattr(pipeline, name, None) is not None:
             setattr(pipeline, name, None)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def draw(pipeline: DiffusionPipeline, seed: int, indices: Sequence[int], **arguments) -> list[PIL.Image.Image]:
+def sample_seeded(
+    pipeline: DiffusionPipeline, seed: int, indices: Sequence[int], **arguments: Any
+) -> list[PIL.Image.Image]:
     """
-    One image for each index.
+    Generate one image for each index.
 
     Args:
-        pipeline: Any that takes a list of generators.
-        seed (`int`): With an image's index, what its generator is seeded by.
-        indices (of `int`): The images' own.
-        arguments: Others of the pipeline's call.
+        pipeline: A pipeline that accepts a list of generators.
+        seed (`int`): Seeds an image's generator, together with the image's index.
+        indices (`Sequence[int]`): The indices of the images.
+        arguments: Further arguments of the pipeline's call.
     """
     states = [np.random.SeedSequence([seed, index]).generate_state(1, np.uint64).item() for index in indices]
-    device = pipeline.device  # which a pipeline takes a millisecond to find out
+    device = pipeline.device  # a property that takes a pipeline a millisecond to compute
     generators = [torch.Generator(device).manual_seed(state) for state in states]
     return pipeline(**arguments, generator=generators).images

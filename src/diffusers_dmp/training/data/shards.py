@@ -1,4 +1,4 @@
-"""Data sets that are made in parquet shards: by any number of processes, each its own, and on where it was interrupted."""
+"""Data sets written as parquet shards, by any number of processes; an interrupted run goes on with the missing shards."""
 
 import json
 import math
@@ -15,26 +15,26 @@ from tqdm.auto import tqdm
 
 from ...saving.whole import written_whole
 
-MAX_WAIT = timedelta(days=1)  # of a process for the others' last shards; accelerators' own patience is ten minutes
+MAX_WAIT = timedelta(days=1)  # for the other processes' last shards; by default a process waits ten minutes
 
 
 def make_shard_accelerator() -> Accelerator:
-    """The processes that share the work."""
-    patience = InitProcessGroupKwargs(timeout=MAX_WAIT)
-    return Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[patience])
+    """The accelerator of the processes that share the work."""
+    timeout = InitProcessGroupKwargs(timeout=MAX_WAIT)
+    return Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[timeout])
 
 
 def remember_settings(path: Path, settings: dict[str, Any], of: str) -> None:
     """
-    Record what decides the shards beside `path`, or compare it with what is recorded there.
+    Record the settings that the files of a folder depend on, or compare them with the settings recorded there.
 
     Args:
-        path (`Path`): The record, in their folder, which is made if need be.
-        settings (`dict[str, Any]`): What JSON can hold.
-        of (`str`): What the shards are, for the error.
+        path (`Path`): The record, in the folder of the files. The folder is made if it is missing.
+        settings (`dict[str, Any]`): The settings, as JSON can hold them.
+        of (`str`): What the files are, for the error.
 
     Raises:
-        ValueError: if one differs from what is recorded.
+        ValueError: if a setting differs from the one recorded.
     """
     if not path.exists():
         with written_whole(path) as unfinished:
@@ -58,18 +58,21 @@ def write_shards(
     description: str,
 ) -> None:
     """
-    Write `train-<i>-of-<n>.parquet` into `output_dir`, whole or not at all. What is there already is kept.
+    Write the missing ones of the shards `train-<i>-of-<n>.parquet`, each whole or not at all.
 
     Args:
         accelerator (`Accelerator`): Of all processes, each of which has to call.
-        num_items (`int`), shard_size (`int`): Rows in all, and of a shard.
-        make_shard (`Callable`): From the rows of a shard, and the progress to update, to the shard.
-        description (`str`): Of the progress.
+        output_dir (`str` or `Path`): The folder of the shards.
+        num_items (`int`): The number of rows in all shards together.
+        shard_size (`int`): The number of rows of a shard.
+        make_shard (`Callable[[range, tqdm], Dataset]`): Makes a shard from the indices of its rows, and updates the
+            progress bar by the number of rows done.
+        description (`str`): The progress bar's description.
     """
     num_shards = math.ceil(num_items / shard_size)
     paths = [Path(output_dir, f"train-{shard:05d}-of-{num_shards:05d}.parquet") for shard in range(num_shards)]
     missing = [shard for shard, path in enumerate(paths) if not path.exists()]
-    accelerator.wait_for_everyone()  # so that all have seen the same ones
+    accelerator.wait_for_everyone()  # no process writes before all have looked
     rows = {shard: range(num_items)[shard * shard_size :][:shard_size] for shard in missing}
     own = missing[accelerator.process_index :: accelerator.num_processes]
     with tqdm(

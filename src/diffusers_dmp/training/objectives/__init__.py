@@ -1,1 +1,1 @@
-"""What a training minimises: losses, their weights, and the timesteps that they are drawn at."""
+"""Objectives: how samples are noised for training, and the loss of what a model makes of them."""

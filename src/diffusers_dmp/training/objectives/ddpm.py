@@ -1,59 +1,60 @@
-"""The training loss: what Diffusers' schedulers, which carry the diffusion process, lack.
-DDPM: https://arxiv.org/abs/2006.11239, learned variance: https://arxiv.org/abs/2102.09672 (iDDPM)
+"""The loss of a denoiser in discrete time: DDPM with a fixed or learned variance.
+https://arxiv.org/abs/2006.11239 (DDPM), https://arxiv.org/abs/2102.09672 (iDDPM)
 
-Legend: B batch, C channels, H and W height and width, T training timesteps.
+Diffusers' schedulers carry the diffusion process, but not this loss.
+
+Legend: B batch, C channels, T training timesteps; x_t = √ᾱ_t·x0 + √(1-ᾱ_t)·ε.
 """
 
 import math
-from dataclasses import dataclass
+from typing import Any
 
 import torch
-from diffusers.utils import BaseOutput
-from torch import nn
 
 from ...diffusion.noise import noisy_sample
 from ...diffusion.predictions import PREDICTION_TYPES, posterior_weights, to_x0, velocity
 from ...diffusion.variance import VARIANCE_TYPES
 from ...intervals import NoiseIntervals
+from .objective import NoisedBatch, Objective, ObjectiveOutput
 from .weighting import UncertaintyWeighting, loss_weights
 
 NUM_UNCERTAINTY_CLUSTERS = 8  # DTR, section 5.1
 
 
-@dataclass
-class DiffusionObjectiveOutput(BaseOutput):
+class DiffusionObjective(Objective):
     """
-    Args:
-        loss (`torch.Tensor` of shape ()): To call `backward` on.
-        sample_losses (`torch.Tensor` of shape (B,)): Weighted squared error plus variational bound, per sample.
-        mse (`torch.Tensor` of shape (B,)): The weighted mean squared error.
-        vb (`torch.Tensor` of shape (B,), *optional*): The variational bound, in bits per dimension.
-    """
-
-    loss: torch.Tensor
-    sample_losses: torch.Tensor | None = None
-    mse: torch.Tensor | None = None
-    vb: torch.Tensor | None = None
-
-
-class DiffusionObjective(nn.Module):
-    """
-    Weighted squared error of what the model predicts, plus, for a learned variance, the variational bound.
+    The weighted squared error of what a denoiser predicts, plus, for a learned variance, the variational bound.
 
     Args:
         scheduler: A Diffusers scheduler with `betas`; its `prediction_type` ('epsilon', 'sample' or 'v_prediction') is
-            the model's.
-        weighting (`str`): See [`loss_weights`]. With 'uw' the module has parameters, which want their own optimiser group.
-        variance_type (`str`, *optional*): 'learned_range' or 'learned_range_sigmoid' for a model of 2C output channels.
+            what the model predicts.
+        weighting (`str`): See [`loss_weights`]. With 'uw' the module has parameters, which need a learning rate of
+            their own.
+        variance_type (`str`, *optional*): 'learned_range' or 'learned_range_sigmoid' for a model of 2C output channels;
+            None for a model of C, whose variance is fixed.
+        uncertainty_learning_rate (`float`): For the parameters of 'uw'.
 
     Raises:
         ValueError: if the weighting, the prediction type or the variance type is unknown.
     """
 
-    columns: tuple[str, ...] = ()  # of the batch that it looks at beside the images
+    # buffers of shape (T,)
+    weights: torch.Tensor
+    alpha: torch.Tensor
+    sigma: torch.Tensor
+    log_beta: torch.Tensor
+    log_posterior_variance: torch.Tensor
+    posterior_x0: torch.Tensor
+    posterior_xt: torch.Tensor
 
-    def __init__(self, scheduler, weighting: str = "constant", variance_type: str | None = None):
-        super().__init__()
+    def __init__(
+        self,
+        scheduler: Any,
+        weighting: str = "constant",
+        variance_type: str | None = None,
+        uncertainty_learning_rate: float = 0.025,
+    ):
+        super().__init__(scheduler)
         self.prediction_type = scheduler.config.prediction_type
         self.variance_type = variance_type
         if self.prediction_type not in PREDICTION_TYPES:
@@ -85,92 +86,100 @@ class DiffusionObjective(nn.Module):
         for name, table in tables.items():
             self.register_buffer(name, table.float(), persistent=False)  # (T,)
 
-        clusters = NoiseIntervals.uniform(NUM_UNCERTAINTY_CLUSTERS, len(betas)) if weighting == "uw" else None
-        self.uncertainty = UncertaintyWeighting(clusters) if clusters else None
-        # the intervals over which a batch has to be balanced
-        self.train_intervals = clusters or NoiseIntervals.uniform(1, len(betas))
+        self.uncertainty: UncertaintyWeighting | None = None
+        if weighting == "uw":
+            self.train_intervals = NoiseIntervals.uniform(NUM_UNCERTAINTY_CLUSTERS, len(betas))
+            self.uncertainty = UncertaintyWeighting(self.train_intervals)
+            self.learning_rate = uncertainty_learning_rate
 
-    def forward(
-        self, model_output: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, timesteps: torch.LongTensor
-    ) -> DiffusionObjectiveOutput:
+    def forward(self, model_output: torch.Tensor, batch: NoisedBatch) -> ObjectiveOutput:
         """
+        The loss of a batch.
+
         Args:
-            model_output (`torch.Tensor` of shape (B, C or 2C, H, W)): For x_t = √ᾱ·x0 + √(1-ᾱ)·ε.
-            x0 (`torch.Tensor` of shape (B, C, H, W)), noise (`torch.Tensor` of shape (B, C, H, W)): What x_t came from.
-            timesteps (`torch.LongTensor` of shape (B,)).
+            model_output (`torch.Tensor` of shape (B, C or 2C, …)): The model's output for x_t.
+            batch ([`NoisedBatch`]): Its timesteps are integer steps in [0, T), (B,).
 
         Raises:
             ValueError: if the model's channels are not those that `variance_type` wants.
         """
-        expected_channels = x0.shape[1] * (1 if self.variance_type is None else 2)
+        channels = batch.x0.shape[1]
+        expected_channels = channels * (1 if self.variance_type is None else 2)
         if model_output.shape[1] != expected_channels:
             raise ValueError(
-                f"Expected `model_output` to have {expected_channels} channels, for data of {x0.shape[1]} and "
+                f"Expected `model_output` to have {expected_channels} channels, for data of {channels} and "
                 f"`variance_type` {self.variance_type!r}, but got {model_output.shape[1]}."
             )
         model_output = model_output.float()  # the bound's logarithms and differences need the precision
-        prediction, variance_output = model_output[:, : x0.shape[1]], model_output[:, x0.shape[1] :]
-
-        error = (self._target(x0, noise, timesteps) - prediction) ** 2
-        mse = self.weights[timesteps] * error.flatten(1).mean(1)  # (B,)
-        vb = None
-        sample_losses = mse
+        prediction, variance_output = model_output[:, :channels], model_output[:, channels:]
+        sample_losses = self.weighted_squared_error(prediction, batch)
         if self.variance_type is not None:
-            # the bound trains the variance alone: the mean is detached (iDDPM, section 3.1)
-            vb = self.variational_bound(prediction.detach(), variance_output, x0, noise, timesteps)
-            sample_losses = mse + vb
-        loss = sample_losses.mean() if self.uncertainty is None else self.uncertainty(sample_losses, timesteps)
-        return DiffusionObjectiveOutput(loss=loss, sample_losses=sample_losses, mse=mse, vb=vb)
+            sample_losses = sample_losses + self.variational_bound(prediction, variance_output, batch)
+        loss = sample_losses.mean() if self.uncertainty is None else self.uncertainty(sample_losses, batch.timesteps)
+        return ObjectiveOutput(loss=loss, sample_losses=sample_losses)
 
-    def predict_x0(self, prediction: torch.Tensor, x_t: torch.Tensor, timesteps: torch.LongTensor) -> torch.Tensor:
-        """x̂0 (B, C, H, W) from the model's prediction."""
-        alpha, sigma = self._at(self.alpha, timesteps), self._at(self.sigma, timesteps)
+    def weighted_squared_error(self, prediction: torch.Tensor, batch: NoisedBatch) -> torch.Tensor:
+        """The squared error of the prediction (B, C, …), averaged over each sample and weighted by its timestep: (B,)."""
+        error = (self._target(batch) - prediction) ** 2
+        return self.weights[batch.timesteps] * error.flatten(1).mean(1)
+
+    def predict_x0(self, prediction: torch.Tensor, x_t: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """x̂0 (B, C, …) from the model's prediction."""
+        alpha, sigma = self._at(self.alpha, timesteps, x_t), self._at(self.sigma, timesteps, x_t)
         return to_x0(prediction, x_t, alpha, sigma, self.prediction_type)
 
-    def log_variance(self, variance_output: torch.Tensor, timesteps: torch.LongTensor) -> torch.Tensor:
-        """log σ² (B, C, H, W) = f·log β_t + (1 - f)·log β̃_t (iDDPM, equation 15), f as `variance_type` reads it."""
-        share = VARIANCE_TYPES[self.variance_type](variance_output)
-        return torch.lerp(self._at(self.log_posterior_variance, timesteps), self._at(self.log_beta, timesteps), share)
+    def log_variance(self, variance_output: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """log σ² (B, C, …) = f·log β_t + (1 - f)·log β̃_t (iDDPM, equation 15), with f as `variance_type` defines it."""
+        share = VARIANCE_TYPES[str(self.variance_type)](variance_output)
+        log_posterior_variance = self._at(self.log_posterior_variance, timesteps, share)
+        return torch.lerp(log_posterior_variance, self._at(self.log_beta, timesteps, share), share)
 
-    def posterior_mean(self, x0: torch.Tensor, x_t: torch.Tensor, timesteps: torch.LongTensor) -> torch.Tensor:
-        """The mean (B, C, H, W) of q(x_{t-1} | x_t, x0) (DDPM, equation 7)."""
-        return self._at(self.posterior_x0, timesteps) * x0 + self._at(self.posterior_xt, timesteps) * x_t
+    def posterior_mean(self, x0: torch.Tensor, x_t: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The mean (B, C, …) of q(x_{t-1} | x_t, x0) (DDPM, equation 7)."""
+        return self._at(self.posterior_x0, timesteps, x0) * x0 + self._at(self.posterior_xt, timesteps, x_t) * x_t
 
     def variational_bound(
-        self,
-        prediction: torch.Tensor,
-        variance_output: torch.Tensor,
-        x0: torch.Tensor,
-        noise: torch.Tensor,
-        timesteps: torch.LongTensor,
+        self, prediction: torch.Tensor, variance_output: torch.Tensor, batch: NoisedBatch
     ) -> torch.Tensor:
         """
-        The term L_t of the variational bound (B,), in bits per dimension: KL(q(x_{t-1}|x_t,x0) ‖ p(x_{t-1}|x_t)), and at
-        t = 0 the discretised Gaussian's negative log-likelihood (DDPM, equations 5 and 13).
+        The term L_t of the variational bound (B,), in bits per dimension.
+
+        L_t = KL(q(x_{t-1}|x_t,x0) ‖ p(x_{t-1}|x_t)), and at t = 0 the negative log-likelihood of the discretised Gaussian
+        (DDPM, equations 5 and 13). It trains the variance alone: the prediction is detached (iDDPM, section 3.1).
+
+        Args:
+            prediction (`torch.Tensor` of shape (B, C, …)): What the model predicts of x_t.
+            variance_output (`torch.Tensor` of shape (B, C, …)): Its variance channels.
+            batch ([`NoisedBatch`]): What x_t is made of.
         """
-        x_t = noisy_sample(x0, noise, self._at(self.alpha, timesteps), self._at(self.sigma, timesteps))
-        mean = self.posterior_mean(self.predict_x0(prediction, x_t, timesteps), x_t, timesteps)
+        x0, timesteps = batch.x0, batch.timesteps
+        alpha, sigma = self._at(self.alpha, timesteps, x0), self._at(self.sigma, timesteps, x0)
+        x_t = noisy_sample(x0, batch.noise, alpha, sigma)
+        mean = self.posterior_mean(self.predict_x0(prediction.detach(), x_t, timesteps), x_t, timesteps)
         log_variance = self.log_variance(variance_output, timesteps)
 
         true_mean = self.posterior_mean(x0, x_t, timesteps)
-        true_log_variance = self._at(self.log_posterior_variance, timesteps)
+        true_log_variance = self._at(self.log_posterior_variance, timesteps, x0)
         nats = torch.where(
-            (timesteps == 0).view(-1, 1, 1, 1),
+            (timesteps == 0).view(alpha.shape),
             -discretised_gaussian_log_likelihood(x0, mean, log_variance / 2),
             normal_kl(true_mean, true_log_variance, mean, log_variance),
         )
         return nats.flatten(1).mean(1) / math.log(2)
 
-    def _target(self, x0: torch.Tensor, noise: torch.Tensor, timesteps: torch.LongTensor) -> torch.Tensor:
+    def _target(self, batch: NoisedBatch) -> torch.Tensor:
+        """What the model should predict."""
         if self.prediction_type == "epsilon":
-            return noise
+            return batch.noise
         if self.prediction_type == "v_prediction":
-            return velocity(x0, noise, self._at(self.alpha, timesteps), self._at(self.sigma, timesteps))
-        return x0
+            alpha = self._at(self.alpha, batch.timesteps, batch.x0)
+            return velocity(batch.x0, batch.noise, alpha, self._at(self.sigma, batch.timesteps, batch.x0))
+        return batch.x0
 
     @staticmethod
-    def _at(table: torch.Tensor, timesteps: torch.LongTensor) -> torch.Tensor:
-        return table[timesteps].view(-1, 1, 1, 1)
+    def _at(table: torch.Tensor, timesteps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """The entries (B, 1, …, 1) of a table (T,) at each sample's timestep, broadcastable to `like` (B, …)."""
+        return table[timesteps].view(-1, *[1] * (like.ndim - 1))
 
 
 def normal_kl(
@@ -184,8 +193,9 @@ def normal_kl(
 
 def discretised_gaussian_log_likelihood(x: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
     """
-    log P(x) in nats, elementwise, of 8-bit pixels in [-1, 1] under a Gaussian (DDPM, equation 13): its mass within half
-    a grey level of x, the outermost levels reaching to infinity.
+    log P(x) in nats, elementwise, of 8-bit pixels in [-1, 1] under a Gaussian (DDPM, equation 13).
+
+    P(x) is the Gaussian's mass within half a grey level of x; the two outermost grey levels reach to infinity.
     """
 
     def cdf(value: torch.Tensor) -> torch.Tensor:

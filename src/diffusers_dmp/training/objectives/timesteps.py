@@ -1,21 +1,43 @@
-"""Which timesteps a batch trains on."""
+"""The timesteps that a batch trains on, and the experts that they belong to."""
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 
 from ...intervals import NoiseIntervals
 
 
-def balanced_timesteps(
-    intervals: NoiseIntervals, batch_size: int, generator: torch.Generator | None = None
-) -> torch.LongTensor:
+@dataclass(frozen=True)
+class StepExperts:
     """
-    Timesteps of which every interval has the same share, uniform inside it (ANT, https://arxiv.org/abs/2306.00354).
-
-    One interval over all timesteps is plain uniform sampling. Neighbours in the batch belong to different intervals,
-    so that equal slices of it are balanced as well.
+    The experts that one optimiser step trains: one in each process.
 
     Args:
-        intervals (`NoiseIntervals`): E intervals.
+        intervals ([`NoiseIntervals`]): The intervals of all experts.
+        owners (`list[int]` of length P): For each of P processes the expert that its part of the batch trains.
+    """
+
+    intervals: NoiseIntervals
+    owners: list[int]
+
+
+def random_experts(seed: int, step: int, num_experts: int, num_processes: int) -> list[int]:
+    """One random expert for each process, as a function of (seed, step) alone; on the CPU, where models need to know it."""
+    return np.random.default_rng([seed, step]).integers(num_experts, size=num_processes).tolist()
+
+
+def balanced_timesteps(
+    intervals: NoiseIntervals, batch_size: int, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """
+    Random timesteps, equally many from each interval, uniform inside it (ANT, https://arxiv.org/abs/2306.00354).
+
+    With a single interval this is plain uniform sampling. Neighbours in the batch belong to different intervals, so that
+    equal slices of the batch are balanced as well.
+
+    Args:
+        intervals ([`NoiseIntervals`]): E intervals.
         batch_size (`int`): B, divisible by E.
         generator (`torch.Generator`, *optional*): Its device is the result's.
 
@@ -35,20 +57,20 @@ def balanced_timesteps(
 
 
 def expert_timesteps(
-    intervals: NoiseIntervals, experts: list[int], batch_size: int, generator: torch.Generator
-) -> torch.LongTensor:
+    intervals: NoiseIntervals, owners: list[int], batch_size: int, generator: torch.Generator
+) -> torch.Tensor:
     """
-    Timesteps of one expert in each of several equal stretches of the batch, uniform inside its interval: one expert for
-    each process (Remix-DiT, https://arxiv.org/abs/2412.05628).
+    Random timesteps of one expert in each of P equal slices of the batch, uniform inside the expert's interval (Remix-DiT,
+    https://arxiv.org/abs/2412.05628).
 
     Args:
-        intervals (`NoiseIntervals`): E intervals.
-        experts (`list[int]` of length P): In [0, E).
+        intervals ([`NoiseIntervals`]): E intervals.
+        owners (`list[int]` of length P): The slices' experts, in [0, E).
         batch_size (`int`): B, divisible by P.
         generator (`torch.Generator`): Its device is the result's.
 
     Returns:
         `torch.LongTensor` of shape (B,), in integer steps.
     """
-    owners = torch.tensor(experts).repeat_interleave(batch_size // len(experts))
-    return intervals.sample(owners, batch_size, generator)
+    experts = torch.tensor(owners).repeat_interleave(batch_size // len(owners))
+    return intervals.sample(experts, batch_size, generator)

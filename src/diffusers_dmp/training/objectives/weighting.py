@@ -1,4 +1,4 @@
-"""How much a timestep's error counts, by name.
+"""Loss weightings: the weight of each timestep's error, by name.
 
 Legend: T training timesteps, E clusters, B batch; SNR(t) = ᾱ_t / (1 - ᾱ_t).
 
@@ -45,13 +45,13 @@ _X0_ERROR = {
 
 def loss_weights(name: str, alphas_cumprod: torch.Tensor, prediction_type: str = "epsilon") -> torch.Tensor:
     """
-    The weight of each timestep's squared error, the error being that of what the model predicts.
+    The weight of each timestep's squared error of what the model predicts.
 
     Args:
         name (`str`): See the table at the top of this module, e.g. 'min_snr_5' or 'p2_1_1'.
         alphas_cumprod (`torch.Tensor` of shape (T,)): ᾱ of the noise schedule.
-        prediction_type (`str`): 'epsilon', 'sample' or 'v_prediction'. The weightings on x0 give the same loss whichever
-            it is.
+        prediction_type (`str`): 'epsilon', 'sample' or 'v_prediction'. The weightings on x0 give the same loss for all
+            three.
 
     Returns:
         `torch.Tensor` of shape (T,), float64.
@@ -80,7 +80,7 @@ def loss_weights(name: str, alphas_cumprod: torch.Tensor, prediction_type: str =
 
 
 def _parse(name: str) -> tuple[str, list[float]]:
-    """'min_snr_5' → ('min_snr_<gamma>', [5.0])."""
+    """The pattern that a name follows, and its numbers: 'min_snr_5' → ('min_snr_<gamma>', [5.0])."""
     for pattern in WEIGHTINGS:
         stem, *parameters = pattern.split("_<")
         values = name.removeprefix(stem + "_").split("_") if parameters else []
@@ -98,14 +98,14 @@ def _parse(name: str) -> tuple[str, list[float]]:
 
 class UncertaintyWeighting(nn.Module):
     """
-    Uniform timestep clusters weighted by learned uncertainty: Σ_i ½·(exp(-s_i)·l_i + s_i)
-    (ANT-UW, https://arxiv.org/abs/2306.00354; as in DTR, l_i is the cluster's mean loss over E).
+    Weights clusters of timesteps by learned uncertainty: Σ_i ½·(exp(-s_i)·l_i + s_i)
+    (ANT-UW, https://arxiv.org/abs/2306.00354; as in DTR, l_i is the cluster's mean loss divided by E).
 
-    The s_i want their own optimiser group, at a learning rate of 0.025 and without decay, and a batch drawn evenly over
-    `intervals` ([`balanced_timesteps`]).
+    The s_i need an optimiser group of their own, with a learning rate of 0.025 and without decay, and batches that are
+    spread evenly over `intervals` ([`balanced_timesteps`]).
 
     Args:
-        intervals (`NoiseIntervals`): The clusters.
+        intervals ([`NoiseIntervals`]): The E clusters.
     """
 
     def __init__(self, intervals: NoiseIntervals):
@@ -115,9 +115,11 @@ class UncertaintyWeighting(nn.Module):
 
     def forward(self, losses: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """
+        The total loss of a batch.
+
         Args:
-            losses (`torch.Tensor` of shape (B,)): Of the single samples.
-            timesteps (`torch.Tensor` of shape (B,)): Theirs, every cluster among them.
+            losses (`torch.Tensor` of shape (B,)): The loss of each sample.
+            timesteps (`torch.Tensor` of shape (B,)): The timestep of each sample; every cluster has some of them.
 
         Returns:
             `torch.Tensor` of shape (): the total loss.

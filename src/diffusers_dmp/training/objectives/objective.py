@@ -1,0 +1,117 @@
+"""What every objective of a training has: a noise process and a loss.
+
+Legend: B batch; the other dimensions of a sample are its own.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from diffusers import SchedulerMixin
+from diffusers.utils import BaseOutput
+from torch import nn
+
+from ...intervals import NoiseIntervals
+from .timesteps import StepExperts, balanced_timesteps, expert_timesteps
+
+
+@dataclass(frozen=True)
+class NoisedBatch:
+    """
+    A batch and the noise that was added to it.
+
+    Args:
+        x0 (`torch.Tensor` of shape (B, …)): The clean samples.
+        noise (`torch.Tensor` of shape (B, …)): ε.
+        timesteps (`torch.Tensor` of shape (B,)): The noise levels, as [`Objective.sample_timesteps`] returns them.
+        columns (`dict[str, torch.Tensor]`): Further columns of the batch, such as `class_labels` (B,).
+    """
+
+    x0: torch.Tensor
+    noise: torch.Tensor
+    timesteps: torch.Tensor
+    columns: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class ObjectiveOutput(BaseOutput):
+    """
+    The loss of a batch.
+
+    Args:
+        loss (`torch.Tensor` of shape ()): The loss to call `backward` on.
+        sample_losses (`torch.Tensor` of shape (B,)): The loss of each sample.
+    """
+
+    loss: torch.Tensor
+    sample_losses: torch.Tensor
+
+
+class Objective(nn.Module):
+    """
+    The noise process and the loss of a training; a subclass implements `forward`.
+
+    The process here is that of a Diffusers scheduler with integer timesteps. An objective with another process overrides
+    [`sample_timesteps`], [`evenly_spaced_timesteps`] and [`add_noise`].
+
+    Args:
+        scheduler ([`SchedulerMixin`]): A Diffusers scheduler. It adds the noise, and is saved for sampling.
+    """
+
+    learning_rate: float | None = None  # of the parameters that the objective itself learns, if it has any
+
+    def __init__(self, scheduler: SchedulerMixin):
+        super().__init__()
+        self.scheduler = scheduler
+        # the intervals that every batch is spread over evenly
+        self.train_intervals = NoiseIntervals.uniform(1, scheduler.config.num_train_timesteps)
+
+    def sample_timesteps(
+        self, batch_size: int, generator: torch.Generator, experts: StepExperts | None = None
+    ) -> torch.Tensor:
+        """
+        Sample the timesteps of one optimiser step.
+
+        Args:
+            batch_size (`int`): B.
+            generator (`torch.Generator`): Its device is the result's.
+            experts ([`StepExperts`], *optional*): The experts that the step trains, whose intervals the timesteps are from;
+                by default the timesteps are spread evenly over `train_intervals`.
+
+        Returns:
+            `torch.LongTensor` of shape (B,).
+        """
+        if experts is None:
+            return balanced_timesteps(self.train_intervals, batch_size, generator)
+        return expert_timesteps(experts.intervals, experts.owners, batch_size, generator)
+
+    def evenly_spaced_timesteps(self, count: int, low: float, high: float) -> torch.Tensor:
+        """
+        Timesteps that cover [low, high) evenly, in ascending order.
+
+        Returns:
+            `torch.LongTensor` of shape (count,), on the CPU.
+        """
+        first, end = math.ceil(low), math.ceil(high)
+        return first + torch.arange(count) * (end - first) // count
+
+    def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """
+        The noisy samples x_t that the model sees.
+
+        Args:
+            x0 (`torch.Tensor` of shape (B, …)): The clean samples.
+            noise (`torch.Tensor` of shape (B, …)): ε.
+            timesteps (`torch.Tensor` of shape (B,)): As [`sample_timesteps`] returns them.
+        """
+        return self.scheduler.add_noise(x0, noise, timesteps)
+
+    def forward(self, model_output: torch.Tensor, batch: NoisedBatch) -> ObjectiveOutput:
+        """
+        The loss of a batch.
+
+        Args:
+            model_output (`torch.Tensor` of shape (B, …)): What the model makes of x_t.
+            batch ([`NoisedBatch`]): What x_t is made of.
+        """
+        raise NotImplementedError

@@ -1,0 +1,60 @@
+"""The pipeline of a trained model, and samples that it generates during the training."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers.utils import make_image_grid
+
+from ..pipelines import ClassConditionalPipeline
+from ..saving.whole import written_whole
+from .arguments import SharedTrainingArguments
+from .data.training_data import TrainingData
+from .loop import TrainingParts
+
+NUM_ROWS, MAX_COLUMNS = 4, 10  # of the grid of samples
+
+
+def trained_pipeline(parts: TrainingParts, data: TrainingData) -> ClassConditionalPipeline:
+    """The pipeline of a model with its present weights."""
+    scheduler = parts.plain_objective.scheduler
+    return ClassConditionalPipeline(
+        scheduler=type(scheduler).from_config(scheduler.config),  # a copy: sampling sets its timesteps
+        vae=parts.vae,
+        id2label=data.label_names and {str(label): name for label, name in enumerate(data.label_names)},
+        **parts.recipe.components(parts.plain_model),
+    )
+
+
+def save_whole(pipeline: ClassConditionalPipeline, path: Path) -> None:
+    """Save a pipeline; the folder gets its name when it is complete, and replaces what an earlier run left there."""
+    with written_whole(path) as unfinished:
+        pipeline.save_pretrained(unfinished)
+
+
+def save_samples(
+    accelerator: Accelerator, pipeline: ClassConditionalPipeline, args: SharedTrainingArguments, step: int
+) -> None:
+    """
+    Write a grid of samples to `samples/step-<step>.png` and to the trackers.
+
+    The grid has four rows, and up to ten classes in columns; ten columns without classes.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    columns = min(pipeline.num_classes or MAX_COLUMNS, MAX_COLUMNS)
+    labels = None if pipeline.num_classes is None else list(range(columns)) * NUM_ROWS
+    images = pipeline(
+        class_labels=labels,
+        batch_size=NUM_ROWS * columns,
+        num_inference_steps=args.sample_inference_steps,
+        generator=torch.Generator(accelerator.device).manual_seed(args.seed),
+    ).images
+    path = Path(args.output_dir, "samples", f"step-{step}.png")
+    path.parent.mkdir(exist_ok=True)
+    grid = make_image_grid(images, NUM_ROWS, columns)
+    grid.save(path)
+    pixels = np.asarray(grid.convert("RGB"))[None]  # (1, H, W, 3)
+    for tracker in accelerator.trackers:
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({"samples": pixels}, step=step, **layout)
