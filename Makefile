@@ -10,10 +10,13 @@ DIFFUSERS_VERSIONS ?= 0.40.0 0.41.0 0.42.1
 DIFFUSERS_TESTS ?= tests/hub/test_loading.py tests/hub/test_registration.py tests/saving tests/pipelines tests/models tests/plugins
 TRAIN = $(BIN)/accelerate launch --num_machines 1 --num_processes 1 --dynamo_backend no --mixed_precision no \
   --num_cpu_threads_per_process $(CPU_THREADS)
+# The tests of numbers, which start no processes; what is missing of these folders is left out.
+NUMERIC_TESTS = $(wildcard tests/test_intervals.py tests/diffusion tests/models tests/plugins tests/guidance tests/pipelines \
+  tests/conversion tests/training/objectives tests/evaluation)
 # a third of the modules is ever imported: those are compiled when they first are, and the rest never (--no-compile)
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-remix demo-dmp demo-patch demo-ppap compare space space-models test test-slow test-browser lint format docs hooks clean test-diffusers
+.PHONY: demo demo-remix demo-dmp demo-patch demo-ppap compare space space-models test test-slow test-browser lint format docs hooks clean test-diffusers test-portable test-gpu
 
 demo: .venv/demo.installed
 	$(BIN)/python training/demo.py data
@@ -86,6 +89,14 @@ test-diffusers: $(DIFFUSERS_VERSIONS:%=.venvs/diffusers-%)
 	  --disable-pip-version-check --target $$target diffusers==$* \
 	  && echo "import site; site.addsitedir('$$($(BIN)/python $(SITE_PACKAGES))')" > $$target/all_of_venv.pth
 	mv $@.unfinished $@
+
+# on other CPUs: instructions of the oldest and of a usual one, one thread and two (which wait for each other without spinning)
+test-portable: .venv/test.installed
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(NUMERIC_TESTS)
+	ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q $(NUMERIC_TESTS)
+
+test-gpu: .venv/test.installed
+	DMP_TEST_GPU=1 $(BIN)/python -m pytest -q -m gpu tests/gpu
 
 lint: .venv/test.installed
 	$(BIN)/ruff check .

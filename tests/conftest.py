@@ -3,7 +3,17 @@ import os
 import tempfile
 from pathlib import Path
 
-# before any Hugging Face library reads them: no network, and no trace in the user's caches
+# All of the following must be set before the libraries that read it are imported; launched processes inherit it.
+
+# `make test-gpu` sets this and runs the tests that are marked `gpu`. For all others the suite hides GPUs: tests compare what
+# this process computes with what launched processes compute, and with numbers from a CPU, so both must use the same device.
+if os.environ.get("DMP_TEST_GPU") == "1":
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS is not deterministic
+else:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # NVIDIA, and AMD through HIP
+    os.environ["HIP_VISIBLE_DEVICES"] = ""
+
+# no network, and no files in the user's caches
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="diffusers-dmp-tests-")
 

@@ -1,1 +1,1 @@
-"""The systems side by side on equal terms, on real images: `python -m benchmarks.comparison`, or `make compare`."""
+"""Compare all systems on equal terms, on real images: `python -m benchmarks.comparison`, or `make compare`."""

@@ -1,8 +1,8 @@
-"""Train and measure what is missing of a comparison, and report all of it:
+"""Train and measure the runs of a comparison that have no result yet, and write the report of all results:
 
 python -m benchmarks.comparison --preset cpu
 
-What is finished is kept, run by run, as JSON in `docs/results/<preset>`, and what was interrupted goes on.
+The result of each finished run is a JSON file in `docs/results/<preset>`. An interrupted run continues.
 """
 
 import argparse
@@ -17,20 +17,26 @@ import torch
 from diffusers_dmp.saving.whole import written_whole
 from diffusers_dmp.training.data.shards import remember_settings
 
+from .data import make_data
+from .measure import measure_bounds
 from .plan import Plan, Run, load_plan
 from .report import BOUNDS, write_report
-from .run import is_trained, make_data, measure_bounds, perform
+from .run import is_trained, perform
 
 OWN_PRESET = "cpu"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default=OWN_PRESET, help="of this folder, or a YAML file")
-    parser.add_argument("--results", type=Path, default=Path("docs/results"), help="a folder for those of all presets")
-    parser.add_argument("--report", type=Path, help="the page; docs/results.md or docs/results_<preset>.md by default")
+    parser.add_argument("--preset", default=OWN_PRESET, help="a preset of this folder, or a YAML file")
+    parser.add_argument(
+        "--results", type=Path, default=Path("docs/results"), help="the folder of all presets' results"
+    )
+    parser.add_argument(
+        "--report", type=Path, help="the page to write; docs/results.md or docs/results_<preset>.md by default"
+    )
     workers = 1 if torch.cuda.is_available() else os.cpu_count()
-    parser.add_argument("--workers", type=int, default=workers, help="runs at a time, which share the cores")
+    parser.add_argument("--workers", type=int, default=workers, help="how many runs at a time; they share the cores")
     args = parser.parse_args()
     if args.workers < 1:
         parser.error(f"Expected `workers` to be at least 1, but got {args.workers}.")
@@ -38,7 +44,7 @@ def main() -> None:
     results = args.results / plan.name
     report = args.report or Path("docs", "results.md" if plan.name == OWN_PRESET else f"results_{plan.name}.md")
     for run in plan.runs:
-        is_finished(plan, run, results)  # before anything is trained
+        is_finished(plan, run, results)  # raises for other settings, before anything is trained
     for name in plan.data:
         make_data(plan, name, results)
         path = results / BOUNDS / f"{name}.json"
@@ -52,28 +58,33 @@ def main() -> None:
 
 def perform_all(plan: Plan, results: Path, num_workers: int) -> None:
     """
-    The runs that have no result yet, several at a time, in the plan's order as far as what they need is there.
+    Do the runs that have no result yet, several at a time, in the plan's order; a run waits for the run that it needs.
+
+    Args:
+        plan ([`Plan`]): All runs.
+        results (`Path`): The folder of the plan's results.
+        num_workers (`int`): How many runs at a time.
 
     Raises:
-        RuntimeError: if some failed, when all that do not need them are done.
+        RuntimeError: if some runs failed, after all runs that do not need them are done.
     """
     num_threads = max(1, os.cpu_count() // num_workers)
-    os.environ["OMP_NUM_THREADS"] = str(num_threads)  # of the workers, which begin afresh
+    os.environ["OMP_NUM_THREADS"] = str(num_threads)  # read by the workers, which are new processes
     waiting = [run for run in plan.runs if not is_finished(plan, run, results)]
-    under_way: dict[Future, Run] = {}
+    running: dict[Future, Run] = {}
     failures: dict[str, BaseException] = {}
 
     def ready() -> list[Run]:
-        missing = {run.key for run in [*waiting, *under_way.values()]} | set(failures)
+        missing = {run.key for run in [*waiting, *running.values()]} | set(failures)
         return [run for run in waiting if plan.before(run) is None or plan.before(run).key not in missing]
 
     with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn")) as workers:
-        while under_way or ready():
-            for run in ready()[: num_workers - len(under_way)]:
+        while running or ready():
+            for run in ready()[: num_workers - len(running)]:
                 waiting.remove(run)
-                under_way[workers.submit(perform, plan, run, num_threads)] = run
-            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-                run = under_way.pop(future)
+                running[workers.submit(perform, plan, run, num_threads)] = run
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                run = running.pop(future)
                 if future.exception() is not None:
                     failures[run.key] = future.exception()
                 else:
@@ -86,7 +97,13 @@ def perform_all(plan: Plan, results: Path, num_workers: int) -> None:
 
 def is_finished(plan: Plan, run: Run, results: Path) -> bool:
     """
-    Whether there is a result, and, if others need what it trained and have none, that too.
+    Return whether a run needs no more work.
+
+    It has a result; and if an unfinished run needs the trained weights of this one, they are there, too.
+
+    Args:
+        plan ([`Plan`]), run ([`Run`]): Which run.
+        results (`Path`): The folder of the plan's results.
 
     Raises:
         ValueError: if the result is of a run with other settings.
@@ -100,6 +117,7 @@ def is_finished(plan: Plan, run: Run, results: Path) -> bool:
 
 
 def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file, which is never left incomplete."""
     with written_whole(path) as unfinished:
         unfinished.write_text(json.dumps(content, indent=2) + "\n")
 

@@ -1,24 +1,58 @@
-"""What the comparison trains on and measures by: real images, those held out, and networks that look at them.
+"""The data sets of the comparison: real images to train on, held-out images, and the networks that measure and guide.
 
-Legend: N images, S their size in pixels.
+Legend: N images, S their height and width in pixels.
 """
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 
 from diffusers_dmp.evaluation.digits import NUM_CLASSES, digit_images, fit_classifier, fit_resnet
+from diffusers_dmp.training.data.shards import remember_settings
+
+from .plan import Plan
 
 TRAIN, HELD_OUT, EXTRACTOR, GUIDE = "train", "held_out", "extractor", "guide"  # the folders of a data set
-SEED = 0  # of which images are held out, and where photographs are cropped
-GUIDE_SEED = 1  # the network that guides is not the one that measures
+RECORD = "made.json"  # the settings of what is in a data set's folder
+EXTRACTORS = "extractors"  # the folder of the feature extractors in the results
+SEED = 0  # of the choice of held-out images and of the crops of photographs
+GUIDE_SEED = 1  # of the network that guides, which must not be the one that measures
+
+
+def make_data(plan: Plan, name: str, results: Path) -> None:
+    """
+    Make a data set, unless it is there.
+
+    Training its feature extractor does not give the same weights on every machine. So the extractor that is stored in the
+    results is used; if there is none, the new one is stored there.
+
+    Args:
+        plan ([`Plan`]): For the data set's folder and settings.
+        name (`str`): The data set's name.
+        results (`Path`): The folder of the plan's results.
+
+    Raises:
+        ValueError: if the folder contains a data set with other settings.
+    """
+    folder, stored = plan.data_folder(name), results / EXTRACTORS / name
+    if not (folder / RECORD).exists():
+        shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run
+        MAKERS[name](folder, **plan.data[name])
+        if stored.exists():
+            shutil.rmtree(folder / EXTRACTOR)
+            shutil.copytree(stored, folder / EXTRACTOR)
+    remember_settings(folder / RECORD, plan.data[name], "images")
+    if not stored.exists():
+        shutil.copytree(folder / EXTRACTOR, stored)
 
 
 def make_digits(folder: Path, num_train: int = 1000) -> None:
     """
-    scikit-learn's digits, of which some drawn at random are held out; a classifier of all of them to measure by; and one of those
-    that are trained on, to guide by.
+    Write scikit-learn's digits, of which a random part is held out, and train the networks.
+
+    The network that measures is trained on all digits; the one that guides, on those that are trained on.
     """
     images, labels = digit_images()
     order = np.random.default_rng(SEED).permutation(len(images))
@@ -33,8 +67,15 @@ def make_digits(folder: Path, num_train: int = 1000) -> None:
 
 def make_photographs(folder: Path, size: int = 32, num_train: int = 4000, num_held_out: int = 1000) -> None:
     """
-    RGB crops of S x S pixels of the photographs that come with scikit-learn and scikit-image, at half their resolution, as many
-    of each; and a classifier that tells which photograph a crop is of. Held out are other crops, which overlap with the first.
+    Write random RGB crops of photographs, and train a network that tells which photograph a crop is of.
+
+    The photographs come with scikit-learn and scikit-image; they are used at half their resolution, and equally often. The
+    held-out images are other crops, which overlap with the first.
+
+    Args:
+        folder (`Path`): Where to write.
+        size (`int`): S.
+        num_train, num_held_out (`int`): How many crops.
     """
     rng = np.random.default_rng(SEED)
     pictures = photographs()
@@ -49,7 +90,7 @@ def make_photographs(folder: Path, size: int = 32, num_train: int = 4000, num_he
 
 
 def photographs() -> dict[str, np.ndarray]:
-    """By name, uint8 (H, W, 3)."""
+    """Return the photographs by name, as uint8 (H, W, 3)."""
     import skimage.data
     from sklearn.datasets import load_sample_images
 
@@ -60,21 +101,24 @@ def photographs() -> dict[str, np.ndarray]:
 
 
 def halved(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """Halve height and width."""
     return picture.resize((picture.width // 2, picture.height // 2), PIL.Image.Resampling.BOX)
 
 
 def random_crop(picture: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Crop S x S pixels at a random position."""
     top, left = (rng.integers(length - size + 1) for length in picture.shape[:2])
     return picture[top : top + size, left : left + size]
 
 
 def save_image(path: Path, pixels: np.ndarray) -> None:
+    """Write an image, and make its folder if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
     PIL.Image.fromarray(pixels).save(path)
 
 
 def noise_images(num_images: int, shape: tuple[int, int, int]) -> np.ndarray:
-    """uint8 (N, H, W, C) that show nothing."""
+    """Return images of uniform noise, uint8 (N, H, W, C); `shape` is (H, W, C)."""
     return np.random.default_rng(SEED).integers(256, size=(num_images, *shape), dtype=np.uint8)
 
 

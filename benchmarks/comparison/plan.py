@@ -1,4 +1,4 @@
-"""What is compared, as `comparisons.yaml` and a preset say it, and the single runs that this takes."""
+"""The plan of the comparison: which runs there are, read from `comparisons.yaml` and from a preset."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -9,27 +9,31 @@ import yaml
 
 PRESETS = Path(__file__).parent
 COMPARISONS = PRESETS / "comparisons.yaml"
-TRAINED = "trained"  # experts that guide; any other guide is the classifier as it is
-# arguments of a script that change nothing of what it trains
+TRAINED = "trained"  # value of `Run.guide` for trained experts
+# arguments of a script that do not change what it trains
 FREE = ("checkpointing_steps", "checkpoints_total_limit", "report_to", "resume_from_checkpoint", "logging_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """
-    One training with one seed, and its images measured. In what is text, `{outputs}`, `{data}` and `{seed}` stand for themselves.
+    One training with one seed, and the measurement of its images.
+
+    In strings, the placeholders `{outputs}`, `{data}` and `{seed}` are replaced by the output folder, the data set's folder and
+    the seed.
 
     Args:
-        comparison, name (`str`), seed (`int`): Which it is.
-        title (`str`): Its row's.
-        data (`str`): What it is trained on and measured against.
-        script (`str`): In `training/`; none where nothing is trained.
-        arguments (`dict[str, Any]`): The script's.
-        after (`str`): `comparison/name` of the run, with the same seed, that has to be there.
-        base (`str`): The pipeline that draws, for runs that train none.
-        guide (`str`): What guides it: the data's classifier 'as it is', or the experts that this run has 'trained'; or nothing.
-        scheduler (`str`): To draw with, in the pipeline's settings; empty for its own.
-        measured (`bool`): Or only made for others.
+        comparison, name (`str`), seed (`int`): The identity of the run.
+        title (`str`): Title of the table's row.
+        data (`str`): The data set that it is trained on and measured against.
+        script (`str`): The script in `training/`; empty if nothing is trained.
+        arguments (`dict[str, Any]`): The arguments of the script.
+        after (`str`): `comparison/name` of the run that must be done first, with the same seed.
+        base (`str`): Folder of the pipeline that samples, if the run does not train it.
+        guide (`str`): What guides sampling: 'as it is' for the data set's classifier, 'trained' for the experts that this run
+            trains, empty for nothing.
+        scheduler (`str`): Class of the scheduler, with the pipeline's settings; empty for the pipeline's own.
+        measured (`bool`): False for a run whose output is only used by other runs.
     """
 
     comparison: str
@@ -47,18 +51,19 @@ class Run:
 
     @property
     def key(self) -> str:
+        """The name of the result's file, without its suffix."""
         return f"{self.comparison}/{self.name}-{self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """
-    Runs that differ in one thing.
+    A table of runs that differ in one thing.
 
     Args:
-        name, title, text, data (`str`): As `comparisons.yaml` has them.
-        baseline (`str`): The name of the run that the others are compared with.
-        runs (`list[Run]`): With every seed.
+        name, title, text, data (`str`): From `comparisons.yaml`.
+        baseline (`str`): Name of the run that the others are compared with.
+        runs (`list[Run]`): The runs, with every seed.
     """
 
     name: str
@@ -70,7 +75,7 @@ class Comparison:
 
     @property
     def measured(self) -> dict[str, list[Run]]:
-        """By name, all seeds of each."""
+        """The runs that are measured, by name; all seeds of each."""
         rows: dict[str, list[Run]] = {}
         for run in self.runs:
             if run.measured:
@@ -81,15 +86,17 @@ class Comparison:
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """
+    All comparisons, at the size that a preset gives them.
+
     Args:
-        name (`str`): The preset's.
-        output_dir (`Path`): Where everything is trained.
-        seeds (`list[int]`): With which.
-        num_inference_steps (`int`): Of all samplings.
-        guidance_scale (`float`): By a classifier; nothing is guided without one.
-        data (`dict[str, dict]`): What is made of each data set, beside the defaults.
+        name (`str`): Name of the preset.
+        output_dir (`Path`): Folder of everything that is trained and sampled.
+        seeds (`list[int]`): The seeds of every run.
+        num_inference_steps (`int`): Denoising steps of all sampling.
+        guidance_scale (`float`): Scale of a classifier's guidance, for the runs that have one.
+        data (`dict[str, dict]`): Arguments of each data set's maker.
         comparisons (`list[Comparison]`): In the order of the report.
-        notes (`dict[str, str]`): What is to be known of a comparison's results at this size, by its name.
+        notes (`dict[str, str]`): Remarks on the results at this size, by comparison.
     """
 
     name: str
@@ -103,20 +110,24 @@ class Plan:
 
     @property
     def runs(self) -> list[Run]:
-        """All, seed by seed, so that a comparison that was cut short has fewer seeds and not fewer rows."""
+        """All runs, seed by seed: after an interruption, tables have fewer seeds but all rows."""
         runs = [run for comparison in self.comparisons for run in comparison.runs]
         return sorted(runs, key=lambda run: run.seed)
 
     def folder(self, run: Run) -> Path:
+        """Return the output folder of a run."""
         return self.output_dir / run.comparison / f"{run.name}-{run.seed}"
 
     def data_folder(self, name: str) -> Path:
+        """Return the folder of a data set."""
         return self.output_dir / "data" / name
 
     def run(self, key: str) -> Run:
         """
+        Return the run with a key.
+
         Raises:
-            ValueError: if there is no such run; those that there are are listed.
+            ValueError: if there is no such run; the error lists all runs.
         """
         runs = {run.key: run for run in self.runs}
         if key not in runs:
@@ -124,21 +135,21 @@ class Plan:
         return runs[key]
 
     def before(self, run: Run) -> Run | None:
-        """The run that this one needs."""
+        """Return the run that must be done before `run`, if there is one."""
         return self.run(f"{run.after}-{run.seed}") if run.after else None
 
     def resolve(self, run: Run, value: Any) -> Any:
-        """Its placeholders replaced."""
+        """Replace the placeholders in a value."""
         if not isinstance(value, str):
             return value
         return value.format(outputs=self.output_dir, data=self.data_folder(run.data), seed=run.seed)
 
     def base(self, run: Run) -> Path:
-        """The folder of the pipeline that draws, where the run trains none."""
+        """Return the folder of the pipeline that samples, for a run that does not train it."""
         return Path(self.resolve(run, run.base))
 
     def command(self, run: Run, num_threads: int) -> list[str]:
-        """What trains it, resuming what was interrupted; with the run's seed, unless its arguments have another."""
+        """Return the training command, with the run's seed unless its arguments contain another."""
         arguments = {"seed": run.seed} | run.arguments | {"output_dir": str(self.folder(run))}
         options = []
         for name, value in arguments.items():
@@ -151,7 +162,7 @@ class Plan:
         ]
 
     def settings(self, run: Run) -> dict[str, Any]:
-        """All that decides a run's figures, that which it comes after included, in what JSON can hold."""
+        """Return all settings that the run's results depend on, with those of the run before it, as JSON can store them."""
         needed = self.before(run)
         config = run.arguments.get("config")
         return {
@@ -171,10 +182,13 @@ class Plan:
 
 def load_plan(preset: str) -> Plan:
     """
-    A preset of this folder by its name, or another YAML file.
+    Load a preset.
+
+    Args:
+        preset (`str`): Name of a preset in this folder, or the path of a YAML file.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no such preset.
     """
     path = Path(preset) if preset.endswith(".yaml") else PRESETS / f"{preset}.yaml"
     if not path.is_file() or path == COMPARISONS:
@@ -195,7 +209,7 @@ def load_plan(preset: str) -> Plan:
 
 
 def _make_run(comparison: str, name: str, seed: int, data: str, own: dict[str, Any], groups: dict[str, dict]) -> Run:
-    """What is no field of a [`Run`] is an argument of its script."""
+    """Merge the groups of settings that `like` names; entries that are not fields of [`Run`] are arguments of its script."""
     settings = {}
     for group in own.get("like", []):
         settings |= groups[group]

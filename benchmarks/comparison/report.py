@@ -1,4 +1,4 @@
-"""The results as a page with tables and pictures, made of the JSON files alone."""
+"""The report: a page with tables and figures, made from the results' JSON files alone."""
 
 import json
 import os
@@ -15,21 +15,21 @@ from diffusers_dmp.evaluation.fingerprint import expect_comparable
 from .plan import Comparison, Plan
 
 TEMPLATE = "results.md.jinja"
-BOUNDS = "bounds"  # the folder of what real images and noise come to
-# what there is nothing to say of for images that no model drew
+BOUNDS = "bounds"  # the folder of the metrics of real images and of noise
+# entries of a fingerprint that only sampled images have
 SAMPLING = ("num_inference_steps", "scheduler", "scheduler_sha256", "vae_sha256", "guidance_scale", "guidance_channels",
             "dtype", "tf32")  # fmt: skip
-METRICS = {"FID": 2, "recognised": 3, "precision": 3, "recall": 3}  # digits behind the point
+METRICS = {"FID": 2, "recognised": 3, "precision": 3, "recall": 3}  # decimal places
 
 
 @dataclass(frozen=True)
 class Row:
     """
-    One line of a table: the same run with all its seeds.
+    One row of a table: a run with all its seeds.
 
     Args:
-        name, title (`str`): What it is.
-        results (`list[dict]`): One for each seed that is done.
+        name, title (`str`): Name and title of the run.
+        results (`list[dict]`): One for each finished seed.
     """
 
     name: str
@@ -37,27 +37,28 @@ class Row:
     results: list[dict[str, Any]]
 
     def last(self, metric: str) -> list[float]:
-        """When its training is done, by seed."""
+        """Return the metric at the end of training, one value per seed."""
         values = [result["points"][-1].get(metric) for result in self.results]
         return [value for value in values if value is not None]
 
     def text(self, metric: str) -> str:
-        """Mean ± standard deviation."""
+        """Format the metric as mean ± standard deviation."""
         return spread(self.last(metric), METRICS[metric])
 
     def cost(self, name: str, places: int) -> str:
-        """Of what is the same for all seeds but for noise."""
+        """Format the mean of a cost over the seeds, with `places` decimal places."""
         values = [result[name] for result in self.results if result.get(name) is not None]
         return f"{statistics.mean(values):,.{places}f}" if values else "–"
 
     def changes(self, baseline: "Row") -> list[float]:
-        """Of FID, seed by seed."""
+        """Return how much higher FID is than the baseline's, seed by seed."""
         own, other = (
             {result["seed"]: result["points"][-1]["FID"] for result in row.results} for row in (self, baseline)
         )
         return [own[seed] - other[seed] for seed in own if seed in other]
 
     def difference(self, baseline: "Row") -> str:
+        """Format the changes of FID, and with how many seeds it is lower."""
         changes = self.changes(baseline)
         better = sum(change < 0 for change in changes)
         return f"{spread(changes, 2, sign=True)}, better in {better} of {len(changes)}" if changes else "–"
@@ -66,12 +67,12 @@ class Row:
 @dataclass(frozen=True)
 class Table:
     """
-    A comparison's rows.
+    The results of a comparison.
 
     Args:
-        comparison ([`Comparison`]): Which it is.
-        rows (`list[Row]`): Of what is done.
-        bounds (`dict[str, Any]`): What real images and noise come to.
+        comparison ([`Comparison`]): The comparison.
+        rows (`list[Row]`): The runs that have results.
+        bounds (`dict[str, Any]`): The metrics of real images and of noise.
     """
 
     comparison: Comparison
@@ -80,21 +81,22 @@ class Table:
 
     @property
     def baseline(self) -> Row:
-        """What the others are compared with; the first row while that is not done."""
+        """The row that the others are compared with; the first row as long as it has no results."""
         own = [row for row in self.rows if row.name == self.comparison.baseline]
         return (own or self.rows)[0]
 
     @property
     def metrics(self) -> list[str]:
-        """Those that there are figures of."""
+        """The metrics that have values."""
         return [metric for metric in METRICS if any(row.last(metric) for row in self.rows)]
 
     def bound(self, name: str, metric: str) -> str:
+        """Format a metric of real images ('real') or of noise ('noise')."""
         value = self.bounds[name].get(metric)
         return "–" if value is None else f"{value:.{METRICS[metric]}f}"
 
     def verdict(self) -> str:
-        """Which rows have a lower FID than the baseline: with every seed, with some, with none."""
+        """Say which rows have a lower FID than the baseline: with every seed, with some seeds only, with no seed."""
         groups: dict[str, list[str]] = {"with every seed": [], "with some seeds only": [], "with no seed": []}
         for row in self.rows:
             changes = row.changes(self.baseline) if row is not self.baseline else []
@@ -107,7 +109,7 @@ class Table:
 
 
 def spread(values: list[float], places: int, sign: bool = False) -> str:
-    """Mean ± standard deviation over the seeds."""
+    """Format the mean ± standard deviation over the seeds."""
     if not values:
         return "–"
     mean = f"{statistics.mean(values):{'+' if sign else ''}.{places}f}"
@@ -116,10 +118,15 @@ def spread(values: list[float], places: int, sign: bool = False) -> str:
 
 def write_report(plan: Plan, results: Path, path: Path) -> None:
     """
-    Write the page, and its pictures beside the results.
+    Write the page, and its figures into the results' folder.
+
+    Args:
+        plan ([`Plan`]): All comparisons.
+        results (`Path`): The folder of the plan's results.
+        path (`Path`): The page.
 
     Raises:
-        ValueError: if results that stand side by side were not measured alike.
+        ValueError: if results of one table were not measured in the same way.
     """
     tables = read_tables(plan, results)
     for table in tables:
@@ -129,7 +136,7 @@ def write_report(plan: Plan, results: Path, path: Path) -> None:
 
 def read_tables(plan: Plan, results: Path) -> list[Table]:
     """
-    Of what is done.
+    Read the results of all finished runs.
 
     Raises:
         ValueError: see [`write_report`].
@@ -146,8 +153,12 @@ def read_tables(plan: Plan, results: Path) -> list[Table]:
 
 def make_page(plan: Plan, tables: list[Table], pictures: str) -> str:
     """
+    Render the page.
+
     Args:
-        pictures (`str`): Where they are, as seen from the page.
+        plan ([`Plan`]): All comparisons.
+        tables (`list[Table]`): Their results.
+        pictures (`str`): The folder of the figures, relative to the page.
     """
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True)
     every = [result for table in tables for row in table.rows for result in row.results]
@@ -162,11 +173,12 @@ def make_page(plan: Plan, tables: list[Table], pictures: str) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_rows(comparison: Comparison, results: Path) -> list[Row]:
-    """Of what is finished."""
+    """Read the results of a comparison, row by row; unfinished runs are left out."""
     rows = []
     for runs in comparison.measured.values():
         paths = [results / f"{run.key}.json" for run in runs]
@@ -178,20 +190,22 @@ def read_rows(comparison: Comparison, results: Path) -> list[Row]:
 
 def check_measured_alike(table: Table) -> None:
     """
+    Check that all results of a table were measured in the same way.
+
     Raises:
         ValueError: if they were not; see [`expect_comparable`].
     """
     first = table.rows[0].results[0]["fingerprint"]
     for row in table.rows:
         for result in row.results:
-            # whether a classifier guides, and how strongly, is what is compared
+            # guidance by a classifier is what is compared
             expect_comparable(first, result["fingerprint"], may_differ=("guidance_scale",))
     for bound in ("real", "noise"):
         expect_comparable(first, table.bounds[bound]["fingerprint"], may_differ=SAMPLING)
 
 
 def draw_figure(table: Table) -> Figure:
-    """FID against training steps, where there are several; and against what an image costs."""
+    """Draw FID against training steps, if there are several pipelines, and against the cost of an image."""
     curves = [row for row in table.rows if len(row.results[0]["points"]) > 1]
     figure = Figure(figsize=(13 if curves else 8, 4), layout="constrained")
     panels = list(figure.subplots(1, 2 if curves else 1, squeeze=False).flat)

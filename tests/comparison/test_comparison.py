@@ -16,9 +16,11 @@ import yaml
 from benchmarks.comparison import __main__ as command_line
 from benchmarks.comparison import data
 from benchmarks.comparison.__main__ import is_finished
+from benchmarks.comparison.data import make_data
+from benchmarks.comparison.measure import measure_bounds
 from benchmarks.comparison.plan import Plan, Run, load_plan
 from benchmarks.comparison.report import draw_figure, make_page, read_tables
-from benchmarks.comparison.run import make_data, measure_bounds, perform
+from benchmarks.comparison.run import perform
 from conftest import FIXTURES, REPOSITORY
 
 from diffusers_dmp import DiTModel, DTRTransformer2DModel, PatchedUNet2DModel

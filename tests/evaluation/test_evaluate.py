@@ -1,4 +1,4 @@
-"""Figures of generated images against real ones, and what they depend on."""
+"""Metrics of generated images against real images, and their fingerprints."""
 
 import json
 
@@ -10,7 +10,7 @@ import torch
 from networks import make_resnet
 
 from diffusers_dmp.evaluation.digits import TRAINING_IMAGES, VALIDATION_IMAGES, digit_images, write_image_folder
-from diffusers_dmp.evaluation.evaluate import EvaluationArguments, _some, _stored_statistics, evaluate
+from diffusers_dmp.evaluation.evaluate import EvaluationArguments, _random_subset, _stored_statistics, evaluate
 from diffusers_dmp.evaluation.features import FeatureExtractor
 from diffusers_dmp.evaluation.fingerprint import expect_comparable
 from diffusers_dmp.evaluation.images import open_images
@@ -19,7 +19,7 @@ from diffusers_dmp.evaluation.npz import write_npz
 
 @pytest.fixture(scope="module")
 def extractor(tmp_path_factory) -> str:
-    """A ResNet of 16 features: random ones tell images apart, too."""
+    """A ResNet with random weights: its 16 features also distinguish images."""
     folder = tmp_path_factory.mktemp("extractor")
     make_resnet().save_pretrained(folder)
     settings = '{"size": {"height": 16, "width": 16}, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}'
@@ -41,9 +41,9 @@ def write(path, images: np.ndarray) -> str:
     return str(path)
 
 
-def figures(generated, reference, extractor, tmp_path) -> dict[str, float]:
-    asked = {"generated": generated, "reference": reference, "extractor": extractor}
-    results = evaluate(EvaluationArguments(**asked, output=str(tmp_path / "evaluation.json")))
+def metrics_of(generated, reference, extractor, tmp_path) -> dict[str, float]:
+    arguments = {"generated": generated, "reference": reference, "extractor": extractor}
+    results = evaluate(EvaluationArguments(**arguments, output=str(tmp_path / "evaluation.json")))
     assert json.loads((tmp_path / "evaluation.json").read_text()) == results
     return {result["metric"]: result["value"] for result in results}
 
@@ -53,7 +53,7 @@ def test_real_digits_are_nearer_than_inverted_ones_or_noise(real, extractor, tmp
     noise = np.random.default_rng(0).integers(0, 256, held_out.shape, dtype=np.uint8)
     images = {"held_out": held_out, "inverted": 255 - held_out, "noise": noise}
     found = {
-        name: figures(write(tmp_path / f"{name}.npz", each), real, extractor, tmp_path)
+        name: metrics_of(write(tmp_path / f"{name}.npz", each), real, extractor, tmp_path)
         for name, each in images.items()
     }
     for metric in ("FID", "sFID", "KID"):
@@ -63,11 +63,11 @@ def test_real_digits_are_nearer_than_inverted_ones_or_noise(real, extractor, tmp
     assert found["held_out"]["Inception Score"] >= 1
 
 
-def test_a_fingerprint_goes_with_every_figure(real, extractor, tmp_path):
+def test_every_metric_has_a_fingerprint(real, extractor, tmp_path):
     images = write(tmp_path / "samples.npz", colour(digit_images()[0][:50]))
     (tmp_path / "sampling.json").write_text(json.dumps({"num_inference_steps": 25, "scheduler": ""}))
-    asked = {"generated": images, "reference": real, "extractor": extractor}
-    results = evaluate(EvaluationArguments(**asked, output=str(tmp_path / "evaluation.json")))
+    arguments = {"generated": images, "reference": real, "extractor": extractor}
+    results = evaluate(EvaluationArguments(**arguments, output=str(tmp_path / "evaluation.json")))
     settings = results[0]["settings"]
     assert settings["num_samples"] == 50 and settings["num_reference"] == 300 and settings["image_size"] == [8, 8]
     assert settings["num_inference_steps"] == 25 and settings["versions"]["torch"] == torch.__version__
@@ -81,32 +81,34 @@ def test_a_fingerprint_goes_with_every_figure(real, extractor, tmp_path):
         expect_comparable(settings, other, may_differ=("num_inference_steps",))
 
 
-def test_of_a_large_reference_all_classes_count():
-    """Data sets are sorted by class."""
-    some = _some(torch.arange(30_000.0)[:, None])
-    assert len(some) == 10_000 and abs(some.mean() - 15_000) < 300
-    assert torch.equal(some, _some(torch.arange(30_000.0)[:, None]))
+def test_a_subset_of_a_large_reference_has_all_classes():
+    """Data sets are often sorted by class, so the first images would be of the first classes."""
+    subset = _random_subset(torch.arange(30_000.0)[:, None])
+    assert len(subset) == 10_000 and abs(subset.mean() - 15_000) < 300
+    assert torch.equal(subset, _random_subset(torch.arange(30_000.0)[:, None]))
 
 
-def test_the_reference_is_known_by_its_pixels(real, extractor, tmp_path):
-    """In a folder or in an .npz: these are the same."""
+def test_the_hash_of_the_reference_is_of_its_pixels(real, extractor, tmp_path):
+    """A folder and an .npz file of the same images have the same hash and the same FID."""
     packed = write(tmp_path / "real.npz", np.concatenate(list(open_images(real).batches(64))))
     images = write(tmp_path / "samples.npz", colour(digit_images()[0][:50]))
-    hashes = []
+    hashes, distances = [], []
     for reference in (real, packed):
-        asked = {"generated": images, "reference": reference, "extractor": extractor}
-        (result, *_) = evaluate(EvaluationArguments(**asked, output=str(tmp_path / "evaluation.json")))
-        hashes.append((result["settings"]["reference_sha256"], result["value"]))
+        arguments = {"generated": images, "reference": reference, "extractor": extractor}
+        (result, *_) = evaluate(EvaluationArguments(**arguments, output=str(tmp_path / "evaluation.json")))
+        hashes.append(result["settings"]["reference_sha256"])
+        distances.append(result["value"])
     assert hashes[0] == hashes[1]
+    assert distances[0] == pytest.approx(distances[1], rel=1e-4)
 
 
-def test_stored_statistics_are_inceptions(real, extractor, tmp_path, monkeypatch):
-    """ADM's batches keep those of the whole data set, which other networks' features have nothing to do with."""
+def test_stored_statistics_are_inceptions(real, extractor, tmp_path):
+    """ADM's batches store the statistics of Inception's features, which must not be compared with another network's."""
     images = colour(digit_images()[0][:60])
     generated = write(tmp_path / "samples.npz", images)
     mean, covariance = np.arange(16.0), 2 * np.eye(16)
     np.savez(tmp_path / "reference.npz", arr_0=images, mu=mean, sigma=covariance)
-    plain = figures(generated, str(tmp_path / "reference.npz"), extractor, tmp_path)
+    plain = metrics_of(generated, str(tmp_path / "reference.npz"), extractor, tmp_path)
     assert plain["FID"] == pytest.approx(0, abs=1e-4)
     assert _stored_statistics(generated) == {}
     stored = _stored_statistics(str(tmp_path / "reference.npz"))["pooled"]
@@ -115,32 +117,32 @@ def test_stored_statistics_are_inceptions(real, extractor, tmp_path, monkeypatch
     )
 
 
-def test_what_cannot_be_judged(real, extractor, tmp_path):
+def test_images_that_cannot_be_evaluated(real, extractor, tmp_path):
     few = write(tmp_path / "few.npz", colour(digit_images()[0][:16]))
     with pytest.raises(ValueError, match="more than 16 generated images, .* but got 16"):
-        figures(few, real, extractor, tmp_path)
+        metrics_of(few, real, extractor, tmp_path)
     large = write(
         tmp_path / "large.npz",
         np.zeros((20, 9, 9, 3), dtype=np.uint8) + np.arange(20)[:, None, None, None].astype(np.uint8),
     )
     with pytest.raises(ValueError, match=r"of the reference's size \(8, 8\), but got \(9, 9\)"):
-        figures(large, real, extractor, tmp_path)
+        metrics_of(large, real, extractor, tmp_path)
     blank = write(tmp_path / "blank.npz", np.zeros((20, 8, 8, 3), dtype=np.uint8))
     with pytest.raises(ValueError, match="`features` to differ between images, but got 20 times the same"):
-        figures(blank, real, extractor, tmp_path)
+        metrics_of(blank, real, extractor, tmp_path)
     with pytest.raises(ValueError, match="missing.npz' to be a file, but there is none"):
-        figures(str(tmp_path / "missing.npz"), real, extractor, tmp_path)
+        metrics_of(str(tmp_path / "missing.npz"), real, extractor, tmp_path)
     with pytest.raises(ValueError, match="`reference` to be given, but got nothing"):
         EvaluationArguments(generated="x", extractor="y")
     with pytest.raises(ValueError, match="`batch_size` to be at least 1, but got 0"):
         EvaluationArguments(generated="x", extractor="y", reference="z", batch_size=0)
 
 
-def test_images_that_would_be_seen_otherwise(tmp_path):
+def test_images_that_rgb_would_change(tmp_path):
     deep = PIL.Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
-    see_through = PIL.Image.new("RGBA", (8, 8), (1, 2, 3, 100))
+    transparent = PIL.Image.new("RGBA", (8, 8), (1, 2, 3, 100))
     opaque = PIL.Image.new("RGBA", (8, 8), (1, 2, 3, 255))
-    for name, image, said in (("deep", deep, "of mode I;16"), ("clear", see_through, "that one can see through")):
+    for name, image, said in (("deep", deep, "of mode I;16"), ("clear", transparent, "with transparency")):
         (tmp_path / name).mkdir()
         image.save(tmp_path / name / "image.png")
         with pytest.raises(ValueError, match=f"to be opaque and of 8 bits, but got one {said}"):
@@ -156,12 +158,12 @@ def test_latents_are_no_images(tmp_path):
         open_images(tmp_path / "latents.parquet")
 
 
-def test_features_by_place_want_more_images(real, tmp_path, caplog):
-    """sFID is left out, and said so; the rest is there."""
+def test_sfid_needs_more_images_than_spatial_features(real, tmp_path, caplog):
+    """With fewer images sFID is left out with a warning; the other metrics are computed."""
     make_resnet().save_pretrained(tmp_path)
     settings = {"size": {"height": 64, "width": 64}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     images = write(tmp_path / "samples.npz", colour(digit_images()[0][:50]))
-    found = figures(images, real, str(tmp_path), tmp_path)
+    found = metrics_of(images, real, str(tmp_path), tmp_path)
     assert "sFID" not in found and "FID" in found
-    assert "Without sFID: it wants more than" in caplog.text and "but got 50" in caplog.text
+    assert "sFID is left out: it needs more than" in caplog.text and "but got 50" in caplog.text

@@ -1,4 +1,4 @@
-"""Networks that look at images: Inception-2015 as it was published, and transformers' own."""
+"""Feature extractors: Inception-2015 as it was published, and models of transformers."""
 
 import functools
 import hashlib
@@ -12,7 +12,7 @@ from conftest import FIXTURES
 from networks import make_resnet, make_vit
 from safetensors.torch import load_file
 
-from diffusers_dmp import digits
+from diffusers_dmp.evaluation import digits
 from diffusers_dmp.evaluation import inception as inception_module
 from diffusers_dmp.evaluation.digits import digit_images, fit_classifier
 from diffusers_dmp.evaluation.features import FeatureExtractor, extract_features
@@ -20,7 +20,7 @@ from diffusers_dmp.evaluation.inception import InceptionV3, load_inception, resi
 
 
 def deterministic(model: InceptionV3) -> InceptionV3:
-    """Random weights that anybody can make again, of the size that keeps activations alike from layer to layer."""
+    """Set reproducible random weights, scaled so that activations keep their size from layer to layer."""
     with torch.no_grad():
         for index, (name, tensor) in enumerate(sorted(model.state_dict().items())):
             if tensor.is_floating_point():
@@ -34,14 +34,14 @@ def deterministic(model: InceptionV3) -> InceptionV3:
 
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory):
-    """The published file's layout."""
+    """A file with the layout of the published one."""
     path = tmp_path_factory.mktemp("inception") / "pt_inception-2015-12-05-6726825d.pth"
     torch.save(deterministic(InceptionV3()).state_dict(), path)
     return path
 
 
 def test_inception_is_torch_fidelitys(inception):
-    """Its outputs for these weights and this image; see tests/fixtures/README.md."""
+    """Its outputs for these weights and images; see tests/fixtures/README.md."""
     vectors = load_file(FIXTURES / "inception.safetensors")
     with torch.inference_mode():
         pooled, _, logits = load_inception(inception)(vectors["images"].float())
@@ -50,7 +50,7 @@ def test_inception_is_torch_fidelitys(inception):
 
 
 def test_resizing_as_tensorflow():
-    """Place i of the output lies at i·H/size: the left edge stays, the right one is repeated."""
+    """Pixel i of the output is read at i·H/size: the left edge stays, the right one is repeated."""
     ramp = torch.tensor([0.0, 10.0, 20.0, 30.0]).expand(1, 1, 4, 4)
     assert resize_as_tensorflow(ramp, 8)[0, 0, 0].tolist() == [0, 5, 10, 15, 20, 25, 30, 30]
     assert resize_as_tensorflow(ramp, 2)[0, 0, 0].tolist() == [0, 20]
@@ -64,7 +64,7 @@ def test_inceptions_spatial_features(inception):
     assert features.spatial.shape == (2, 17 * 17 * 7)
     with torch.inference_mode():
         spatial = load_inception(inception)(torch.from_numpy(images).permute(0, 3, 1, 2).float())[1]
-    as_adm = spatial.permute(0, 2, 3, 1).numpy()[..., :7].reshape(2, -1)  # NHWC, as its statistics were computed
+    as_adm = spatial.permute(0, 2, 3, 1).numpy()[..., :7].reshape(2, -1)  # NHWC, the order of the stored statistics
     np.testing.assert_allclose(features.spatial, as_adm, atol=1e-4)
 
 
@@ -80,7 +80,7 @@ def test_weights_of_another_network(inception, tmp_path):
 
 
 def test_inception_by_its_name(inception, tmp_path, monkeypatch):
-    """Downloaded from where it was published, here a folder, and checked by the hash in the file's name."""
+    """Downloaded from its URL (here a local file), and checked against the hash in the file's name."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     digest = hashlib.sha256(inception.read_bytes()).hexdigest()
     for name in (digest[:8], "00000000"):
@@ -94,7 +94,7 @@ def test_inception_by_its_name(inception, tmp_path, monkeypatch):
 
 
 def test_the_digits_classifier_by_its_name(tmp_path, monkeypatch):
-    """Fitted once."""
+    """Trained once, then loaded from the cache."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(digits, "fit_classifier", functools.partial(fit_classifier, num_steps=1))
     first = FeatureExtractor("digits")
@@ -102,7 +102,7 @@ def test_the_digits_classifier_by_its_name(tmp_path, monkeypatch):
     assert FeatureExtractor("digits").sha256 == first.sha256 and first.network.config.num_labels == 10
 
 
-def test_what_is_no_extractor(tmp_path):
+def test_unknown_extractors(tmp_path):
     with pytest.raises(ValueError, match="to be a file, but there is none at '.*nowhere.pth'"):
         FeatureExtractor(tmp_path / "nowhere.pth")
     with pytest.raises(ValueError, match="`extractor` to be inception, digits, or a vision model's folder or Hub id"):

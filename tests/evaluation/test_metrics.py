@@ -23,15 +23,17 @@ def normal(n: int, d: int, mean: float = 0.0, std: float = 1.0, seed: int = 0) -
     return mean + std * torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def exactly(mean: Tensor, covariance: Tensor) -> GaussianStatistics:
+def statistics_of(mean: Tensor, covariance: Tensor) -> GaussianStatistics:
     return GaussianStatistics(mean, covariance, 10_000)
 
 
 @given(st.floats(-3, 3), st.floats(0.1, 3), st.floats(0.1, 3), st.integers(1, 8))
 def test_frechet_distance_of_isotropic_gaussians(shift, std, other_std, d):
     """d·(m² + (σ - σ')²)"""
-    first = exactly(torch.zeros(d), std**2 * torch.eye(d, dtype=torch.float64))
-    second = exactly(torch.full((d,), shift, dtype=torch.float64), other_std**2 * torch.eye(d, dtype=torch.float64))
+    first = statistics_of(torch.zeros(d), std**2 * torch.eye(d, dtype=torch.float64))
+    second = statistics_of(
+        torch.full((d,), shift, dtype=torch.float64), other_std**2 * torch.eye(d, dtype=torch.float64)
+    )
     expected = d * (shift**2 + (std - other_std) ** 2)
     assert frechet_distance(first, second) == pytest.approx(expected, abs=1e-6)
 
@@ -48,13 +50,13 @@ def test_frechet_distance_is_scipys():
 
 
 def test_frechet_distance_of_fewer_images_than_features():
-    """The covariance is singular; the distance is finite and its own inverse's."""
+    """The covariance is singular; the distance is still finite and symmetric."""
     first, second = GaussianStatistics.of(normal(20, 64)), GaussianStatistics.of(normal(20, 64, seed=1))
     assert 0 < frechet_distance(first, second) == pytest.approx(frechet_distance(second, first))
     assert frechet_distance(first, first) == pytest.approx(0, abs=1e-4)
 
 
-def test_statistics_are_torchs_however_many_rows_are_held(monkeypatch):
+def test_statistics_are_torchs_for_any_size_of_blocks(monkeypatch):
     features = normal(100, 5, mean=3.0).float()
     monkeypatch.setattr(metrics, "BLOCK", 7)
     statistics = GaussianStatistics.of(features)
@@ -63,11 +65,11 @@ def test_statistics_are_torchs_however_many_rows_are_held(monkeypatch):
     assert statistics.count == 100
 
 
-def test_statistics_that_are_none():
+def test_invalid_statistics():
     with pytest.raises(ValueError, match=r"got the shapes \(3,\) and \(2, 2\)"):
-        exactly(torch.zeros(3), torch.eye(2))
+        statistics_of(torch.zeros(3), torch.eye(2))
     with pytest.raises(ValueError, match="that are finite, but got some numbers that are not"):
-        exactly(torch.zeros(2), torch.full((2, 2), torch.nan))
+        statistics_of(torch.zeros(2), torch.full((2, 2), torch.nan))
 
 
 def test_kernel_distance():
@@ -76,7 +78,7 @@ def test_kernel_distance():
     def kernel(x: Tensor, y: Tensor) -> Tensor:
         return (x @ y.T / 5 + 1) ** 3
 
-    # with as many images as a subset has, every subset is all of them
+    # a subset has as many images as there are, so every subset is all of them
     generated = generated[:50]
     within = sum((kernel(x, x).sum() - kernel(x, x).trace()) / (50 * 49) for x in (generated, real))
     mean, std = kernel_distance(generated, real)
@@ -85,14 +87,14 @@ def test_kernel_distance():
 
 
 def test_kernel_distance_is_unbiased(monkeypatch):
-    """About 0 between samples of one distribution, where the biased one would be above."""
+    """The mean is 0 for two samples of one distribution; the biased estimate's would be positive."""
     monkeypatch.setattr(metrics, "KID_SUBSETS", 1)
     distances = [kernel_distance(normal(50, 5, seed=2 * i), normal(50, 5, seed=2 * i + 1))[0] for i in range(40)]
     assert abs(np.mean(distances)) < 3 * np.std(distances) / 40**0.5
     assert min(distances) < 0
 
 
-def test_kernel_distance_is_decided_by_its_seed_and_leaves_torchs_alone(monkeypatch):
+def test_kernel_distance_depends_on_its_seed_and_leaves_the_global_one(monkeypatch):
     monkeypatch.setattr(metrics, "KID_SUBSET_SIZE", 20)
     generated, real = normal(50, 3, seed=1), normal(50, 3)
     torch.manual_seed(5)
@@ -103,25 +105,25 @@ def test_kernel_distance_is_decided_by_its_seed_and_leaves_torchs_alone(monkeypa
 
 
 def test_inception_score():
-    """K where each image is surely of one of K classes, all alike often; 1 where all images are judged alike."""
-    sure = 50.0 * torch.eye(10).repeat(200, 1)
-    assert inception_score(sure)[0] == pytest.approx(10, rel=0.05)  # splits are not quite balanced
-    alike = torch.zeros(100, 10)
-    alike[0, 0] = 1e-9  # or all features would be equal
-    assert inception_score(alike)[0] == pytest.approx(1)
+    """K if the classifier is certain and the K classes are equally frequent; 1 if all images have the same logits."""
+    certain = 50.0 * torch.eye(10).repeat(200, 1)
+    assert inception_score(certain)[0] == pytest.approx(10, rel=0.05)  # the random splits are not quite balanced
+    constant = torch.zeros(100, 10)
+    constant[0, 0] = 1e-9  # equal features are refused
+    assert inception_score(constant)[0] == pytest.approx(1)
 
 
 def reference(queries: np.ndarray, support: np.ndarray) -> float:
-    """By scikit-learn's neighbours, of which the first is the image itself."""
+    """Precision computed with scikit-learn's neighbours, of which the first is the image itself."""
     radii = NearestNeighbors(n_neighbors=4).fit(support).kneighbors(support)[0][:, 3]
     distances = np.linalg.norm(queries[:, None] - support[None], axis=-1)
     return (distances <= radii).any(1).mean()
 
 
-@pytest.mark.parametrize("held", [2**25, 10_000])
-def test_precision_and_recall_are_scikit_learns(held, monkeypatch):
-    """However many distances are held at a time."""
-    monkeypatch.setattr(metrics, "DISTANCES", held)
+@pytest.mark.parametrize("distances", [2**25, 10_000])
+def test_precision_and_recall_are_scikit_learns(distances, monkeypatch):
+    """The result does not depend on how many distances are in memory at a time."""
+    monkeypatch.setattr(metrics, "DISTANCES", distances)
     generated, real = normal(2500, 4, mean=0.7, seed=1), normal(2200, 4)
     precision, recall = precision_and_recall(generated, real)
     assert precision == pytest.approx(reference(generated.numpy(), real.numpy()))
@@ -149,7 +151,7 @@ def test_a_scattered_generator_recalls_and_is_not_precise():
         (torch.zeros(0, 4), r"to have the shape \(N, D\), but got \(0, 4\)"),
     ],
 )
-def test_features_that_are_none(features, said):
+def test_invalid_features(features, said):
     for metric in (
         GaussianStatistics.of,
         inception_score,

@@ -1,4 +1,4 @@
-"""ADM's batches, in pieces."""
+"""ADM's sample batches, read and written in pieces."""
 
 import numpy as np
 import pytest
@@ -21,8 +21,8 @@ def test_numpy_reads_what_is_written(images, tmp_path):
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_what_numpy_writes_is_read(images, tmp_path, save):
-    """ADM's reference batches hold statistics as well."""
+def test_files_of_numpy_are_read(images, tmp_path, save):
+    """ADM's reference batches contain statistics as well."""
     save(tmp_path / "batch.npz", arr_0=images, mu=np.zeros(3), sigma=np.eye(3))
     read = NpzImages(tmp_path / "batch.npz")
     assert len(read) == 10 and read.shape == images.shape
@@ -37,7 +37,7 @@ def test_equal_images_make_equal_files(images, tmp_path):
     assert (tmp_path / "first.npz").read_bytes() == (tmp_path / "second.npz").read_bytes()
 
 
-def test_what_is_written_in_part_has_not_its_name(images, tmp_path):
+def test_an_incomplete_file_is_not_left_under_its_name(images, tmp_path):
     for batches, said in (
         ([images[:4]], "10 images, but got 4"),
         ([images[:, :2]], r"shape \(5, 4, 3\), but got uint8 \(2, 4, 3\)"),
@@ -47,7 +47,7 @@ def test_what_is_written_in_part_has_not_its_name(images, tmp_path):
         assert not (tmp_path / "batch.npz").exists()
 
 
-def test_files_that_are_none(images, tmp_path):
+def test_invalid_files(images, tmp_path):
     path = tmp_path / "batch.npz"
     path.write_bytes(b"not a zip")
     with pytest.raises(ValueError, match="to be a whole .npz file"):

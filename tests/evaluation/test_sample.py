@@ -1,4 +1,4 @@
-"""Many images, each decided by seed and index alone."""
+"""Sampling many images: the seed and its index decide each image, however many are sampled together."""
 
 import json
 import os
@@ -23,7 +23,7 @@ MODULE = "diffusers_dmp.evaluation.sample"
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory) -> str:
-    """With DDPM's noise at every step, which has to be each image's own as well."""
+    """A pipeline with DDPM, whose noise at every step must be each image's own, too."""
     folder = tmp_path_factory.mktemp("pipeline")
     transformer = randomised(DiTModel(**TINY, num_classes=3))
     ClassConditionalPipeline(transformer, DDPMScheduler()).save_pretrained(folder)
@@ -40,7 +40,18 @@ def read(folder) -> tuple[np.ndarray, np.ndarray]:
         return file["arr_0"], file["arr_1"]
 
 
-def test_as_adm_has_it(pipeline, tmp_path):
+def assert_same_images(first: Path, second: Path) -> None:
+    """
+    Equal up to rounding, and so at most one grey level apart.
+
+    Other batch sizes and numbers of threads add up in another order; other random numbers would differ by many levels.
+    """
+    (images, labels), (other_images, other_labels) = read(first), read(second)
+    assert images.shape == other_images.shape and np.array_equal(labels, other_labels)
+    assert abs(images.astype(int) - other_images.astype(int)).max() <= 1
+
+
+def test_the_file_has_adms_format(pipeline, tmp_path):
     path = sample_images(arguments(pipeline, tmp_path, png=True))
     assert path == tmp_path / "samples.npz"
     images, labels = read(tmp_path)
@@ -63,23 +74,21 @@ def test_a_model_of_one_class_has_no_labels(tmp_path):
         assert file.files == ["arr_0"] and len(file["arr_0"]) == 3
 
 
-def test_a_solvers_settings_are_known(pipeline):
-    """Its name alone does not say how it solves."""
+def test_the_settings_of_a_solver_are_recorded(pipeline):
+    """Its name alone does not tell solvers of different orders apart."""
     hashes = set()
     for order in (2, 3):
         scheduler = DPMSolverMultistepScheduler(solver_order=order)
-        asked = ClassConditionalPipeline.from_pretrained(pipeline, scheduler=scheduler)
-        settings = sampling_settings(arguments(pipeline, ""), asked, Path(pipeline))
+        loaded = ClassConditionalPipeline.from_pretrained(pipeline, scheduler=scheduler)
+        settings = sampling_settings(arguments(pipeline, ""), loaded, Path(pipeline))
         hashes.add(settings["scheduler_sha256"])
     assert len(hashes) == 2
 
 
-def test_batches_change_nothing(pipeline, tmp_path):
-    """But for the last bit of what is computed together."""
+def test_the_batch_size_changes_images_by_rounding_only(pipeline, tmp_path):
     sample_images(arguments(pipeline, tmp_path / "together"))
     sample_images(arguments(pipeline, tmp_path / "alone", batch_size=1))
-    together, alone = (read(tmp_path / name)[0].astype(int) for name in ("together", "alone"))
-    assert abs(together - alone).max() <= 1
+    assert_same_images(tmp_path / "together", tmp_path / "alone")
 
 
 def test_more_images_begin_with_the_same(pipeline, tmp_path):
@@ -89,7 +98,7 @@ def test_more_images_begin_with_the_same(pipeline, tmp_path):
 
 
 def test_any_pipeline(tmp_path):
-    """Of Diffusers' own, without classes: there are no labels."""
+    """A pipeline of Diffusers without classes gives images without labels."""
     unet = UNet2DModel(8, block_out_channels=(32,), down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"])
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
     settings = {"num_samples": 3, "guidance_scale": None}
@@ -98,8 +107,8 @@ def test_any_pipeline(tmp_path):
         assert file.files == ["arr_0"] and file["arr_0"].shape == (3, 8, 8, 3)
 
 
-def test_solvers_begin_where_they_can(tmp_path):
-    """At the end of a cosine schedule there is nothing but noise, of which they would make black and white."""
+def test_solvers_work_with_a_cosine_schedule(tmp_path):
+    """Its last timestep has an SNR of almost 0, where solvers would divide by it and make images of black and white."""
     transformer = randomised(DiTModel(**TINY, num_classes=3))
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="linspace")
     ClassConditionalPipeline(transformer, scheduler).save_pretrained(tmp_path / "pipeline")
@@ -109,18 +118,18 @@ def test_solvers_begin_where_they_can(tmp_path):
 
 
 def test_another_model_in_the_same_place_is_refused(tmp_path):
-    """As after a second training: the images that are there are the first one's."""
+    """After a second training into the same folder, the images in `output_dir` are the first model's."""
     for seed in range(2):
         transformer = randomised(DiTModel(**TINY, num_classes=3), seed)
         ClassConditionalPipeline(transformer, DDPMScheduler()).save_pretrained(tmp_path / "pipeline")
-        asked = arguments(str(tmp_path / "pipeline"), tmp_path / "samples", num_samples=2)
+        settings = arguments(str(tmp_path / "pipeline"), tmp_path / "samples", num_samples=2)
         if seed == 0:
-            sample_images(asked)
+            sample_images(settings)
     with pytest.raises(ValueError, match="Expected `pipeline_sha256` to be"):
-        sample_images(asked)
+        sample_images(settings)
 
 
-def test_what_was_drawn_otherwise_is_refused(pipeline, tmp_path):
+def test_images_of_other_settings_are_refused(pipeline, tmp_path):
     sample_images(arguments(pipeline, tmp_path, num_samples=2))
     with pytest.raises(ValueError, match="`guidance_scale` to be 1.5, .* but got 3.0"):
         sample_images(arguments(pipeline, tmp_path, num_samples=2, guidance_scale=3.0))
@@ -151,19 +160,18 @@ def launch(pipeline, folder, num_processes: int, **others) -> list[str]:
 
 
 @pytest.mark.slow
-def test_processes_write_the_same_file(pipeline, tmp_path):
+def test_two_processes_write_the_images_of_one(pipeline, tmp_path):
     for number in (1, 2):
         command = launch(pipeline, tmp_path / str(number), number)
         result = subprocess.run(
             command, capture_output=True, text=True, env=os.environ | {"ACCELERATE_USE_CPU": "true"}
         )
         assert result.returncode == 0, result.stderr
-    first, second = ((tmp_path / name / "samples.npz").read_bytes() for name in "12")
-    assert first == second
+    assert_same_images(tmp_path / "1", tmp_path / "2")
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on(pipeline, tmp_path):
+def test_a_killed_run_continues(pipeline, tmp_path):
     many = {"num_samples": 60, "num_inference_steps": 60}
     process = subprocess.Popen(launch(pipeline, tmp_path / "killed", 1, **many), start_new_session=True)
     shards = tmp_path / "killed" / "shards"
@@ -176,4 +184,4 @@ def test_a_killed_run_goes_on(pipeline, tmp_path):
     sample_images(arguments(pipeline, tmp_path / "killed", **many))
     assert all(path.stat().st_mtime_ns == time_before for path, time_before in kept.items())
     sample_images(arguments(pipeline, tmp_path / "whole", **many))
-    assert np.array_equal(read(tmp_path / "killed")[0], read(tmp_path / "whole")[0])
+    assert_same_images(tmp_path / "killed", tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""What a denoiser costs."""
+"""Floating-point operations of a denoiser, a pipeline or any other call."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,11 @@ from torch.utils.flop_counter import flop_registry
 
 
 class _FlopCounter(TorchDispatchMode):
-    """As torch's `FlopCounterMode`, which cannot look into `torch.autograd.grad`, as guidance calls it."""
+    """
+    Count the floating-point operations of everything that is dispatched.
+
+    PyTorch's `FlopCounterMode` does not see what `torch.autograd.grad` computes, which guidance calls.
+    """
 
     def __init__(self):
         super().__init__()
@@ -27,13 +31,30 @@ class _FlopCounter(TorchDispatchMode):
 
 @torch.no_grad()
 def gigaflops(denoiser: ModelMixin, *inputs: torch.Tensor, **kwargs: torch.Tensor) -> float:
-    """10⁹ floating-point operations of a forward pass, an addition and a multiplication being two."""
+    """
+    Count the operations of a denoiser's forward pass.
+
+    Args:
+        denoiser: The model.
+        inputs, kwargs: What it is called with.
+
+    Returns:
+        10⁹ floating-point operations; an addition and a multiplication are two.
+    """
     return gigaflops_of(lambda: denoiser(*inputs, **kwargs))
 
 
 def gigaflops_of(call: Callable[[], Any]) -> float:
-    """The same of whatever is called, a whole pipeline or a backward pass say."""
-    # attention as matrix products: the registry knows no CPU's fused kernel
+    """
+    Count the operations of any call, for example of a whole pipeline or of a backward pass.
+
+    Args:
+        call (`Callable`): Called once, without arguments.
+
+    Returns:
+        10⁹ floating-point operations; an addition and a multiplication are two.
+    """
+    # attention as matrix products, because the registry does not know the fused kernel of CPUs
     with _FlopCounter() as counter, sdpa_kernel(SDPBackend.MATH):
         call()
     return counter.total / 1e9

@@ -1,4 +1,4 @@
-"""The data of the demo: scikit-learn's 1,797 scanned handwritten digits, 8 x 8 pixels, real and always at hand.
+"""The data of the demo: scikit-learn's 1,797 scanned handwritten digits of 8 x 8 pixels, and classifiers of them.
 https://archive.ics.uci.edu/dataset/80/optical+recognition+of+handwritten+digits
 """
 
@@ -18,21 +18,30 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from ..models.vision import ImagePreprocessor
 
 NUM_CLASSES = 10
-CLASSIFIER_SIZE = 32  # a ResNet is made for photographs: the scans are enlarged to this many pixels for it
+CLASSIFIER_SIZE = 32  # pixels to which smaller images are enlarged, because a ResNet reduces the resolution at once
 NUM_IMAGES = 1797
-# The last sixth is held out where a validation loss is wanted. It is one stretch because neighbouring scans are often of one
-# writer, who would otherwise be in both parts.
+# The last sixth is held out for validation losses. It is contiguous because neighbouring scans are often by the same writer, who
+# would otherwise be in both parts.
 TRAINING_IMAGES, VALIDATION_IMAGES = range(1500), range(1500, NUM_IMAGES)
 
 
 def digit_images() -> tuple[np.ndarray, np.ndarray]:
-    """The scans as uint8 (1797, 8, 8), and their classes as int (1797,)."""
+    """Return the scans as uint8 (1797, 8, 8), and their classes as int (1797,)."""
     digits = load_digits()
     return np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target  # 17 grey levels
 
 
 def write_image_folder(folder: "str | os.PathLike", indices: range = range(NUM_IMAGES)) -> Path:
-    """Write the scans, or those of some `indices`, as PNG files, one sub-folder per class."""
+    """
+    Write scans as PNG files, one sub-folder per class.
+
+    Args:
+        folder: Where to write them.
+        indices (`range`): Which of the scans; all by default.
+
+    Returns:
+        The folder.
+    """
     images, labels = digit_images()
     for index in indices:
         image, label = images[index], labels[index]
@@ -43,7 +52,13 @@ def write_image_folder(folder: "str | os.PathLike", indices: range = range(NUM_I
 
 
 def fit_reader(pixels: np.ndarray | None = None, labels: np.ndarray | None = None) -> Pipeline:
-    """A logistic regression on pixels in [0, 1] as (N, 64), and labels (N,): by default all of the real digits'."""
+    """
+    Fit a logistic regression that recognises digits.
+
+    Args:
+        pixels (`np.ndarray` of shape (N, 64), *optional*): In [0, 1]; by default all real digits.
+        labels (`np.ndarray` of shape (N,), *optional*): Their classes.
+    """
     if pixels is None:
         images, labels = digit_images()
         pixels = images.reshape(len(images), -1) / 255
@@ -53,7 +68,7 @@ def fit_reader(pixels: np.ndarray | None = None, labels: np.ndarray | None = Non
 def fit_classifier(
     folder: "str | os.PathLike", num_steps: int = 600, batch_size: int = 64, seed: int = 0
 ) -> ResNetForImageClassification:
-    """[`fit_resnet`] on the real digits."""
+    """Train the classifier of [`fit_resnet`] on the real digits."""
     images, labels = digit_images()
     names = [str(label) for label in range(NUM_CLASSES)]
     return fit_resnet(folder, images[..., None], labels, names, num_steps, batch_size, seed)
@@ -69,17 +84,25 @@ def fit_resnet(
     seed: int = 0,
 ) -> ResNetForImageClassification:
     """
-    A small ResNet of transformers' with a feature of 64 numbers, written to `folder` with the settings of an image processor:
-    what guidance calls an off-the-shelf model, and knows nothing of noise.
+    Train a small ResNet of transformers with 64 features on clean images, and save it with its image processor's settings.
+
+    Guidance calls this an off-the-shelf model: it has not been trained on noisy images.
 
     Args:
-        images (`np.ndarray` of shape (N, H, W, C)): uint8, enlarged for it to 32 pixels if they are smaller.
+        folder: Where to save it.
+        images (`np.ndarray` of shape (N, H, W, C)): uint8; enlarged to 32 pixels if they are smaller.
         labels (`np.ndarray` of shape (N,)): Their classes.
-        names (`list[str]`): The classes' names.
+        names (`list[str]`): The names of the classes.
+        num_steps (`int`): Optimizer steps.
+        batch_size (`int`): Images per step.
+        seed (`int`): Of the weights and the batches.
+
+    Returns:
+        The network in eval mode.
     """
     torch.manual_seed(seed)
     pixels = torch.from_numpy(images).float().permute(0, 3, 1, 2) / 127.5 - 1  # (N, C, H, W)
-    labels = torch.from_numpy(labels).long()
+    classes = torch.from_numpy(labels).long()
     channels, size = pixels.shape[1], max(pixels.shape[2], CLASSIFIER_SIZE)
     config = ResNetConfig(
         num_channels=channels,
@@ -98,7 +121,7 @@ def fit_resnet(
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=num_steps)
     for _ in range(num_steps):
         batch = torch.randint(len(pixels), (batch_size,))
-        network(preprocess(pixels[batch]), labels=labels[batch]).loss.backward()
+        network(preprocess(pixels[batch]), labels=classes[batch]).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()

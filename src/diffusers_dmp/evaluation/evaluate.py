@@ -1,4 +1,4 @@
-"""FID and its kin of images that were generated, against real ones:
+"""FID and related metrics of generated images against real images:
 
 python -m diffusers_dmp.evaluation.evaluate --generated outputs/demo/samples/samples.npz --reference outputs/demo/digits \\
   --extractor digits --output outputs/demo/evaluation.json
@@ -23,19 +23,23 @@ from .metrics import GaussianStatistics, frechet_distance, inception_score, kern
 from .npz import NpzImages
 from .sample import SETTINGS_NAME
 
-MAX_NEIGHBOURHOOD = 10_000  # real images that precision and recall look at, as ADM's reference batches have
+MAX_REFERENCE = 10_000  # real images for precision and recall, as many as ADM's reference batches have
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
 class EvaluationArguments:
-    generated: str = option("", "The images to judge: an .npz file, a folder, parquet or a Hub data set.")
-    reference: str = option("", "The real ones, likewise; ADM's reference batches with the statistics that they hold.")
-    reference_split: str = option("train", "Of a data set.")
+    """Arguments of [`evaluate`]."""
+
+    generated: str = option(
+        "", "The generated images: an .npz file, a folder, a parquet file or a data set on the Hub."
+    )
+    reference: str = option("", "The real images, likewise; the statistics in ADM's reference batches are used.")
+    reference_split: str = option("train", "Which split of the reference, if it is a data set.")
     extractor: str = option("", "inception (or its file), digits, or a vision model's folder or Hub id.")
-    output: str = option("evaluation.json", "Where the figures are written, each with its fingerprint.")
-    batch_size: int = option(100, "Images at a time.")
+    output: str = option("evaluation.json", "JSON file for the metrics, each with its fingerprint.")
+    batch_size: int = option(100, "Images per batch.")
 
     def __post_init__(self):
         for name in ("generated", "reference", "extractor"):
@@ -47,37 +51,26 @@ class EvaluationArguments:
 
 def evaluate(args: EvaluationArguments) -> list[dict[str, Any]]:
     """
-    Judge images, and write the figures as a model card takes them over: `metric`, `value`, `dataset` and `settings`.
+    Compute all metrics that the extractor allows, and write them to `args.output`.
+
+    Args:
+        args ([`EvaluationArguments`]): What to compare, and with which extractor.
 
     Returns:
-        FID, sFID and Inception Score where the extractor allows for them, KID, precision and recall.
+        One dictionary per metric with `metric`, `value`, `dataset` and `settings` (the fingerprint), as model cards store them:
+        FID, KID, precision and recall; sFID and Inception Score if the extractor has spatial features and logits.
 
     Raises:
-        ValueError: if the images of the two are of different sizes, or there are too few of them for their features.
+        ValueError: if generated and real images differ in size, or if there are fewer images than features.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     extractor = FeatureExtractor(args.extractor).to(device)
     generated, reference = open_images(args.generated), open_images(args.reference, args.reference_split)
     statistics = _stored_statistics(args.reference) if extractor.is_inception else {}
     size = _check_images(extractor, generated, reference, bool(statistics), device)
-    found, _ = _look_at(extractor, generated, args.batch_size, device)
-    real, real_sha256 = _look_at(extractor, reference, args.batch_size, device)
-
-    metrics = {"FID": _distance(found.pooled, real.pooled, statistics.get("pooled"))}
-    numbers = [len(found.pooled)] if "spatial" in statistics else [len(found.pooled), len(real.pooled)]
-    if found.spatial is not None and min(numbers) <= found.spatial.shape[1]:
-        logger.warning(
-            "Without sFID: it wants more than %d images, as many as there are features by place, but got %d.",
-            found.spatial.shape[1],
-            min(numbers),
-        )
-    elif found.spatial is not None:
-        metrics["sFID"] = _distance(found.spatial, real.spatial, statistics.get("spatial"))
-    if found.logits is not None:
-        metrics["Inception Score"] = inception_score(found.logits)[0]
-    metrics["KID"] = kernel_distance(found.pooled, real.pooled)[0]
-    metrics["precision"], metrics["recall"] = precision_and_recall(found.pooled, _some(real.pooled))
-
+    found, _ = _features_and_hash(extractor, generated, args.batch_size, device)
+    real, real_sha256 = _features_and_hash(extractor, reference, args.batch_size, device)
+    metrics = _compute_metrics(found, real, statistics)
     fingerprint = make_fingerprint(
         extractor.fingerprint,
         {
@@ -99,21 +92,50 @@ def evaluate(args: EvaluationArguments) -> list[dict[str, Any]]:
     return results
 
 
+def _compute_metrics(
+    generated: Features, real: Features, statistics: dict[str, GaussianStatistics]
+) -> dict[str, float]:
+    """Compute the metrics by name; `statistics` by kind of feature replace those of the real images."""
+
+    def distance(generated: torch.Tensor, real: torch.Tensor, stored: GaussianStatistics | None) -> float:
+        return frechet_distance(GaussianStatistics.of(generated), stored or GaussianStatistics.of(real))
+
+    metrics = {"FID": distance(generated.pooled, real.pooled, statistics.get("pooled"))}
+    if generated.spatial is not None and real.spatial is not None:
+        num_features = generated.spatial.shape[1]
+        num_images = len(generated.pooled)
+        if "spatial" not in statistics:
+            num_images = min(num_images, len(real.pooled))
+        if num_images > num_features:
+            metrics["sFID"] = distance(generated.spatial, real.spatial, statistics.get("spatial"))
+        else:
+            logger.warning(
+                "sFID is left out: it needs more than %d images, as many as there are spatial features, but got %d.",
+                num_features,
+                num_images,
+            )
+    if generated.logits is not None:
+        metrics["Inception Score"] = inception_score(generated.logits)[0]
+    metrics["KID"] = kernel_distance(generated.pooled, real.pooled)[0]
+    metrics["precision"], metrics["recall"] = precision_and_recall(generated.pooled, _random_subset(real.pooled))
+    return metrics
+
+
 def _check_images(
     extractor: FeatureExtractor,
-    generated: "NpzImages | DatasetImages",
-    reference: "NpzImages | DatasetImages",
+    generated: NpzImages | DatasetImages,
+    reference: NpzImages | DatasetImages,
     has_statistics: bool,
     device: torch.device,
 ) -> list[int]:
     """
-    By the first of them, before all are looked at.
+    Check sizes and numbers with the first image of each, before features of all images are computed.
 
     Returns:
         Height and width.
 
     Raises:
-        ValueError: if the two are of different sizes, or too few for a covariance.
+        ValueError: if the sizes differ, or if there are too few images for a covariance.
     """
     (first,), (real,) = next(generated.batches(1)), next(reference.batches(1))
     if first.shape != real.shape:
@@ -124,16 +146,16 @@ def _check_images(
     for images, name in [(generated, "generated")] + [(reference, "reference")] * (not has_statistics):
         if len(images) <= dim:
             raise ValueError(
-                f"Expected more than {dim} {name} images, as many as the extractor has features, for a covariance that can "
-                f"be trusted, but got {len(images)}."
+                f"Expected more than {dim} {name} images, as many as the extractor has features, so that their covariance is "
+                f"reliable, but got {len(images)}."
             )
     return list(first.shape[:2])
 
 
-def _look_at(
-    extractor: FeatureExtractor, images: "NpzImages | DatasetImages", batch_size: int, device: torch.device
+def _features_and_hash(
+    extractor: FeatureExtractor, images: NpzImages | DatasetImages, batch_size: int, device: torch.device
 ) -> tuple[Features, str]:
-    """Features, and a hash of the pixels, however they are packed."""
+    """Compute the features, and a hash of the pixels, which does not depend on the file format."""
     digest = hashlib.sha256()
 
     def batches() -> Iterator[np.ndarray]:
@@ -144,18 +166,15 @@ def _look_at(
     return extract_features(extractor, batches(), device), digest.hexdigest()
 
 
-def _some(features: torch.Tensor) -> torch.Tensor:
-    """As many as precision and recall look at, of all: data sets are often sorted by class."""
-    if len(features) <= MAX_NEIGHBOURHOOD:
+def _random_subset(features: torch.Tensor) -> torch.Tensor:
+    """Choose at most `MAX_REFERENCE` rows, always the same; at random, because data sets are often sorted by class."""
+    if len(features) <= MAX_REFERENCE:
         return features
-    return features[torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:MAX_NEIGHBOURHOOD]]
-
-
-def _distance(generated: torch.Tensor, real: torch.Tensor, stored: GaussianStatistics | None) -> float:
-    return frechet_distance(GaussianStatistics.of(generated), stored or GaussianStatistics.of(real))
+    return features[torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:MAX_REFERENCE]]
 
 
 def _statistics_sha256(statistics: dict[str, GaussianStatistics]) -> str | None:
+    """Hash stored statistics; None if there are none."""
     digest = hashlib.sha256()
     for kind, stored in sorted(statistics.items()):
         digest.update(kind.encode())
@@ -165,7 +184,7 @@ def _statistics_sha256(statistics: dict[str, GaussianStatistics]) -> str | None:
 
 
 def _stored_statistics(reference: str) -> dict[str, GaussianStatistics]:
-    """Of the whole data set, which ADM's reference batches keep beside some of its images."""
+    """Read the statistics of the whole data set, which ADM's reference batches store beside some of its images."""
     if not reference.endswith(".npz"):
         return {}
     with np.load(reference) as file:

@@ -1,4 +1,4 @@
-"""What a figure depends on, kept with it, so that only like is compared with like."""
+"""The fingerprint of a metric: everything that its value depends on. Only values with matching fingerprints are compared."""
 
 import json
 import platform
@@ -11,7 +11,7 @@ import transformers
 
 from ..saving.version import __version__
 
-# Figures compare only if these agree.
+# Metrics may be compared only if these entries are equal.
 DECISIVE = (
     "extractor_sha256",
     "reference_sha256",
@@ -34,11 +34,16 @@ def make_fingerprint(
     extractor: dict[str, str], reference: dict[str, Any], images: dict[str, Any], sampling: dict[str, Any]
 ) -> dict[str, Any]:
     """
-    All of it in one dictionary.
+    Make the fingerprint, one dictionary that JSON can store.
 
     Args:
-        extractor, reference, images (`dict`): What [`evaluate`] knows of each.
-        sampling (`dict`): What `sampling.json` beside the images holds; empty for images of unknown origin.
+        extractor (`dict`): Name and hash of the feature extractor.
+        reference (`dict`): Name, hash and number of the real images.
+        images (`dict`): Number and size of the generated images.
+        sampling (`dict`): The content of `sampling.json` beside the images; empty if there is no such file.
+
+    Returns:
+        All of it and the versions of the libraries.
     """
     versions = {
         "diffusers_dmp": __version__,
@@ -52,12 +57,14 @@ def make_fingerprint(
 
 def expect_comparable(first: dict[str, Any], second: dict[str, Any], may_differ: "tuple[str, ...]" = ()) -> None:
     """
+    Check that two metrics were measured in the same way.
+
     Args:
-        first, second (`dict`): Fingerprints.
-        may_differ (of `str`): What is compared, a guidance scale say.
+        first, second (`dict`): Their fingerprints.
+        may_differ (of `str`): Entries that may differ, for example the guidance scale if that is what is compared.
 
     Raises:
-        ValueError: if they disagree in something that matters; all of that is listed.
+        ValueError: if other decisive entries differ; the error lists them all.
     """
     differences = [
         f"{name} ({first.get(name)!r} and {second.get(name)!r})"
@@ -69,6 +76,6 @@ def expect_comparable(first: dict[str, Any], second: dict[str, Any], may_differ:
 
 
 def read_settings(folder: Path, name: str) -> dict[str, Any]:
-    """What a record beside the images says; nothing if there is none."""
+    """Read the JSON file `name` in `folder`; an empty dictionary if there is no such file."""
     path = folder / name
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

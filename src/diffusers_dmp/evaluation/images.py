@@ -1,4 +1,4 @@
-"""Images from wherever they are, as uint8 arrays in batches.
+"""Read images from a file, a folder or the Hub as uint8 arrays, in batches.
 
 Legend: N images, H and W height and width, C channels.
 """
@@ -16,14 +16,14 @@ from .npz import NpzImages
 
 class DatasetImages:
     """
-    The images of a data set, of one size.
+    The images of a data set.
 
     Args:
-        source (`str`): See [`load_images`].
-        split (`str`): Which part of it.
+        source (`str`): A folder, a parquet file or a Hub id; see [`load_images`].
+        split (`str`): Which split of the data set.
 
     Raises:
-        ValueError: if there are no images in it.
+        ValueError: if the data set has no column `image`.
     """
 
     def __init__(self, source: str, split: str = "train"):
@@ -37,10 +37,13 @@ class DatasetImages:
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
         """
-        Of the shape (n, H, W, 3), in order; grey images in three equal channels.
+        Yield the images in order, as uint8 arrays of shape (n, H, W, 3); grey images get three equal channels.
+
+        Args:
+            batch_size (`int`): n, except in the last batch.
 
         Raises:
-            ValueError: if their sizes differ, or they are of more than 8 bits, or see-through.
+            ValueError: if the sizes differ, or if an image has more than 8 bits per channel or is transparent.
         """
         size = None
         for batch in self.dataset.iter(batch_size):
@@ -55,25 +58,28 @@ class DatasetImages:
             yield np.stack([np.asarray(image) for image in images])
 
     def _as_rgb(self, image: PIL.Image.Image) -> PIL.Image.Image:
-        """What the figures look at: converting other kinds would change what is seen."""
+        """Convert to RGB; refuse images that the conversion would change."""
         is_opaque = not image.has_transparency_data or image.convert("RGBA").getextrema()[-1] == (255, 255)
         if image.mode.startswith(("I", "F")) or not is_opaque:
-            kind = f"of mode {image.mode}" if is_opaque else "that one can see through"
+            kind = f"of mode {image.mode}" if is_opaque else "with transparency"
             raise ValueError(f"Expected the images of {self.source!r} to be opaque and of 8 bits, but got one {kind}.")
         return image.convert("RGB")
 
 
 def open_images(source: "str | os.PathLike", split: str = "train") -> "NpzImages | DatasetImages":
     """
-    Images to look at: `len` of them, and `batches(batch_size)`.
+    Open images of any supported source.
 
     Args:
-        source: An `.npz` file (see [`NpzImages`]), or what [`load_images`] takes: a folder of images or of parquet files, one
-            such file, or a data set's id on the Hub.
-        split (`str`): Of a data set.
+        source: An `.npz` file (see [`NpzImages`]), or what [`load_images`] accepts: a folder of images or of parquet files, one
+            parquet file, or the id of a data set on the Hub.
+        split (`str`): Which split of a data set.
+
+    Returns:
+        An object with `len(images)` and `images.batches(batch_size)`.
 
     Raises:
-        ValueError: if it is none of that.
+        ValueError: if there are no images at `source`.
     """
     if str(source).endswith(".npz"):
         if not Path(source).is_file():

@@ -1,4 +1,4 @@
-"""How far generated images are from real ones, by the features that a network sees in them.
+"""Metrics of generated images against real images, computed from features of a vision network.
 
 FID: https://arxiv.org/abs/1706.08500, KID: https://arxiv.org/abs/1801.01401, Inception Score: https://arxiv.org/abs/1606.03498,
 improved precision and recall: https://arxiv.org/abs/1904.06991.
@@ -14,15 +14,15 @@ from torch import nn
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-BLOCK = 4096  # rows of features that are in float64 at a time
-DISTANCES = 2**25  # that are held at a time
+BLOCK = 4096  # rows of features that are converted to float64 at a time
+DISTANCES = 2**25  # how many distances are in memory at a time
 NEIGHBOURS = 3  # k of precision and recall
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
-SPLITS = 10  # of the Inception Score
+SPLITS = 10  # parts of the images for the Inception Score
 
 
-class _AsTheyAre(nn.Module):
-    """What torchmetrics is given for a network, where features are there already."""
+class IdentityFeatures(nn.Module):
+    """Return features unchanged: torchmetrics asks for a network, but the features are computed before."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -35,14 +35,15 @@ class _AsTheyAre(nn.Module):
 @dataclass(frozen=True)
 class GaussianStatistics:
     """
-    Mean and covariance of features, all that FID looks at.
+    Mean and covariance of features, from which FID is computed.
 
     Args:
-        mean (`torch.Tensor` of shape (D,)), covariance (`torch.Tensor` of shape (D, D)): In float64; the covariance is over N - 1.
-        count (`int`, *optional*): N; None for statistics that do not say.
+        mean (`torch.Tensor` of shape (D,)): In float64.
+        covariance (`torch.Tensor` of shape (D, D)): In float64, divided by N - 1.
+        count (`int`, *optional*): N, the number of images, or None if it is unknown.
 
     Raises:
-        ValueError: if the shapes are others, or the numbers not finite.
+        ValueError: if the shapes do not match or numbers are not finite.
     """
 
     mean: torch.Tensor
@@ -62,10 +63,13 @@ class GaussianStatistics:
     @classmethod
     def of(cls, features: torch.Tensor) -> "GaussianStatistics":
         """
-        Of features (N, D).
+        Compute the statistics of features.
+
+        Args:
+            features (`torch.Tensor` of shape (N, D)): At least two rows.
 
         Raises:
-            ValueError: see [`check_features`]; or if there are fewer than two.
+            ValueError: see [`check_features`]; or if there is only one row.
         """
         check_features(features, "features")
         if len(features) < 2:
@@ -80,13 +84,16 @@ class GaussianStatistics:
 
 def frechet_distance(generated: GaussianStatistics, real: GaussianStatistics) -> float:
     """
-    FID = ‖μ - μ'‖² + tr(Σ + Σ' - 2·(Σ·Σ')^½), in float64.
+    Compute FID = ‖μ - μ'‖² + tr(Σ + Σ' - 2·(Σ·Σ')^½), in float64.
+
+    Args:
+        generated, real ([`GaussianStatistics`]): Of the same number of features.
 
     Raises:
-        ValueError: if they are of different numbers of features.
+        ValueError: if their numbers of features differ.
     """
     _check_same_features(len(generated.mean), len(real.mean))
-    # tr (Σ·Σ')^½ is the sum of the roots of the eigenvalues of Σ·Σ', which are real and not negative but for rounding
+    # tr (Σ·Σ')^½ is the sum of the roots of the eigenvalues of Σ·Σ', which are real and, up to rounding, not negative
     eigenvalues = torch.linalg.eigvals(generated.covariance @ real.covariance).real.clamp(min=0)
     traces = generated.covariance.trace() + real.covariance.trace() - 2 * eigenvalues.sqrt().sum()
     return float((generated.mean - real.mean).square().sum() + traces)
@@ -94,14 +101,17 @@ def frechet_distance(generated: GaussianStatistics, real: GaussianStatistics) ->
 
 def kernel_distance(generated: torch.Tensor, real: torch.Tensor, seed: int = 0) -> tuple[float, float]:
     """
-    KID: the squared maximum mean discrepancy under the kernel (x·y/D + 1)³, unbiased, of random subsets.
+    Compute KID, the unbiased squared maximum mean discrepancy under the kernel (x·y/D + 1)³, over random subsets.
 
     Args:
         generated, real (`torch.Tensor` of shape (N, D) and (N', D)): Features.
-        seed (`int`): Of the subsets.
+        seed (`int`): Seed of the random subsets; the global random state is not changed.
 
     Returns:
-        Mean and standard deviation over 100 subsets of 1,000 images, or of all where there are fewer.
+        Mean and standard deviation over 100 subsets of 1,000 images, or of all images if there are fewer.
+
+    Raises:
+        ValueError: see [`check_features`]; or if there are fewer than two images or the numbers of features differ.
     """
     for name, features in (("generated", generated), ("real", real)):
         check_features(features, name)
@@ -109,11 +119,13 @@ def kernel_distance(generated: torch.Tensor, real: torch.Tensor, seed: int = 0) 
             raise ValueError(f"Expected at least 2 {name} images to compare, but got {len(features)}.")
     _check_same_features(generated.shape[1], real.shape[1])
     subset_size = min(KID_SUBSET_SIZE, len(generated), len(real))
-    with warnings.catch_warnings(action="ignore"):  # that it keeps all features, which are there anyway
-        metric = KernelInceptionDistance(_AsTheyAre(real.shape[1]), subsets=KID_SUBSETS, subset_size=subset_size)
+    with warnings.catch_warnings(
+        action="ignore"
+    ):  # torchmetrics warns that it stores all features, which are in memory anyway
+        metric = KernelInceptionDistance(IdentityFeatures(real.shape[1]), subsets=KID_SUBSETS, subset_size=subset_size)
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
-    with torch.random.fork_rng(devices=[]):  # torchmetrics draws from the global generator
+    with torch.random.fork_rng(devices=[]):  # torchmetrics uses the global random generator
         torch.manual_seed(seed)
         mean, std = metric.compute()
     return float(mean), float(std)
@@ -121,22 +133,22 @@ def kernel_distance(generated: torch.Tensor, real: torch.Tensor, seed: int = 0) 
 
 def inception_score(logits: torch.Tensor) -> tuple[float, float]:
     """
-    exp(E[KL(p(y|x) ‖ p(y))]).
+    Compute the Inception Score, exp(E[KL(p(y|x) ‖ p(y))]).
 
     Args:
-        logits (`torch.Tensor` of shape (N, K)): A classifier's, of generated images.
+        logits (`torch.Tensor` of shape (N, K)): A classifier's output for generated images.
 
     Returns:
-        Mean and standard deviation over ten splits of the images, which are shuffled first.
+        Mean and standard deviation over ten splits of the shuffled images.
 
     Raises:
-        ValueError: if there are fewer images than splits.
+        ValueError: see [`check_features`]; or if there are fewer images than splits.
     """
     check_features(logits, "logits")
     if len(logits) < SPLITS:
         raise ValueError(f"Expected at least {SPLITS} images, one for each split, but got {len(logits)}.")
-    with warnings.catch_warnings(action="ignore"):  # likewise
-        metric = InceptionScore(_AsTheyAre(logits.shape[1]), splits=SPLITS)
+    with warnings.catch_warnings(action="ignore"):  # the same warning as for KID
+        metric = InceptionScore(IdentityFeatures(logits.shape[1]), splits=SPLITS)
     metric.update(logits.double())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -146,14 +158,19 @@ def inception_score(logits: torch.Tensor) -> tuple[float, float]:
 
 def precision_and_recall(generated: torch.Tensor, real: torch.Tensor) -> tuple[float, float]:
     """
-    Precision: the share of generated images that lie among the real ones, within some real image's distance to its third
-    nearest real neighbour. Recall: the share of real images that lie among the generated ones.
+    Compute improved precision and recall with k = 3 neighbours.
+
+    Around each real image lies a ball whose radius is the distance to its third nearest real neighbour. Precision is the share
+    of generated images that lie in at least one of these balls. Recall is the same with real and generated images exchanged.
 
     Args:
         generated, real (`torch.Tensor` of shape (N, D) and (N', D)): Features.
 
+    Returns:
+        Precision and recall.
+
     Raises:
-        ValueError: if there are too few images to have neighbours.
+        ValueError: see [`check_features`]; or if there are not more than three images or the numbers of features differ.
     """
     for name, features in (("generated", generated), ("real", real)):
         check_features(features, name)
@@ -167,18 +184,19 @@ def precision_and_recall(generated: torch.Tensor, real: torch.Tensor) -> tuple[f
 
 
 def _share_within(queries: torch.Tensor, support: torch.Tensor) -> float:
-    """The share of queries that are no farther from one of the support than that is from its k-th nearest neighbour."""
+    """Return the share of queries that lie within at least one support point's distance to its k-th nearest neighbour."""
     norms = support.square().sum(1)
     block = max(1, DISTANCES // len(support))
-    # the nearest of all is the image itself
-    radii = [_squared_distances(rows, support, norms).kthvalue(NEIGHBOURS + 1).values for rows in support.split(block)]
-    radii = torch.cat(radii)
+    # k + 1, because the nearest neighbour of an image is the image itself
+    radii = torch.cat(
+        [_squared_distances(rows, support, norms).kthvalue(NEIGHBOURS + 1).values for rows in support.split(block)]
+    )
     within = [(_squared_distances(rows, support, norms) <= radii).any(1) for rows in queries.split(block)]
     return float(torch.cat(within).double().mean())
 
 
 def _squared_distances(rows: torch.Tensor, columns: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-    """‖x - y‖² = ‖x‖² + ‖y‖² - 2·x·y, (n, D) and (m, D) → (n, m); `norms` (m,) are ‖y‖². A difference of this kind wants float64."""
+    """‖x - y‖² = ‖x‖² + ‖y‖² - 2·x·y: (n, D), (m, D) → (n, m). `norms` (m,) are ‖y‖². Needs float64 against cancellation."""
     return torch.addmm(rows.square().sum(1, keepdim=True) + norms, rows, columns.T, alpha=-2).clamp_(min=0)
 
 
@@ -191,8 +209,14 @@ def _check_same_features(generated: int, real: int) -> None:
 
 def check_features(features: torch.Tensor, name: str) -> None:
     """
+    Check features before a metric is computed from them.
+
+    Args:
+        features (`torch.Tensor` of shape (N, D)): The features or logits.
+        name (`str`): What the error calls them.
+
     Raises:
-        ValueError: if features are not (N, D), not finite, or all images have the same.
+        ValueError: if the shape is not (N, D), if numbers are not finite, or if all images have the same features.
     """
     if features.ndim != 2 or not features.numel():
         raise ValueError(f"Expected `{name}` to have the shape (N, D), but got {tuple(features.shape)}.")

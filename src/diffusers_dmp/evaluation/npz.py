@@ -1,6 +1,7 @@
-"""Batches of images as ADM's evaluation has them: an `.npz` with uint8 images (N, H, W, 3) in `arr_0` and labels (N,) in `arr_1`.
+"""Read and write ADM's sample batches: an `.npz` with uint8 images (N, H, W, 3) in `arr_0` and labels (N,) in `arr_1`.
+https://github.com/openai/guided-diffusion/tree/main/evaluations
 
-They are read and written piece by piece: 50,000 images of 256 x 256 pixels are 10 GB.
+One batch is in memory at a time: 50,000 images of 256 x 256 pixels are 10 GB.
 """
 
 import os
@@ -20,16 +21,16 @@ def write_npz(
     path: "str | os.PathLike", batches: Iterable[np.ndarray], shape: tuple[int, ...], labels: np.ndarray | None = None
 ) -> None:
     """
-    Write the file, whole or not at all.
+    Write an `.npz` file. If an error interrupts the writing, no file is left under its name.
 
     Args:
-        path: Its name.
-        batches (of `np.ndarray` of shape (n, H, W, C)): uint8; one is held at a time.
-        shape: (N, H, W, C) of all.
+        path: The file's name.
+        batches (of `np.ndarray` of shape (n, H, W, C)): uint8.
+        shape: (N, H, W, C) of all images together.
         labels (`np.ndarray` of shape (N,), *optional*): int64.
 
     Raises:
-        ValueError: if the batches are others than `shape` says.
+        ValueError: if the batches do not match `shape`.
     """
     with (
         written_whole(path) as unfinished,
@@ -55,13 +56,13 @@ def write_npz(
 
 class NpzImages:
     """
-    The images of such a file.
+    The images of an `.npz` file.
 
     Args:
-        path: Its name.
+        path: The file's name.
 
     Raises:
-        ValueError: if it is none, was not written to its end, or its images are not uint8 of the shape (N, H, W, 3 or 1).
+        ValueError: if the file is not an `.npz` file or is incomplete, or if its images are not uint8 (N, H, W, 3 or 1).
     """
 
     def __init__(self, path: "str | os.PathLike"):
@@ -88,13 +89,16 @@ class NpzImages:
 
     @property
     def labels(self) -> np.ndarray | None:
-        """Of the shape (N,); None where the file has none."""
+        """The labels (N,); None if the file has none."""
         with np.load(self.path) as file:
             return file[LABELS] if LABELS in file.files else None
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
         """
-        Of the shape (n, H, W, 3), in order; grey images in three equal channels.
+        Yield the images in order, as uint8 arrays of shape (n, H, W, 3); grey images get three equal channels.
+
+        Args:
+            batch_size (`int`): n, except in the last batch.
 
         Raises:
             ValueError: if the file is damaged.
@@ -117,7 +121,7 @@ class NpzImages:
 
 
 def _entry(archive: zipfile.ZipFile, name: str):
-    # as NumPy names it, with the same date whenever it is written, so that equal images make equal files
+    # the name that NumPy uses, and always the same date, so that equal images make equal files
     return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
 
 

@@ -1,4 +1,4 @@
-"""Many images of a pipeline, as evaluations want them:
+"""Sample many images with a pipeline, for evaluation:
 
 accelerate launch -m diffusers_dmp.evaluation.sample --pipeline outputs/demo/pipeline --num_samples 50000 --output_dir outputs/demo/samples
 """
@@ -30,12 +30,14 @@ SHARDS, PNG_FOLDER = "shards", "png"
 
 @dataclass(kw_only=True)
 class SamplingArguments(SeededSamplingArguments):
-    output_dir: str = option("outputs/samples", f"Where {NPZ_NAME} is written, and what it is put together of.")
-    num_samples: int = option(50_000, "How many.")
+    """Arguments of [`sample_images`]."""
+
+    output_dir: str = option("outputs/samples", f"Folder for {NPZ_NAME} and the shards that it is made of.")
+    num_samples: int = option(50_000, "How many images.")
     num_inference_steps: int = option(250, "Denoising steps.")
-    guidance_scale: float | None = option(None, "Of classifier-free guidance; the pipeline's own by default.")
-    guidance_channels: int | None = option(None, "How many channels it guides; all by default.")
-    tf32: bool = option(False, "Let float32 products be computed in TF32, on a GPU that has it.")
+    guidance_scale: float | None = option(None, "Scale of classifier-free guidance; by default the pipeline's own.")
+    guidance_channels: int | None = option(None, "How many channels are guided; all by default.")
+    tf32: bool = option(False, "Allow TF32 in float32 products, on a GPU that has it.")
     png: bool = option(False, f"Write {PNG_FOLDER}/<index>.png as well.")
 
     number_field: ClassVar[str] = "num_samples"
@@ -43,15 +45,19 @@ class SamplingArguments(SeededSamplingArguments):
 
 def sample_images(args: SamplingArguments) -> Path | None:
     """
-    Write `samples.npz` as ADM has it: `arr_0` uint8 (N, H, W, 3), and for a pipeline of classes `arr_1`, each image's, in turn.
+    Write `samples.npz` in ADM's format: `arr_0` uint8 (N, H, W, 3), and if the pipeline has classes, `arr_1` with the labels.
 
-    An image is decided by seed and index alone. What a killed run has finished is kept, and the next one goes on.
+    Image i has the class i modulo the number of classes, and its random numbers depend on the seed and on i alone. The images of
+    an interrupted run are reused: the next run continues.
+
+    Args:
+        args ([`SamplingArguments`]): What to sample.
 
     Returns:
-        The file, on the main process.
+        The path of the file on the main process, None on the others.
 
     Raises:
-        ValueError: if `output_dir` holds images that were drawn otherwise.
+        ValueError: if `output_dir` contains images that were sampled with other settings.
     """
     accelerator = make_shard_accelerator()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
@@ -63,38 +69,49 @@ def sample_images(args: SamplingArguments) -> Path | None:
         remember_settings(folder / SETTINGS_NAME, sampling_settings(args, pipeline, Path(source)), "images")
         (folder / SHARDS).mkdir(exist_ok=True)
     num_classes = getattr(pipeline, "num_classes", None)
-    num_classes = None if num_classes == 1 else num_classes  # a DiT trained without labels
-    arguments = {"num_inference_steps": args.num_inference_steps}
-    for name in ("guidance_scale", "guidance_channels"):
-        if getattr(args, name) is not None:
-            arguments[name] = getattr(args, name)
-
-    def label(index: int) -> int:
-        return index % num_classes
+    num_classes = None if num_classes == 1 else num_classes  # 1 for a DiT that was trained without labels
 
     def make_shard(rows: range, progress: tqdm) -> datasets.Dataset:
-        columns, features = {"image": []}, {"image": datasets.Image()}
-        for start in range(0, len(rows), args.batch_size):
-            indices = rows[start : start + args.batch_size]
-            own = {"batch_size": len(indices)} if num_classes is None else {"class_labels": [*map(label, indices)]}
-            columns["image"] += sample_seeded(pipeline, args.seed, indices, **arguments, **own)
-            progress.update(len(indices))
-        if num_classes is not None:
-            columns["label"], features["label"] = [*map(label, rows)], datasets.Value("int64")
-        return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+        return _sample_shard(pipeline, args, rows, num_classes, progress)
 
     write_shards(accelerator, folder / SHARDS, args.num_samples, args.shard_size, make_shard, "Sampling")
     accelerator.wait_for_everyone()
-    path = None
-    if accelerator.is_main_process:
-        labels = None if num_classes is None else np.array([*map(label, range(args.num_samples))])
-        path = _put_together(folder, args, labels)
+    path = _join_shards(folder, args, num_classes) if accelerator.is_main_process else None
     accelerator.end_training()
     return path
 
 
-def _put_together(folder: Path, args: SamplingArguments, labels: np.ndarray | None) -> Path:
-    """One batch in memory at a time."""
+def _labels(indices: range, num_classes: int) -> list[int]:
+    """Return the classes of images: each class in turn."""
+    return [index % num_classes for index in indices]
+
+
+def _sample_shard(
+    pipeline: DiffusionPipeline, args: SamplingArguments, rows: range, num_classes: int | None, progress: tqdm
+) -> datasets.Dataset:
+    """Sample the images with the indices `rows`, batch by batch."""
+    arguments: dict[str, Any] = {"num_inference_steps": args.num_inference_steps}
+    for name in ("guidance_scale", "guidance_channels"):
+        if getattr(args, name) is not None:
+            arguments[name] = getattr(args, name)
+    columns: dict[str, list] = {"image": []}
+    features = {"image": datasets.Image()}
+    for start in range(0, len(rows), args.batch_size):
+        indices = rows[start : start + args.batch_size]
+        if num_classes is None:
+            arguments["batch_size"] = len(indices)
+        else:
+            arguments["class_labels"] = _labels(indices, num_classes)
+        columns["image"] += sample_seeded(pipeline, args.seed, indices, **arguments)
+        progress.update(len(indices))
+    if num_classes is not None:
+        columns["label"], features["label"] = _labels(rows, num_classes), datasets.Value("int64")
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def _join_shards(folder: Path, args: SamplingArguments, num_classes: int | None) -> Path:
+    """Write one `.npz` file from all shards, with one batch in memory at a time."""
+    labels = None if num_classes is None else np.array(_labels(range(args.num_samples), num_classes))
     images = DatasetImages(str(folder / SHARDS))
     first = next(images.batches(1))
     path = folder / NPZ_NAME
@@ -108,12 +125,15 @@ def _put_together(folder: Path, args: SamplingArguments, labels: np.ndarray | No
 
 def sampling_settings(args: SamplingArguments, pipeline: DiffusionPipeline, folder: Path) -> dict[str, Any]:
     """
-    What decides the images, and so not how many are drawn at a time; defaults by what they come to.
+    Collect all settings that the images depend on. Where an argument is not given, it is replaced by the default's value.
 
     Args:
-        args ([`SamplingArguments`]): What was asked for.
+        args ([`SamplingArguments`]): The arguments.
         pipeline: As [`load_sampling_pipeline`] returned it.
-        folder (`Path`): What it was loaded from.
+        folder (`Path`): The folder that it was loaded from.
+
+    Returns:
+        A dictionary that JSON can store. The batch size is not part of it: it changes images by rounding only.
     """
     free = ("output_dir", "batch_size", "png")
     settings = {name: value for name, value in vars(args).items() if name not in free}
@@ -122,17 +142,16 @@ def sampling_settings(args: SamplingArguments, pipeline: DiffusionPipeline, fold
     settings["scheduler"] = f"{type(scheduler).__name__}, {config.get('timestep_spacing')}"
     settings["scheduler_sha256"] = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
     settings["vae_sha256"] = None if vae is None else network_sha256(vae)
-    settings["device"] = pipeline.device.type  # whose random numbers they are
+    settings["device"] = pipeline.device.type  # CPUs and GPUs have different random numbers
     if args.guidance_scale is None:
         default = getattr(inspect.signature(pipeline.__call__).parameters.get("guidance_scale"), "default", None)
-        settings["guidance_scale"] = (
-            pipeline.config.get("guidance_scales") or default
-        )  # an `SNRSplitPipeline`'s are its own
-    return settings | {"pipeline_sha256": _sha256(folder)}
+        # an `SNRSplitPipeline` has a scale for each denoiser in its config
+        settings["guidance_scale"] = pipeline.config.get("guidance_scales") or default
+    return settings | {"pipeline_sha256": _folder_sha256(folder)}
 
 
-def _sha256(folder: Path) -> str:
-    """Of weights and configurations: another model may have come to lie in the same place."""
+def _folder_sha256(folder: Path) -> str:
+    """Hash weights and configurations, to notice when another model is saved in the same folder."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors")):
         digest.update(path.relative_to(folder).as_posix().encode())

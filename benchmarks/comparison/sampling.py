@@ -1,0 +1,145 @@
+"""The images of a run: sampled by its pipeline, as many as are held out of the data set.
+
+Legend: N images, H and W height and width.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline
+
+from diffusers_dmp import ClassTarget, GuidanceExperts, GuidedScheduler
+from diffusers_dmp.evaluation.digits import NUM_CLASSES
+from diffusers_dmp.evaluation.images import DatasetImages
+from diffusers_dmp.evaluation.npz import write_npz
+from diffusers_dmp.evaluation.sample import (
+    NPZ_NAME,
+    SETTINGS_NAME,
+    SamplingArguments,
+    sample_images,
+    sampling_settings,
+)
+from diffusers_dmp.training.data.seeded_sampling import load_sampling_pipeline, sample_seeded
+from diffusers_dmp.training.data.shards import remember_settings
+
+from .data import GUIDE, HELD_OUT
+from .plan import TRAINED, Plan, Run
+
+BATCH_SIZE = 100
+RECORD = "sampled.json"  # beside the images: how long they took
+
+
+def sample(plan: Plan, run: Run, source: Path, folder: Path) -> tuple[Path, float]:
+    """
+    Sample as many images as are held out, unless they are in `folder`.
+
+    Args:
+        plan ([`Plan`]), run ([`Run`]): What is sampled.
+        source (`Path`): The folder of the pipeline.
+        folder (`Path`): Where the images are written.
+
+    Returns:
+        The `.npz` file, and how many milliseconds an image took.
+    """
+    path, record = folder / NPZ_NAME, folder / RECORD
+    if record.exists():
+        return path, json.loads(record.read_text())["milliseconds_per_image"]
+    arguments = SamplingArguments(
+        pipeline=str(source),
+        output_dir=str(folder),
+        num_samples=len(DatasetImages(str(plan.data_folder(run.data) / HELD_OUT))),
+        num_inference_steps=plan.num_inference_steps,
+        guidance_scale=1.0,
+        batch_size=BATCH_SIZE,
+        seed=run.seed,
+        scheduler=run.scheduler,
+    )
+    started = time.perf_counter()
+    if run.guide:
+        _sample_guided(plan, run, arguments, path)
+    else:
+        sample_images(arguments)
+    milliseconds = round(1000 * (time.perf_counter() - started) / arguments.num_samples, 2)
+    record.write_text(json.dumps({"milliseconds_per_image": milliseconds}) + "\n")
+    return path, milliseconds
+
+
+def _sample_guided(plan: Plan, run: Run, arguments: SamplingArguments, path: Path) -> None:
+    """Sample with a classifier's guidance towards each class in turn, otherwise as [`sample_images`] does."""
+    number = arguments.num_samples
+    labels = [index % NUM_CLASSES for index in range(number)]
+    pipeline, experts = load_sampling_pipeline(arguments.pipeline, arguments, _device()), _experts(plan, run)
+    settings = sampling_settings(arguments, pipeline, Path(arguments.pipeline))
+    remember_settings(path.parent / SETTINGS_NAME, settings | {"guidance_scale": plan.guidance_scale}, "images")
+    scheduler = pipeline.scheduler
+
+    def batches() -> Iterator[np.ndarray]:
+        for start in range(0, number, BATCH_SIZE):
+            own = labels[start : start + BATCH_SIZE]
+            pipeline.scheduler = GuidedScheduler(scheduler, experts, ClassTarget(own), plan.guidance_scale)
+            images = call(plan, run, pipeline, own, start)
+            yield np.stack([np.asarray(image.convert("RGB")) for image in images])
+
+    size = pipeline.denoisers[0].config.sample_size
+    write_npz(path, batches(), (number, size, size, 3), np.array(labels))
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _experts(plan: Plan, run: Run) -> GuidanceExperts:
+    """Load the experts that the run has trained, or the untrained classifier as one expert for all noise levels."""
+    if run.guide == TRAINED:
+        return GuidanceExperts.from_pretrained(plan.folder(run) / "experts")
+    return GuidanceExperts.from_base(str(plan.data_folder(run.data) / GUIDE), method="finetune", num_experts=1)
+
+
+def load_pipeline(plan: Plan, run: Run, source: Path, labels: list[int]) -> DiffusionPipeline:
+    """
+    Load a run's pipeline, with its guidance if it has one.
+
+    Args:
+        plan ([`Plan`]), run ([`Run`]): What is loaded.
+        source (`Path`): The folder of the pipeline.
+        labels (`list[int]`): The classes that a classifier guides the images to.
+    """
+    settings = SamplingArguments(pipeline=str(source), scheduler=run.scheduler)
+    pipeline = load_sampling_pipeline(settings.pipeline, settings, _device())
+    if run.guide:
+        target = ClassTarget(labels)
+        pipeline.scheduler = GuidedScheduler(pipeline.scheduler, _experts(plan, run), target, plan.guidance_scale)
+    return pipeline
+
+
+def call(
+    plan: Plan, run: Run, pipeline: DiffusionPipeline, labels: list[int], first: int = 0
+) -> list[PIL.Image.Image]:
+    """
+    Sample one batch.
+
+    Args:
+        plan ([`Plan`]), run ([`Run`]): What is sampled.
+        pipeline: As [`load_pipeline`] returned it.
+        labels (`list[int]`): The images' classes, which a pipeline without classes ignores.
+        first (`int`): Index of the first image, which decides its random numbers together with the run's seed.
+    """
+    conditional = (pipeline.num_classes or 1) > 1
+    own = {"class_labels": labels, "guidance_scale": 1.0} if conditional else {"batch_size": len(labels)}
+    indices = range(first, first + len(labels))
+    return sample_seeded(pipeline, run.seed, indices, num_inference_steps=plan.num_inference_steps, **own)
+
+
+def num_parameters(pipeline: DiffusionPipeline) -> int:
+    """Count the parameters of everything that samples: denoisers, prompts and guidance."""
+    parts = [
+        *pipeline.denoisers,
+        getattr(pipeline, "prompt_patch", None),
+        getattr(pipeline.scheduler, "experts", None),
+    ]
+    return sum(parameter.numel() for part in parts if part is not None for parameter in part.parameters())

@@ -1,0 +1,118 @@
+"""What a CUDA GPU computes, compared with the CPU: `make test-gpu` runs these tests, and nothing else shows the suite a GPU."""
+
+import shutil
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import TINY_CONFIG, randomised
+from diffusers import DDIMScheduler
+from networks import PLAIN, make_resnet
+from runs import train_here, weights
+from torch import nn
+
+from diffusers_dmp import (
+    ClassConditionalPipeline,
+    ClassTarget,
+    DiTModel,
+    DTRTransformer2DModel,
+    GuidanceExperts,
+    GuidedScheduler,
+    PatchedUNet2DModel,
+    PromptPatch,
+    RemixDiTModel,
+    SNRSplitPipeline,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and `make test-gpu`, which shows it"),
+]
+
+GPU = "cuda"
+# A CPU and a GPU add up in another order. Sums of a few hundred float32 products of size 1 differ by some 1e-6, which a few
+# layers or sampling steps can multiply by ten; TF32, which these tests switch off, would make it 1e-3.
+TOLERANCE = {"atol": 1e-4, "rtol": 1e-3}
+UNET = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "model_channels": 32, "channel_multipliers": (1, 2),
+        "layers_per_block": 1, "attention_levels": (1,), "attention_head_dim": 16, "num_classes": 10}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def numerics():
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.use_deterministic_algorithms(False)  # which a deterministic training leaves switched on
+
+
+def make_prompted() -> nn.Module:
+    model = randomised(DiTModel(**TINY_CONFIG))
+    randomised(PromptPatch.for_transformer(model), seed=1).attach(model)
+    return model
+
+
+def make_unet() -> nn.Module:
+    return randomised(PatchedUNet2DModel(**UNET))
+
+
+MODELS = {
+    "DiT": lambda: randomised(DiTModel(**TINY_CONFIG)),
+    "DTR": lambda: randomised(DTRTransformer2DModel(**TINY_CONFIG)),
+    "Remix-DiT": lambda: randomised(RemixDiTModel(**TINY_CONFIG, num_bases=3, num_experts=7)),
+    "DMP": make_prompted,
+    "Patch Diffusion": make_unet,
+}
+
+
+@pytest.mark.parametrize("system", MODELS)
+@torch.no_grad()
+def test_a_forward_pass_is_the_cpus(system, batch):
+    """Of samples with different timesteps."""
+    model, inputs = MODELS[system](), tuple(batch.values())
+    expected = model(*inputs).sample
+    actual = model.to(GPU)(*[tensor.to(GPU) for tensor in inputs]).sample
+    assert actual.device.type == GPU
+    torch.testing.assert_close(actual.cpu(), expected, **TOLERANCE)
+
+
+def make_guided_pipeline() -> ClassConditionalPipeline:
+    """A patchified UNet of RGB images without labels, guided by two experts that have BatchNorm and adapters."""
+    unet = randomised(PatchedUNet2DModel(**UNET | {"in_channels": 3, "num_classes": None}))
+    experts = randomised(GuidanceExperts(make_resnet(), **PLAIN, method="ppap", num_experts=2, rank=2))
+    scheduler = GuidedScheduler(DDIMScheduler(), experts, ClassTarget([1, 3]), scale=100.0)
+    return ClassConditionalPipeline(unet, scheduler)
+
+
+PIPELINES = {
+    "class-conditional": lambda: ClassConditionalPipeline(MODELS["DTR"](), DDIMScheduler()),
+    "prompts": lambda: ClassConditionalPipeline(make_prompted(), DDIMScheduler()),
+    "split by SNR": lambda: SNRSplitPipeline([MODELS["Remix-DiT"](), make_unet()], DDIMScheduler(), [0.25]),
+    "guided": make_guided_pipeline,
+}
+
+
+@pytest.mark.parametrize("system", PIPELINES)
+def test_a_pipeline_samples_what_it_samples_on_the_cpu(system):
+    """The initial noise is the CPU's; DDIM adds none."""
+    pipeline = PIPELINES[system]()
+    pipeline.set_progress_bar_config(disable=True)
+    own = {"batch_size": 2} if system == "guided" else {"class_labels": [1, 3], "guidance_scale": 1.5}
+
+    def sample() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return pipeline(**own, num_inference_steps=4, generator=generator, output_type="pt").images.cpu()
+
+    expected = sample()
+    pipeline.to(GPU)
+    torch.testing.assert_close(sample(), expected, **TOLERANCE)
+
+
+def test_a_deterministic_training_resumes_bit_for_bit(digits, tmp_path):
+    """The resumed run repeats steps 3 and 4 of the whole one."""
+    settings = {"max_train_steps": 4, "checkpointing_steps": 2, "deterministic": True}
+    train_here(DTRTransformer2DModel, digits, tmp_path / "whole", **settings)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    train_here(DTRTransformer2DModel, digits, tmp_path / "resumed", resume_from_checkpoint="latest", **settings)
+    expected = weights(tmp_path / "whole")
+    for name, tensor in weights(tmp_path / "resumed").items():
+        assert torch.equal(tensor, expected[name]), name
