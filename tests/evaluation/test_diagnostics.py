@@ -55,7 +55,7 @@ def split_pipeline() -> SNRSplitPipeline:
 def test_who_is_good_at_what(grey):
     summary = {"experts": [{"samples_per_expert": [30, 0]}, {"samples_per_expert": [0, 10]}]}
     diagnosis = diagnose(split_pipeline(), grey, num_bands=4, num_inference_steps=20, training_summary=summary)
-    assert diagnosis.stretches == [0, BOUNDARY, 1000] and diagnosis.bands == [0, 250, 500, 750, 1000]
+    assert diagnosis.edges == [0, BOUNDARY, 1000] and diagnosis.bands == [0, 250, 500, 750, 1000]
     # nothing said is wrong by the noise itself, whose mean square is 1
     losses, swaps = torch.tensor(diagnosis.band_losses), torch.tensor(diagnosis.swap_losses)
     torch.testing.assert_close(losses, torch.tensor([[0.0, 0, 1, 1], [1, 1, 0, 0]]), atol=0.1, rtol=0)
@@ -103,7 +103,7 @@ def test_at_the_command_line(digits, tmp_path):
     (tmp_path / "output" / "training_summary.json").write_text('{"samples_per_expert": [5, 6, 7]}')
     asked = ["diagnose", tmp_path / "output", "--dataset", digits, "--output", tmp_path / "found", "--images", 8]
     result = CliRunner().invoke(app, [str(each) for each in asked], catch_exceptions=False)
-    assert "stretch of expert 2: " in result.output
+    assert "interval of expert 2: " in result.output
     found = json.loads((tmp_path / "found" / "diagnosis.json").read_text())
     assert found["training_samples"] == [5, 6, 7] and len(found["swap_losses"]) == 3
     assert Image.open(tmp_path / "found" / "diagnosis.png").size[0] > 500
