@@ -59,7 +59,8 @@ def run(settings: Settings) -> Iterator[Ratio]:
         unet = patched_unet(8).to(device).eval()
         scheduler = DDIMScheduler(prediction_type="sample")
         both = GuidedScheduler(scheduler, experts, target)
-        both.set_timesteps(50)
+        for each in (scheduler, both):
+            each.set_timesteps(50)
 
         @torch.no_grad()
         def step(scheduler, unet=unet, x_t=x_t):

@@ -227,7 +227,7 @@ def test_specialisation_of_every_system(pipelines, name):
     assert responsibility(pipelines[name], 0) != sentence.replace("999", "0")
 
 
-def test_what_does_not_load_is_left_out(tmp_path):
+def test_pipelines_that_do_not_load_are_left_out(tmp_path):
     unet = UNet2DModel(
         sample_size=8, block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
     )
@@ -239,7 +239,7 @@ def test_what_does_not_load_is_left_out(tmp_path):
     assert "gone was left out" in problems[1]
 
 
-def test_what_the_pipeline_refuses_is_said(pipelines):
+def test_refusals_of_the_pipeline_are_shown(pipelines):
     unguidable = Studio({"ppap": pipelines["ppap"]})
     unguidable.pipelines["ppap"].experts, experts = None, unguidable.pipelines["ppap"].experts
     try:
@@ -251,7 +251,7 @@ def test_what_the_pipeline_refuses_is_said(pipelines):
         pipelines["ppap"].experts = experts
 
 
-def test_unexpected_errors_are_plain_words(pipelines):
+def test_unexpected_errors_are_reported_in_plain_words(pipelines):
     service = Service(Studio(pipelines))
     http = SimpleNamespace(request=SimpleNamespace(state=SimpleNamespace(user="me")))
     service.studio.generate = lambda *values, on_step: 1 / 0

@@ -3,6 +3,7 @@
 Legend: N images, E experts, K bands of timesteps, C channels, H and W height and width.
 """
 
+import copy
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -176,7 +177,7 @@ def _noise_loss(
 
 def _sampling_timesteps(pipeline: Any, num_inference_steps: int) -> torch.Tensor:
     """The timesteps of a sampling by the pipeline's scheduler, on the CPU."""
-    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    scheduler = copy.copy(pipeline.scheduler)  # set_timesteps would change the pipeline's own
     scheduler.set_timesteps(num_inference_steps)
     return scheduler.timesteps.cpu()
 
