@@ -1,1 +1,1 @@
-"""Ratios against the alternatives, measured side by side: `python -m benchmarks <system>`."""
+"""Time ratios of the systems to their alternatives, measured side by side: `python -m benchmarks <system>`."""

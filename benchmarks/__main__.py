@@ -1,18 +1,24 @@
 """`python -m benchmarks dtr|remix|dmp|patch|ppap [--preset DiT-S/2] [--device cuda] [--compile]`"""
 
 import argparse
+from importlib import import_module
+from pathlib import Path
 
 import torch
 
-from . import dmp, dtr, patch, ppap, remix
-from .timing import HEADER, hardware, keep_freed_memory
+from diffusers_dmp.systems import SYSTEMS
 
-SYSTEMS = {"dtr": dtr.run, "remix": remix.run, "dmp": dmp.run, "patch": patch.run, "ppap": ppap.run}
+from .timing import HEADER, Settings, hardware, keep_freed_memory
+
+# every system with a module of its name in this folder, whose `run` yields the ratios for some settings
+BENCHMARKS = [
+    system.short_name for system in SYSTEMS.values() if Path(__file__).with_name(f"{system.short_name}.py").is_file()
+]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("system", choices=SYSTEMS)
+    parser.add_argument("system", choices=BENCHMARKS)
     parser.add_argument("--preset", default="DiT-S/2")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
@@ -21,12 +27,18 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=40.0, help="per comparison")
     args = parser.parse_args()
 
-    device = torch.device(args.device)
     torch.manual_seed(0)
     keep_freed_memory()
-    print(f"{hardware(device)}\n\n{HEADER}")
-    dtypes = [getattr(torch, name) for name in args.dtypes]
-    for ratio in SYSTEMS[args.system](args.preset, device, dtypes, args.batch_sizes, args.compile, args.seconds):
+    settings = Settings(
+        preset=args.preset,
+        device=torch.device(args.device),
+        dtypes=[getattr(torch, name) for name in args.dtypes],
+        batch_sizes=args.batch_sizes,
+        compile=args.compile,
+        budget=args.seconds,
+    )
+    print(f"{hardware(settings.device)}\n\n{HEADER}")
+    for ratio in import_module(f"{__package__}.{args.system}").run(settings):
         print(ratio.row(), flush=True)
 
 

@@ -1,7 +1,8 @@
-"""DMP: what a frozen base saves in training, and what a patch costs in sampling."""
+"""DMP: the time and memory that a frozen base saves in training, and the cost of prompts in sampling."""
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from diffusers_dmp import DiTModel, PromptPatch
 
-from .timing import Ratio, compare
+from .timing import Ratio, Settings
 
 TRAINING_TARGETS = {1: 0.75, 8: 0.70}  # by batch size
 ACTIVATIONS_TARGET = 0.55
@@ -17,7 +18,7 @@ PARAMETERS_TARGET = 0.015
 
 
 def patched(preset: str, device: torch.device, dtype: torch.dtype) -> tuple[DiTModel, PromptPatch]:
-    """A DiT and its patch, neither at its initialisation, which would let arithmetic off lightly."""
+    """Make a DiT with prompts. Neither keeps its initialisation, whose zeros would make arithmetic faster."""
     torch.manual_seed(0)
     model = DiTModel.from_preset(preset)
     patch = PromptPatch.for_transformer(model)
@@ -30,14 +31,14 @@ def patched(preset: str, device: torch.device, dtype: torch.dtype) -> tuple[DiTM
 
 
 def saved_bytes(step: Callable[[], object], parameters: list[nn.Parameter]) -> int:
-    """What a step keeps for its backward pass, the parameters themselves apart, each storage once."""
+    """Count the bytes that a step saves for its backward pass, without the parameters, each storage once."""
     own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     storages = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage  # alive, so that no other takes its place
+            storages[storage.data_ptr()] = storage  # kept alive, so that its address is not used again
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -45,74 +46,96 @@ def saved_bytes(step: Callable[[], object], parameters: list[nn.Parameter]) -> i
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def run(
-    preset: str, device: torch.device, dtypes: list[torch.dtype], batch_sizes: list[int], compile: bool, budget: float
+@dataclass
+class Batch:
+    """Random latents (B, 4, 32, 32), timesteps (B,) and labels (B,)."""
+
+    sample: torch.Tensor
+    timesteps: torch.Tensor
+    labels: torch.Tensor
+
+    @classmethod
+    def make(cls, size: int, device: torch.device, dtype: torch.dtype) -> "Batch":
+        """Make a batch of `size` samples."""
+        sample = torch.randn(size, 4, 32, 32, device=device, dtype=dtype)
+        timesteps, labels = (torch.randint(0, 1000, (size,), device=device) for _ in range(2))
+        return cls(sample, timesteps, labels)
+
+
+def training_step(model: DiTModel, patch: PromptPatch, batch: Batch) -> None:
+    """Compute the gradients of a batch."""
+    for module in (model, patch):
+        module.zero_grad(set_to_none=True)
+    output = model(batch.sample, batch.timesteps, class_labels=batch.labels)
+    (output.sample.square().mean() + output.importance_loss).backward()
+
+
+def memory_lines(case: str, models: list[tuple[DiTModel, PromptPatch]], batch: Batch, compiled: bool) -> list[str]:
+    """Describe the memory of a training step with the frozen base, the first model, and with the trainable one."""
+    lines = []
+    frozen, patch = models[0]
+    if not compiled:
+        activations = [
+            saved_bytes(partial(training_step, *each, batch), [*each[0].parameters(), *each[1].parameters()])
+            for each in models
+        ]
+        share = activations[0] / activations[1]
+        lines.append(
+            f"{case}: saved for the backward pass {activations[0] / 2**20:.1f} of {activations[1] / 2**20:.1f} MiB, "
+            f"{share:.3f} times (≤ {ACTIVATIONS_TARGET} {'✓' if share <= ACTIVATIONS_TARGET else '✗'})"
+        )
+    gradients = [p.grad for module in (frozen, patch) for p in module.parameters() if p.grad is not None]
+    gradient_bytes = sum(gradient.nbytes for gradient in gradients)
+    patch_bytes = sum(parameter.nbytes for parameter in patch.parameters())
+    lines.append(
+        f"{case}: gradients {gradient_bytes / 2**20:.2f} MiB, the patch's parameters {patch_bytes / 2**20:.2f} MiB "
+        f"({'✓' if gradient_bytes == patch_bytes else '✗'})"
+    )
+    return lines
+
+
+def compare_sampling(
+    settings: Settings, case: str, frozen: DiTModel, plain: DiTModel, batch: Batch
 ) -> Iterator[Ratio]:
-    """
-    Args:
-        preset (`str`): 'DiT-S/2' and so on, on 32 x 32 latents of 4 channels; a prompt for each token and block.
-        dtypes (`list[torch.dtype]`), batch_sizes (`list[int]`): Each with each.
-        compile (`bool`): Compile the blocks first.
-        budget (`float`): Seconds per comparison.
-    """
+    """Compare forward passes with and without prompts, at new timesteps and at one timestep, whose gates are cached."""
+    host_labels = batch.labels.cpu()  # as the pipeline passes them
+    new_timesteps = itertools.count()
+
+    @torch.no_grad()
+    def forward(model, is_new):
+        timestep = next(new_timesteps) / 1000 if is_new else 700
+        return model(batch.sample, torch.tensor(timestep).expand(len(host_labels)), class_labels=host_labels)
+
+    for what, is_new in (("gates computed", True), ("gates kept", False)):
+        forwards = partial(forward, frozen, is_new), partial(forward, plain, is_new)
+        yield settings.compare(f"{case}, sampling, {what}: patched / plain", *forwards, 1.03)
+
+
+def run(settings: Settings) -> Iterator[Ratio]:
+    """Compare training steps and forward passes, with a prompt for each token and block; print memory at the end."""
+    preset, device = settings.preset, settings.device
     memory = []
-    for dtype in dtypes:
+    for dtype in settings.dtypes:
         frozen, patch = patched(preset, device, dtype)
         trainable, other_patch = patched(preset, device, dtype)
         trainable.requires_grad_(True)
         plain = DiTModel.from_preset(preset).to(device).to(dtype).eval()
         plain.load_state_dict(frozen.state_dict())
-        if compile:
+        if settings.compile:
             for model in (frozen, trainable, plain):
                 model.compile_repeated_blocks()
-        name = str(dtype).removeprefix("torch.") + (" compiled" if compile else "")
+        models = [(frozen, patch), (trainable, other_patch)]
 
-        for batch_size in batch_sizes:
-            case = f"{preset} {name} batch {batch_size}"
-            sample = torch.randn(batch_size, 4, 32, 32, device=device, dtype=dtype)
-            timesteps = torch.randint(0, 1000, (batch_size,), device=device)
-            labels = torch.randint(0, 1000, (batch_size,), device=device)
-
-            def training_step(model, patch, sample=sample, timesteps=timesteps, labels=labels):
-                for module in (model, patch):
-                    module.zero_grad(set_to_none=True)
-                output = model(sample, timesteps, class_labels=labels)
-                (output.sample.square().mean() + output.importance_loss).backward()
-
+        for batch_size in settings.batch_sizes:
+            case = f"{preset} {settings.name_of(dtype)} batch {batch_size}"
+            batch = Batch.make(batch_size, device, dtype)
             patch.train(), other_patch.train()
-            steps = partial(training_step, frozen, patch), partial(training_step, trainable, other_patch)
-            target = TRAINING_TARGETS.get(batch_size)
-            yield compare(f"{case}, training step: frozen base / trainable base", *steps, device, budget, target)
-            if not compile:
-                activations = [
-                    saved_bytes(step, [*model.parameters(), *prompts.parameters()])
-                    for step, model, prompts in zip(steps, (frozen, trainable), (patch, other_patch))
-                ]
-                share = activations[0] / activations[1]
-                memory.append(
-                    f"{case}: saved for the backward pass {activations[0] / 2**20:.1f} of {activations[1] / 2**20:.1f} MiB, "
-                    f"{share:.3f} times (≤ {ACTIVATIONS_TARGET} {'✓' if share <= ACTIVATIONS_TARGET else '✗'})"
-                )
-            gradients = [p.grad for module in (frozen, patch) for p in module.parameters() if p.grad is not None]
-            gradient_bytes = sum(gradient.nbytes for gradient in gradients)
-            patch_bytes = sum(parameter.nbytes for parameter in patch.parameters())
-            memory.append(
-                f"{case}: gradients {gradient_bytes / 2**20:.2f} MiB, the patch's parameters {patch_bytes / 2**20:.2f} MiB "
-                f"({'✓' if gradient_bytes == patch_bytes else '✗'})"
-            )
-
+            steps = [partial(training_step, *each, batch) for each in models]
+            what = f"{case}, training step: frozen base / trainable base"
+            yield settings.compare(what, *steps, TRAINING_TARGETS.get(batch_size))
+            memory += memory_lines(case, models, batch, settings.compile)
             patch.eval()
-            host_labels = labels.cpu()  # as the pipeline passes them
-            other_timesteps = itertools.count()  # there is another one at every call, as in a first sampling run
-
-            @torch.no_grad()
-            def forward(model, new_timestep, sample=sample, labels=host_labels, other_timesteps=other_timesteps):
-                timestep = next(other_timesteps) / 1000 if new_timestep else 700
-                return model(sample, torch.tensor(timestep).expand(len(sample)), class_labels=labels)
-
-            for what, new_timestep in (("gates computed", True), ("gates kept", False)):
-                forwards = partial(forward, frozen, new_timestep), partial(forward, plain, new_timestep)
-                yield compare(f"{case}, sampling, {what}: patched / plain", *forwards, device, budget, 1.03)
+            yield from compare_sampling(settings, case, frozen, plain, batch)
 
     print("\n".join(["", *memory]))
     with torch.device("meta"):

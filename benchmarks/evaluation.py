@@ -1,4 +1,7 @@
-"""What evaluating costs: `python -m benchmarks.evaluation fid|neighbours|sampling`, one at a time for the memory's sake."""
+"""Time and memory of an evaluation: `python -m benchmarks.evaluation fid|neighbours|sampling`.
+
+Each part is a process of its own, because its peak memory is measured.
+"""
 
 import argparse
 import itertools
@@ -19,16 +22,18 @@ from diffusers_dmp.training.objectives.from_arguments import make_scheduler
 
 from .timing import HEADER, compare, hardware, seconds
 
-FEATURES = 2048  # Inception's
+FEATURES = 2048  # of an image, as Inception has them
 CPU = torch.device("cpu")
-SECONDS = 120.0  # of timing the samplings
+SECONDS = 120.0  # for the comparison of samplings
 
 
 def features(number: int, seed: int) -> torch.Tensor:
+    """Make random features (number, FEATURES)."""
     return torch.randn(number, FEATURES, generator=torch.Generator().manual_seed(seed))
 
 
 def report(name: str, call: Callable[[], object]) -> None:
+    """Print the time and the peak memory of a call."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     duration = seconds(call, CPU)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -36,6 +41,7 @@ def report(name: str, call: Callable[[], object]) -> None:
 
 
 def fid() -> None:
+    """Measure the Fréchet distance of 50,000 images."""
     generated, real = features(50_000, 0), features(50_000, 1)
     report(
         "FID, 50,000 against 50,000",
@@ -44,6 +50,7 @@ def fid() -> None:
 
 
 def neighbours() -> None:
+    """Measure precision and recall, which compare all images with each other."""
     real = features(10_000, 1)
     for number in (10_000, 50_000):
         generated = features(number, 0)
@@ -54,7 +61,7 @@ def neighbours() -> None:
 
 
 def sampling() -> None:
-    """Digits through the evaluator, over a script that loads the pipeline, draws them and writes the same file."""
+    """Compare sampling through the evaluator with a script that loads the pipeline, samples, and writes the same file."""
     shape = {"num_attention_heads": 6, "attention_head_dim": 16, "num_layers": 6, "sample_size": 8}
     shape |= {"in_channels": 1, "out_channels": 2}
     number, batch_size, num_inference_steps = 500, 100, 25
@@ -76,7 +83,7 @@ def sampling() -> None:
             write_npz(Path(folder, "bare.npz"), [pixels], pixels.shape)
 
         def evaluator() -> None:
-            output_dir = str(Path(folder, "drawn", str(next(rounds))))
+            output_dir = str(Path(folder, "sampled", str(next(rounds))))
             sample_images(
                 SamplingArguments(
                     pipeline=folder,

@@ -1,4 +1,4 @@
-"""Patch Diffusion: what larger patches save, against Diffusers' own UNet; and what handing over from expert to expert costs."""
+"""Patch Diffusion: the time that larger patches of pixels save, and the cost of switching between the denoisers."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,14 +10,14 @@ from diffusers import DDIMScheduler, UNet2DModel
 from diffusers_dmp import PatchedUNet2DModel, SNRSplitPipeline
 from diffusers_dmp.evaluation.costs import gigaflops
 
-from .timing import Ratio, compare
+from .timing import Ratio, Settings
 
 TARGETS = {2: 0.34, 4: 0.17, 8: 0.09}  # by patch size
 CHANNELS, MULTIPLIERS, IMAGE_SIZE, BATCH_SIZE = 64, (1, 2, 2), 64, 4
 
 
 def patched_unet(patch_size: int) -> PatchedUNet2DModel:
-    """The same widths whatever the patch size, attention in the middle alone."""
+    """Make a UNet on patches of a size; the widths are the same for every size, and only the middle has attention."""
     return PatchedUNet2DModel(
         sample_size=IMAGE_SIZE,
         patch_size=patch_size,
@@ -29,7 +29,7 @@ def patched_unet(patch_size: int) -> PatchedUNet2DModel:
 
 
 def stock_unet() -> UNet2DModel:
-    """Diffusers' own, of the same widths."""
+    """Make Diffusers' UNet with the same widths."""
     return UNet2DModel(
         sample_size=IMAGE_SIZE,
         block_out_channels=tuple(CHANNELS * multiplier for multiplier in MULTIPLIERS),
@@ -41,7 +41,7 @@ def stock_unet() -> UNet2DModel:
 
 
 def by_hand(pipeline: SNRSplitPipeline, latents: torch.Tensor, steps: int) -> torch.Tensor:
-    """The loop that the pipeline stands for."""
+    """Sample with a hand-written loop, as the pipeline does."""
     scheduler = pipeline.scheduler
     scheduler.set_timesteps(steps)
     owners = pipeline.intervals().index(scheduler.timesteps).tolist()
@@ -52,17 +52,10 @@ def by_hand(pipeline: SNRSplitPipeline, latents: torch.Tensor, steps: int) -> to
     return latents
 
 
-def run(
-    preset: str, device: torch.device, dtypes: list[torch.dtype], batch_sizes: list[int], compile: bool, budget: float
-) -> Iterator[Ratio]:
-    """
-    Args:
-        preset (`str`), batch_sizes (`list[int]`): Not used: one size, 64 x 64 pixels in batches of 4.
-        dtypes (`list[torch.dtype]`): Each.
-        compile (`bool`): Compile the models first.
-        budget (`float`): Seconds per comparison.
-    """
-    for dtype in dtypes:
+def run(settings: Settings) -> Iterator[Ratio]:
+    """Compare samplings and forward passes, at one size: 4 images of 64 x 64 pixels."""
+    device = settings.device
+    for dtype in settings.dtypes:
         sample = torch.randn(BATCH_SIZE, 3, IMAGE_SIZE, IMAGE_SIZE, device=device, dtype=dtype)
         timestep = torch.tensor(700, device=device)
         models = {size: patched_unet(size).to(device).to(dtype).eval() for size in (1, *TARGETS)}
@@ -71,16 +64,16 @@ def run(
         stock_flops = gigaflops(stock, sample, timestep)
         pipeline = SNRSplitPipeline([models[4], models[8]], DDIMScheduler(prediction_type="sample"), [0.25])
         pipeline.set_progress_bar_config(disable=True)
-        name = str(dtype).removeprefix("torch.") + (" compiled" if compile else "")
+        name = settings.name_of(dtype)
 
         steps = 25
         sampled = [
             partial(pipeline, batch_size=BATCH_SIZE, latents=sample, num_inference_steps=steps, output_type="latent"),
             partial(by_hand, pipeline, sample, steps),
         ]
-        yield compare(f"{name}: SNRSplitPipeline / the loop by hand, {steps} steps", *sampled, device, budget, 1.02)
+        yield settings.compare(f"{name}: SNRSplitPipeline / the loop by hand, {steps} steps", *sampled, 1.02)
 
-        if compile:
+        if settings.compile:
             models = {size: torch.compile(model) for size, model in models.items()}
             stock = torch.compile(stock)
 
@@ -90,9 +83,9 @@ def run(
 
         for size, target in TARGETS.items():
             what = f"{name}: P={size} ({flops[size]:.2f} GFLOPs) / P=1 ({flops[1]:.2f} GFLOPs)"
-            yield compare(what, partial(forward, models[size]), partial(forward, models[1]), device, budget, target)
+            yield settings.compare(what, partial(forward, models[size]), partial(forward, models[1]), target)
 
         what = f"{name}: P=1 ({flops[1]:.2f} GFLOPs) / UNet2DModel ({stock_flops:.2f} GFLOPs), per FLOP"
-        ratio = compare(what, partial(forward, models[1]), partial(forward, stock), device, budget, 1.05)
+        ratio = settings.compare(what, partial(forward, models[1]), partial(forward, stock), 1.05)
         scale = stock_flops / flops[1]
         yield replace(ratio, ratio=scale * ratio.ratio, low=scale * ratio.low, high=scale * ratio.high)

@@ -1,7 +1,7 @@
-"""PPAP on a ResNet-50: what five experts take beside five copies of the network, and what guidance costs."""
+"""PPAP on a ResNet-50: the memory of five experts compared with five copies of the network, and the cost of guidance."""
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -12,50 +12,36 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from diffusers_dmp import ClassTarget, GuidanceExperts, GuidedScheduler
 
 from .patch import patched_unet
-from .timing import Ratio, compare, seconds
+from .timing import Ratio, Settings, seconds
 
 MEMORY_TARGET, GRADIENT_TARGET, STEP_TARGET, SWITCH_TARGET_MS = 0.26, 1.03, 1.05, 50.0
 NUM_EXPERTS, RANK, IMAGE_SIZE = 5, 16, 224
 PLAIN = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
-class Sum(nn.Module):
-    """Of work that is otherwise done apart."""
-
-    def __init__(self, *functions):
-        super().__init__()
-        self.functions = functions
-
-    def forward(self):
-        for function in self.functions:
-            function()
+def call_all(*functions: Callable[[], object]) -> None:
+    """Call several functions, to time them together."""
+    for function in functions:
+        function()
 
 
-def num_bytes(module: nn.Module) -> int:
-    """Of all that it holds, once each: weights, statistics, and what is not in the network at the moment."""
-    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    if isinstance(module, GuidanceExperts):
-        tensors |= {id(tensor): tensor for tensor in module.expert_tensors().values()}
+def num_bytes(module: nn.Module, *further: torch.Tensor) -> int:
+    """Count the bytes of a module's parameters and buffers and of further tensors, each once."""
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers(), *further)}
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def run(
-    preset: str, device: torch.device, dtypes: list[torch.dtype], batch_sizes: list[int], compile: bool, budget: float
-) -> Iterator[Ratio]:
-    """
-    Args:
-        preset (`str`), dtypes (`list[torch.dtype]`): Not used: a ResNet-50 in float32, as guidance always is.
-        batch_sizes (`list[int]`): Each.
-        compile (`bool`): Not used: switching experts exchanges what compiled code would hold.
-        budget (`float`): Seconds per comparison.
-    """
+def run(settings: Settings) -> Iterator[Ratio]:
+    """Compare gradients and denoising steps for each batch size, in float32 and not compiled; print memory and switching time."""
+    device = settings.device
     bare = ResNetForImageClassification(ResNetConfig(num_labels=1000)).to(device).eval().requires_grad_(False)
     network = ResNetForImageClassification(ResNetConfig(num_labels=1000))
     network.load_state_dict(bare.state_dict())
     experts = GuidanceExperts(network, **PLAIN, num_experts=NUM_EXPERTS, rank=RANK).to(device)
-    share = num_bytes(experts) / (NUM_EXPERTS * num_bytes(bare))
+    expert_bytes = num_bytes(experts, *experts.expert_tensors().values())  # also of experts that are not active
+    share = expert_bytes / (NUM_EXPERTS * num_bytes(bare))
 
-    for batch_size in batch_sizes:
+    for batch_size in settings.batch_sizes:
         x_t = torch.randn(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
         timestep, target = torch.tensor(700), ClassTarget(3)
         target.prepare(network.config)
@@ -64,13 +50,11 @@ def run(
             leaf = x_t.clone().requires_grad_()
             torch.autograd.grad(target.log_likelihood(forward(leaf)).sum(), leaf)
 
-        # the network's own normalisation belongs to both
+        # both normalise the images as the network needs it
         guided = partial(gradient, lambda images, timestep=timestep: experts(images, timestep))
         plain = partial(gradient, lambda images: bare(experts.preprocess(images)))
         case = f"ResNet-50 float32 batch {batch_size}"
-        yield compare(
-            f"{case}, gradient: merged expert / bare network", guided, plain, device, budget, GRADIENT_TARGET
-        )
+        yield settings.compare(f"{case}, gradient: merged expert / bare network", guided, plain, GRADIENT_TARGET)
 
         unet = patched_unet(8).to(device).eval()
         scheduler = DDIMScheduler(prediction_type="sample")
@@ -83,15 +67,9 @@ def run(
             t = scheduler.timesteps[15]
             scheduler.step(unet(x_t, t).sample, t, x_t)
 
-        parts = Sum(partial(step, scheduler), plain)
-        yield compare(
-            f"{case}, a step: guided / unguided and the network's gradient",
-            partial(step, both),
-            parts,
-            device,
-            budget,
-            STEP_TARGET,
-        )
+        parts = partial(call_all, partial(step, scheduler), plain)
+        what = f"{case}, a step: guided / unguided and the network's gradient"
+        yield settings.compare(what, partial(step, both), parts, STEP_TARGET)
 
     switches = []
     for switch in range(20):
@@ -100,7 +78,7 @@ def run(
     switch_ms = statistics.median(switches)
     print(f"\nMemory of {NUM_EXPERTS} experts: {share:.3f} of {NUM_EXPERTS} copies' "
           f"(≤ {MEMORY_TARGET} {'✓' if share <= MEMORY_TARGET else '✗'}), "
-          f"{num_bytes(experts) / 2**20:.1f} MiB; of one expert alone "
+          f"{expert_bytes / 2**20:.1f} MiB; of one expert alone "
           f"{sum(tensor.nbytes for tensor in experts.expert_tensors(0).values()) / 2**20:.2f} MiB")  # fmt: skip
     verdict = "✓" if switch_ms <= SWITCH_TARGET_MS else "✗"
     print(f"Switching experts: {switch_ms:.1f} ms (≤ {SWITCH_TARGET_MS:.0f} ms {verdict})")

@@ -1,4 +1,4 @@
-"""Two ways of doing one thing, timed by turns, so that whatever else the machine does meets both alike."""
+"""Time two ways of doing one thing in turns, so that the computer's other work slows both down equally."""
 
 import ctypes
 import platform
@@ -15,13 +15,15 @@ import torch
 @dataclass
 class Ratio:
     """
+    The result of a comparison.
+
     Args:
         name (`str`): What is compared with what.
-        rounds (`int`): How often.
-        ratio (`float`): Median of the rounds' ratios, `candidate` over `baseline`.
-        low, high (`float`): Their quartiles.
-        candidate_ms, baseline_ms (`float`): Median times in milliseconds.
-        target (`float`, *optional*): What the ratio should not exceed.
+        rounds (`int`): How often both were timed.
+        ratio (`float`): The median of the rounds' ratios, `candidate` divided by `baseline`.
+        low, high (`float`): The quartiles of the ratios.
+        candidate_ms, baseline_ms (`float`): The median times in milliseconds.
+        target (`float`, *optional*): The largest ratio that is wanted.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Ratio:
     target: float | None = None
 
     def row(self) -> str:
+        """Return the result as a row of the table that `HEADER` begins."""
         verdict = "" if self.target is None else f"≤ {self.target:.2f} {'✓' if self.ratio <= self.target else '✗'}"
         times = f"{self.candidate_ms:.2f} | {self.baseline_ms:.2f}"
         return f"| {self.name} | {self.rounds} | {times} | {self.ratio:.3f} ({self.low:.3f}–{self.high:.3f}) | {verdict} |"
@@ -44,7 +47,7 @@ MIN_ROUNDS = 7
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
-    """One call, to the end of what it started."""
+    """Time one call, including the work that it started on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -63,11 +66,14 @@ def compare(
     target: float | None = None,
 ) -> Ratio:
     """
-    Time both in each round, first one and then the other, in alternating order.
+    Time both functions in each round, in alternating order, after calling both once to warm up.
 
     Args:
-        candidate, baseline (`Callable`): What to call, without arguments.
-        budget (`float`): For about how many seconds to time pairs, after one to warm up; at least `MIN_ROUNDS` pairs.
+        name (`str`): What is compared with what.
+        candidate, baseline (`Callable`): The functions, without arguments.
+        device (`torch.device`): The device that they compute on.
+        budget (`float`): The approximate time for all rounds in seconds; there are at least `MIN_ROUNDS`.
+        target (`float`, *optional*): The largest ratio that is wanted.
     """
     for function in (candidate, baseline):
         function()
@@ -91,10 +97,48 @@ def compare(
     )
 
 
+@dataclass(frozen=True)
+class Settings:
+    """
+    The options of a benchmark. Each benchmark reads those that it depends on.
+
+    Args:
+        preset (`str`): The model's size, 'DiT-S/2' and so on, for latents of 32 x 32 pixels with 4 channels.
+        device (`torch.device`): The device to compute on.
+        dtypes (`list[torch.dtype]`): The dtypes to measure.
+        batch_sizes (`list[int]`): The batch sizes to measure, with each dtype.
+        compile (`bool`): Whether to compile the models.
+        budget (`float`): The time for each comparison, in seconds.
+    """
+
+    preset: str
+    device: torch.device
+    dtypes: list[torch.dtype]
+    batch_sizes: list[int]
+    compile: bool
+    budget: float
+
+    def compare(
+        self,
+        name: str,
+        candidate: Callable[[], object],
+        baseline: Callable[[], object],
+        target: float | None = None,
+    ) -> Ratio:
+        """Compare two functions on the device and within the budget; see [`compare`]."""
+        return compare(name, candidate, baseline, self.device, self.budget, target)
+
+    def name_of(self, dtype: torch.dtype) -> str:
+        """Return the name of a dtype for a table, with 'compiled' if the models are."""
+        return str(dtype).removeprefix("torch.") + (" compiled" if self.compile else "")
+
+
 def keep_freed_memory() -> None:
     """
-    Have glibc keep what is freed. By default it returns large blocks to the system and faults them in again at the next
-    step, a tenth of a step's time that depends on what was allocated before rather than on what is compared.
+    Have glibc keep freed memory for later allocations.
+
+    By default it returns large blocks to the system, and the next step waits for new ones: a tenth of its time, which depends
+    on earlier allocations and not on what is compared.
     """
     if platform.system() == "Linux":
         libc = ctypes.CDLL(None)
@@ -104,7 +148,7 @@ def keep_freed_memory() -> None:
 
 
 def hardware(device: torch.device) -> str:
-    """Where the figures are from."""
+    """Name the processor, the number of threads and the version of PyTorch."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     cpu = platform.processor() or platform.machine()

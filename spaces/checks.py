@@ -1,31 +1,33 @@
-"""Whether what comes in from outside is what was asked for: each check returns the value or says in plain words what is wrong.
+"""Checks of the values that come from outside: each returns the value, or says in plain words what is wrong with it.
 
-Nothing that a browser or an API client sends has been looked at before; it is whatever JSON can hold.
+Nothing has checked before what a browser or an API client sends: it may be anything that JSON can hold.
 """
 
 import math
 from collections.abc import Iterable
 from typing import Any
 
-MAX_SHOWN = 60  # characters of a wrong value that its refusal repeats
+MAX_SHOWN = 60  # characters of a wrong value in a message
 
 
 class Refusal(ValueError):
-    """Something that the user can put right; its text is shown to them."""
+    """An error that the user can correct; its message is shown to them."""
 
 
 def shown(value: Any) -> str:
-    """A value as a refusal repeats it, cut where it is long."""
+    """Return a value as a message shows it, cut if it is long."""
     text = repr(value)
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}… ({len(text)} characters)"
 
 
 def number(name: str, value: Any, low: float, high: float) -> float:
     """
+    Check that a value is a number.
+
     Raises:
         Refusal: if it is not a finite number from `low` to `high`.
     """
-    # a bool is an int to Python, and not a number is neither below nor above anything
+    # in Python a bool is an int, and NaN is neither below nor above any number
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise Refusal(f"Expected the {name} to be a number between {low:g} and {high:g}, but got {shown(value)}.")
     return float(value)
@@ -33,8 +35,10 @@ def number(name: str, value: Any, low: float, high: float) -> float:
 
 def whole_number(name: str, value: Any, low: int, high: int) -> int:
     """
+    Check that a value is a whole number, such as 25 or 25.0.
+
     Raises:
-        Refusal: if it is not a whole number from `low` to `high`; 25.0 is one.
+        Refusal: if it is not a whole number from `low` to `high`.
     """
     is_whole = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value) and value.is_integer())
     if isinstance(value, bool) or not is_whole or not low <= value <= high:
@@ -44,8 +48,10 @@ def whole_number(name: str, value: Any, low: int, high: int) -> int:
 
 def one_of(name: str, value: Any, names: Iterable[str]) -> str:
     """
+    Check that a value is one of some names.
+
     Raises:
-        Refusal: if it is not one of `names`; the first of them are listed.
+        Refusal: if it is not one of `names`, the first of which are listed.
     """
     names = list(names)
     if not isinstance(value, str) or value not in names:
@@ -56,6 +62,8 @@ def one_of(name: str, value: Any, names: Iterable[str]) -> str:
 
 def some_of(name: str, value: Any, names: Iterable[str]) -> list[str]:
     """
+    Check that a value is a list of some names.
+
     Raises:
         Refusal: if it is not a list of at least one of `names`, each at most once.
     """
@@ -64,14 +72,16 @@ def some_of(name: str, value: Any, names: Iterable[str]) -> list[str]:
         raise Refusal(f"Expected the {name} to be a list of 1 to {len(names)} names, but got {shown(value)}.")
     chosen = [one_of(name, each, names) for each in value]
     if len(set(chosen)) < len(chosen):
-        raise Refusal(f"Expected the {name} to be different ones, but got {shown(value)}.")
+        raise Refusal(f"Expected the {name} to be different, but got {shown(value)}.")
     return chosen
 
 
 def yes_or_no(name: str, value: Any) -> bool:
     """
+    Check that a value is true or false.
+
     Raises:
-        Refusal: if it is neither true nor false.
+        Refusal: if it is neither.
     """
     if not isinstance(value, bool):
         raise Refusal(f"Expected {name} to be true or false, but got {shown(value)}.")

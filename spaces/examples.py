@@ -1,9 +1,9 @@
-"""Requests whose answers ship with the Space, so that they are there at once. `make_models.py` draws the pictures."""
+"""Example requests whose answers come with the Space, to be shown at once. `make_models.py` makes the pictures."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from systems import TITLES
+from showcase import SHIPPED
 
 PICTURES = Path(__file__).parent / "pictures"
 
@@ -11,11 +11,13 @@ PICTURES = Path(__file__).parent / "pictures"
 @dataclass(frozen=True)
 class Example:
     """
+    A request and the files of its answer.
+
     Args:
-        label (`str`): What its button says.
-        values (`tuple`): Of the request, in the order of `Studio.requests`.
-        systems (`tuple[str, ...]`): Whose pictures it shows.
-        picture (`str`): What their files' names begin with.
+        label (`str`): The text on its button.
+        values (`tuple`): The values of the request, in the order of `Studio.requests`.
+        systems (`tuple[str, ...]`): The names of the pipelines whose pictures it shows.
+        picture (`str`): The beginning of the names of its picture files.
     """
 
     label: str
@@ -24,11 +26,10 @@ class Example:
     picture: str
 
     def paths(self, count: int) -> list[Path]:
-        """The files of its `count` pictures."""
+        """Return the files of its `count` pictures."""
         return [PICTURES / f"{self.picture}_{index}.png" for index in range(count)]
 
 
-EVERY = tuple(TITLES)
 EXAMPLES = {
     "generate": [
         Example("All digits by DTR", ("dtr", "all", 20, 1.5, 25, "DDPM", 0, False), ("dtr",), "generate_dtr"),
@@ -36,8 +37,8 @@ EXAMPLES = {
         Example("Eights by Patch Diffusion", ("patch", "8", 20, 1.5, 50, "DDIM", 2, False), ("patch",), "generate_patch"),
     ],
     "compare": [
-        Example("All five, all digits", (list(EVERY), "all", 1.5, 25, "DDPM", 0, False), EVERY, "compare_all"),
-        Example("All five, fours", (list(EVERY), "4", 1.5, 25, "DDPM", 3, False), EVERY, "compare_four"),
+        Example("All five, all digits", (list(SHIPPED), "all", 1.5, 25, "DDPM", 0, False), SHIPPED, "compare_all"),
+        Example("All five, fours", (list(SHIPPED), "4", 1.5, 25, "DDPM", 3, False), SHIPPED, "compare_four"),
     ],
     "specialise": [Example("DTR at timestep 500", ("dtr", 500), ("dtr",), "specialise_dtr")],
     "guide": [

@@ -1,24 +1,33 @@
-"""Who is responsible for a timestep, in pictures and in a sentence, whichever system it is."""
+"""Which part of a shown pipeline is at work at a timestep, in figures and in a sentence."""
 
 import io
 
-import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from systems import System
+from showcase import ShownPipeline
 
-from diffusers_dmp import DTRTransformer2DModel, NoiseIntervals, RemixDiTModel, SNRSplitPipeline
-from diffusers_dmp.plots import experts_figure, specialisation_figures
+from diffusers_dmp import systems
+from diffusers_dmp.pipelines.denoising import DenoisingMixin
+from diffusers_dmp.plots import specialisation_figures
 
 DPI = 110
 
 
-def specialisation_picture(system: System, timestep: int) -> Image.Image | None:
-    """The plots below each other, with the timestep marked; none for a model of one part."""
-    figures = list(specialisation_figures(system.pipeline, timestep).values())
-    if system.experts is not None:
-        figures.insert(0, experts_figure(system.experts, system.pipeline.scheduler, timestep))
-    pictures = [_picture(figure) for figure in figures]
+def specialisation_picture(shown: ShownPipeline, timestep: int) -> Image.Image | None:
+    """
+    Plot how the parts of a pipeline divide the noise levels, the figures one below the other.
+
+    Args:
+        shown ([`ShownPipeline`]): The pipeline.
+        timestep (`int`): The timestep to mark, in [0, T).
+
+    Returns:
+        `Image.Image`, or None for a pipeline without specialised parts.
+    """
+    figures = specialisation_figures(shown.pipeline, timestep)
+    if shown.experts is not None:
+        figures = specialisation_figures(_guided(shown), timestep) | figures
+    pictures = [_picture(figure) for figure in figures.values()]
     if not pictures:
         return None
     width, height = max(picture.width for picture in pictures), sum(picture.height for picture in pictures)
@@ -29,48 +38,20 @@ def specialisation_picture(system: System, timestep: int) -> Image.Image | None:
     return page
 
 
-def responsibility(system: System, timestep: int) -> str:
+def responsibility(shown: ShownPipeline, timestep: int) -> str:
     """
-    One sentence on who works at a timestep.
+    Say in one sentence which part is at work at a timestep.
 
     Args:
-        system ([`System`]): Loaded.
+        shown ([`ShownPipeline`]): The pipeline.
         timestep (`int`): In [0, T).
     """
-    pipeline, model = system.pipeline, system.pipeline.denoisers[0]
-    at, t = f"At timestep {timestep}", torch.tensor(timestep)
-    if system.experts is not None:
-        expert, stretch = _owner(system.experts.intervals, t)
-        return f"{at} expert {expert} of {system.experts.config.num_experts} guides, whose timesteps are {stretch}."
-    if isinstance(pipeline, SNRSplitPipeline):
-        denoiser, stretch = _owner(pipeline.intervals(), t)
-        alpha_cumprod = float(pipeline.scheduler.alphas_cumprod[timestep])
-        snr = alpha_cumprod / max(1 - alpha_cumprod, 1e-12)
-        return f"{at} the signal-to-noise ratio is {snr:.3g}: denoiser {denoiser} removes the noise, as at all of {stretch}."
-    if pipeline.prompt_patch is not None and pipeline.prompt_patch.config.gate != "none":
-        gates = pipeline.prompt_patch.gate_weights(t[None])[0]  # (L, M)
-        block, prompt = divmod(int(gates.argmax()), gates.shape[1])
-        share = float(gates.max()) * gates.shape[1]
-        return f"{at} prompt {prompt} of {gates.shape[1]} counts most, in block {block}: {share:.2f} times an equal share."
-    if isinstance(model, DTRTransformer2DModel):
-        channels = model.task_routing.masks()[timestep].nonzero().flatten()
-        width = model.task_routing.dim
-        return (
-            f"{at} each block works on {len(channels)} of {width} channels, from {channels.min()} to {channels.max()}."
-        )
-    if isinstance(model, RemixDiTModel):
-        expert, stretch = _owner(model.intervals, t)
-        shares = ", ".join(
-            f"{share:.0%} of basis {basis}" for basis, share in enumerate(model.mixing_coefficients[expert].tolist())
-        )
-        return f"{at} expert {expert} denoises, whose timesteps are {stretch}: {shares}."
-    return f"{at}, as at all others, the whole model works: it has no parts of their own."
+    return systems.responsibility(shown.pipeline if shown.experts is None else _guided(shown), timestep)
 
 
-def _owner(intervals: NoiseIntervals, timestep: torch.Tensor) -> tuple[int, str]:
-    """Index and timesteps of who owns one."""
-    owner = int(intervals.index(timestep))
-    return owner, f"{intervals.edges[owner]:g} to {intervals.edges[owner + 1] - 1:g}"
+def _guided(shown: ShownPipeline) -> DenoisingMixin:
+    """The pipeline as its experts guide it, to a class that makes no difference here."""
+    return shown.guided(shown.pipeline, labels=[0])
 
 
 def _picture(figure: Figure) -> Image.Image:

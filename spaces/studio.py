@@ -1,4 +1,4 @@
-"""What the tabs ask for: each request is checked, value by value, and then carried out. Knows nothing of Gradio."""
+"""The requests of the tabs: each is checked, value by value, and then answered. Independent of Gradio."""
 
 import random
 import time
@@ -7,31 +7,31 @@ from typing import Any
 
 from checks import Refusal, number, one_of, some_of, whole_number, yes_or_no
 from PIL import Image
+from showcase import ALL_CLASSES, OnStep, ShownPipeline
 from specialisation import responsibility, specialisation_picture
-from systems import ALL_CLASSES, OnStep, System
 
 from diffusers_dmp.diffusion.schedulers import SCHEDULERS
 from diffusers_dmp.plots import sample_grid
 
 MAX_SCALE, MAX_STEPS, MAX_SEED, MAX_IMAGES = 20, 100, 2**32 - 1, 40
 COMPARED_IMAGES = 20
-GRID_PIXELS = 640  # about as wide a picture is made
+GRID_PIXELS = 640  # the approximate width of a grid
 
-Check = Callable[[Any, dict], Any]  # (value, those checked before it) → the value
+Check = Callable[[Any, dict], Any]  # (value, the values checked before it) → the value
 
 
 class Studio:
     """
-    The four requests. Not for several threads at once: the systems' models are shared, and some keep what they last computed.
+    The four requests. Use it from one thread at a time: requests share the models, some of which cache what they computed.
 
     Args:
-        systems (`dict[str, System]`): By name.
+        pipelines (`dict[str, ShownPipeline]`): The pipelines by name.
     """
 
-    def __init__(self, systems: dict[str, System]):
-        self.systems = systems
-        self.guides = [system for system in systems.values() if system.experts is not None]
-        drawing: dict[str, Check] = {
+    def __init__(self, pipelines: dict[str, ShownPipeline]):
+        self.pipelines = pipelines
+        self.guides = [shown for shown in pipelines.values() if shown.experts is not None]
+        sampling: dict[str, Check] = {
             "scale": lambda value, _: number("guidance scale", value, 0, MAX_SCALE),
             "steps": lambda value, _: whole_number("steps", value, 1, MAX_STEPS),
             "scheduler": lambda value, _: one_of("scheduler", value, SCHEDULERS),
@@ -43,23 +43,23 @@ class Studio:
                 "system": self._check_system,
                 "class_name": lambda value, got: self._check_class(value, [got["system"]]),
                 "count": lambda value, _: whole_number("number of images", value, 1, MAX_IMAGES),
-                **drawing,
+                **sampling,
             },
             "compare": {
-                "names": lambda value, _: some_of("systems", value, systems),
+                "names": lambda value, _: some_of("systems", value, pipelines),
                 "class_name": lambda value, got: self._check_class(value, got["names"]),
-                **drawing,
+                **sampling,
             },
             "specialise": {
                 "system": self._check_system,
                 "timestep": lambda value, got: whole_number(
-                    "timestep", value, 0, self.systems[got["system"]].num_train_timesteps - 1
+                    "timestep", value, 0, self.pipelines[got["system"]].num_train_timesteps - 1
                 ),
             },
             "guide": {
                 "class_name": lambda value, _: self._check_class(value, [self.guides[0].name]),
                 "count": lambda value, _: whole_number("number of images", value, 1, MAX_IMAGES),
-                **drawing,
+                **sampling,
             },
         }
 
@@ -69,86 +69,91 @@ class Studio:
 
         Args:
             request (`str`): 'generate', 'compare', 'specialise' or 'guide'.
-            values: As they came, in the order of `requests`.
+            values: The values as they were sent, in the order of `requests`.
 
         Returns:
-            The good ones by name, and for each value what is wrong with it or None.
+            The valid values by name, and for each value the problem with it, or None.
         """
-        good, problems = {}, []
+        valid: dict[str, Any] = {}
+        problems: list[str | None] = []
         for (name, check), value in zip(self.requests[request].items(), values, strict=True):
             try:
-                good[name] = check(value, good)
+                valid[name] = check(value, valid)
                 problems.append(None)
             except Refusal as refusal:
                 problems.append(str(refusal))
-            except KeyError:  # it depends on one that is wrong, of which that is said
+            except KeyError:  # it depends on another value that is wrong, whose problem is listed
                 problems.append(None)
-        return good, problems
+        return valid, problems
 
     def checked(self, request: str, values: "tuple | list") -> dict[str, Any]:
         """
+        Return the values of a request by name.
+
         Raises:
-            Refusal: of the first value that is wrong.
+            Refusal: for the first value that is wrong.
         """
-        good, problems = self.examine(request, values)
+        valid, problems = self.examine(request, values)
         for problem in filter(None, problems):
             raise Refusal(problem)
-        return good
+        return valid
 
     def generate(self, *values, on_step: OnStep | None = None) -> tuple[Image.Image, int, str]:
-        """A grid, the seed, and a sentence."""
+        """Return a grid of images by one pipeline, the seed, and a sentence."""
         asked = self.checked("generate", values)
-        system, seed = self.systems[asked["system"]], _seed(asked)
+        shown, seed = self.pipelines[asked["system"]], _seed(asked)
         begun = time.perf_counter()
-        grid = self._grid(system, asked, seed, asked["count"], on_step)
-        return grid, seed, f"Drawn by {system.title} with seed {seed} in {time.perf_counter() - begun:.1f} s."
+        grid = self._grid(shown, asked, seed, asked["count"], on_step)
+        return grid, seed, f"Generated by {shown.title} with seed {seed} in {time.perf_counter() - begun:.1f} s."
 
     def compare(self, *values, on_step: OnStep | None = None) -> tuple[list[tuple[Image.Image, str]], int, str]:
-        """A grid of each system with its name and seconds, the seed, and a sentence."""
+        """Return a grid of each pipeline with its title and seconds, the seed, and a sentence."""
         asked = self.checked("compare", values)
         seed, grids = _seed(asked), []
         for index, name in enumerate(asked["names"]):
-            system = self.systems[name]
-            # one scale does not fit both kinds of guidance: the experts' has a tab of its own
-            own = asked | {"scale": system.default_scale if system.experts is not None else asked["scale"]}
+            shown = self.pipelines[name]
+            # the two kinds of guidance need different scales: the experts' scale is a choice of the tab 'Guide'
+            own = asked | {"scale": shown.default_scale if shown.experts is not None else asked["scale"]}
             begun = time.perf_counter()
-            grid = self._grid(system, own, seed, COMPARED_IMAGES, _part(on_step, index, len(asked["names"])))
-            grids.append((grid, f"{system.title}: {time.perf_counter() - begun:.1f} s"))
-        return grids, seed, f"Drawn from the same noise, of seed {seed}."
+            grid = self._grid(shown, own, seed, COMPARED_IMAGES, _part(on_step, index, len(asked["names"])))
+            grids.append((grid, f"{shown.title}: {time.perf_counter() - begun:.1f} s"))
+        return grids, seed, f"Generated from the same noise, with seed {seed}."
 
     def specialise(self, *values, on_step: OnStep | None = None) -> tuple[Image.Image | None, str]:
-        """The plots, and who is responsible; there are no steps to tell of."""
+        """Return the figures, and a sentence about the part that is at work; `on_step` is never called."""
         asked = self.checked("specialise", values)
-        system = self.systems[asked["system"]]
-        return specialisation_picture(system, asked["timestep"]), responsibility(system, asked["timestep"])
+        shown = self.pipelines[asked["system"]]
+        return specialisation_picture(shown, asked["timestep"]), responsibility(shown, asked["timestep"])
 
     def guide(self, *values, on_step: OnStep | None = None) -> tuple[Image.Image, Image.Image, int, str]:
-        """A grid without guidance and one with, the seed, and a sentence."""
+        """Return a grid without guidance and a grid with it, the seed, and a sentence."""
         asked = self.checked("guide", values)
-        system, seed = self.guides[0], _seed(asked)
+        shown, seed = self.guides[0], _seed(asked)
         unguided, guided = (
-            self._grid(system, asked, seed, asked["count"], _part(on_step, part, 2), guided_by_experts=bool(part))
+            self._grid(shown, asked, seed, asked["count"], _part(on_step, part, 2), guided_by_experts=bool(part))
             for part in (0, 1)
         )
         wanted = "all classes in turn" if asked["class_name"] == ALL_CLASSES else f"“{asked['class_name']}”"
-        return unguided, guided, seed, f"Both are of seed {seed}; the right one was asked for {wanted}."
+        return unguided, guided, seed, f"Both have seed {seed}; the right one was asked for {wanted}."
 
     def _check_system(self, value: Any, _: dict) -> str:
-        return one_of("system", value, self.systems)
+        return one_of("system", value, self.pipelines)
 
     def _check_class(self, value: Any, names: list[str]) -> str:
-        """One that all of these systems know."""
+        """Check that all of these pipelines know the class."""
         return one_of("class", value, self.class_choices(names))
 
     def class_choices(self, names: list[str]) -> list[str]:
-        """'all', and the classes that all of these systems know."""
-        first, *others = (self.systems[name].classes for name in names)
+        """Return 'all' and the classes that all of these pipelines know."""
+        first, *others = (self.pipelines[name].classes for name in names)
         return [ALL_CLASSES, *(name for name in first if all(name in other for other in others))]
 
     @staticmethod
-    def _grid(system: System, asked: dict, seed: int, count: int, on_step: OnStep | None, **options) -> Image.Image:
+    def _grid(
+        shown: ShownPipeline, asked: dict, seed: int, count: int, on_step: OnStep | None, **options
+    ) -> Image.Image:
         try:
-            images = system.draw(
+            images = shown.generate(
                 asked["class_name"],
                 count,
                 scale=asked["scale"],
@@ -161,8 +166,8 @@ class Studio:
         except ValueError as error:
             if not str(error).startswith("Expected"):
                 raise
-            raise Refusal(f"{system.title}: {error}") from error  # the library's own words are plain enough
-        columns = min(count, 5 if count <= 25 else 10)  # of ten digits in turn, so that they stand below each other
+            raise Refusal(f"{shown.title}: {error}") from error  # such messages are written for users
+        columns = min(count, 5 if count <= 25 else 10)  # divisors of ten: equal digits in one column
         pixel_size = max(1, GRID_PIXELS // (columns * (images[0].width + 1) + 1))
         return sample_grid([images[column::columns] for column in range(columns)], pixel_size)
 
@@ -172,5 +177,5 @@ def _seed(asked: dict) -> int:
 
 
 def _part(on_step: OnStep | None, index: int, parts: int) -> OnStep | None:
-    """Steps of one of several drawings, told as steps of all."""
+    """Count the steps of one of several samplings as steps of all of them."""
     return on_step and (lambda done, steps: on_step(index * steps + done, parts * steps))

@@ -1,4 +1,4 @@
-"""`diffusers-dmp` at the command line."""
+"""The commands of `diffusers-dmp`."""
 
 import sys
 
@@ -19,7 +19,7 @@ GREY = TINY_CONFIG | {"in_channels": 1, "out_channels": 1}
 
 @pytest.fixture
 def folder(tmp_path):
-    """A training's `output_dir`."""
+    """An `output_dir` as a training leaves it."""
     pipeline = ClassConditionalPipeline(
         randomised(DTRTransformer2DModel(**GREY)), DDIMScheduler(), id2label={"3": "three", "5": "five"}
     )
@@ -33,7 +33,7 @@ def run(*arguments) -> str:
     return result.output
 
 
-@pytest.mark.parametrize("command", [[], ["sample"], ["convert"], ["publish"], ["plot"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["sample"], ["convert"], ["publish"], ["plot"], ["diagnose"], ["info"]])
 def test_help(command):
     output = run(*command, "--help")
     assert "Usage" in output
@@ -52,7 +52,7 @@ def test_sample(folder, tmp_path, scheduler):
     assert len(image.getcolors()) > 2
 
 
-def test_samples_are_decided_by_the_seed(folder, tmp_path):
+def test_the_seed_determines_the_images(folder, tmp_path):
     pictures = []
     for index, seed in enumerate((0, 0, 1)):
         run("sample", folder, "--output", tmp_path / f"{index}.png", "--steps", 2, "--seed", seed, "--device", "cpu")
@@ -69,8 +69,8 @@ def test_convert(tmp_path):
     assert DTRTransformer2DModel.from_pretrained(tmp_path / "model").num_parameters() > 0
 
 
-def test_convert_a_patch(tmp_path):
-    """DMP's checkpoints hold both; each goes to a folder of its own."""
+def test_convert_prompts(tmp_path):
+    """A checkpoint of DMP holds a transformer and prompts, which are saved in two folders."""
     published = Vectors("dmp_tiny")
     torch.save(published.state_dict, tmp_path / "checkpoint.pt")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(published.config))
@@ -87,7 +87,7 @@ def test_convert_pickled_weights(tmp_path):
     assert all(map(torch.equal, again.parameters(), model.parameters()))
 
 
-def test_publish_shows_what_would_go_up(folder):
+def test_publish_shows_what_would_be_uploaded(folder):
     output = run("publish", folder, "user/dtr", "--license", "mit", "--dry-run")
     assert "transformer/diffusion_pytorch_model.safetensors" in output
     assert "license: mit" in output
@@ -103,41 +103,30 @@ def test_info(folder):
     assert (summary["system"], summary["class"]) == ("dtr", "ClassConditionalPipeline")
 
 
-def test_mistakes_are_said_in_a_line(folder, tmp_path, capsys, monkeypatch):
+def test_errors_are_reported_in_one_line(folder, tmp_path, capsys, monkeypatch):
     garbage, stock = tmp_path / "garbage.pt", tmp_path / "stock"
     garbage.write_bytes(b"garbage")
     DDPMPipeline(UNet2DModel(8, block_out_channels=(32,), down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"]),
                  DDPMScheduler()).save_pretrained(stock)  # fmt: skip
-    for arguments, said in {
-        ("info", "/nowhere/at/all"): "nowhere/at/all",
-        ("info", folder.parent): "to hold a model_index.json",
-        (
-            "sample",
-            folder,
-            "--label",
-            "seven",
-            "--device",
-            "cpu",
-        ): "Expected `class_labels` to be among ['three', 'five']",
-        ("sample", folder, "--device", "gpu"): "`--device` to be one that there is, but got 'gpu'",
-        ("sample", folder, "--output", "grid.mp4"): "to be a picture in a folder that there is, but got 'grid.mp4'",
-        ("plot", folder, "--timestep", 1000): "`--timestep` to be at most 999, but got 1000",
-        ("convert", "dit", garbage, "--output", "x"): "to hold tensors and nothing that runs",
-        ("convert", "dit", garbage, garbage, "--output", "x"): "one checkpoint of dit, but got 2",
-        (
-            "convert",
-            "dit",
-            folder,
-            "--output",
-            "x",
-        ): "the folder of a model of dit, but got that of a ClassConditional",
-        ("sample", stock): "to hold a ClassConditionalPipeline or SNRSplitPipeline, but got a DDPMPipeline",
-        ("publish", folder, "user/dtr", "--license", "mit"): "a token to write with",
-    }.items():
+    for arguments, message in [
+        (["info", "/nowhere/at/all"], "nowhere/at/all"),
+        (["info", folder.parent], "to hold a model_index.json"),
+        (["sample", folder, "--label", "seven", "--device", "cpu"], "`class_labels` to be among ['three', 'five']"),
+        (["sample", folder, "--device", "gpu"], "`--device` to be a device of this computer, but got 'gpu'"),
+        (["sample", folder, "--output", "grid.mp4"], "to be an image file in an existing folder, but got 'grid.mp4'"),
+        (["sample", folder, "--scheduler", "PNDM"], "`--scheduler` to be one of DDIM, DDPM, "),
+        (["convert", "gan", garbage, "--output", "x"], "`system` to be one of dit, dtr, remix, "),
+        (["plot", folder, "--timestep", 1000], "`--timestep` to be at most 999, but got 1000"),
+        (["convert", "dit", garbage, "--output", "x"], "to hold tensors and nothing that runs"),
+        (["convert", "dit", garbage, garbage, "--output", "x"], "one checkpoint of dit, but got 2"),
+        (["convert", "dit", folder, "--output", "x"], "the folder of a model of dit, but got that of a ClassConditional"),
+        (["sample", stock], "to hold a ClassConditionalPipeline or SNRSplitPipeline, but got a DDPMPipeline"),
+        (["publish", folder, "user/dtr", "--license", "mit"], "a token to write with"),
+    ]:
         monkeypatch.setattr(sys, "argv", ["diffusers-dmp", *map(str, arguments)])
         monkeypatch.setattr("diffusers_dmp.hub.publishing.get_token", lambda: None)
         with pytest.raises(SystemExit) as stopped:
             main()
         assert stopped.value.code == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("diffusers-dmp: ")]
-        assert said in line
+        assert message in line

@@ -1,4 +1,4 @@
-"""The pictures say what the numbers do."""
+"""The figures show the numbers that they are made from."""
 
 import numpy as np
 import pytest
@@ -53,12 +53,12 @@ def test_training_share_figure(tmp_path):
 def test_gate_figure(tmp_path):
     gates = torch.rand(5, 8, 3, generator=torch.Generator().manual_seed(0)).softmax(-1)  # (S, L, M)
     figure = gate_figure(gates, torch.tensor([0, 200, 400, 600, 800]))
-    drawn = [axes.images[0].get_array() for axes in figure.axes if axes.images]
-    assert len(drawn) == 8
-    for block, picture in enumerate(drawn):
+    panels = [axes.images[0].get_array() for axes in figure.axes if axes.images]
+    assert len(panels) == 8
+    for block, picture in enumerate(panels):
         assert np.allclose(picture, 3 * gates[:, block].T)
     figure.savefig(tmp_path / "gates.png")
-    gate_figure(torch.full((5, 1, 3), 1 / 3), torch.arange(5))  # a new patch
+    gate_figure(torch.full((5, 1, 3), 1 / 3), torch.arange(5))  # untrained prompts
 
 
 def test_prompt_usage_figure(tmp_path):

@@ -1,4 +1,4 @@
-"""Each digit four times, and which channels draw it when: `python pipelines/dtr/example.py [FOLDER OR HUB ID]`."""
+"""Generate each digit four times, and plot the channels of each timestep: `python pipelines/dtr/example.py [FOLDER OR HUB ID]`."""
 
 import sys
 
@@ -8,9 +8,8 @@ from diffusers import DiffusionPipeline
 import diffusers_dmp  # noqa: F401  registers its classes
 from diffusers_dmp.plots import routing_figure, sample_grid
 
-pipe = DiffusionPipeline.from_pretrained(
-    sys.argv[1] if len(sys.argv) > 1 else "outputs/demo/pipeline"
-)  # of `make demo`
+folder = sys.argv[1] if len(sys.argv) > 1 else "outputs/demo/pipeline"  # from `make demo`
+pipe = DiffusionPipeline.from_pretrained(folder)
 labels = [digit for digit in range(10) for _ in range(4)]
 generator = torch.Generator().manual_seed(0)
 images = pipe(labels, guidance_scale=1.5, num_inference_steps=25, generator=generator).images

@@ -1,52 +1,55 @@
-"""`diffusers-dmp`: draw samples, convert published weights, publish, plot, and say what is in a folder."""
+"""`diffusers-dmp`: sample images, convert published weights, publish, plot, diagnose, and describe a folder."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 import yaml
 
 from .diffusion.schedulers import SCHEDULERS, make_like
+from .systems import SYSTEMS
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+# Each command imports the rest itself, so that `--help` answers at once.
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=__doc__)
 
-Folder = Annotated[
-    str, typer.Argument(help="A folder (also a training's `output_dir`), or a Hub id such as user/name.")
-]
-
-
-MAX_COLUMNS = 10  # of classes that were not asked for
-Scheduler = StrEnum("Scheduler", {name: name for name in SCHEDULERS})
-System = StrEnum("System", ["dit", "dtr", "remix", "dmp", "patch_diffusion", "adm", "ppap"])
-
-# The commands import what they need themselves, so that `--help` is there at once.
+Folder = Annotated[str, typer.Argument(help="A folder, a training's `output_dir`, or a Hub id such as user/name.")]
+MAX_COLUMNS = 10  # classes in a grid by default
+PUBLISHED = (*SYSTEMS, "adm")  # whose original checkpoints can be converted
 
 
 @app.command()
 def sample(
     pipeline: Folder,
-    output: Annotated[Path, typer.Option(help="The picture to write: a grid, a class in each column.")] = Path(
+    output: Annotated[Path, typer.Option(help="The image file to write: a grid with one class per column.")] = Path(
         "samples.png"
     ),
     label: Annotated[
         list[str] | None,
-        typer.Option(help="A class, by index or name; may be repeated. By default all, or the first ten."),
+        typer.Option(
+            help="A class, by index or name; may be repeated. By default all classes, at most the first ten."
+        ),
     ] = None,
-    per_class: Annotated[int, typer.Option(min=1, help="Images of each class.")] = 4,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
+    per_class: Annotated[int, typer.Option(min=1, help="Number of images of each class.")] = 4,
+    steps: Annotated[int, typer.Option(min=1, help="Number of denoising steps.")] = 50,
     guidance_scale: Annotated[
-        float | None, typer.Option(help="Of classifier-free guidance; 1 is without. The pipeline's own by default.")
+        float | None,
+        typer.Option(help="Scale of classifier-free guidance; 1 means none. By default the pipeline's own."),
     ] = None,
     scheduler: Annotated[
-        Scheduler | None, typer.Option(case_sensitive=False, help="The pipeline's own by default.")
+        str | None, typer.Option(help=f"One of {', '.join(SCHEDULERS)}. By default the pipeline's own.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="What the initial noise is drawn by.")] = 0,
-    pixel_size: Annotated[int, typer.Option(min=1, help="How many pixels of the picture's a pixel becomes.")] = 1,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; the accelerator that there is by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the initial noise.")] = 0,
+    pixel_size: Annotated[int, typer.Option(min=1, help="Width of an image's pixel in the grid, in pixels.")] = 1,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Device to compute on, such as cpu or cuda. By default an accelerator, if there is one."),
+    ] = None,
 ) -> None:
     """
-    Draw a grid of samples.
+    Sample a grid of images.
 
     diffusers-dmp sample outputs/demo --label 3 --label 8 --guidance-scale 1.5 --pixel-size 6
     """
@@ -57,14 +60,17 @@ def sample(
     from .plots import sample_grid
 
     if output.suffix.lower() not in Image.registered_extensions() or not output.parent.is_dir():
-        raise ValueError(f"Expected `--output` to be a picture in a folder that there is, but got {str(output)!r}.")
+        raise ValueError(f"Expected `--output` to be an image file in an existing folder, but got {str(output)!r}.")
+    schedulers = {name.lower(): class_name for name, class_name in SCHEDULERS.items()}
+    if scheduler is not None and scheduler.lower() not in schedulers:
+        raise ValueError(f"Expected `--scheduler` to be one of {', '.join(SCHEDULERS)}, but got {scheduler!r}.")
     pipe = load_pipeline(pipeline)
     try:
         pipe.to(device or get_device())
     except RuntimeError as error:
-        raise ValueError(f"Expected `--device` to be one that there is, but got {device!r}.") from error
+        raise ValueError(f"Expected `--device` to be a device of this computer, but got {device!r}.") from error
     if scheduler is not None:
-        pipe.scheduler = make_like(pipe.scheduler, SCHEDULERS[scheduler])
+        pipe.scheduler = make_like(pipe.scheduler, schedulers[scheduler.lower()])
     labels = [int(each) if each.isdecimal() else pipe.get_label_ids(each)[0] for each in label or []]
     if not labels and (pipe.num_classes or 1) > 1:
         labels = list(range(min(pipe.num_classes, MAX_COLUMNS)))
@@ -82,20 +88,22 @@ def sample(
 
 @app.command()
 def convert(
-    system: Annotated[System, typer.Argument(help="Whose code wrote the checkpoint.")],
+    system: Annotated[str, typer.Argument(help=f"The code that wrote the checkpoint: {', '.join(PUBLISHED)}.")],
     checkpoints: Annotated[
         list[Path],
         typer.Argument(
-            help="Its file; for ppap one for each expert, the cleanest images' first; or a model's folder with pickled weights."
+            help="The checkpoint's file; for ppap one file per expert, the expert of the cleanest images first; or the "
+            "folder of a model of this package with pickled weights."
         ),
     ],
     output: Annotated[Path, typer.Option(help="The folder to write.")],
     config: Annotated[
-        Path | None, typer.Option(help="YAML of what the weights do not tell, such as the number of heads.")
+        Path | None,
+        typer.Option(help="YAML file with settings that the weights do not show, such as the number of heads."),
     ] = None,
 ) -> None:
     """
-    Make safetensors of a published checkpoint. Pickles are read with `weights_only=True`: tensors, no code.
+    Convert a published checkpoint to safetensors. Pickles are read with `weights_only=True`: tensors, no code.
 
     diffusers-dmp convert dit DiT-XL-2-256x256.pt --output dit-xl-2
     """
@@ -103,16 +111,19 @@ def convert(
     from .plugins.attachment import patch_of
 
     settings = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}) if config else {}
-    if len(checkpoints) > 1 and system is not System.ppap:
-        raise ValueError(f"Expected one checkpoint of {system.value}, but got {len(checkpoints)}.")
+    if system not in PUBLISHED:
+        raise ValueError(f"Expected `system` to be one of {', '.join(PUBLISHED)}, but got {system!r}.")
+    is_guidance = system in SYSTEMS and SYSTEMS[system].is_guidance
+    if len(checkpoints) > 1 and not is_guidance:
+        raise ValueError(f"Expected one checkpoint of {system}, but got {len(checkpoints)}.")
     if checkpoints[0].is_dir():
-        _convert_folder(system.value, checkpoints[0], output)
-    elif system is System.ppap:
+        _convert_folder(system, checkpoints[0], output)
+    elif is_guidance:
         states = [load_original_state_dict(path) for path in checkpoints]
         settings = {"base_model_folder": output / "base_model"} | settings
-        convert_checkpoint(system.value, states, settings).save_pretrained(output)
+        convert_checkpoint(system, states, settings).save_pretrained(output)
     else:
-        model = convert_checkpoint(system.value, load_original_state_dict(checkpoints[0]), settings)
+        model = convert_checkpoint(system, load_original_state_dict(checkpoints[0]), settings)
         patch = patch_of(model)
         if patch is None:
             model.save_pretrained(output)
@@ -125,20 +136,23 @@ def convert(
 @app.command()
 def publish(
     folder: Annotated[
-        Path, typer.Argument(help="A training's `output_dir`, or that of a pipeline, model, patch or experts.")
+        Path,
+        typer.Argument(
+            help="A training's `output_dir`, or the folder of a pipeline, model, prompts or guidance experts."
+        ),
     ],
-    repo_id: Annotated[str, typer.Argument(help="Where to: user/name.")],
-    license: Annotated[str, typer.Option(help="Of the weights: apache-2.0, mit, cc-by-nc-4.0, …")],
-    private: Annotated[bool, typer.Option("--private", help="For nobody else to see.")] = False,
+    repo_id: Annotated[str, typer.Argument(help="The repository: user/name.")],
+    license: Annotated[str, typer.Option(help="Licence of the weights: apache-2.0, mit, cc-by-nc-4.0, …")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     update: Annotated[
-        bool, typer.Option("--update", help="Replace all that is in a repository that there is, its card too.")
+        bool, typer.Option("--update", help="Replace everything in an existing repository, its card too.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go up.")] = False,
-    base_model: Annotated[str | None, typer.Option(help="Hub id of what it was made of.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Hub id of what it was trained on.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be uploaded.")] = False,
+    base_model: Annotated[str | None, typer.Option(help="Hub id of the model that it was made from.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Hub id of the data set that it was trained on.")] = None,
 ) -> None:
     """
-    Upload to the Hugging Face Hub: weights, code for those without this package, and a model card.
+    Upload to the Hugging Face Hub: weights, code for users without this package, and a model card.
 
     diffusers-dmp publish outputs/demo user/dtr-digits --license apache-2.0 --dry-run
     """
@@ -162,12 +176,12 @@ def publish(
 @app.command()
 def plot(
     pipeline: Folder,
-    output: Annotated[Path, typer.Option(help="The folder for the pictures.")] = Path("."),
-    timestep: Annotated[int | None, typer.Option(min=0, help="One to mark.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Of the sampling whose steps are counted.")] = 50,
+    output: Annotated[Path, typer.Option(help="The folder for the figures.")] = Path("."),
+    timestep: Annotated[int | None, typer.Option(min=0, help="A timestep to mark.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Number of denoising steps of the sampling that is counted.")] = 50,
 ) -> None:
     """
-    Draw how a pipeline's parts share the noise levels: routing windows, mixing coefficients, gates, or the SNR split.
+    Plot how a pipeline's parts divide the noise levels: routing windows, mixing coefficients, gates, or the SNR split.
 
     diffusers-dmp plot outputs/demo --timestep 300
     """
@@ -183,21 +197,23 @@ def plot(
         figure.savefig(output / f"{name}.png", dpi=120)
         typer.echo(output / f"{name}.png")
     if not figures:
-        typer.echo("This pipeline is of one part, which handles every noise level.")
+        typer.echo("The whole model of this pipeline handles every noise level: there is nothing to plot.")
 
 
 @app.command()
 def diagnose(
     pipeline: Folder,
-    dataset: Annotated[str, typer.Option(help="Images to look at: a folder, parquet, or a Hub data set's id.")],
-    output: Annotated[Path, typer.Option(help="The folder for the figures and the picture of them.")] = Path("."),
-    split: Annotated[str, typer.Option(help="Of the data set.")] = "train",
-    images: Annotated[int, typer.Option(min=1, help="How many of them.")] = 256,
-    bands: Annotated[int, typer.Option(min=1, help="Into how many the timesteps are cut.")] = 8,
-    steps: Annotated[int, typer.Option(min=1, help="Of the sampling whose steps are counted.")] = 50,
+    dataset: Annotated[
+        str, typer.Option(help="Images to denoise: a folder, parquet files, or the Hub id of a data set.")
+    ],
+    output: Annotated[Path, typer.Option(help="The folder for diagnosis.json and diagnosis.png.")] = Path("."),
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
+    images: Annotated[int, typer.Option(min=1, help="Number of images to use.")] = 256,
+    bands: Annotated[int, typer.Option(min=1, help="Number of bands that the timesteps are divided into.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Number of denoising steps of the sampling that is counted.")] = 50,
 ) -> None:
     """
-    Say what each expert is good at: its loss in each band of noise, the loss if another takes its place, its share of the work.
+    Measure what each expert is good at: its loss at every noise level, the loss if another takes its place, its use.
 
     diffusers-dmp diagnose outputs/patch_digits --dataset outputs/demo/digits
     """
@@ -218,7 +234,7 @@ def diagnose(
     (output / "diagnosis.json").write_text(json.dumps(diagnosis.as_dict(), indent=2) + "\n", encoding="utf-8")
     for owner, row in enumerate(diagnosis.swap_losses):
         typer.echo(
-            f"stretch of expert {owner}: " + ", ".join(f"{loss:.4f} by {other}" for other, loss in enumerate(row))
+            f"interval of expert {owner}: " + ", ".join(f"{loss:.4f} by {other}" for other, loss in enumerate(row))
         )
     typer.echo(f"{output / 'diagnosis.json'}, {output / 'diagnosis.png'}")
 
@@ -226,7 +242,7 @@ def diagnose(
 @app.command()
 def info(folder: Folder) -> None:
     """
-    Say what is in a folder: system, intervals, training, evaluation. No weights are loaded, nor fetched from the Hub.
+    Describe a folder: system, intervals, training, evaluation. Weights are neither loaded nor downloaded.
 
     diffusers-dmp info outputs/demo
     """
@@ -235,8 +251,13 @@ def info(folder: Folder) -> None:
     typer.echo(yaml.safe_dump(read_folder(_local(folder)).summary(), sort_keys=False, allow_unicode=True).rstrip())
 
 
-def load_pipeline(name: str):
-    """The pipeline of a folder, of a training's, or of the Hub."""
+def load_pipeline(name: str) -> "DiffusionPipeline":
+    """
+    Load a [`ClassConditionalPipeline`] or [`SNRSplitPipeline`] from its folder, from a training's `output_dir`, or from the Hub.
+
+    Raises:
+        ValueError: if it is not a pipeline of this package.
+    """
     from diffusers import DiffusionPipeline
 
     import diffusers_dmp
@@ -251,7 +272,7 @@ def load_pipeline(name: str):
 
 
 def main() -> None:
-    """With what is wrong in one line, where it is the user's to put right."""
+    """Run the command line; a user's error is reported in one line."""
     try:
         app()
     except (ValueError, OSError, ImportError, yaml.YAMLError) as error:
@@ -260,7 +281,7 @@ def main() -> None:
 
 
 def _local(name: str) -> Path:
-    """The folder, or what tells of a repository."""
+    """The folder itself, or a download of a repository's configurations and records."""
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.yaml"]
@@ -268,16 +289,14 @@ def _local(name: str) -> Path:
 
 
 def _convert_folder(system: str, folder: Path, output: Path) -> None:
-    """A model's folder with pickled weights, into one with safetensors."""
+    """Convert a model's folder with pickled weights into one with safetensors."""
     import diffusers_dmp
 
     from .hub.folders import read_folder
 
     contents = read_folder(folder)
-    if contents.system != system or contents.is_pipeline or system == "ppap":
-        raise ValueError(
-            f"Expected the folder of a model of {system}, but got that of a {contents.class_name}"
-            f"{', whose components are converted one by one' if contents.is_pipeline else ''}."
-        )
+    if contents.system != system or contents.is_pipeline or SYSTEMS[system].is_guidance:
+        hint = "; convert its components one by one" if contents.is_pipeline else ""
+        raise ValueError(f"Expected the folder of a model of {system}, but got that of a {contents.class_name}{hint}.")
     model_class = getattr(diffusers_dmp, contents.class_name)
     model_class.from_pretrained(contents.path, use_safetensors=False).save_pretrained(output)

@@ -1,4 +1,4 @@
-"""What each part of a model is good at, told of parts that are good at something by construction."""
+"""The diagnosis of experts whose losses are known by construction."""
 
 import json
 
@@ -23,7 +23,7 @@ BOUNDARY = 500
 
 
 class KnowsGrey(UNet2DModel):
-    """Of grey images, x0 = 0, it is right about the noise of some timesteps, x_t/σ_t, and says nothing of the others'."""
+    """Predicts the noise of grey images, x0 = 0, exactly at its known timesteps, as x_t/σ_t, and zero at all others."""
 
     def forward(self, sample, timestep, return_dict=True):
         sigma = (1 - DDIMScheduler().alphas_cumprod[timestep]).sqrt().view(-1, 1, 1, 1)
@@ -52,11 +52,11 @@ def split_pipeline() -> SNRSplitPipeline:
     return SNRSplitPipeline(denoisers, scheduler, snr_boundaries=[share / (1 - share)])
 
 
-def test_who_is_good_at_what(grey):
+def test_losses_of_known_experts(grey):
     summary = {"experts": [{"samples_per_expert": [30, 0]}, {"samples_per_expert": [0, 10]}]}
     diagnosis = diagnose(split_pipeline(), grey, num_bands=4, num_inference_steps=20, training_summary=summary)
-    assert diagnosis.stretches == [0, BOUNDARY, 1000] and diagnosis.bands == [0, 250, 500, 750, 1000]
-    # nothing said is wrong by the noise itself, whose mean square is 1
+    assert diagnosis.edges == [0, BOUNDARY, 1000] and diagnosis.bands == [0, 250, 500, 750, 1000]
+    # the error of predicting zero is the noise itself, whose mean square is 1
     losses, swaps = torch.tensor(diagnosis.band_losses), torch.tensor(diagnosis.swap_losses)
     torch.testing.assert_close(losses, torch.tensor([[0.0, 0, 1, 1], [1, 1, 0, 0]]), atol=0.1, rtol=0)
     torch.testing.assert_close(swaps, torch.tensor([[0.0, 1], [1, 0]]), atol=0.1, rtol=0)
@@ -65,7 +65,7 @@ def test_who_is_good_at_what(grey):
 
 
 def test_swapping_experts_of_a_remix_dit(digits):
-    """Of one mixture for all experts, nobody is better than another."""
+    """With one mixture for all experts, all have one loss."""
     model = randomised(RemixDiTModel(**DIT, num_classes=10, num_bases=2, num_experts=3))
     pipeline = ClassConditionalPipeline(model, DDIMScheduler())
     torch.nn.init.zeros_(model.mixing_logits)
@@ -76,7 +76,7 @@ def test_swapping_experts_of_a_remix_dit(digits):
     assert (swaps - swaps[:, :1]).abs().max() > 1e-4
 
 
-def test_a_model_of_one_part(digits):
+def test_a_model_without_experts(digits):
     pipeline = ClassConditionalPipeline(randomised(DiTModel(**DIT, num_classes=10)), DDIMScheduler())
     diagnosis = diagnose(pipeline, load_images(digits), num_images=8, num_bands=3)
     assert len(diagnosis.band_losses) == 1 and len(diagnosis.band_losses[0]) == 3
@@ -103,7 +103,7 @@ def test_at_the_command_line(digits, tmp_path):
     (tmp_path / "output" / "training_summary.json").write_text('{"samples_per_expert": [5, 6, 7]}')
     asked = ["diagnose", tmp_path / "output", "--dataset", digits, "--output", tmp_path / "found", "--images", 8]
     result = CliRunner().invoke(app, [str(each) for each in asked], catch_exceptions=False)
-    assert "stretch of expert 2: " in result.output
+    assert "interval of expert 2: " in result.output
     found = json.loads((tmp_path / "found" / "diagnosis.json").read_text())
     assert found["training_samples"] == [5, 6, 7] and len(found["swap_losses"]) == 3
     assert Image.open(tmp_path / "found" / "diagnosis.png").size[0] > 500

@@ -1,4 +1,4 @@
-"""The Space as a process of its own, as `make space` starts it."""
+"""Start the Space in a process of its own, as `make space` does."""
 
 import os
 import socket
@@ -15,12 +15,12 @@ import pytest
 pytest.importorskip("gradio", reason="pip install diffusers-dmp[space]")
 
 SPACE = Path(__file__).parents[2] / "spaces"
-PATIENCE = 180  # seconds, until it answers
+PATIENCE = 180  # seconds to wait until it answers
 
 
 @contextmanager
 def running_space(log: Path, **environment: str) -> Iterator[str]:
-    """Its address, once it answers."""
+    """Start the Space with an environment, and give its address once it answers."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,42 +1,48 @@
-"""What each part of a trained model is good at, and how often it is at work.
+"""How well each expert of a trained pipeline denoises at each noise level, and how often it is used.
 
-Legend: N images, E experts, K bands of timesteps.
+Legend: N images, E experts, K bands of timesteps, C channels, H and W height and width.
 """
 
+import copy
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
-from torch import nn
+from diffusers.models.modeling_utils import ModelMixin
 
 from ..diffusion.latents import scale_latents
 from ..diffusion.noise import noisy_sample
-from ..diffusion.predictions import convert_prediction, expected_prediction_type
+from ..diffusion.predictions import convert_prediction
 from ..intervals import NoiseIntervals
-from ..models import RemixDiTModel
-from ..pipelines import ClassConditionalPipeline, SNRSplitPipeline
+from ..systems import systems_in
 from ..training.data.images import to_tensors
 from ..training.data.latents import latent_distribution
 
+if TYPE_CHECKING:
+    from ..pipelines import ClassConditionalPipeline, SNRSplitPipeline
+
 BATCH_SIZE = 64
-SEED = 0  # of the noise, which is the same for whoever is asked
+SEED = 0  # of the images and their noise, the same for every expert
 
 
 @dataclass(frozen=True)
 class Diagnosis:
     """
+    Losses and use of each expert. A loss is the mean squared error of the predicted noise.
+
     Args:
-        stretches (`list[float]` of length E + 1): Expert e owns the timesteps [stretches[e], stretches[e + 1]).
-        bands (`list[float]` of length K + 1): Edges of the bands of timesteps, all of one length.
-        band_losses (`list[list[float]]` of shape (E, K)): Mean squared error of the predicted noise, by expert and band, the
-            expert's own or not.
-        swap_losses (`list[list[float]]` of shape (E, E)): Row i: the same over the stretch of expert i, if expert j has it.
-        sampling_steps (`list[int]` of length E): How many of the denoising steps each has.
-        training_samples (`list[int]` of length E, *optional*): How many samples each was trained on.
+        edges (`list[float]` of length E + 1): Expert e owns the timesteps [edges[e], edges[e + 1]).
+        bands (`list[float]` of length K + 1): The edges of the bands of timesteps, all of one length.
+        band_losses (`list[list[float]]` of shape (E, K)): The loss of each expert in each band, whether it owns the band or
+            not.
+        swap_losses (`list[list[float]]` of shape (E, E)): Row i, column j: the loss in the interval of expert i if expert j
+            denoises there.
+        sampling_steps (`list[int]` of length E): The number of denoising steps of each expert.
+        training_samples (`list[int]` of length E, *optional*): The number of samples that each expert was trained on.
     """
 
-    stretches: list[float]
+    edges: list[float]
     bands: list[float]
     band_losses: list[list[float]]
     swap_losses: list[list[float]]
@@ -44,7 +50,7 @@ class Diagnosis:
     training_samples: list[int] | None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields by name, for JSON."""
         return asdict(self)
 
 
@@ -57,39 +63,38 @@ def diagnose(
     training_summary: dict[str, Any] | None = None,
 ) -> Diagnosis:
     """
-    Ask every expert to denoise everybody's noise. A model of one part is one expert for all timesteps.
+    Measure the loss of every expert at all noise levels. A model without experts counts as one expert.
 
     Args:
-        pipeline: With a scheduler that has `alphas_cumprod`, on the device to compute on.
-        dataset (`datasets.Dataset`): As [`load_images`] returns it; with labels, if the pipeline knows classes.
-        num_images (`int`): N, drawn at random; each is seen once in every band and stretch, at timesteps that cover it evenly.
+        pipeline: The pipeline, on the device to compute on; its scheduler has `alphas_cumprod`.
+        dataset (`datasets.Dataset`): Images as [`load_images`] returns them; with labels if the pipeline knows classes.
+        num_images (`int`): N, chosen at random. Each image is used once per band and per interval, at timesteps that cover it
+            evenly.
         num_bands (`int`): K.
-        num_inference_steps (`int`): Of the sampling that is counted.
-        training_summary (`dict`, *optional*): What `training_summary.json` holds.
+        num_inference_steps (`int`): The length of the sampling whose steps are counted.
+        training_summary (`dict`, *optional*): The content of `training_summary.json`.
 
     Raises:
-        ValueError: if the data set has no labels, which the pipeline needs, or no images.
+        ValueError: if the data set has no images, or no labels although the pipeline needs them.
     """
-    intervals, experts, types = _experts(pipeline)
-    x0, labels = _clean_samples(pipeline, dataset, num_images)
-    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(SEED)).to(x0.device)
-    bands = NoiseIntervals.uniform(num_bands, pipeline.scheduler.config.num_train_timesteps).edges
+    intervals, experts = _experts(pipeline)
+    samples = _clean_samples(pipeline, dataset, num_images)
+    num_train_timesteps = pipeline.scheduler.config.num_train_timesteps
+    bands = NoiseIntervals.uniform(num_bands, num_train_timesteps).edges
 
     def losses(edges: tuple[float, ...]) -> torch.Tensor:
-        """(E, len(edges) - 1)"""
-        rows = []
-        for expert, own_type in zip(experts, types):
-            row = []
-            for low, high in zip(edges, edges[1:]):
-                timesteps = (low + (torch.arange(len(x0)) + 0.5) / len(x0) * (high - low)).long()
-                row.append(_noise_loss(expert, own_type, pipeline.scheduler, x0, noise, timesteps, labels))
-            rows.append(row)
-        return torch.tensor(rows)
+        """The losses (E, len(edges) - 1) of all experts between neighbouring edges."""
+        return torch.tensor(
+            [
+                [_noise_loss(*expert, pipeline.scheduler, samples, low, high) for low, high in zip(edges, edges[1:])]
+                for expert in experts
+            ]
+        )
 
-    timesteps = _timesteps(pipeline, num_inference_steps)
+    timesteps = _sampling_timesteps(pipeline, num_inference_steps)
     steps = intervals.index(timesteps).bincount(minlength=len(experts))
     return Diagnosis(
-        stretches=list(intervals.edges),
+        edges=list(intervals.edges),
         bands=list(bands),
         band_losses=losses(bands).tolist(),
         swap_losses=losses(intervals.edges).T.tolist(),
@@ -98,32 +103,40 @@ def diagnose(
     )
 
 
-def _experts(pipeline) -> tuple[NoiseIntervals, list[nn.Module], list[str]]:
-    """Who owns what, the experts as models of one part, and what each predicts."""
-    if isinstance(pipeline, SNRSplitPipeline):
-        return pipeline.intervals(), pipeline.denoisers, pipeline.config.prediction_types
-    model = pipeline.denoisers[0]
-    own_type = model.config.get("prediction_type") or expected_prediction_type(pipeline.scheduler)
-    if isinstance(model, RemixDiTModel):
-        experts = [model.bake_expert(expert) for expert in range(model.config.num_experts)]
-        return model.intervals, experts, [own_type] * len(experts)
-    return NoiseIntervals.uniform(1, pipeline.scheduler.config.num_train_timesteps), [model], [own_type]
+@dataclass(frozen=True)
+class _Samples:
+    """
+    Args:
+        x0, noise (`torch.Tensor` of shape (N, C, H, W)): Clean samples, in pixels or latents, and ε.
+        labels (`torch.Tensor` of shape (N,), *optional*): Classes, on the CPU.
+    """
+
+    x0: torch.Tensor
+    noise: torch.Tensor
+    labels: torch.Tensor | None
+
+
+def _experts(pipeline: Any) -> tuple[NoiseIntervals, list[tuple[ModelMixin, str]]]:
+    """The intervals, and for each of them the model that owns it and its prediction type."""
+    system, part = next((system, part) for system, part in systems_in(pipeline) if not system.is_guidance)
+    whole = NoiseIntervals.uniform(1, pipeline.scheduler.config.num_train_timesteps)
+    return whole if system.intervals is None else system.intervals(part), system.experts(pipeline, part)
 
 
 @torch.no_grad()
-def _clean_samples(pipeline, dataset: datasets.Dataset, num_images: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x0 (N, C, H, W), and labels (N,) for a model that knows classes."""
+def _clean_samples(pipeline: Any, dataset: datasets.Dataset, num_images: int) -> _Samples:
     model = pipeline.denoisers[0]
-    own_size = model.config.sample_size
-    own_size = own_size if isinstance(own_size, int) else own_size[0]
-    size, channels = own_size * pipeline.vae_scale_factor, model.config.in_channels
+    sample_size = model.config.sample_size
+    sample_size = sample_size if isinstance(sample_size, int) else sample_size[0]
+    size, channels = sample_size * pipeline.vae_scale_factor, model.config.in_channels
     if pipeline.vae is not None:
         channels = pipeline.vae.config.in_channels
     if not len(dataset):
         raise ValueError("Expected `dataset` to hold images, but got none.")
-    some = dataset.shuffle(seed=SEED).select(range(min(num_images, len(dataset))))  # most are sorted by class
-    items = to_tensors(some, size, channels)
-    images = torch.stack([item["images"] for item in items])
+    # shuffled, because most data sets are sorted by class
+    subset = dataset.shuffle(seed=SEED).select(range(min(num_images, len(dataset))))
+    items = to_tensors(subset, size, channels)
+    x0 = torch.stack([item["images"] for item in items])
     labels = None
     if (pipeline.num_classes or 1) > 1:
         if "class_labels" not in items[0]:
@@ -131,37 +144,46 @@ def _clean_samples(pipeline, dataset: datasets.Dataset, num_images: int) -> tupl
                 f"Expected `dataset` to have labels for a model of {pipeline.num_classes} classes, but got none."
             )
         labels = torch.tensor([item["class_labels"] for item in items])
-    if pipeline.vae is not None:
-        means = [
-            latent_distribution(pipeline.vae, part.to(pipeline.vae.device))[0] for part in images.split(BATCH_SIZE)
-        ]
-        return scale_latents(pipeline.vae, torch.cat(means)).float(), labels
-    return images.to(model.device), labels
+    if pipeline.vae is None:
+        x0 = x0.to(model.device)
+    else:
+        device = pipeline.vae.device
+        means = [latent_distribution(pipeline.vae, part.to(device))[0] for part in x0.split(BATCH_SIZE)]
+        x0 = scale_latents(pipeline.vae, torch.cat(means)).float()
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(SEED)).to(x0.device)
+    return _Samples(x0, noise, labels)
 
 
 @torch.no_grad()
-def _noise_loss(model: nn.Module, own_type: str, scheduler, x0, noise, timesteps, labels) -> float:
-    """Of ε, whatever the model predicts: (N, C, H, W) → mean squared error."""
+def _noise_loss(
+    model: ModelMixin, prediction_type: str, scheduler: Any, samples: _Samples, low: float, high: float
+) -> float:
+    """The mean squared error of the noise that a model predicts, at timesteps that cover [low, high) evenly."""
+    x0, noise, labels = samples.x0, samples.noise, samples.labels
+    num_samples, num_channels = x0.shape[:2]
+    timesteps = (low + (torch.arange(num_samples) + 0.5) / num_samples * (high - low)).long()  # (N,)
     alphas_cumprod = scheduler.alphas_cumprod.to(x0.device)[timesteps.to(x0.device)].view(-1, 1, 1, 1)
     alpha, sigma = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
     x_t = noisy_sample(x0, noise, alpha, sigma)
     total = 0.0
-    for rows in torch.arange(len(x0)).split(BATCH_SIZE):
+    for rows in torch.arange(num_samples).split(BATCH_SIZE):
         kwargs = {} if labels is None else {"class_labels": labels[rows]}
-        output = model(x_t[rows].to(model.dtype), timesteps[rows], **kwargs).sample[:, : x0.shape[1]].float()
-        epsilon = convert_prediction(output, x_t[rows], alpha[rows], sigma[rows], own_type, "epsilon")
+        # a learned variance follows in further channels
+        output = model(x_t[rows].to(model.dtype), timesteps[rows], **kwargs).sample[:, :num_channels].float()
+        epsilon = convert_prediction(output, x_t[rows], alpha[rows], sigma[rows], prediction_type, "epsilon")
         total += float((epsilon - noise[rows]).square().mean((1, 2, 3)).sum())
-    return total / len(x0)
+    return total / num_samples
 
 
-def _timesteps(pipeline, num_inference_steps: int) -> torch.Tensor:
-    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+def _sampling_timesteps(pipeline: Any, num_inference_steps: int) -> torch.Tensor:
+    """The timesteps of a sampling by the pipeline's scheduler, on the CPU."""
+    scheduler = copy.copy(pipeline.scheduler)  # set_timesteps would change the pipeline's own
     scheduler.set_timesteps(num_inference_steps)
     return scheduler.timesteps.cpu()
 
 
 def _training_samples(summary: dict[str, Any]) -> list[int] | None:
-    """Of one training with several experts, or of several trainings with one expert each."""
+    """Read from a summary how many samples each expert was trained on, in one training or in one training per expert."""
     if "experts" in summary:
         return [sum(each["samples_per_expert"]) for each in summary["experts"]]
     return summary.get("samples_per_expert")

@@ -1,8 +1,12 @@
-"""What lies in a folder: a pipeline, model, patch or guidance experts, and what the training that made it left beside it."""
+"""Read a folder with a pipeline, model, prompts or guidance experts, and the records that its training wrote.
+
+Only configurations and the headers of weight files are read: no model is imported or loaded.
+"""
 
 import json
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,40 +14,31 @@ from typing import Any
 import yaml
 from safetensors import safe_open
 
-from ..intervals import NoiseIntervals
-from ..models.inputs import class_count
 from ..saving.mixins import VERSION_KEY, is_component, listed
 from ..saving.naming import PACKAGE
+from ..systems import SYSTEMS, saved_intervals, system_of_classes
 
 PIPELINE_CONFIG, MODEL_CONFIG = "model_index.json", "config.json"
-ARTEFACTS = ("pipeline", "experts", "patch")  # in a training's `output_dir`
+ARTEFACTS = ("pipeline", "experts", "patch")  # the folders in a training's `output_dir`
 ARGUMENTS, SUMMARY, EVALUATION = "training_arguments.yaml", "training_summary.json", "evaluation.json"
 SAMPLES = "samples.png"
-PICTURES = (SAMPLES, "routing.png", "mixing.png", "training_share.png", "gates.png", "prompt_usage.png", "snr_split.png",
-            "ddim25.png", "ddpm50.png")  # fmt: skip
-SYSTEMS = {  # by class; of several in a pipeline the first counts
-    "GuidanceExperts": "ppap",
-    "PromptPatch": "dmp",
-    "SNRSplitPipeline": "patch_diffusion",
-    "PatchedUNet2DModel": "patch_diffusion",
-    "RemixDiTModel": "remix",
-    "DTRTransformer2DModel": "dtr",
-    "DiTModel": "dit",
-}
+PICTURES = (SAMPLES, *(f"{name}.png" for system in SYSTEMS.values() for name in system.pictures))
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
 class FolderContents:
     """
+    A folder's content, as far as it is known without loading weights.
+
     Args:
-        path (`Path`): Of the pipeline, model, patch or experts.
+        path (`Path`): The folder of the pipeline, model, prompts or guidance experts.
         config (`dict`): Its `model_index.json` or `config.json`.
-        class_name (`str`): What it is.
-        system (`str`): One of [`SYSTEMS`].
-        training (`dict`): The training's arguments; empty if they are not there.
-        evaluation (`list[dict]`): Each with `metric`, `value`, `dataset` and `settings`.
-        pictures (`list[Path]`): That were drawn after the training.
+        class_name (`str`): The class that was saved there.
+        system (`str`): The key of its record in `systems.SYSTEMS`.
+        training (`dict`): The training's arguments; empty if they were not saved.
+        evaluation (`list[dict]`): Measured figures, each with `metric`, `value`, `dataset` and `settings`.
+        pictures (`list[Path]`): Pictures that were made after the training.
     """
 
     path: Path
@@ -56,24 +51,26 @@ class FolderContents:
 
     @property
     def is_pipeline(self) -> bool:
-        """Whether it has components, not weights of its own."""
+        """Whether the folder holds a pipeline with components."""
         return (self.path / PIPELINE_CONFIG).is_file()
 
     @property
     def components(self) -> dict[str, str]:
-        """Of a pipeline: the class of each, by its folder's name."""
+        """The class names of a pipeline's components by their folders' names; empty if it is not a pipeline."""
         return {name: value[1] for name, value in self._entries().items()}
 
     @property
     def own_classes(self) -> dict[str, str]:
-        """The models of this package, by the folder that each is saved in, '.' for the one that it is itself."""
+        """The class names of this package's models by the folders that they are saved in; '.' is the folder itself."""
         if not self.is_pipeline:
             return {".": self.class_name}
         return {name: class_name for name, (library, class_name) in self._entries().items() if library == PACKAGE}
 
     @property
     def num_classes(self) -> int | None:
-        """Of a pipeline: how many classes it can be asked for; None if it takes no labels."""
+        """The number of classes that a pipeline can generate; None if it takes no labels."""
+        from ..models.inputs import class_count  # here, because it loads the models, which `summary` does not need
+
         for name in self.components:
             config = self.path / name / MODEL_CONFIG
             if config.is_file():
@@ -83,8 +80,8 @@ class FolderContents:
         return None
 
     def num_parameters(self) -> int | None:
-        """As the weights' files say, which are not loaded; None if they are not there. Of variants the first counts."""
-        folders = {}
+        """The number of parameters from the headers of the weight files; None without any. Of several variants one is counted."""
+        folders: dict[Path, dict[str, list[Path]]] = {}
         for file in sorted(self.path.rglob("*.safetensors")):
             folders.setdefault(file.parent, {}).setdefault(_variant(file), []).append(file)
         total = 0
@@ -95,19 +92,19 @@ class FolderContents:
         return total or None
 
     def intervals(self) -> str | None:
-        """Who owns which noise, in words; None for a model of one part."""
+        """Say in words who owns which noise levels; None for a model without experts."""
         configs = [read_json(self.path / name / MODEL_CONFIG) for name in self.own_classes]
         for config in [self.config, *configs]:
             boundaries = listed(config.get("snr_boundaries"))
             if boundaries:
                 return f"{len(boundaries) + 1} denoisers, bounded by the signal-to-noise ratio {_listing(boundaries)}"
-            if (config.get("num_experts") or 1) > 1:
-                edges = NoiseIntervals.uniform(config["num_experts"], config["num_train_timesteps"]).edges
-                return f"{config['num_experts']} experts, from the timestep {_listing(edges[:-1])}"
+            intervals = saved_intervals(config)
+            if intervals is not None and intervals.num_experts > 1:
+                return f"{intervals.num_experts} experts, whose intervals begin at the timesteps {_listing(intervals.edges[:-1])}"
         return None
 
     def summary(self) -> dict[str, Any]:
-        """For people: what is there, by what name it goes."""
+        """Return what is known about the folder, by names for people to read."""
         rows = {
             "system": self.system,
             "class": self.class_name,
@@ -122,7 +119,7 @@ class FolderContents:
         return {name: value for name, value in rows.items() if value is not None}
 
     def _entries(self) -> dict[str, list[str]]:
-        """Library and class of each component."""
+        """The library and class of each component of a pipeline."""
         return {
             name: value
             for name, value in self.config.items()
@@ -132,13 +129,14 @@ class FolderContents:
 
 def read_folder(folder: "str | os.PathLike") -> FolderContents:
     """
-    Look into a folder.
+    Read what a folder holds.
 
     Args:
-        folder: A training's `output_dir`, that of a pipeline, model, patch or experts, or a repository that was published.
+        folder: A training's `output_dir`; the folder of a pipeline, model, prompts or guidance experts; or a copy of a
+            published repository.
 
     Raises:
-        ValueError: if there is nothing of this package in it, or one of its files is broken.
+        ValueError: if the folder holds nothing of this package, or one of its files cannot be read.
     """
     folder = Path(folder)
     for path in (*(folder / name for name in ARTEFACTS), folder):
@@ -153,8 +151,10 @@ def read_folder(folder: "str | os.PathLike") -> FolderContents:
 
 def expect_no_pickles(contents: FolderContents) -> None:
     """
+    Refuse pickled weights, which can execute code when they are loaded.
+
     Raises:
-        ValueError: if weights are pickled; they are named.
+        ValueError: if weights are pickled; the message names the files.
     """
     pickled = [
         os.path.relpath(os.path.join(folder, name), contents.path)
@@ -171,8 +171,10 @@ def expect_no_pickles(contents: FolderContents) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """
+    Read a JSON object from a file.
+
     Raises:
-        ValueError: if it is none, or no object.
+        ValueError: if the file is not JSON, or not an object.
     """
     content = _parsed(path)
     if not isinstance(content, dict):
@@ -181,7 +183,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _records(path: Path) -> Path:
-    """Where a training's records lie: beside the pipeline in its `output_dir`, else with it."""
+    """The folder with a training's records: its `output_dir` if the pipeline lies in one, else the pipeline's own folder."""
     beside = path.resolve().parent
     was_trained_there = (
         (beside / ARGUMENTS).is_file() or (beside / SUMMARY).is_file() or (beside / EVALUATION).is_file()
@@ -190,22 +192,23 @@ def _records(path: Path) -> Path:
 
 
 def _contents(path: Path, config: dict[str, Any], records: Path) -> FolderContents:
-    class_name = config.get("_class_name")
+    class_name: Any = config.get("_class_name")
     class_name = class_name[1] if isinstance(class_name, list) else class_name
     classes = [class_name, *(value[1] for value in config.values() if is_component(value))]
-    system = next((system for own, system in SYSTEMS.items() if own in classes), None)
+    system = system_of_classes(classes)
     if system is None:
+        known = ", ".join(name for each in SYSTEMS.values() for name in each.classes)
         raise ValueError(
-            f"Expected {str(path)!r} to hold one of {', '.join(SYSTEMS)}, or a pipeline with one, but got {class_name!r}."
+            f"Expected {str(path)!r} to hold one of {known}, or a pipeline with one, but got {class_name!r}."
         )
-    arguments = [each / ARGUMENTS for each in (records, *sorted(records.glob("expert_*")))]
-    arguments = next((file for file in arguments if file.is_file()), None)
+    candidates = [each / ARGUMENTS for each in (records, *sorted(records.glob("expert_*")))]
+    arguments = next((file for file in candidates if file.is_file()), None)
     evaluation = records / EVALUATION
     return FolderContents(
         path=path,
         config=config,
         class_name=class_name,
-        system=system,
+        system=system.key,
         training=_read_yaml(arguments) if arguments else {},
         evaluation=_read_evaluation(evaluation) if evaluation.is_file() else [],
         pictures=[records / name for name in PICTURES if (records / name).is_file()],
@@ -213,18 +216,18 @@ def _contents(path: Path, config: dict[str, Any], records: Path) -> FolderConten
 
 
 def _variant(file: Path) -> str:
-    """'' or such as 'fp16', of diffusion_pytorch_model.fp16-00001-of-00002.safetensors."""
+    """The variant of a weight file: 'fp16' for diffusion_pytorch_model.fp16-00001-of-00002.safetensors, else ''."""
     return file.name.removesuffix(".safetensors").partition(".")[2].partition("-")[0]
 
 
-def _listing(numbers) -> str:
+def _listing(numbers: Iterable[float]) -> str:
     return ", ".join(f"{number:g}" for number in numbers)
 
 
 def _parsed(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON, or of the encoding
+    except ValueError as error:  # a JSONDecodeError or UnicodeDecodeError
         raise ValueError(f"Expected {str(path)!r} to be JSON, but got {error}.") from error
 
 
@@ -234,7 +237,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"Expected {str(path)!r} to be YAML, but got {error}.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"Expected {str(path)!r} to hold names and values, but got {type(content).__name__}.")
+        raise ValueError(f"Expected {str(path)!r} to hold a YAML mapping, but got {type(content).__name__}.")
     return content
 
 
@@ -243,6 +246,6 @@ def _read_evaluation(path: Path) -> list[dict[str, Any]]:
     keys = {"metric", "value", "dataset", "settings"}
     if not isinstance(results, list) or any(not isinstance(each, dict) or each.keys() < keys for each in results):
         raise ValueError(
-            f"Expected {str(path)!r} to be a list of results with {', '.join(sorted(keys))}, but got others."
+            f"Expected {str(path)!r} to be a list of results, each with {', '.join(sorted(keys))}, but got something else."
         )
     return results

@@ -25,6 +25,7 @@ import diffusers_dmp
 from ..saving.bundling import source_of
 from ..saving.mixins import dumped, lists_as_objects, with_code_file
 from ..saving.version import __version__
+from ..systems import SYSTEMS
 from .folders import (
     ARGUMENTS,
     EVALUATION,
@@ -36,14 +37,6 @@ from .folders import (
     read_folder,
 )
 
-PAPERS = {
-    "dit": ("2212.09748", "Scalable Diffusion Models with Transformers"),
-    "dtr": ("2310.07138", "Denoising Task Routing for Diffusion Models"),
-    "remix": ("2412.05628", "Remix-DiT: Mixing Diffusion Transformers for Multi-Expert Denoising"),
-    "dmp": ("2405.17825", "Diffusion Model Patching via Mixture-of-Prompts"),
-    "patch_diffusion": ("2207.04316", "Improving Diffusion Model Efficiency Through Patching"),
-    "ppap": ("2212.05973", "Towards Practical Plug-and-Play Diffusion Models"),
-}
 # In a checkout `pipelines/`, in an installation `cards/` (setup.py).
 _HERE = Path(__file__).parents[1]
 CARDS = next(folder for folder in (_HERE / "cards", _HERE.parents[1] / "pipelines") if folder.is_dir())
@@ -127,7 +120,7 @@ def publish(
         base_model or _base_model(contents),
         dataset or _hub_id(contents.training.get("dataset")),
     )
-    if contents.system == "ppap" and found_base is None:
+    if SYSTEMS[contents.system].is_guidance and found_base is None:
         raise ValueError(_HOMELESS.format(contents.config["base_model_name_or_path"]))
     if dry_run:
         return _publication(contents, repo_id, license, found_base, found_dataset)
@@ -137,7 +130,7 @@ def publish(
     api = HfApi(endpoint=endpoint, token=token)
     if base_model is None and found_base is not None and not api.repo_exists(found_base):
         found_base = None
-    if contents.system == "ppap" and (found_base is None or not api.repo_exists(found_base)):
+    if SYSTEMS[contents.system].is_guidance and (found_base is None or not api.repo_exists(found_base)):
         raise ValueError(_HOMELESS.format(base_model or contents.config["base_model_name_or_path"]))
     if dataset is None and found_dataset is not None and not api.repo_exists(found_dataset, repo_type="dataset"):
         found_dataset = None
@@ -171,7 +164,7 @@ def model_card(
         contents ([`FolderContents`]): What is published.
         repo_id, license, base_model, dataset: See [`publish`].
     """
-    paper, title = PAPERS[contents.system]
+    system = SYSTEMS[contents.system]
     evaluation = _told_evaluation(contents)
     data = ModelCardData(
         library_name="diffusers",
@@ -179,7 +172,7 @@ def model_card(
         license=license,
         base_model=base_model,
         datasets=[dataset] if dataset else None,
-        tags=["diffusers-dmp", contents.system, f"arxiv:{paper}"],
+        tags=["diffusers-dmp", system.key, f"arxiv:{system.paper}"],
         model_name=repo_id.rpartition("/")[2],
         eval_results=[_eval_result(result) for result in evaluation] or None,
     )
@@ -187,7 +180,7 @@ def model_card(
     told = _told(contents.training)
     shared = _shared_settings(evaluation)
     environment = Environment(loader=FileSystemLoader(CARDS, encoding="utf-8"), trim_blocks=True, lstrip_blocks=True)
-    text = environment.get_template(f"{contents.system}/card.md").render(
+    text = environment.get_template(system.card).render(
         card_data=data.to_yaml(),
         repo_id=repo_id,
         name=data.model_name,
@@ -199,8 +192,8 @@ def model_card(
         license=license,
         base_model=base_model,
         dataset=dataset or told.get("dataset"),
-        paper=f"https://arxiv.org/abs/{paper}",
-        title=title,
+        paper=f"https://arxiv.org/abs/{system.paper}",
+        title=system.paper_title,
         samples=SAMPLES if SAMPLES in pictures else None,
         pictures=[name for name in pictures if name != SAMPLES],
         training=yaml.safe_dump(told, sort_keys=False) if told else None,
@@ -226,7 +219,7 @@ def _publication(
         texts[ARGUMENTS] = yaml.safe_dump(_told(contents.training), sort_keys=False)
     if contents.evaluation:
         texts[EVALUATION] = json.dumps(_told_evaluation(contents), indent=2) + "\n"
-    if contents.system == "ppap":
+    if SYSTEMS[contents.system].is_guidance:
         texts[MODEL_CONFIG] = dumped(contents.config | {"base_model_name_or_path": base_model})
     else:  # the folder holds no code, or that of an older version
         for name, class_name in contents.own_classes.items():

@@ -1,0 +1,287 @@
+"""One record per system: its paper, its classes, and how it divides the noise levels.
+
+Figures, the Space, diagnostics, folders, model cards, the command line and benchmarks read these records, so that a new
+system is one record more. Classes and figures are named, not imported: this module loads no models and no matplotlib.
+
+Legend: E experts, K bases, L blocks, M prompts, T training timesteps.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .diffusion.noise import signal_to_noise_ratio
+from .diffusion.predictions import expected_prediction_type
+from .intervals import NoiseIntervals
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
+
+EDGES_KEY = "interval_edges"  # in the configurations of models and guidance experts
+
+
+def _prediction_type(pipeline: "DiffusionPipeline", model: "ModelMixin") -> str:
+    return model.config.get("prediction_type") or expected_prediction_type(pipeline.scheduler)
+
+
+def _whole_denoiser(pipeline: "DiffusionPipeline", _: Any) -> "list[tuple[ModelMixin, str]]":
+    model = pipeline.denoisers[0]
+    return [(model, _prediction_type(pipeline, model))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """
+    What the rest of the package has to know about a system.
+
+    The functions below take the pipeline and its part that divides the noise levels, as `find` returns it.
+
+    Args:
+        key (`str`): Its name in code, folders and tags, such as 'patch_diffusion'.
+        title (`str`): Its name in texts, such as 'Patch Diffusion'.
+        paper, paper_title (`str`): The arXiv id and the title.
+        classes (`tuple[str, ...]`): The package's classes by which a saved folder is recognised.
+        training_script (`str`): The script in `training/`, without its suffix.
+        find (`Callable`): From a pipeline to its part that divides the noise levels, or None if it has none.
+        sentence (`Callable`): From (pipeline, part, timestep) to a sentence about who is at work at this timestep.
+        figures (`str`, *optional*): The function of `plots.specialisation` that plots how the noise levels are divided.
+        pictures (`tuple[str, ...]`): The names of the PNG files that a demo's report writes beside a pipeline.
+        intervals (`Callable`, *optional*): From the part to its intervals, if it has experts.
+        experts (`Callable`): From (pipeline, part) to its experts, each as a model for all timesteps, with its prediction
+            type; by default the whole denoiser.
+        derived_intervals (`Callable`, *optional*): From (E, T) to the intervals that version 0.1.0 of the class had, whose
+            configurations do not hold the edges.
+        short_name (`str`, *optional*): Its name for the Space and the benchmarks; `key` by default.
+        is_guidance (`bool`): Whether its experts guide another model, and are saved without the network that they adapt.
+    """
+
+    key: str
+    title: str
+    paper: str
+    paper_title: str
+    classes: tuple[str, ...]
+    training_script: str
+    find: "Callable[[DiffusionPipeline], Any]"
+    sentence: "Callable[[DiffusionPipeline, Any, int], str]"
+    figures: str | None = None
+    pictures: tuple[str, ...] = ()
+    intervals: Callable[[Any], NoiseIntervals] | None = None
+    experts: "Callable[[DiffusionPipeline, Any], list[tuple[ModelMixin, str]]]" = _whole_denoiser
+    derived_intervals: Callable[[int, int], NoiseIntervals] | None = None
+    short_name: str = ""
+    is_guidance: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "short_name", self.short_name or self.key)
+
+    @property
+    def card(self) -> str:
+        """The template of its model card, in the folder of all cards."""
+        return f"{self.key}/card.md"
+
+
+def system_of_classes(class_names: Iterable[str | None]) -> System | None:
+    """The system of a saved folder, from the names of its classes; None if no class belongs to a system."""
+    class_names = set(class_names)
+    return next((system for system in _by_precedence() if class_names & set(system.classes)), None)
+
+
+def systems_in(pipeline: "DiffusionPipeline") -> "list[tuple[System, Any]]":
+    """The systems of a pipeline with the part of it that divides the noise levels, the most specific system first."""
+    found = [(system, system.find(pipeline)) for system in _by_precedence()]
+    return [(system, part) for system, part in found if part is not None]
+
+
+def responsibility(pipeline: "DiffusionPipeline", timestep: int) -> str:
+    """
+    Say in one sentence which part of a pipeline is at work at a timestep.
+
+    Args:
+        pipeline: A [`ClassConditionalPipeline`] or [`SNRSplitPipeline`]; for guidance experts with a [`GuidedScheduler`].
+        timestep (`int`): In [0, T).
+    """
+    system, part = systems_in(pipeline)[0]
+    return system.sentence(pipeline, part, timestep)
+
+
+def saved_intervals(config: Mapping[str, Any]) -> NoiseIntervals | None:
+    """
+    Read the intervals from a saved configuration.
+
+    Args:
+        config (`Mapping`): A model's or guidance experts' `config.json`, of this version or of 0.1.0.
+
+    Returns:
+        [`NoiseIntervals`], or None for a configuration without experts.
+    """
+    if config.get(EDGES_KEY):
+        return NoiseIntervals(tuple(config[EDGES_KEY]))
+    class_name = config.get("_class_name")  # a pipeline's is a pair of file and class
+    system = system_of_classes([class_name]) if isinstance(class_name, str) else None
+    if system is None or system.derived_intervals is None or not config.get("num_experts"):
+        return None
+    return system.derived_intervals(config["num_experts"], config["num_train_timesteps"])
+
+
+def _by_precedence() -> "Iterator[System]":
+    """The systems in the order in which they are looked for: what is attached to a model before the model itself."""
+    return reversed(SYSTEMS.values())
+
+
+def _is_a(instance: object, class_name: str) -> bool:
+    """Whether an object is of a class, given by its name so that it need not be imported."""
+    return any(base.__name__ == class_name for base in type(instance).__mro__)
+
+
+def _denoiser(pipeline: "DiffusionPipeline", class_name: str) -> Any:
+    """The pipeline's denoiser if it is of that class."""
+    denoiser = pipeline.denoisers[0]
+    return denoiser if _is_a(denoiser, class_name) else None
+
+
+def _gated_prompts(pipeline: "DiffusionPipeline") -> Any:
+    """The prompts of the pipeline's transformer if they depend on the timestep."""
+    prompts = getattr(pipeline, "prompt_patch", None)
+    return None if prompts is None or prompts.config.gate == "none" else prompts
+
+
+def _owner(intervals: NoiseIntervals, timestep: int) -> tuple[int, str]:
+    """The expert that owns a timestep, and in words which timesteps it owns."""
+    owner = int(intervals.index(torch.tensor(timestep)))
+    return owner, f"it owns the timesteps {intervals.edges[owner]:g} to {intervals.edges[owner + 1] - 1:g}"
+
+
+def _dit_sentence(pipeline: Any, model: Any, timestep: int) -> str:
+    return f"At timestep {timestep}, as at every other, the whole model denoises: none of its parts is specialised."
+
+
+def _dtr_sentence(pipeline: Any, model: Any, timestep: int) -> str:
+    channels = model.task_routing.masks()[timestep].nonzero().flatten()
+    width = model.task_routing.dim
+    return (
+        f"At timestep {timestep} each block works on {len(channels)} of {width} channels, from {channels.min()} "
+        f"to {channels.max()}."
+    )
+
+
+def _remix_sentence(pipeline: Any, model: Any, timestep: int) -> str:
+    expert, owns = _owner(model.intervals, timestep)
+    shares = model.mixing_coefficients[expert].tolist()  # (K,)
+    mixture = ", ".join(f"{share:.0%} of basis {basis}" for basis, share in enumerate(shares))
+    return f"At timestep {timestep} expert {expert} denoises, mixed of {mixture}; {owns}."
+
+
+def _dmp_sentence(pipeline: Any, prompts: Any, timestep: int) -> str:
+    gates = prompts.gate_weights(torch.tensor([timestep]))[0]  # (L, M)
+    num_prompts = gates.shape[1]
+    block, prompt = divmod(int(gates.argmax()), num_prompts)
+    share = float(gates.max()) * num_prompts
+    return (
+        f"At timestep {timestep} prompt {prompt} of {num_prompts} has the largest weight, in block {block}: "
+        f"{share:.2f} times an equal share."
+    )
+
+
+def _snr_split_sentence(pipeline: Any, _: Any, timestep: int) -> str:
+    denoiser, owns = _owner(pipeline.intervals(), timestep)
+    snr = float(signal_to_noise_ratio(pipeline.scheduler.alphas_cumprod[timestep]))
+    return f"At timestep {timestep} the signal-to-noise ratio is {snr:.3g}, and denoiser {denoiser} denoises; {owns}."
+
+
+def _ppap_sentence(pipeline: Any, experts: Any, timestep: int) -> str:
+    expert, owns = _owner(experts.intervals, timestep)
+    return f"At timestep {timestep} expert {expert} of {experts.intervals.num_experts} guides; {owns}."
+
+
+def _baked_experts(pipeline: Any, model: Any) -> "list[tuple[ModelMixin, str]]":
+    prediction_type = _prediction_type(pipeline, model)
+    return [(model.bake_expert(expert), prediction_type) for expert in range(model.intervals.num_experts)]
+
+
+SYSTEMS: dict[str, System] = {
+    system.key: system
+    for system in (
+        System(
+            key="dit",
+            title="DiT",
+            paper="2212.09748",
+            paper_title="Scalable Diffusion Models with Transformers",
+            classes=("DiTModel",),
+            training_script="train_dit",
+            find=lambda pipeline: pipeline.denoisers[0],
+            sentence=_dit_sentence,
+        ),
+        System(
+            key="dtr",
+            title="DTR",
+            paper="2310.07138",
+            paper_title="Denoising Task Routing for Diffusion Models",
+            classes=("DTRTransformer2DModel",),
+            training_script="train_dtr",
+            find=partial(_denoiser, class_name="DTRTransformer2DModel"),
+            sentence=_dtr_sentence,
+            figures="routing_figures",
+            pictures=("routing",),
+        ),
+        System(
+            key="remix",
+            title="Remix-DiT",
+            paper="2412.05628",
+            paper_title="Remix-DiT: Mixing Diffusion Transformers for Multi-Expert Denoising",
+            classes=("RemixDiTModel",),
+            training_script="train_remix",
+            find=partial(_denoiser, class_name="RemixDiTModel"),
+            sentence=_remix_sentence,
+            figures="mixing_figures",
+            pictures=("mixing", "training_share"),
+            intervals=lambda model: model.intervals,
+            experts=_baked_experts,
+            derived_intervals=partial(NoiseIntervals.uniform, last_takes_rest=True),
+        ),
+        System(
+            key="patch_diffusion",
+            title="Patch Diffusion",
+            paper="2207.04316",
+            paper_title="Improving Diffusion Model Efficiency Through Patching",
+            classes=("SNRSplitPipeline", "PatchedUNet2DModel"),
+            training_script="train_patch_diffusion",
+            find=lambda pipeline: pipeline if _is_a(pipeline, "SNRSplitPipeline") else None,
+            sentence=_snr_split_sentence,
+            figures="snr_split_figures",
+            pictures=("snr_split",),
+            intervals=lambda pipeline: pipeline.intervals(),
+            experts=lambda pipeline, _: list(zip(pipeline.denoisers, pipeline.config.prediction_types)),
+            short_name="patch",
+        ),
+        System(
+            key="dmp",
+            title="DMP",
+            paper="2405.17825",
+            paper_title="Diffusion Model Patching via Mixture-of-Prompts",
+            classes=("PromptPatch",),
+            training_script="train_dmp",
+            find=_gated_prompts,
+            sentence=_dmp_sentence,
+            figures="prompt_figures",
+            pictures=("gates", "prompt_usage"),
+        ),
+        System(
+            key="ppap",
+            title="PPAP",
+            paper="2212.05973",
+            paper_title="Towards Practical Plug-and-Play Diffusion Models",
+            classes=("GuidanceExperts",),
+            training_script="train_ppap",
+            find=lambda pipeline: getattr(pipeline.scheduler, "experts", None),
+            sentence=_ppap_sentence,
+            figures="guidance_figures",
+            pictures=("ddim25", "ddpm50"),
+            intervals=lambda experts: experts.intervals,
+            derived_intervals=NoiseIntervals.uniform,
+            is_guidance=True,
+        ),
+    )
+}
