@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 from transformers.utils import ModelOutput
 
 from diffusers_dmp import GuidanceExperts, NoiseIntervals
+from diffusers_dmp.guidance import bundle
 from diffusers_dmp.models.vision import ImagePreprocessor
 
 TIMESTEPS = torch.tensor([950, 10, 250, 390, 30])  # experts 4, 0, 1, 1, 0
@@ -219,6 +221,17 @@ def test_bundles_of_version_0_1_have_uniform_intervals(tmp_path):
     path.write_text(json.dumps(config))
     loaded = GuidanceExperts.from_pretrained(tmp_path / "experts")
     assert loaded.intervals == NoiseIntervals.uniform(3) and loaded.config.interval_edges == [0, 333, 666, 1000]
+
+
+@pytest.mark.parametrize("message", [None, "Five experts"])
+def test_upload(monkeypatch, tmp_path, message):
+    calls = []
+    monkeypatch.setattr(bundle, "create_repo", lambda repo_id, **_: SimpleNamespace(repo_id=f"user/{repo_id}"))
+    monkeypatch.setattr(bundle, "upload_folder", lambda **arguments: calls.append(arguments))
+    experts = GuidanceExperts(make_resnet(), **PLAIN, base_model_name_or_path="user/resnet")
+    experts.save_pretrained(tmp_path / "experts", push_to_hub=True, private=True, commit_message=message)
+    expected = {"repo_id": "user/experts", "folder_path": tmp_path / "experts", "token": None}
+    assert calls == [expected | {"commit_message": message or "Upload GuidanceExperts"}]
 
 
 def test_a_network_in_half_precision(tmp_path):

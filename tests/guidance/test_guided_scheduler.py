@@ -254,14 +254,15 @@ def test_without_gradients_outside(context):
         torch.testing.assert_close(scheduler.step(toy_noise(x_t.clone()), 500, x_t.clone()).prev_sample, expected)
 
 
-def test_latents_are_guided_through_the_vae():
+@pytest.mark.parametrize("kind", ["epsilon", "sample"])
+def test_latents_are_guided_through_the_vae(kind):
     """∇ of log p(y | decode(x̂0)) with respect to x_t, where ε is constant."""
     vae = randomised(AutoencoderKL(latent_channels=4, block_out_channels=(4,), norm_num_groups=2, sample_size=8))
-    scheduler = guided(DDIMScheduler(clip_sample=False), scale=3.0, vae=vae)
+    scheduler = guided(DDIMScheduler(clip_sample=False, prediction_type=kind), scale=3.0, vae=vae)
     scheduler.set_timesteps(10)
     x_t, noise, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), scheduler.timesteps[4]
-    step = scheduler.step(noise, t, x_t).prev_sample
     alpha, sigma = (level[4] for level in noise_levels(scheduler))
+    step = scheduler.step(convert_prediction(noise, x_t, alpha, sigma, "epsilon", kind), t, x_t).prev_sample
     leaf = x_t.clone().requires_grad_()
     images = vae.decode((leaf - sigma * noise) / alpha / vae.config.scaling_factor).sample
     log_probs = F.log_softmax(images.flatten(1) @ Vectors("diffusion")["guidance.W"].T, -1)

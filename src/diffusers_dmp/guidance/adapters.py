@@ -184,7 +184,7 @@ class AdapterExperts(nn.Module):
                 self.stored[self.active][name] = getattr(*slot)
 
     def unmerge_active(self) -> None:
-        """Keep the active expert, with its LoRA beside the network's weights instead of in them."""
+        """Subtract the active expert's LoRA from the network's weights; it stays active, computed beside them."""
         if self.active is not None:
             self.activate(self.active, merged=False)
 

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from ..diffusion.latents import decode_latents
-from ..diffusion.predictions import to_x0
+from ..diffusion.predictions import convert_prediction, to_x0
 from .experts import GuidanceExperts
 from .targets import GuidanceTarget
 
@@ -39,8 +39,16 @@ class NoisyStep:
     sigma: torch.Tensor
 
     def x0(self) -> torch.Tensor:
-        """x̂0 (B, C, H, W), which the prediction stands for."""
+        """x̂0 (B, C, H, W) of the prediction."""
         return to_x0(self.prediction, self.x_t, self.alpha, self.sigma, self.prediction_type)
+
+    def x0_of(self, x_t: torch.Tensor) -> torch.Tensor:
+        """x̂0 (B, C, H, W) as a function of x_t, with a constant prediction; if that is x0, with constant noise."""
+        prediction, kind = self.prediction.detach().clone(), self.prediction_type
+        if kind == "sample":
+            prediction = convert_prediction(prediction, x_t.detach(), self.alpha, self.sigma, kind, "epsilon")
+            kind = "epsilon"
+        return to_x0(prediction, x_t, self.alpha, self.sigma, kind)
 
 
 @dataclass(eq=False)
@@ -103,11 +111,7 @@ class Guidance:
                 self.experts.to(device)
             # copies, as tensors that were made in inference mode take no part in gradients
             x_t = step.x_t.detach().clone().requires_grad_()
-            images = x_t
-            if self.vae is not None:
-                prediction = step.prediction.detach().clone()
-                x0 = to_x0(prediction, x_t, step.alpha, step.sigma, step.prediction_type)
-                images = decode_latents(self.vae, x0)
+            images = x_t if self.vae is None else decode_latents(self.vae, step.x0_of(x_t))
             log_likelihood = self.target.log_likelihood(self.experts(images, step.timestep))
             (gradient,) = torch.autograd.grad(log_likelihood.sum(), x_t)
         return gradient
