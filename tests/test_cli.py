@@ -119,7 +119,10 @@ def test_errors_are_reported_in_one_line(folder, tmp_path, capsys, monkeypatch):
         (["plot", folder, "--timestep", 1000], "`--timestep` to be at most 999, but got 1000"),
         (["convert", "dit", garbage, "--output", "x"], "to hold tensors and nothing that runs"),
         (["convert", "dit", garbage, garbage, "--output", "x"], "one checkpoint of dit, but got 2"),
-        (["convert", "dit", folder, "--output", "x"], "the folder of a model of dit, but got that of a ClassConditional"),
+        (
+            ["convert", "dit", folder, "--output", "x"],
+            "the folder of a model of dit, but got that of a ClassConditional",
+        ),
         (["sample", stock], "to hold a ClassConditionalPipeline or SNRSplitPipeline, but got a DDPMPipeline"),
         (["publish", folder, "user/dtr", "--license", "mit"], "a token to write with"),
     ]:
