@@ -104,8 +104,9 @@ def test_info(folder):
 
 
 def test_errors_are_reported_in_one_line(folder, tmp_path, capsys, monkeypatch):
-    garbage, stock = tmp_path / "garbage.pt", tmp_path / "stock"
+    garbage, listing, stock = tmp_path / "garbage.pt", tmp_path / "list.yaml", tmp_path / "stock"
     garbage.write_bytes(b"garbage")
+    listing.write_text("- num_heads")
     DDPMPipeline(UNet2DModel(8, block_out_channels=(32,), down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"]),
                  DDPMScheduler()).save_pretrained(stock)  # fmt: skip
     for arguments, message in [
@@ -116,10 +117,14 @@ def test_errors_are_reported_in_one_line(folder, tmp_path, capsys, monkeypatch):
         (["sample", folder, "--output", "grid.mp4"], "to be an image file in an existing folder, but got 'grid.mp4'"),
         (["sample", folder, "--scheduler", "PNDM"], "`--scheduler` to be one of DDIM, DDPM, "),
         (["convert", "gan", garbage, "--output", "x"], "`system` to be one of dit, dtr, remix, "),
+        (["convert", "dit", garbage, "--output", "x", "--config", listing], "to hold a YAML mapping, but got list"),
         (["plot", folder, "--timestep", 1000], "`--timestep` to be at most 999, but got 1000"),
         (["convert", "dit", garbage, "--output", "x"], "to hold tensors and nothing that runs"),
         (["convert", "dit", garbage, garbage, "--output", "x"], "one checkpoint of dit, but got 2"),
-        (["convert", "dit", folder, "--output", "x"], "the folder of a model of dit, but got that of a ClassConditional"),
+        (
+            ["convert", "dit", folder, "--output", "x"],
+            "the folder of a model of dit, but got that of a ClassConditional",
+        ),
         (["sample", stock], "to hold a ClassConditionalPipeline or SNRSplitPipeline, but got a DDPMPipeline"),
         (["publish", folder, "user/dtr", "--license", "mit"], "a token to write with"),
     ]:

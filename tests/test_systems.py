@@ -158,7 +158,7 @@ try:
     app()
 except SystemExit:
     pass
-loaded = [name for name in ("diffusers_dmp.models", "diffusers_dmp.plots", "matplotlib", "transformers") if name in sys.modules]
+loaded = [name for name in ("diffusers_dmp.models", "diffusers_dmp.plots", "matplotlib") if name in sys.modules]
 print("loaded:", loaded)
 """
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

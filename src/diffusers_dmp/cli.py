@@ -111,6 +111,8 @@ def convert(
     from .plugins.attachment import patch_of
 
     settings = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}) if config else {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"Expected `--config` to hold a YAML mapping, but got {type(settings).__name__}.")
     if system not in PUBLISHED:
         raise ValueError(f"Expected `system` to be one of {', '.join(PUBLISHED)}, but got {system!r}.")
     is_guidance = system in SYSTEMS and SYSTEMS[system].is_guidance
