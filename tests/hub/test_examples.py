@@ -1,4 +1,4 @@
-"""`pipelines/<system>/`: the examples run on what the demos leave, here untrained; the pipelines take in stock models."""
+"""`pipelines/<system>/`: the examples run on the outputs of the demos, here untrained; the pipelines load stock models."""
 
 import json
 import runpy
@@ -21,7 +21,7 @@ def split() -> SNRSplitPipeline:
     return SNRSplitPipeline(denoisers, DDIMScheduler(), snr_boundaries=[0.25])
 
 
-FOLDERS = {  # what the examples load by themselves
+FOLDERS = {  # the folders that the examples load
     "dtr": ("demo", PIPELINES["dtr"]),
     "remix": ("remix_digits", PIPELINES["remix"]),
     "dmp": ("dmp_digits", PIPELINES["dmp"]),
@@ -52,13 +52,13 @@ def test_examples(system, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
-    """A repository of Diffusers' own DiT."""
+    """A repository with the DiT of Diffusers."""
     folder = tmp_path_factory.mktemp("stock")
     config = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "num_layers": 1, "sample_size": 8}
     transformer = randomised(DiTTransformer2DModel(**config, num_embeds_ada_norm=1000))
     vae = AutoencoderKL(block_out_channels=[32], norm_num_groups=8, latent_channels=4)
     DiTPipeline(transformer, vae, DDIMScheduler()).save_pretrained(folder)
-    index = json.loads((folder / "model_index.json").read_text())  # as facebook/DiT-XL-2-256 has it
+    index = json.loads((folder / "model_index.json").read_text())  # like facebook/DiT-XL-2-256
     (folder / "model_index.json").write_text(json.dumps(index | {"id2label": {"207": "golden retriever"}}))
     return folder
 
