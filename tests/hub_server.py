@@ -1,4 +1,4 @@
-"""The Hugging Face Hub on the loopback interface: as much of its HTTP API as uploads and downloads by its client need.
+"""A Hugging Face Hub on the loopback interface: the part of its HTTP API that the client needs to upload and download.
 
 Everything is kept in memory. There is one branch, `main`; other branches, pull requests and unknown addresses are
 refused. A `.gitignore`, the `expand` and `files_metadata` of `model_info` and ranges of a file have no effect. Xet is
@@ -31,7 +31,7 @@ LFS_SUFFIXES = (".bin", ".ckpt", ".jpg", ".npy", ".npz", ".onnx", ".parquet", ".
 LFS_SIZE = 5 * 2**20
 GIT_ATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
 
-# "user/repo" is a model; other repositories carry their type in front, here as in the Hub's addresses
+# "user/repo" is a model; the names of other repositories begin with their type, as in the addresses of the Hub
 REPO = r"(?:models/)?(?P<key>(?:(?:datasets|spaces)/)?[^/]+/[^/]+)"
 
 
@@ -67,7 +67,7 @@ class HubServer(ThreadingHTTPServer):
         self.lock = threading.Lock()
 
     def environment(self, home: Path, token: str | None = None) -> dict[str, str]:
-        """What leads the client in a subprocess here, with its caches below `home`."""
+        """Environment variables that direct the client in a subprocess to this server, with its caches below `home`."""
         switches = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         caches = {"HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub")}
         return {"HF_ENDPOINT": self.url, "HF_TOKEN": token or "", "NO_PROXY": "127.0.0.1", **switches, **caches}
@@ -101,7 +101,7 @@ def git_oid(content: bytes) -> str:
 
 
 def file_info(path: str, content: bytes) -> dict:
-    """A line of the tree; git holds an LFS file as a pointer, whose oid is the line's."""
+    """A line of the tree. Git stores an LFS file as a pointer, whose oid is that of the line."""
     info = {"type": "file", "path": path, "size": len(content)}
     if not is_lfs(path, len(content)):
         return info | {"oid": git_oid(content)}
@@ -117,7 +117,7 @@ def content_oid(path: str, content: bytes) -> str:
 
 
 def card_metadata(readme: str) -> dict:
-    """The YAML that a README.md opens with."""
+    """The YAML at the beginning of a README.md."""
     block = re.match(r"\s*---\r?\n(.*?)\r?\n?---\s*(\n|$)", readme, flags=re.DOTALL)
     try:
         metadata = yaml.safe_load(block[1]) if block else None
@@ -157,7 +157,7 @@ class HubRequest(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = answer
 
     def log_message(self, *arguments) -> None:
-        """Nothing on the console: the server has its own log."""
+        """Print nothing: the server has its own log."""
 
     def route(self) -> dict | list | tuple[dict, bytes]:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -171,7 +171,7 @@ class HubRequest(BaseHTTPRequestHandler):
         raise Refusal(404, f"This server does not speak {self.command} {self.url_path}")
 
     def repo(self, key: str, write: bool = False) -> Repo:
-        """The repository; to those who may not read it, it does not exist."""
+        """Find a repository; for those who may not read it, it does not exist."""
         repo, owner = self.server.repos.get(key), key.split("/")[-2]
         readable = repo is not None and (not repo.private or self.user == owner)
         if self.user is None and (write or not readable):
@@ -248,7 +248,7 @@ class HubRequest(BaseHTTPRequestHandler):
         return {"Content-Type": "application/octet-stream", "X-Repo-Commit": sha, "ETag": etag, **linked}, files[path]
 
     def preupload(self, key: str, revision: str) -> dict:
-        """How to upload each file, and the oid of what is in its place: the client leaves out what is the same."""
+        """Say how to upload each file, and the oid of the present one: the client does not upload the same file again."""
         files, answers = self.repo_to_change(key, revision).files, []
         for path, size in ((file["path"], file["size"]) for file in json.loads(self.body)["files"]):
             oid = content_oid(path, files[path]) if path in files else None

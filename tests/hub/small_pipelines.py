@@ -45,7 +45,7 @@ def patched() -> ClassConditionalPipeline:
 
 
 def split() -> SNRSplitPipeline:
-    """Three classes of denoisers, whose code files have one name."""
+    """A pipeline with denoisers of three classes, whose code files have the same name."""
     denoisers = [
         PatchedUNet2DModel(**UNET),
         RemixDiTModel(**DIT, num_bases=2, num_experts=4),

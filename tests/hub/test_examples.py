@@ -20,7 +20,7 @@ def split() -> SNRSplitPipeline:
     return SNRSplitPipeline(denoisers, DDIMScheduler(), snr_boundaries=[0.25])
 
 
-FOLDERS = {  # what the examples load by themselves
+FOLDERS = {  # the folders that the examples load
     "dtr": ("demo", PIPELINES["dtr"]),
     "remix": ("remix_digits", PIPELINES["remix"]),
     "dmp": ("dmp_digits", PIPELINES["dmp"]),

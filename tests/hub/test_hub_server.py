@@ -1,4 +1,4 @@
-"""The Hub's client and Diffusers take the loopback server for the Hub."""
+"""The loopback server behaves like the Hub for its client and for Diffusers."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ README = b"---\nlicense: mit\nlibrary_name: diffusers\ntags:\n- digits\n---\n# D
 FILES = {
     "README.md": README,
     "unet/model.safetensors": b"small, but of a kind that the Hub keeps in LFS",
-    "samples.raw": bytes(range(256)) * 40_000,  # of no such kind, but 10 MB
+    "samples.raw": bytes(range(256)) * 40_000,  # not a suffix of LFS, but 10 MB
     "notes/empty.bin": b"",
     "notes/naïve name.txt": "ünïcode".encode(),
 }
@@ -100,7 +100,7 @@ def test_large_and_binary_files_go_through_lfs(hub, api, folder):
     for name in large:
         assert tree[name].lfs.sha256 == sha256(FILES[name]).hexdigest()
 
-    # what the cache of `hf_hub_download` is keyed by
+    # the keys of the cache of `hf_hub_download`
     metadata = api.get_hf_file_metadata(url=f"{hub.url}/user/repo/resolve/main/samples.raw")
     assert metadata.etag == sha256(FILES["samples.raw"]).hexdigest()
     assert (metadata.size, metadata.commit_hash) == (len(FILES["samples.raw"]), hub.repos["user/repo"].head)
@@ -146,7 +146,7 @@ def test_delete_operations(hub, api):
 
 
 def test_client_in_a_subprocess(hub, folder, tmp_path):
-    """The environment of `HubServer.environment` is enough."""
+    """The variables of `HubServer.environment` suffice."""
     script = """
 import sys
 from huggingface_hub import create_repo, hf_hub_download, snapshot_download, upload_folder, whoami
@@ -198,7 +198,7 @@ pipeline.push_to_hub("user/copy", private=True)
 
 
 def test_private_repository(hub, api):
-    """To everyone but its owner it is as if it did not exist."""
+    """For everyone except its owner it does not exist."""
     api.create_repo("user/secret", private=True)
     api.upload_file(repo_id="user/secret", path_in_repo="a.txt", path_or_fileobj=b"a")
     assert api.model_info("user/secret").private and api.file_exists("user/secret", "a.txt")
@@ -250,7 +250,7 @@ def test_what_is_not_allowed(hub, api):
 
 
 def test_what_the_server_does_not_speak(api):
-    """It says so, and commits nothing to another place than was asked for."""
+    """The server refuses what it does not support, and never commits to another place instead."""
     api.create_repo("user/repo")
     upload = partial(api.upload_file, repo_id="user/repo", path_in_repo="a.txt", path_or_fileobj=b"a")
     with pytest.raises(HfHubHTTPError, match="neither branches nor pull requests"):

@@ -1,4 +1,4 @@
-"""Published with one call, from a training's folder."""
+"""Publishing the folder of a training with one call."""
 
 import json
 import os
@@ -27,7 +27,7 @@ EVALUATION = [{"metric": "recognised", "value": 0.986, "dataset": "scikit-learn 
 
 @pytest.fixture
 def training(tmp_path):
-    """What a training leaves, and a demo's report on it."""
+    """The output folder of a training, with the report of a demo."""
     folder = tmp_path / "output"
     PIPELINES["remix"]().save_pretrained(folder / "pipeline")
     (folder / "checkpoint-100").mkdir()
@@ -42,7 +42,7 @@ def training(tmp_path):
 
 @pytest.fixture
 def to_hub(hub, monkeypatch):
-    """How to publish on the loopback Hub; no token but the one that is given."""
+    """Arguments that publish on the loopback Hub; there is no other token than theirs."""
     monkeypatch.setattr("diffusers_dmp.hub.publishing.get_token", lambda: None)
     return LICENSE | {"endpoint": hub.url, "token": "hf_writer"}
 
@@ -52,7 +52,7 @@ def test_what_goes_up(hub, to_hub, training):
     assert publication.url == f"{hub.url}/user/remix-digits"
     repo = hub.repos["user/remix-digits"]
     assert repo.private
-    assert len(repo.commits) == 2  # the Hub's own, and one for all files
+    assert len(repo.commits) == 2  # one that the Hub makes, and one with all files
     names = {
         "README.md", "model_index.json", "pipeline.py", "transformer/config.json", "transformer/diffusers_dmp.py",
         "transformer/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json", "samples.png", "mixing.png",
@@ -63,7 +63,7 @@ def test_what_goes_up(hub, to_hub, training):
 
 
 def test_a_card_has_what_many_figures_share_once(training):
-    """An evaluation's fingerprint, without anybody's folders."""
+    """The settings of an evaluation, without the paths of local folders."""
     shared = {"reference": "/home/me/digits", "reference_sha256": "abc", "versions": {"torch": "2.13"}}
     figures = [
         {"metric": name, "value": value, "dataset": "digits", "settings": shared | {"num_samples": number}}
@@ -96,7 +96,7 @@ def test_card(training):
         "| recognised | 0.986 | samples: 500, guidance_scale: 1.5 |",
     ):
         assert expected in card.text
-    assert str(training.parent) not in card.text  # a path says nothing elsewhere
+    assert str(training.parent) not in card.text  # local paths are private
 
 
 def unconditional():
@@ -109,7 +109,7 @@ def test_every_card_says_what_runs(tmp_path, monkeypatch, name, make):
     publication = publish(tmp_path / "user" / name, f"user/{name}", **LICENSE, dry_run=True)
     contents = read_folder(tmp_path / "user" / name)
     assert f"arxiv:{SYSTEMS[contents.system].paper}" in ModelCard(publication.card).data.tags
-    monkeypatch.chdir(tmp_path)  # where the repository's name is a folder's
+    monkeypatch.chdir(tmp_path)  # there the name of the repository is that of a folder
     with_package, _ = re.findall(r"```py\n(.+?)```", publication.card, re.DOTALL)
     scope = {}
     exec(with_package, scope)
@@ -150,7 +150,7 @@ torch.save(experts.run_expert(3, torch.zeros(1, 3, 32, 32)).logits.detach(), sys
 
 
 def test_guidance_experts_alone(hub, to_hub, tmp_path):
-    """Their network is named only: it has to be on the Hub itself."""
+    """The network that they adapt is not uploaded, only named, so it has to be on the Hub itself."""
     network = make_resnet()
     network.save_pretrained(tmp_path / "resnet")
     experts = GuidanceExperts(network, **PLAIN, base_model_name_or_path=str(tmp_path / "resnet"))
@@ -201,7 +201,7 @@ def test_nothing_becomes_public_that_is_to_be_private(hub, to_hub, training):
 
 
 def test_nothing_goes_up_that_was_not_meant(hub, to_hub, training, tmp_path):
-    """Of a folder beside others: neither what lies about them, nor what is hidden."""
+    """Neither files beside the published folder nor hidden ones are uploaded."""
     for name in ("holiday.png", "evaluation.json", "training_arguments.yaml"):
         (tmp_path / name).write_text("[]")
     (training / "pipeline" / ".env").write_text("TOKEN=secret")
@@ -230,7 +230,7 @@ def test_what_was_published_is_published_again(hub, to_hub, training, tmp_path):
 
 
 def test_hub_ids_that_the_hub_does_not_know_are_left_out(hub, to_hub, training):
-    """They may be folders of another place."""
+    """They may be names of folders on another machine."""
     assert ModelCard(publish(training, "user/remix-digits", **to_hub).card).data.datasets is None
     HfApi(endpoint=hub.url, token="hf_writer").create_repo("user/digits", repo_type="dataset")
     assert ModelCard(publish(training, "user/more", **to_hub).card).data.datasets == ["user/digits"]
