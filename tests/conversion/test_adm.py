@@ -1,4 +1,4 @@
-"""ADM's UNets as Diffusers' own, equal to the published ones."""
+"""Conversion of ADM's UNets to Diffusers' own: equal to the published ones."""
 
 import pytest
 import torch
@@ -8,12 +8,12 @@ from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers_dmp import ClassConditionalPipeline, convert_checkpoint
 
 
-@pytest.mark.parametrize("told", [True, False], ids=["configuration", "heads alone"])
+@pytest.mark.parametrize("whole", [True, False], ids=["configuration", "heads only"])
 @pytest.mark.parametrize("case", ["a", "b"])
 @torch.no_grad()
-def test_published_vectors(case, told):
+def test_published_vectors(case, whole):
     vectors = Vectors("adm_unet_uncond")
-    config = vectors.config if told else {"num_head_channels": 16}
+    config = vectors.config if whole else {"num_head_channels": 16}
     model = convert_checkpoint("adm", vectors.state_dict, config)
     assert type(model) is UNet2DModel and model.config.out_channels == 6
     assert_matches(model(vectors[f"case.{case}.x"], vectors[f"case.{case}.t"]).sample, vectors[f"case.{case}.out"])

@@ -1,4 +1,4 @@
-"""Published checkpoints come in, with as little said about them as their shapes allow, or are refused by name."""
+"""Conversion of published checkpoints: configurations are read from the weights' shapes, and misfits are named."""
 
 import argparse
 
@@ -20,9 +20,9 @@ def vectors(system) -> Vectors:
     return Vectors(f"{system}_tiny")
 
 
-def test_shapes_tell_all_but_the_number_of_heads(system, vectors):
-    told = {"num_heads": 4} | ({"vp_type": "add"} if system == "dmp" else {})
-    model = convert_checkpoint(system, vectors.state_dict, told)
+def test_shapes_determine_all_but_the_number_of_heads(system, vectors):
+    given = {"num_heads": 4} | ({"vp_type": "add"} if system == "dmp" else {})
+    model = convert_checkpoint(system, vectors.state_dict, given)
     expected = convert_checkpoint(system, vectors.state_dict, vectors.config)
     assert {k: v for k, v in model.config.items() if k != "_use_default_values"} == {
         k: v for k, v in expected.config.items() if k != "_use_default_values"
@@ -41,7 +41,7 @@ def test_derived_masks_of_real_dtr_checkpoints_are_dropped():
     masks = {f"blocks.{i}.routing._unit_mapping": window for i in range(3)}
     model = convert_checkpoint("dtr", vectors.state_dict | masks, vectors.config)
     assert torch.equal(model.task_routing.masks().float(), window)
-    # they tell when the configuration is not theirs
+    # the masks contradict another configuration
     with pytest.raises(ValueError, match="blocks.0.routing._unit_mapping.*sharing_ratio. 0.5"):
         convert_checkpoint("dtr", vectors.state_dict | masks, vectors.config | {"sharing_ratio": 0.5})
 
@@ -159,3 +159,15 @@ def test_refuses_a_configuration_that_the_weights_contradict(system, vectors):
 def test_unknown_system_lists_the_known_ones(vectors):
     with pytest.raises(ValueError, match="dit, dtr, remix, dmp, .*but got 'vit'"):
         convert_checkpoint("vit", vectors.state_dict)
+
+
+def test_one_state_dict_or_one_for_each_expert(vectors):
+    with pytest.raises(ValueError, match="one state dict for 'dit', but got a list"):
+        convert_checkpoint("dit", [vectors.state_dict])
+    with pytest.raises(ValueError, match="a list of state dicts for 'ppap', but got a dict"):
+        convert_checkpoint("ppap", vectors.state_dict)
+
+
+def test_refuses_what_no_published_dit_has(vectors):
+    with pytest.raises(ValueError, match="`mlp_ratio` to be 4, as in the published models, but got 2"):
+        convert_checkpoint("dit", vectors.state_dict, {"num_heads": 4, "mlp_ratio": 2.0})

@@ -14,7 +14,7 @@ from diffusers_dmp.models.dit.layers import unpatchify
 
 @pytest.fixture
 def stock() -> DiTTransformer2DModel:
-    """Diffusers' own DiT with the copies of one embedder in every block, as its published checkpoints have it."""
+    """Diffusers' own DiT, with a copy of one embedder in every block, as in published checkpoints."""
     stock = randomised(
         DiTTransformer2DModel(
             num_attention_heads=4,
@@ -143,7 +143,7 @@ def test_refuses_a_stock_model_whose_embedders_differ(stock):
 @pytest.mark.parametrize("shared", [7, torch.tensor(7), torch.tensor([7]), torch.tensor(7).expand(4)])
 def test_a_shared_timestep_may_be_given_in_many_ways(tiny_dit, batch, shared):
     per_sample = tiny_dit(**batch | {"timestep": torch.full((4,), 7)}).sample
-    torch.testing.assert_close(tiny_dit(**batch | {"timestep": shared}).sample, per_sample, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(tiny_dit(**batch | {"timestep": shared}).sample, per_sample, atol=1e-5, rtol=1e-4)
 
 
 def test_labels_default_to_the_null_class(tiny_dit, batch):
@@ -179,7 +179,7 @@ def test_unpatchify_is_the_inverse_of_patchify():
 
 @torch.no_grad()
 def test_loaded_in_half_precision(tiny_dit, batch, tmp_path):
-    """Where the table of positions, which is computed and not loaded, stays in float32."""
+    """The position embeddings, which are computed and not loaded, stay in float32."""
     tiny_dit.save_pretrained(tmp_path)
     loaded = DiTModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     batch["hidden_states"] = batch["hidden_states"].bfloat16()

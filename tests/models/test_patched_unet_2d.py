@@ -1,4 +1,4 @@
-"""A UNet on patches, equal to the published one."""
+"""The patchified UNet: equal to the published one, and the ways to run it."""
 
 import copy
 
@@ -78,7 +78,7 @@ def test_round_trip(unet, inputs, tmp_path):
 
 
 def test_the_variance_does_not_shape_the_features():
-    """Its head learns from what the rest has made, which it leaves alone."""
+    """Its loss trains its head and the timestep embedding only."""
     unet = randomised(PatchedUNet2DModel(**TINY | {"out_channels": 6}))
     variance = unet(torch.randn(2, 3, 16, 16), 500).sample[:, 3:]
     assert (variance >= 0).all() and (variance <= 1).all()
@@ -89,7 +89,7 @@ def test_the_variance_does_not_shape_the_features():
 
 @torch.no_grad()
 def test_a_new_model_predicts_zero(unet, inputs):
-    assert PatchedUNet2DModel(**unet.config)(**inputs).sample[:, :3].abs().max() == 0
+    assert PatchedUNet2DModel(**unet.config)(**inputs).sample[:, :3].abs().max() == 0  # products with zero are exact
 
 
 @torch.no_grad()
@@ -123,18 +123,18 @@ def test_half_precision(unet, inputs, dtype, tmp_path):
 
 @torch.no_grad()
 def test_layers_offloaded_in_groups(unet, inputs, monkeypatch):
-    """All weights are brought in groups of blocks; on a CPU nothing moves, so the bringing is counted."""
-    expected, brought, bring = unet(**inputs).sample, set(), ModuleGroup.onload_
+    """Every weight is moved with a group of blocks; on a CPU nothing moves, so the calls that would move it are recorded."""
+    expected, moved, onload = unet(**inputs).sample, set(), ModuleGroup.onload_
 
     def remember(group):
-        brought.update(id(parameter) for module in group.modules for parameter in module.parameters())
-        brought.update(map(id, group.parameters))
-        return bring(group)
+        moved.update(id(parameter) for module in group.modules for parameter in module.parameters())
+        moved.update(map(id, group.parameters))
+        return onload(group)
 
     monkeypatch.setattr(ModuleGroup, "onload_", remember)
     unet.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
     torch.testing.assert_close(unet(**inputs).sample, expected)
-    missed = [name for name, parameter in unet.named_parameters() if id(parameter) not in brought]
+    missed = [name for name, parameter in unet.named_parameters() if id(parameter) not in moved]
     assert missed == []
 
 
@@ -164,11 +164,11 @@ def test_labels_are_dropped_in_training():
     unet = randomised(PatchedUNet2DModel(**TINY | {"num_classes": 4, "class_dropout_prob": 0.5}))
     sample, labels = torch.randn(1, 3, 16, 16).expand(64, 3, 16, 16), torch.zeros(64, dtype=torch.long)
     with torch.no_grad():
-        kept, dropped = unet(sample[:1], 5, labels[:1]).sample, unet(sample[:1], 5).sample
+        labelled, dropped = unet(sample[:1], 5, labels[:1]).sample, unet(sample[:1], 5).sample
         outputs = unet.train()(sample, 5, labels).sample
     is_dropped = torch.isclose(outputs, dropped, atol=1e-5).flatten(1).all(1)
-    is_kept = torch.isclose(outputs, kept, atol=1e-5).flatten(1).all(1)
-    assert (is_dropped ^ is_kept).all() and 16 < is_dropped.sum() < 48
+    is_labelled = torch.isclose(outputs, labelled, atol=1e-5).flatten(1).all(1)
+    assert (is_dropped ^ is_labelled).all() and 16 < is_dropped.sum() < 48
     forced = unet(sample, 5, labels, force_drop_ids=torch.ones(64, dtype=torch.bool)).sample
     torch.testing.assert_close(forced, dropped.expand_as(forced), atol=1e-5, rtol=1e-4)
 
@@ -188,16 +188,30 @@ def test_in_a_pipeline(tmp_path):
     assert images[0].shape == (2, 3, 16, 16)
 
 
+@torch.no_grad()
+def test_a_low_resolution_image_joins_the_patches():
+    """It is upsampled, and its channels come after the image's: each patch lists the pixels of one channel after another."""
+    unet = randomised(PatchedUNet2DModel(**TINY | {"low_res_channels": 3}))
+    sample, low_res, patches = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 4, 4), []
+    unet.conv_in.register_forward_pre_hook(lambda module, args: patches.append(args[0]))
+    unet(sample, 5, low_res=low_res)
+    upsampled = torch.nn.functional.interpolate(low_res, scale_factor=4, mode="bilinear")
+    expected = torch.stack([each[:, :, 2:4, 4:6].flatten(2) for each in (sample, upsampled)], dim=1).flatten(1)
+    torch.testing.assert_close(patches[0][:, :, 1, 2], expected)
+    plain = unet(sample, 5, low_res=torch.zeros_like(low_res)).sample
+    assert not torch.allclose(unet(sample, 5, low_res=low_res).sample, plain)
+
+
 # Conversion
 
 
 @pytest.mark.parametrize("name", ["patch_unet_class_p2", "patch_unet_uncond_p4"])
-def test_shapes_tell_all_but_the_image_and_the_heads(name):
+def test_shapes_determine_all_but_image_size_and_heads(name):
     vectors = Vectors(name)
     config = {"image_size": vectors.config["image_size"], "num_head_channels": 32}
-    told = convert_checkpoint("patch_diffusion", vectors.state_dict, config).config
+    from_shapes = convert_checkpoint("patch_diffusion", vectors.state_dict, config).config
     given = convert_checkpoint("patch_diffusion", vectors.state_dict, vectors.config).config
-    assert {k: v for k, v in told.items() if k[0] != "_"} == {k: v for k, v in given.items() if k[0] != "_"}
+    assert {k: v for k, v in from_shapes.items() if k[0] != "_"} == {k: v for k, v in given.items() if k[0] != "_"}
 
 
 def test_the_older_order_of_attention():
@@ -262,6 +276,20 @@ def test_inputs_that_do_not_fit(inputs, message):
 
 
 @pytest.mark.parametrize(
+    ("low_res", "message"),
+    [
+        (None, "the 3 channels of `low_res_channels`, but got 0"),
+        (torch.zeros(2, 1, 8, 8), "the 3 channels of `low_res_channels`, but got 1"),
+        (torch.zeros(1, 3, 8, 8), "`low_res` to have one image for each of 2 samples, but got 1"),
+    ],
+)
+def test_low_resolution_images_that_do_not_fit(low_res, message):
+    unet = PatchedUNet2DModel(**TINY | {"low_res_channels": 3})
+    with pytest.raises(ValueError, match=message):
+        unet(torch.zeros(2, 3, 16, 16), 5, low_res=low_res)
+
+
+@pytest.mark.parametrize(
     ("config", "message"),
     [
         ({"sample_size": 18}, "divisible by 4, `patch_size` times downsampling, but got 18"),
@@ -273,6 +301,6 @@ def test_inputs_that_do_not_fit(inputs, message):
         ({"patch_size": 0}, "`patch_size` to be at least 1, but got 0"),
     ],
 )
-def test_configurations_that_cannot_be(config, message):
+def test_bad_configurations(config, message):
     with pytest.raises(ValueError, match=message):
         PatchedUNet2DModel(**TINY | config)

@@ -43,7 +43,7 @@ def expert_batch(model: RemixDiTModel, expert: int, batch: dict) -> dict:
     return batch | {"timestep": torch.tensor([low, high - 1, (low + high) // 2, low + 1])}
 
 
-# What it computes
+# Outputs
 
 
 @pytest.mark.parametrize("case", ["expert0", "expert3", "expert7"])
@@ -57,7 +57,7 @@ def test_matches_the_published_remix_dit(case, with_gradients):
 
 
 @pytest.mark.parametrize("with_gradients", [False, True])
-def test_a_sample_meets_its_own_expert_whatever_its_batch(with_gradients):
+def test_every_sample_gets_the_expert_of_its_own_timestep(with_gradients):
     """The published code averages the experts over the batch (`case.batch_mean`), which is wrong for each of them."""
     vectors = Vectors("remix_tiny")
     model = convert_checkpoint("remix", vectors.state_dict, vectors.config)
@@ -68,7 +68,7 @@ def test_a_sample_meets_its_own_expert_whatever_its_batch(with_gradients):
         for i, which in enumerate(order):
             own = slice(which, which + 1)
             alone = model(sample[own], timestep[own], labels[own]).sample
-            torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=1e-4)
+            assert_equal_up_to_rounding(together[i : i + 1], alone)
     assert (together[1] - vectors["case.batch_mean.out"][0]).abs().max() > 1e-2
 
 
@@ -77,12 +77,12 @@ def test_dropped_labels_follow_their_samples(tiny_remix, batch):
     reverse = {name: value.flip(0) for name, value in batch.items()}
     output = tiny_remix(**batch, force_drop_ids=drop).sample
     assert not torch.allclose(output, tiny_remix(**batch).sample)
-    torch.testing.assert_close(tiny_remix(**reverse, force_drop_ids=drop.flip(0)).sample.flip(0), output)
+    assert_equal_up_to_rounding(tiny_remix(**reverse, force_drop_ids=drop.flip(0)).sample.flip(0), output)
 
 
 def test_one_basis_is_the_plain_dit(tiny_dit, batch):
     model = RemixDiTModel.from_dit(tiny_dit, num_bases=1, num_experts=8)
-    torch.testing.assert_close(model(**batch).sample, tiny_dit(**batch).sample, atol=1e-5, rtol=1e-5)
+    assert_equal_up_to_rounding(model(**batch).sample, tiny_dit(**batch).sample)
 
 
 @pytest.mark.parametrize("num_bases, num_experts", [(4, 8), (4, 20), (3, 7)])
@@ -91,7 +91,7 @@ def test_every_expert_starts_as_the_dit(tiny_dit, batch, num_bases, num_experts)
     assert not model.training
     for expert in range(num_experts):
         inputs = expert_batch(model, expert, batch)
-        torch.testing.assert_close(model(**inputs).sample, tiny_dit(**inputs).sample, atol=1e-5, rtol=1e-4)
+        assert_equal_up_to_rounding(model(**inputs).sample, tiny_dit(**inputs).sample)
 
 
 def test_from_a_stock_dit(batch):
@@ -152,7 +152,7 @@ def test_presets_are_the_dits(name):
 @given(
     num_bases=st.integers(1, 4), num_groups=st.integers(1, 3), shape=st.tuples(st.integers(1, 3), st.integers(1, 3))
 )
-def test_mixing_has_exact_gradients(num_bases, num_groups, shape):
+def test_gradients_of_mixing(num_bases, num_groups, shape):
     generator = torch.Generator().manual_seed(0)
     inputs = (
         torch.randn(num_groups, num_bases, generator=generator, dtype=torch.float64, requires_grad=True),
@@ -166,7 +166,7 @@ def test_mixing_has_exact_gradients(num_bases, num_groups, shape):
 
 
 class Allocations(TorchDispatchMode):
-    """The numbers of elements of all tensors that are made, but for views."""
+    """Record the number of elements of every tensor that is allocated; views are not."""
 
     def __init__(self, *known: torch.Tensor):
         super().__init__()
@@ -176,7 +176,8 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
         for tensor in output if isinstance(output, (tuple, list)) else [output]:
-            self.tensors.setdefault(tensor.untyped_storage().data_ptr(), tensor)  # alive, so that none takes its place
+            # keeps it alive, so that no other tensor gets its address
+            self.tensors.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return output
 
     @property
@@ -214,7 +215,7 @@ def test_frozen_bases_get_no_gradient():
 
 
 def test_gradients_reach_bases_and_coefficients_of_the_experts_at_work(tiny_remix, batch):
-    """The gradient of a mixed batch is the mean of its samples' own, computed with plain DiTs."""
+    """The gradient of a batch of several experts is the mean of its samples' gradients, computed with plain DiTs."""
     tiny_remix(**batch).sample.square().mean().backward()
     experts = tiny_remix.intervals.index(batch["timestep"]).tolist()  # 0, 1, 4, 6
     name = "transformer_blocks.1.ff.net.2.weight"
@@ -249,7 +250,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_remix, batch):
 
 @pytest.fixture
 def mixings(monkeypatch) -> list[torch.Tensor]:
-    """The coefficients of each mixing of a layer."""
+    """Record the coefficients of every mixing of a layer."""
     calls, original = [], BasisLinear.mix
 
     def mix(linear, coefficients):
@@ -271,7 +272,7 @@ def test_mixes_once_per_expert(tiny_remix, batch, mixings):
         inputs = batch | {"timestep": torch.tensor(timestep).expand(4)}
         output = tiny_remix(**inputs).sample
         plain = expected[sum(timestep >= edge for edge in edges[1:])]
-        torch.testing.assert_close(output, plain(**inputs).sample, atol=1e-5, rtol=1e-4)
+        assert_equal_up_to_rounding(output, plain(**inputs).sample)
     assert len(mixings) == 7 * NUM_LINEARS
 
 
@@ -342,7 +343,7 @@ def change_coefficients(model):
 
 def replace(model):
     linear = model.basis_linears[0]
-    for factor in (2, -1):  # twice, so that the second may lie where the first lay
+    for factor in (2, -1):  # twice, so that the second may get the address of the first
         linear.weight = torch.nn.Parameter(factor * linear.weight)
 
 
@@ -402,16 +403,16 @@ def test_fuses_under_inference_mode_too(tiny_remix, batch, mixings):
         expected = [model(**inputs).sample for _ in range(2)][1]
         assert len(mixings) == NUM_LINEARS
         load(model)
-        torch.testing.assert_close(model(**inputs).sample, copy.deepcopy(model)(**inputs).sample)
+        assert_equal_up_to_rounding(model(**inputs).sample, copy.deepcopy(model)(**inputs).sample)
         tiny_remix(**inputs)
     with torch.no_grad():
-        torch.testing.assert_close(tiny_remix(**inputs).sample, expected)
-    torch.testing.assert_close(tiny_remix(**inputs).sample, expected)  # with gradients
+        assert_equal_up_to_rounding(tiny_remix(**inputs).sample, expected)
+    assert_equal_up_to_rounding(tiny_remix(**inputs).sample, expected)  # with gradients
 
 
 @torch.no_grad()
-def test_a_tensor_in_the_place_of_another_is_noticed(tiny_remix, batch):
-    """Python gives a new object the id of one that is gone."""
+def test_replaced_tensors_are_noticed(tiny_remix, batch):
+    """Python gives the id of a deleted object to a new one."""
     name = "transformer_blocks.0.attn.to_qkv.weight"
     weight = tiny_remix.get_parameter(name).clone()
     for scale in range(20):
@@ -424,16 +425,16 @@ def test_a_tensor_in_the_place_of_another_is_noticed(tiny_remix, batch):
 
 @pytest.mark.parametrize("timestep", [7, [3, 250, 600, 999]])
 @torch.no_grad()
-def test_offloaded_weights_are_mixed_where_they_come(tiny_remix, batch, timestep):
+def test_offloaded_weights_are_mixed_in_every_call(tiny_remix, batch, timestep):
     inputs = batch | {"timestep": torch.tensor(timestep)}
     expected = tiny_remix(**inputs).sample
     offloaded = cpu_offload(copy.deepcopy(tiny_remix), torch.device("cpu"))  # weights on "meta" between the calls
     assert offloaded.basis_linears[0].weight.is_meta
     for _ in range(2):
-        torch.testing.assert_close(offloaded(**inputs).sample, expected)
+        assert_equal_up_to_rounding(offloaded(**inputs).sample, expected)
 
 
-# Out again
+# Export, and saving
 
 
 def test_a_baked_expert_equals_the_model_on_its_timesteps(tiny_remix, batch):
@@ -441,7 +442,7 @@ def test_a_baked_expert_equals_the_model_on_its_timesteps(tiny_remix, batch):
         baked = tiny_remix.bake_expert(expert)
         assert type(baked) is DiTModel and not baked.training
         inputs = expert_batch(tiny_remix, expert, batch)
-        torch.testing.assert_close(baked(**inputs).sample, tiny_remix(**inputs).sample, atol=1e-5, rtol=1e-4)
+        assert_equal_up_to_rounding(baked(**inputs).sample, tiny_remix(**inputs).sample)
 
 
 def test_experts_as_stock_models(batch, tmp_path):
@@ -478,16 +479,8 @@ def test_round_trip(tiny_remix, batch, tmp_path, loader):
 
 
 def test_the_edges_are_saved(tiny_remix, tmp_path):
-    edges = [
-        0,
-        142,
-        284,
-        426,
-        568,
-        710,
-        852,
-        1000,
-    ]  # ⌊1000/7⌋ = 142 each; PPAP's intervals would begin at 857 for the last
+    # ⌊1000/7⌋ = 142 timesteps each, and the last one the rest; PPAP's rounding would give 857 for 852
+    edges = [0, 142, 284, 426, 568, 710, 852, 1000]
     assert tiny_remix.config.interval_edges == edges
     tiny_remix.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["interval_edges"] == edges
@@ -516,7 +509,7 @@ def test_configurations_of_0_1_0_have_no_edges(tiny_remix, tmp_path):
     assert loaded.config.interval_edges == tiny_remix.config.interval_edges
 
 
-# Every way it can be run
+# Precision and compilation
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -557,7 +550,7 @@ def test_compiles_without_a_graph_break(tiny_remix, batch, timestep, with_gradie
     with torch.set_grad_enabled(with_gradients):
         expected = tiny_remix(**batch).sample
         compiled = torch.compile(tiny_remix, fullgraph=True, backend="eager")
-        torch.testing.assert_close(compiled(**batch).sample, expected, atol=1e-5, rtol=1e-5)
+        assert_equal_up_to_rounding(compiled(**batch).sample, expected)
 
 
 @torch.no_grad()
@@ -569,7 +562,7 @@ def test_repeated_blocks_compile_once_for_all_experts(tiny_remix, batch, mixings
     with torch._dynamo.config.patch(error_on_recompile=True):
         outputs = [tiny_remix(**inputs).sample for inputs in experts]
     for output, eager in zip(outputs, expected):
-        torch.testing.assert_close(output, eager, atol=1e-5, rtol=1e-5)
+        assert_equal_up_to_rounding(output, eager)
     assert len(mixings) == 2 * 7 * NUM_LINEARS  # fused once per expert here, too
 
 
@@ -609,7 +602,7 @@ def test_refuses_a_dit_of_another_size_by_the_first_weight():
         RemixDiTModel.from_dit(stock, num_layers=1)
 
 
-def test_refuses_what_is_no_plain_dit(tiny_dtr):
+def test_refuses_models_that_are_no_plain_dit(tiny_dtr):
     with pytest.raises(ValueError, match="plain DiT.*DTRTransformer2DModel"):
         RemixDiTModel.from_dit(tiny_dtr)
 

@@ -21,7 +21,7 @@ from ..saving.mixins import StandaloneModelMixin
 from ..saving.naming import PACKAGE
 from .inputs import checked_labels, checked_timestep, drop_labels
 from .patched_unet_config import check_patched_unet_config
-from .patched_unet_layers import NORM_GROUPS, PatchedResBlock, PatchedUNetLayer, position_table
+from .patched_unet_layers import NORM_GROUPS, PatchedResBlock, PatchedUNetLayer, position_table, variance_head
 
 
 class PatchedUNet2DModel(StandaloneModelMixin, ModelMixin, ConfigMixin):
@@ -88,12 +88,6 @@ class PatchedUNet2DModel(StandaloneModelMixin, ModelMixin, ConfigMixin):
         check_patched_unet_config(self.config, widths)
         self.out_channels = in_channels if out_channels is None else out_channels
         time_embed_dim = widths[-1]
-        class_embed_dim = None if num_classes is None else widths[0]
-        embed_dims = (time_embed_dim, class_embed_dim, dropout)
-
-        def layer(in_width: int, out_width: int, has_attention: bool) -> PatchedUNetLayer:
-            head_dim = attention_head_dim if has_attention else None
-            return PatchedUNetLayer(in_width, out_width, *embed_dims, attention_head_dim=head_dim)
 
         # 1. Input
         patch_channels = in_channels * patch_size**2
@@ -109,20 +103,7 @@ class PatchedUNet2DModel(StandaloneModelMixin, ModelMixin, ConfigMixin):
             self.class_embedding = nn.Embedding(num_classes + (class_dropout_prob > 0), widths[0])
 
         # 2. Down, middle, up
-        self.down_layers, self.downsamplers = nn.ModuleList(), nn.ModuleList()
-        for level, width in enumerate(widths):  # one list for all levels, which Diffusers can offload in groups
-            self.down_layers.extend(layer(width, width, level in attention_levels) for _ in range(layers_per_block))
-        for width, next_width in zip(widths, widths[1:]):
-            # padding at the lower right only, as TensorFlow's SAME pads even sizes
-            self.downsamplers.append(Downsample2D(width, use_conv=True, out_channels=next_width, padding=0, name="op"))
-        self.mid_layers = nn.ModuleList([layer(widths[-1], widths[-1], True), layer(widths[-1], widths[-1], False)])
-        self.up_layers, self.upsamplers = nn.ModuleList(), nn.ModuleList()
-        for level, width in reversed(list(enumerate(widths))):
-            # each layer's input is concatenated with a skip connection from the way down
-            has_attention = level in attention_levels
-            self.up_layers.extend(layer(2 * width, width, has_attention) for _ in range(layers_per_block + 1))
-        for width, next_width in zip(widths[::-1], widths[-2::-1]):
-            self.upsamplers.append(Upsample2D(width, use_conv=True, out_channels=next_width))
+        self._make_levels(widths, time_embed_dim)
 
         # 3. Output
         self.norm_out = nn.GroupNorm(NORM_GROUPS, widths[0])
@@ -130,14 +111,34 @@ class PatchedUNet2DModel(StandaloneModelMixin, ModelMixin, ConfigMixin):
         self.variance_time_proj = self.variance_out = None
         if self.out_channels == 2 * in_channels:
             self.variance_time_proj = nn.Linear(time_embed_dim, 2 * widths[0])
-            self.variance_out = nn.Sequential(
-                nn.Conv2d(2 * widths[0], model_channels, 3, padding=1),
-                nn.SiLU(),
-                nn.Conv2d(model_channels, patch_channels, 3, padding=1),
-                nn.Sigmoid(),
-            )
+            self.variance_out = variance_head(2 * widths[0], model_channels, patch_channels)
         self.gradient_checkpointing = False
         self.initialize_weights()
+
+    def _make_levels(self, widths: list[int], time_embed_dim: int) -> None:
+        """Make the layers of the way down, of the middle and of the way up; one list each, which Diffusers can offload."""
+        config = self.config
+        class_embed_dim = None if config.num_classes is None else widths[0]
+
+        def layer(in_width: int, out_width: int, has_attention: bool) -> PatchedUNetLayer:
+            head_dim = config.attention_head_dim if has_attention else None
+            sizes = (in_width, out_width, time_embed_dim, class_embed_dim, config.dropout)
+            return PatchedUNetLayer(*sizes, attention_head_dim=head_dim)
+
+        attends = [level in config.attention_levels for level in range(len(widths))]
+        self.down_layers, self.downsamplers = nn.ModuleList(), nn.ModuleList()
+        for level, width in enumerate(widths):
+            self.down_layers.extend(layer(width, width, attends[level]) for _ in range(config.layers_per_block))
+        for width, next_width in zip(widths, widths[1:]):
+            # padding at the lower right only, as TensorFlow's SAME pads even sizes
+            self.downsamplers.append(Downsample2D(width, use_conv=True, out_channels=next_width, padding=0, name="op"))
+        self.mid_layers = nn.ModuleList([layer(widths[-1], widths[-1], True), layer(widths[-1], widths[-1], False)])
+        self.up_layers, self.upsamplers = nn.ModuleList(), nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            # twice as wide, as each layer's input is concatenated with a skip connection from the way down
+            self.up_layers.extend(layer(2 * width, width, attends[level]) for _ in range(config.layers_per_block + 1))
+        for width, next_width in zip(widths[::-1], widths[-2::-1]):
+            self.upsamplers.append(Upsample2D(width, use_conv=True, out_channels=next_width))
 
     def initialize_weights(self) -> None:
         """Initialise as ADM: every block starts as the identity, the output as zero, and the rest as PyTorch does."""
@@ -190,6 +191,22 @@ class PatchedUNet2DModel(StandaloneModelMixin, ModelMixin, ConfigMixin):
             positions = position_table(positions.shape[1], *hidden_states.shape[2:]).to(positions)
         first_features = hidden_states = hidden_states + positions.to(hidden_states.dtype)
 
+        hidden_states = self._run_levels(hidden_states, temb, class_emb)
+
+        output = self.conv_out(F.silu(self.norm_out(hidden_states)))
+        output = F.pixel_shuffle(output, self.config.patch_size)  # (B, C, H, W)
+        if self.variance_out is not None and self.variance_time_proj is not None:
+            # detached: the variance's loss does not train the layers before its head
+            features = torch.cat([first_features, hidden_states], dim=1).detach()
+            features = features + self.variance_time_proj(F.silu(temb))[:, :, None, None]
+            variance = F.pixel_shuffle(self.variance_out(features), self.config.patch_size)
+            output = torch.cat([output, variance], dim=1)
+        return UNet2DOutput(sample=output) if return_dict else (output,)
+
+    def _run_levels(
+        self, hidden_states: torch.Tensor, temb: torch.Tensor, class_emb: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Go down the levels and up again: (B, D, H/p, W/p) → (B, D, H/p, W/p)."""
         # Down
         skips = [hidden_states]
         for index, layer in enumerate(self.down_layers, start=1):
@@ -209,17 +226,7 @@ class PatchedUNet2DModel(StandaloneModelMixin, ModelMixin, ConfigMixin):
             level, rest = divmod(index, self.config.layers_per_block + 1)
             if rest == 0 and level <= len(self.upsamplers):
                 hidden_states = self.upsamplers[level - 1](hidden_states)
-
-        # Output
-        output = self.conv_out(F.silu(self.norm_out(hidden_states)))
-        output = F.pixel_shuffle(output, self.config.patch_size)  # (B, C, H, W)
-        if self.variance_out is not None and self.variance_time_proj is not None:
-            # detached: the variance's loss does not train the layers before its head
-            features = torch.cat([first_features, hidden_states], dim=1).detach()
-            features = features + self.variance_time_proj(F.silu(temb))[:, :, None, None]
-            variance = F.pixel_shuffle(self.variance_out(features), self.config.patch_size)
-            output = torch.cat([output, variance], dim=1)
-        return UNet2DOutput(sample=output) if return_dict else (output,)
+        return hidden_states
 
     def _embed(
         self,

@@ -121,3 +121,23 @@ def position_table(dim: int, height: int, width: int) -> torch.Tensor:
     columns = columns.T[:, None, :].expand(half, height, width)
     rows = rows.T[:, :, None].expand(half, height, width)
     return torch.cat([columns, rows])[None]
+
+
+def variance_head(in_channels: int, hidden_channels: int, out_channels: int) -> nn.Sequential:
+    """
+    Make the layers that predict the variance, in [0, 1].
+
+    Args:
+        in_channels (`int`): The width of the features.
+        hidden_channels (`int`): The width between the two convolutions.
+        out_channels (`int`): The number of channels of a patch.
+
+    Returns:
+        `nn.Sequential`: (B, in_channels, h, w) → (B, out_channels, h, w).
+    """
+    return nn.Sequential(
+        nn.Conv2d(in_channels, hidden_channels, 3, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(hidden_channels, out_channels, 3, padding=1),
+        nn.Sigmoid(),
+    )
