@@ -1,4 +1,4 @@
-"""DTR: the published numbers, the identity at full sharing, and no sample that depends on its neighbours."""
+"""DTR: the published numbers, the plain DiT at full sharing, and samples that do not depend on their batch."""
 
 import copy
 import math
@@ -79,13 +79,13 @@ def test_adds_no_parameters_and_no_masks(tiny_dit, tiny_dtr):
     assert tiny_dtr.task_routing.window_starts.shape == (1000,)
 
 
-def test_inactive_channels_pass_a_block_unchanged_but_for_what_it_adds(tiny_dtr):
+def test_a_block_adds_to_inactive_channels_but_does_not_read_them(tiny_dtr):
     block, tokens, conditioning = tiny_dtr.transformer_blocks[0], torch.randn(1, 16, 48), torch.randn(1, 48)
     active, inactive = tiny_dtr.block_inputs(torch.tensor([0]), torch.float32)
     output = block(tokens, conditioning, active, inactive)
-    # what the inactive channels hold reaches themselves alone
+    # a change of the inactive channels changes nothing but themselves
     changed = block(tokens + inactive, conditioning, active, inactive)
-    torch.testing.assert_close(changed - output, inactive.expand_as(output), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(changed - output, inactive.expand_as(output), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("routing", ["window", "random"])
@@ -109,7 +109,7 @@ def test_random_masks_are_random_and_survive_a_checkpoint(tmp_path):
     assert (masks.sum(1) == 38).all()
     assert len(masks.unique(dim=0)) > 900
 
-    model.task_routing.random_masks.copy_(masks.flip(0))  # other ones than the seed gives
+    model.task_routing.random_masks.copy_(masks.flip(0))  # not those of the seed
     model.save_pretrained(tmp_path)
     loaded = DTRTransformer2DModel.from_pretrained(tmp_path)
     assert torch.equal(loaded.task_routing.masks(), masks.flip(0))
@@ -146,15 +146,15 @@ def test_compiles_without_a_graph_break(tiny_dtr, batch, shared):
     if shared:
         batch["timestep"] = torch.tensor(700).expand(4)
     expected = tiny_dtr(**batch).sample
-    # "eager" runs the captured graph as it is: what is tested is that there is only one
+    # the backend "eager" runs the captured graph as it is; `fullgraph` makes a second graph an error
     compiled = torch.compile(tiny_dtr, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(**batch).sample, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(compiled(**batch).sample, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_repeated_blocks_compile_without_a_graph_break(tiny_dtr, batch):
     expected = tiny_dtr(**batch).sample
     tiny_dtr.compile_repeated_blocks(fullgraph=True, backend="eager")
-    torch.testing.assert_close(tiny_dtr(**batch).sample, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(tiny_dtr(**batch).sample, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

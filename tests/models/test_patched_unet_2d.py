@@ -165,11 +165,11 @@ def test_labels_are_dropped_in_training():
     unet = randomised(PatchedUNet2DModel(**TINY | {"num_classes": 4, "class_dropout_prob": 0.5}))
     sample, labels = torch.randn(1, 3, 16, 16).expand(64, 3, 16, 16), torch.zeros(64, dtype=torch.long)
     with torch.no_grad():
-        kept, dropped = unet(sample[:1], 5, labels[:1]).sample, unet(sample[:1], 5).sample
+        labelled, dropped = unet(sample[:1], 5, labels[:1]).sample, unet(sample[:1], 5).sample
         outputs = unet.train()(sample, 5, labels).sample
     is_dropped = torch.isclose(outputs, dropped, atol=1e-5).flatten(1).all(1)
-    is_kept = torch.isclose(outputs, kept, atol=1e-5).flatten(1).all(1)
-    assert (is_dropped ^ is_kept).all() and 16 < is_dropped.sum() < 48
+    is_labelled = torch.isclose(outputs, labelled, atol=1e-5).flatten(1).all(1)
+    assert (is_dropped ^ is_labelled).all() and 16 < is_dropped.sum() < 48
     forced = unet(sample, 5, labels, force_drop_ids=torch.ones(64, dtype=torch.bool)).sample
     torch.testing.assert_close(forced, dropped.expand_as(forced), atol=1e-5, rtol=1e-4)
 

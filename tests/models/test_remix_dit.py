@@ -176,9 +176,8 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
         for tensor in output if isinstance(output, (tuple, list)) else [output]:
-            self.tensors.setdefault(
-                tensor.untyped_storage().data_ptr(), tensor
-            )  # keeps it alive, so that no other tensor gets its address
+            # keeps it alive, so that no other tensor gets its address
+            self.tensors.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return output
 
     @property
@@ -480,16 +479,8 @@ def test_round_trip(tiny_remix, batch, tmp_path, loader):
 
 
 def test_the_edges_are_saved(tiny_remix, tmp_path):
-    edges = [
-        0,
-        142,
-        284,
-        426,
-        568,
-        710,
-        852,
-        1000,
-    ]  # ⌊1000/7⌋ = 142 each; PPAP's intervals would begin at 857 for the last
+    # ⌊1000/7⌋ = 142 timesteps each, and the last one the rest; PPAP's rounding would give 857 for 852
+    edges = [0, 142, 284, 426, 568, 710, 852, 1000]
     assert tiny_remix.config.interval_edges == edges
     tiny_remix.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["interval_edges"] == edges
