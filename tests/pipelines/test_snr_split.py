@@ -236,17 +236,6 @@ def test_denoisers_that_read_their_timesteps_get_them_on_the_cpu(mixed):
 # What they predict
 
 
-def test_predictions_convert_into_one_another():
-    x0, noise = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
-    alpha, sigma = torch.tensor(0.8), torch.tensor(0.6)
-    x_t = alpha * x0 + sigma * noise
-    truth = {"sample": x0, "epsilon": noise, "v_prediction": alpha * noise - sigma * x0}
-    for own in PREDICTION_TYPES:
-        for target in PREDICTION_TYPES:
-            converted = convert_prediction(truth[own], x_t, alpha, sigma, own, target)
-            torch.testing.assert_close(converted, truth[target], atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize(
     "scheduler_class", [DPMSolverMultistepScheduler, UniPCMultistepScheduler, EulerDiscreteScheduler]
 )
@@ -488,8 +477,6 @@ def test_predictions_that_cannot_be_converted(scheduler):
     pipeline = SNRSplitPipeline([Toy(1.0), Toy(2.0)], scheduler, [0.25])
     with pytest.raises(ValueError, match="with other noise levels"):
         pipeline(num_inference_steps=2)
-    with pytest.raises(ValueError, match="of epsilon, sample, v_prediction, but got 'flow_prediction'"):
-        convert_prediction(torch.ones(1), torch.ones(1), torch.ones(1), torch.ones(1), "sample", "flow_prediction")
 
 
 def test_a_guidance_scale_for_each(mixed):
