@@ -442,6 +442,11 @@ def test_arguments_that_do_not_fit(arguments, message):
         )
 
 
+def test_arguments_that_do_not_exist():
+    with pytest.raises(TypeError, match=r"got the arguments \['snr_boundary'\]"):
+        SNRSplitPipeline([Toy(1.0)], DDIMScheduler(), snr_boundary=[0.25])
+
+
 def test_denoisers_that_do_not_fit():
     unet = PatchedUNet2DModel(**UNET | {"snr_interval": (None, 0.25)})
     SNRSplitPipeline([unet, unet.from_config(unet.config, snr_interval=None)], DDIMScheduler(), [0.25])
