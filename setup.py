@@ -48,6 +48,15 @@ setup(
         "demo": DEMO,
         "docs": DOCS,
         "space": SPACE,
-        "test": ["hypothesis>=6.100", "ipykernel>=6.29", "nbclient>=0.10", "pytest>=8.0", "selenium>=4.20", *LINT, *COMPARE, *SPACE],
+        "test": [
+            "hypothesis>=6.100",
+            "ipykernel>=6.29",
+            "nbclient>=0.10",
+            "pytest>=8.0",
+            "selenium>=4.20",
+            *LINT,
+            *COMPARE,
+            *SPACE,
+        ],
     },
 )

@@ -9,7 +9,9 @@ import diffusers_dmp
 PUBLIC = {name for name in dir(diffusers_dmp) if not name.startswith("_")}
 REFERENCE = re.compile(r"\[`~?((\w+)(?:\.\w+)*)`\](?!\(|\[)")
 # 'name (`type`), other (`type`): text', of which each has a line of its own on the site
-ARGUMENTS = re.compile(r"^( +)(\w+(?: \([^()]*(?:\([^()]*\)[^()]*)*\))?(?:, \w+(?: \([^()]*(?:\([^()]*\)[^()]*)*\))?)*): ", re.M)
+ARGUMENTS = re.compile(
+    r"^( +)(\w+(?: \([^()]*(?:\([^()]*\)[^()]*)*\))?(?:, \w+(?: \([^()]*(?:\([^()]*\)[^()]*)*\))?)*): ", re.M
+)
 ARGUMENT = re.compile(r"(\w+)(?: \(((?:[^()]|\([^()]*\))*)\))?")
 
 

@@ -1,4 +1,4 @@
-"""Sampling timesteps, as the published results chose them."""
+"""Sampling timesteps as the published results chose them."""
 
 import json
 
@@ -23,7 +23,7 @@ def test_matches_the_published_code(respacing):
 
 @pytest.mark.parametrize("respacing", ["250", "25", "10"])
 def test_an_even_respacing_is_what_diffusers_calls_linspace(respacing):
-    # so the pipelines that training saves sample at the published timesteps without being told
+    # training saves pipelines with this setting: they use the published timesteps by default
     scheduler = DDPMScheduler(timestep_spacing="linspace")
     scheduler.set_timesteps(int(respacing))
     assert torch.equal(scheduler.timesteps, torch.tensor(respaced_timesteps(1000, respacing)))

@@ -87,6 +87,9 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
         **denoisers_by_name: ModelMixin | None,
     ):
         super().__init__()
+        unknown = sorted(denoisers_by_name.keys() - set(DENOISER_NAMES))
+        if unknown:
+            raise TypeError(f"Expected `denoiser_0` to `{DENOISER_NAMES[-1]}`, but got the arguments {unknown}.")
         if denoisers is None:
             denoisers = [each for each in map(denoisers_by_name.get, DENOISER_NAMES) if each is not None]
         if not 1 <= len(denoisers) <= MAX_DENOISERS:
