@@ -18,7 +18,7 @@ pytest_plugins = ["prompted_fixtures"]
 def test_detaching_leaves_no_trace(transformer, inputs, mode):
     next(transformer.parameters()).requires_grad_(False)  # some were frozen before
     weights = copy.deepcopy(transformer.state_dict())
-    wanted_gradients = {name: p.requires_grad for name, p in transformer.named_parameters()}
+    required_gradients = {name: p.requires_grad for name, p in transformer.named_parameters()}
     before = transformer(**inputs).sample
     attributes = {name: set(vars(module)) for name, module in transformer.named_modules()}
 
@@ -27,7 +27,7 @@ def test_detaching_leaves_no_trace(transformer, inputs, mode):
     assert patch.detach() is patch
 
     assert torch.equal(transformer(**inputs).sample, before)
-    assert {name: p.requires_grad for name, p in transformer.named_parameters()} == wanted_gradients
+    assert {name: p.requires_grad for name, p in transformer.named_parameters()} == required_gradients
     assert transformer.state_dict().keys() == weights.keys()
     assert all(torch.equal(value, weights[name]) for name, value in transformer.state_dict().items())
     for name, module in transformer.named_modules():
@@ -121,6 +121,7 @@ def test_deepcopy_of_a_patched_transformer(transformer, inputs):
     assert copied_patch is not patch and copied_patch.transformer is copied
     assert torch.equal(copied(**inputs).sample, patched)
     copied_patch.detach()
+    assert not any("forward" in vars(module) for module in copied.modules())
     assert torch.equal(copied(**inputs).sample, plain)
     assert torch.equal(transformer(**inputs).sample, patched)
 
@@ -153,6 +154,7 @@ def test_pickling_a_patched_transformer(patched_dit, batch):
     assert torch.equal(loaded(**batch).sample, patched_dit(**batch).sample)
     assert PromptPatch.attached_to(loaded).transformer is loaded
     PromptPatch.attached_to(loaded).detach()
+    assert not any("forward" in vars(module) for module in loaded.modules())
 
 
 # Devices

@@ -72,20 +72,22 @@ class Wrapper(nn.Module):
 
 @pytest.mark.parametrize("compiled", ["transformer", "in place", "blocks", "wrapper"])
 @torch.no_grad()
-def test_other_models_stay_compiled(tiny_dit, batch, compiled):
+def test_other_models_stay_compiled(batch, compiled):
     """Of the transformer itself, code for both states is reused when its prompts come back, or others like them."""
     own, others = CountingBackend(), CountingBackend()
-    tiny_dit.requires_grad_(False)
-    model = tiny_dit
+    # frozen, or else attaching would be noticed by the freezing
+    dit, other = (
+        randomised(DiTModel(**TINY_CONFIG | {"num_layers": 1}), seed).requires_grad_(False) for seed in (0, 1)
+    )
+    model = dit
     if compiled == "transformer":
-        model = torch.compile(tiny_dit, backend=own)
+        model = torch.compile(dit, backend=own)
     elif compiled == "in place":
-        tiny_dit.compile(backend=own)
+        dit.compile(backend=own)
     elif compiled == "blocks":
-        tiny_dit.compile_repeated_blocks(backend=own)
+        dit.compile_repeated_blocks(backend=own)
     else:
-        model = torch.compile(Wrapper(tiny_dit), backend=own)
-    other = randomised(DiTModel(**TINY_CONFIG), seed=1).requires_grad_(False)  # of the same class
+        model = torch.compile(Wrapper(dit), backend=own)
     compiled_other = torch.compile(other, backend=others)
     compiled_other(**batch)
     graphs = others.graphs
@@ -93,22 +95,22 @@ def test_other_models_stay_compiled(tiny_dit, batch, compiled):
 
     def check() -> torch.Tensor:
         with torch.compiler.set_stance("force_eager"):
-            expected = tiny_dit(**batch).sample
+            expected = dit(**batch).sample
         torch.testing.assert_close(model(**batch).sample, expected)
         torch.testing.assert_close(compiled_other(**batch).sample, other(**batch).sample)
         assert others.graphs == graphs
         return expected
 
     plain = check()
-    patch = randomised(PromptPatch.for_transformer(tiny_dit)).attach(tiny_dit)
+    patch = randomised(PromptPatch.for_transformer(dit)).attach(dit)
     assert (check() - plain).abs().max() > 1e-3
     patch.detach()
     torch.testing.assert_close(check(), plain)
     own_graphs = own.graphs
-    patch.attach(tiny_dit)
+    patch.attach(dit)
     check()
     patch.detach()
-    randomised(PromptPatch.for_transformer(tiny_dit), seed=1).attach(tiny_dit)
+    randomised(PromptPatch.for_transformer(dit), seed=1).attach(dit)
     check()
     if compiled != "wrapper":  # PyTorch checks the id of the hook that is always called, where it is part of the graph
         assert own.graphs == own_graphs

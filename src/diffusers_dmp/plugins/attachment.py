@@ -173,7 +173,7 @@ class Attachment:
         That is the running forward pass. But where gradient checkpointing computes a block again in the backward pass, it is
         the pass in which the block was computed first, found by the identity of the input.
         """
-        # private, but PyTorch has no other way to tell; without it, this is a graph of the whole transformer
+        # a private attribute of PyTorch, which offers no public one for a block that was compiled by itself
         compiled_by_itself = getattr(block, "_compiled_call_impl", None) is not None
         if compiled_by_itself:
             checkpointed = getattr(self.transformer, "gradient_checkpointing", False)

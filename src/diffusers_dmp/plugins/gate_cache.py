@@ -69,8 +69,9 @@ def _cache_key(inputs: list[Any]) -> tuple[tuple | None, list[torch.Tensor]]:
     """
     Return a key for some inputs without waiting for an accelerator, and the tensors that must live as long as the key.
 
-    Tensors on the CPU count by their values, other tensors by their identity. The key is None if the first input, the
-    timestep, is a tensor on an accelerator, as samplers pass another one at every step. It is also None for inputs of other types.
+    A tensor on the CPU is represented by its values, another tensor by its identity. The key is None if the first input, the
+    timestep, is a tensor on an accelerator, because samplers pass a new one at every step. It is also None for inputs that
+    are neither tensors nor plain values.
     """
     key: list[Any] = []
     alive: list[torch.Tensor] = []
