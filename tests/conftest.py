@@ -32,7 +32,7 @@ from diffusers_dmp.evaluation.digits import NUM_IMAGES, write_image_folder
 FIXTURES = Path(__file__).parent / "fixtures"
 REPOSITORY = Path(__file__).parent.parent
 
-# timings on shared machines vary too much for a deadline; the same examples in every run
+# no deadline, because timings vary on shared machines; the same examples in every run
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
 
@@ -48,7 +48,7 @@ TINY_CONFIG = {
 
 
 class Vectors:
-    """Numbers that the published implementations computed: see tests/fixtures/README.md."""
+    """Inputs, weights and outputs of the published implementations: see tests/fixtures/README.md."""
 
     def __init__(self, name: str):
         with safe_open(FIXTURES / f"{name}.safetensors", "pt") as file:
@@ -64,12 +64,12 @@ class Vectors:
 
 
 def assert_matches(actual: torch.Tensor, published: torch.Tensor) -> None:
-    """The tolerance that the vectors are meant for."""
+    """Compare with a published output, with the tolerance that tests/fixtures/README.md gives."""
     torch.testing.assert_close(actual.detach(), published, atol=2e-5, rtol=1e-4)
 
 
 def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """No layer left at its zero initialisation, where it would hide what it does."""
+    """Give all parameters random values: a layer that starts at zero would hide errors behind it."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -89,7 +89,7 @@ def tiny_dtr() -> DTRTransformer2DModel:
 
 @pytest.fixture
 def batch() -> dict[str, torch.Tensor]:
-    """Four samples of different timesteps and classes, the last without a label."""
+    """Four samples with different timesteps and classes; the last has the null class."""
     generator = torch.Generator().manual_seed(1)
     return {
         "hidden_states": torch.randn(4, 4, 8, 8, generator=generator),
@@ -100,19 +100,19 @@ def batch() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory) -> Path:
-    """Real images, as a folder with one sub-folder per class; few, since every training looks for them all first."""
+    """A folder of 200 real images with one sub-folder per class; few, because every training first checks them all."""
     return write_image_folder(tmp_path_factory.mktemp("digits"), range(0, NUM_IMAGES, 9))
 
 
 @pytest.fixture(autouse=True)
 def same_random_numbers():
-    """In every run, whatever ran before."""
+    """Every test starts with the same random numbers, independent of the tests before it."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
-    """Accelerate keeps one state per process."""
+    """Reset Accelerate's state, of which there is one per process."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
@@ -120,8 +120,8 @@ def fresh_accelerator():
 
 @pytest.fixture
 def hub(monkeypatch):
-    """The Hub, on the loopback interface."""
-    # the network is off above; without hf_xet and telemetry the client talks to this server alone
+    """A server with the Hub's API, on the loopback interface."""
+    # the network is switched off above; without hf_xet and telemetry, the client connects to this server only
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)

@@ -1,4 +1,4 @@
-"""The comparison: that it compares like with like, and that its page says what was measured."""
+"""The comparison: all runs of a table are on equal terms, and the page shows what was measured."""
 
 import dataclasses
 import functools
@@ -46,7 +46,7 @@ def in_the_repository(monkeypatch):
 
 
 def arguments_of(plan: Plan, run: Run):
-    """As the script reads them."""
+    """The arguments as the script parses them."""
     module = importlib.import_module(run.script.removesuffix(".py"))
     command = plan.command(run, num_threads=1)
     argv = command[command.index(f"training/{run.script}") + 1 :]
@@ -55,7 +55,7 @@ def arguments_of(plan: Plan, run: Run):
 
 @pytest.fixture
 def tiny(tmp_path) -> Plan:
-    """Everything at four steps."""
+    """A plan that trains everything for four steps."""
     path = tmp_path / "tiny.yaml"
     path.write_text((FIXTURES / "comparison.yaml").read_text().replace("OUTPUTS", str(tmp_path / "outputs")))
     return load_plan(str(path))
@@ -63,7 +63,7 @@ def tiny(tmp_path) -> Plan:
 
 @pytest.mark.parametrize("preset", ["cpu", "gpu"])
 def test_every_run_is_on_equal_terms(preset):
-    """What stands side by side trains for equally many steps in all, on equal batches of the same data with the same seeds."""
+    """All runs of a table train for the same number of steps, on equal batches of the same data, with the same seeds."""
     plan = load_plan(preset)
     for comparison in plan.comparisons:
         budgets = {}
@@ -78,7 +78,7 @@ def test_every_run_is_on_equal_terms(preset):
         assert [run.seed for run in comparison.runs] == sorted(plan.seeds * (len(comparison.runs) // len(plan.seeds)))
 
 
-def test_what_is_compared_has_equally_many_parameters():
+def test_compared_models_have_equally_many_parameters():
     shared = {"sample_size": 8, "in_channels": 1, "num_attention_heads": 6, "attention_head_dim": 16, "num_layers": 4}
     assert DiTModel(**shared).num_parameters() == DTRTransformer2DModel(**shared).num_parameters()
     plan = load_plan("cpu")
@@ -93,7 +93,7 @@ def test_what_is_compared_has_equally_many_parameters():
     assert 2 * two == pytest.approx(one, rel=0.02)
 
 
-def test_a_run_comes_after_what_it_needs():
+def test_a_run_comes_after_the_run_that_it_needs():
     plan = load_plan("cpu")
     keys = [run.key for run in plan.runs]
     assert len(set(keys)) == len(keys)
@@ -116,7 +116,7 @@ def test_digits_are_held_out_and_photographs_are_cropped(tmp_path, monkeypatch):
     )
     fitted = []
     data.make_digits(tmp_path / "digits", num_train=1700)
-    assert fitted[0][0].shape == (1700, 8, 8, 1)  # what guides has not seen those that are held out
+    assert fitted[0][0].shape == (1700, 8, 8, 1)  # the network that guides is not trained on held-out images
     parts = {
         part: {path.name for path in (tmp_path / "digits" / part).rglob("*.png")} for part in ("train", "held_out")
     }
@@ -135,7 +135,7 @@ def test_digits_are_held_out_and_photographs_are_cropped(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_is_done_once(tiny, tmp_path, monkeypatch):
-    """Trained, drawn from and measured; a second time nothing is trained, and the figures are the same."""
+    """A run trains, samples and measures; done again, it trains nothing and gives the same metrics."""
     monkeypatch.setattr(data, "fit_classifier", functools.partial(fit_classifier, num_steps=50))
     monkeypatch.setattr(data, "fit_resnet", functools.partial(fit_resnet, num_steps=1))
     make_data(tiny, "digits", tmp_path / "results")
@@ -166,7 +166,7 @@ def result(name: str, seed: int, fids: list[float], **fingerprint) -> dict:
 
 @pytest.fixture
 def results(tiny, tmp_path):
-    """Two runs with two seeds each."""
+    """A plan of two runs with two seeds each, and the folder of their results."""
     plan = dataclasses.replace(
         tiny,
         data={"photographs": {"num_train": 9}},
@@ -209,7 +209,7 @@ def test_a_row_is_mean_and_spread_over_the_seeds(results):
     assert [points.get_offsets().tolist() for points in costs.collections][0] == [[0.5, 4], [0.5, 6]]
 
 
-def test_what_was_measured_otherwise_does_not_stand_beside(results):
+def test_results_of_other_measurements_are_refused(results):
     plan, folder = results
     other = result("dtr", 1, [8, 6.5], num_samples=8)
     (folder / "photographs" / "dtr-1.json").write_text(json.dumps(other))
@@ -217,8 +217,8 @@ def test_what_was_measured_otherwise_does_not_stand_beside(results):
         read_tables(plan, folder)
 
 
-def test_results_of_other_settings_are_not_taken_for_this_plans(tiny, tmp_path):
-    """Nor those that come after what has changed."""
+def test_results_of_other_settings_are_refused(tiny, tmp_path):
+    """Also if the settings of the run before it have changed."""
     run = tiny.run("fine_tuning/remix-0")
     path = tmp_path / f"{run.key}.json"
     path.parent.mkdir()
@@ -233,19 +233,19 @@ def test_results_of_other_settings_are_not_taken_for_this_plans(tiny, tmp_path):
         is_finished(dataclasses.replace(tiny, comparisons=comparisons), run, tmp_path)
 
 
-def test_what_others_need_is_trained_again_where_it_is_gone(tiny, tmp_path):
+def test_a_run_is_repeated_if_others_need_its_missing_weights(tiny, tmp_path):
     base = tiny.run("digits/dit-0")
     path = tmp_path / f"{base.key}.json"
     path.parent.mkdir()
     path.write_text(json.dumps({"settings": tiny.settings(base)}))
-    (tiny.folder(base) / "pipeline").mkdir(parents=True)  # a training that was interrupted
+    (tiny.folder(base) / "pipeline").mkdir(parents=True)  # of an interrupted training
     assert not is_finished(tiny, base, tmp_path)
     (tiny.folder(base) / "trained.json").write_text("{}")
     assert is_finished(tiny, base, tmp_path)
 
 
-class Here(Executor):
-    """Runs what it is given at once, in this process."""
+class ImmediateExecutor(Executor):
+    """An executor that calls at once, in this process."""
 
     def __init__(self, *args):
         pass
@@ -259,29 +259,29 @@ class Here(Executor):
         return future
 
 
-def test_what_needs_a_run_that_failed_is_left_and_the_rest_is_done(tiny, tmp_path, monkeypatch):
-    begun = []
+def test_runs_that_need_a_failed_run_are_left_out(tiny, tmp_path, monkeypatch):
+    started = []
 
     def perform(plan, run, num_threads):
-        begun.append(run.key)
+        started.append(run.key)
         if run.key == "guidance/dit-0":
             raise ValueError("there is no room")
         return {"settings": plan.settings(run)}
 
     monkeypatch.setattr(command_line, "perform", perform)
-    monkeypatch.setattr(command_line, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(command_line, "ProcessPoolExecutor", ImmediateExecutor)
     monkeypatch.setattr(os, "environ", os.environ.copy())
     with pytest.raises(RuntimeError, match="all runs to succeed, but got\nguidance/dit-0: there is no room$"):
         command_line.perform_all(tiny, tmp_path, num_workers=2)
-    left = {
+    left_out = {
         "guidance/drawn-0",
         "guidance/classifier-0",
         "guidance/finetune-0",
         "guidance/multi_experts-0",
         "guidance/ppap-0",
     }
-    assert set(begun) == {run.key for run in tiny.runs} - left
-    assert begun == [run.key for run in tiny.runs if run.key in begun]  # in the plan's order
+    assert set(started) == {run.key for run in tiny.runs} - left_out
+    assert started == [run.key for run in tiny.runs if run.key in started]  # in the plan's order
 
 
 def test_the_published_page_is_of_the_published_results():
@@ -293,7 +293,7 @@ def test_the_published_page_is_of_the_published_results():
 
 @pytest.mark.slow
 def test_the_whole_comparison_at_four_steps(tiny, tmp_path):
-    """As `make compare` does it, in two parts: what the first has finished the second leaves."""
+    """Run as `make compare` does, twice: the second run repeats only the run whose result was deleted."""
     command = [sys.executable, "-m", "benchmarks.comparison", "--preset", str(tmp_path / "tiny.yaml")]
     command += ["--results", str(tmp_path / "results"), "--report", str(tmp_path / "results.md")]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -314,8 +314,8 @@ def test_the_whole_comparison_at_four_steps(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_published_figure_is_found_again(tmp_path):
-    """One run in full. What computers do not compute alike to the last bit grows in training, hence the tolerance."""
+def test_a_published_result_is_reproduced(tmp_path):
+    """One run in full. Training amplifies the rounding differences between machines, hence the tolerance."""
     preset = yaml.safe_load((REPOSITORY / "benchmarks" / "comparison" / "cpu.yaml").read_text())
     (tmp_path / "cpu.yaml").write_text(yaml.safe_dump(preset | {"output_dir": str(tmp_path / "outputs")}))
     plan = load_plan(str(tmp_path / "cpu.yaml"))

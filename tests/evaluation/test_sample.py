@@ -179,9 +179,9 @@ def test_a_killed_run_continues(pipeline, tmp_path):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    kept = {path: path.stat().st_mtime_ns for path in shards.glob("*.parquet")}
-    assert 0 < len(kept) < 12 and not (tmp_path / "killed" / "samples.npz").exists()
+    shards_before = {path: path.stat().st_mtime_ns for path in shards.glob("*.parquet")}
+    assert 0 < len(shards_before) < 12 and not (tmp_path / "killed" / "samples.npz").exists()
     sample_images(arguments(pipeline, tmp_path / "killed", **many))
-    assert all(path.stat().st_mtime_ns == time_before for path, time_before in kept.items())
+    assert all(path.stat().st_mtime_ns == time_before for path, time_before in shards_before.items())
     sample_images(arguments(pipeline, tmp_path / "whole", **many))
     assert_same_images(tmp_path / "killed", tmp_path / "whole")

@@ -35,7 +35,9 @@ class EvaluationArguments:
     generated: str = option(
         "", "The generated images: an .npz file, a folder, a parquet file or a data set on the Hub."
     )
-    reference: str = option("", "The real images, likewise; the statistics in ADM's reference batches are used.")
+    reference: str = option(
+        "", "The real images, in the same formats; the statistics in ADM's reference batches are used."
+    )
     reference_split: str = option("train", "Which split of the reference, if it is a data set.")
     extractor: str = option("", "inception (or its file), digits, or a vision model's folder or Hub id.")
     output: str = option("evaluation.json", "JSON file for the metrics, each with its fingerprint.")
