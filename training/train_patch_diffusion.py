@@ -36,7 +36,9 @@ class PatchDiffusionTrainingArguments(ExpertArguments, TrainingArguments):
     )
     patch_size: int = option(4, "Side of the squares of pixels that become channels.")
     model_channels: int = option(128, "The width that is multiplied.")
-    channel_multipliers: list[float] = option([1, 1, 2, 2], "Multiplier of each level's width, the finest level first.")
+    channel_multipliers: list[float] = option(
+        [1, 1, 2, 2], "Multiplier of each level's width, the finest level first."
+    )
     layers_per_block: int = option(2, "Residual blocks of each level.")
     attention_levels: list[int] = option([2, 3], "The levels that have attention, 0 being the finest.")
     attention_head_dim: int = option(64, "Channels per head.")

@@ -92,7 +92,9 @@ class OptimisationArguments:
     """Batches, optimiser, learning rate, averaged weights and precision."""
 
     batch_size: int = option(256, "Images per optimiser step, over all processes and accumulation steps.")
-    gradient_accumulation_steps: int = option(1, "Number of micro-batches that a process cuts its images of a step into.")
+    gradient_accumulation_steps: int = option(
+        1, "Number of micro-batches that a process cuts its images of a step into."
+    )
     max_train_steps: int = option(400_000, "Optimiser steps.")
     learning_rate: float = option(1e-4, "Learning rate of AdamW.")
     weight_decay: float = option(0.0, "Weight decay of AdamW.")

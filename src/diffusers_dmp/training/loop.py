@@ -78,7 +78,11 @@ class StepRandomness:
     def take(self, index: int, count: int) -> "StepRandomness":
         """The `index`-th of `count` equal slices of the batch."""
         return StepRandomness(
-            **{name: value if value is None else value.chunk(count)[index] for name, value in vars(self).items()}
+            timesteps=self.timesteps.chunk(count)[index],
+            noise=self.noise.chunk(count)[index],
+            latent_noise=None if self.latent_noise is None else self.latent_noise.chunk(count)[index],
+            dropout=self.dropout.chunk(count)[index],
+            flips=self.flips.chunk(count)[index],
         )
 
 
