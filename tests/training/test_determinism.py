@@ -40,7 +40,7 @@ def test_the_switches_hold_within_the_run_alone(monkeypatch):
 
 
 @pytest.mark.parametrize("own", [None, ":16:8"])
-def test_cublas_is_told_before_cuda_is_used(cublas_unset, monkeypatch, tmp_path, own):
+def test_cublas_is_configured_before_cuda_is_used(cublas_unset, monkeypatch, tmp_path, own):
     if own is not None:
         monkeypatch.setenv(CUBLAS_WORKSPACE, own)
     make_accelerator(DiTTrainingArguments(report_to="none", output_dir=str(tmp_path)))

@@ -112,11 +112,11 @@ def test_a_recipes_experts():
     assert TrainingRecipe().step_experts(0, 0, 2) is None
     assert TrainingRecipe().noise_range(1000) == (0, 1000)
     one = TrainingRecipe(expert_intervals=intervals, expert=2)
-    assert one.step_experts(0, 0, 2) == StepExperts(intervals, [2, 2]) and not one.tells_expert
+    assert one.step_experts(0, 0, 2) == StepExperts(intervals, [2, 2]) and not one.passes_expert
     assert one.noise_range(1000) == (500, 750)
     several = TrainingRecipe(expert_intervals=intervals)
     owners = [several.step_experts(0, step, 2).owners for step in range(20)]
-    assert several.tells_expert and {owner for both in owners for owner in both} == {0, 1, 2, 3}
+    assert several.passes_expert and {owner for both in owners for owner in both} == {0, 1, 2, 3}
     assert owners == [several.step_experts(0, step, 2).owners for step in range(20)]
 
 

@@ -149,7 +149,7 @@ class TrainingParts:
         Args:
             batch (`dict[str, torch.Tensor]`): The columns of b samples, on the accelerator's device.
             own ([`StepRandomness`]): The random numbers of those samples.
-            expert (`int`, *optional*): The expert that owns their timesteps, for a model that has to be told.
+            expert (`int`, *optional*): The expert that owns their timesteps, for a model that takes it as an argument.
         """
         x0 = clean_samples(batch, own.flips, own.latent_noise, self.vae)
         x_t = self.plain_objective.add_noise(x0, own.noise, own.timesteps)
@@ -179,9 +179,9 @@ def training_steps(
 
     for step in range(first_step, args.max_train_steps):
         experts = parts.recipe.step_experts(args.seed, step, accelerator.num_processes)
-        told_expert = None
-        if experts is not None and parts.recipe.tells_expert:
-            told_expert = experts.owners[accelerator.process_index]
+        own_expert = None
+        if experts is not None and parts.recipe.passes_expert:
+            own_expert = experts.owners[accelerator.process_index]
         randomness = parts.step_randomness(args, step, experts)
         auxiliary_weights = parts.recipe.auxiliary_weights(step)
         losses, sample_losses, timesteps, grad_norm = [], [], [], None
@@ -191,7 +191,7 @@ def training_steps(
             own = randomness.take(accelerator.process_index * num_accumulated + micro_step, num_slices)
 
             with accelerator.accumulate(parts.model, parts.objective):
-                output, model_output = parts.losses(batch, own, told_expert)
+                output, model_output = parts.losses(batch, own, own_expert)
                 auxiliary_losses = {name: model_output[name] for name in auxiliary_weights}
                 auxiliary_loss = sum(auxiliary_weights[name] * value for name, value in auxiliary_losses.items())
                 accelerator.backward(output.loss + auxiliary_loss)

@@ -1,6 +1,6 @@
 """The loss on held-out images, comparable between any two models.
 
-Timesteps and noise are the same for each image every time, whatever the training's seed.
+Each image has the same timesteps and noise every time; they do not depend on the training's seed.
 """
 
 import datasets
