@@ -148,6 +148,7 @@ def check_batch(
             f"{num_clusters} (timestep clusters), but got {args.batch_size}."
         )
     if recipe.expert_intervals is not None and num_clusters > 1:
+        weighting = getattr(args, "weighting", None)
         raise ValueError(
-            f"Expected `weighting` to leave the choice of timesteps to the experts, but got {args.weighting!r}."  # type: ignore[attr-defined]
+            f"Expected `weighting` to leave the choice of timesteps to the experts, but got {weighting!r}."
         )
