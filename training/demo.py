@@ -1,7 +1,9 @@
-"""The demo's ends: `python training/demo.py data` writes the digits, `… report FOLDER` loads what was trained on them.
-`… classifier FOLDER` fits a classifier that `… guidance FOLDER` compares experts made of it with.
+"""The beginning and the end of the demos.
 
-The reports run in processes of their own, so that nothing but folders links them with the training.
+`python training/demo.py data` writes the digits, `… report FOLDER` samples from what was trained on them.
+`… classifier FOLDER` fits a classifier, and `… guidance FOLDER` compares guidance by it with guidance by experts made of it.
+
+The reports run in processes of their own, which share nothing but folders with the training.
 """
 
 import argparse
@@ -35,11 +37,12 @@ UNCONDITIONAL = Path("outputs/dit_digits_unconditional")
 DATASET = "scikit-learn digits"
 SAMPLES_PER_CLASS = 50
 GUIDANCE_SCALE = 1.5
-PPAP_SCALE = 7.5  # of guidance by a classifier, the paper's
+PPAP_SCALE = 7.5  # the paper's, for guidance by a classifier
 NUM_INFERENCE_STEPS = 25
 
 
 def report(folder: Path) -> None:
+    """Sample from a trained pipeline, and write figures, samples and the share of digits that a classifier recognises."""
     pipeline = DiffusionPipeline.from_pretrained(folder / "pipeline")
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -80,13 +83,13 @@ def report(folder: Path) -> None:
 
 
 def guidance_report(folder: Path) -> None:
-    """An unconditional pipeline without guidance, guided by the classifier as it is, and by experts made of it."""
+    """Compare an unconditional pipeline without guidance, guided by a classifier, and guided by experts made of it."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = DiffusionPipeline.from_pretrained(UNCONDITIONAL / "pipeline").to(device)
     experts = GuidanceExperts.from_pretrained(folder / "experts")
     clean = GuidanceExperts.from_base(experts.config.base_model_name_or_path, method="finetune", num_experts=1)
     labels = [label for label in range(NUM_CLASSES) for _ in range(SAMPLES_PER_CLASS)]
-    reader = fit_reader()  # another kind of model than the one that guides
+    reader = fit_reader()  # a model of another kind than the one that guides
 
     summary, results = {"samples": len(labels), "guidance_scale": PPAP_SCALE}, []
     for sampler, num_inference_steps in ((DDIMScheduler, 25), (DDPMScheduler, 50)):
@@ -120,7 +123,7 @@ def guidance_report(folder: Path) -> None:
 
 
 def write_results(folder: Path, summary: dict, results: list[dict]) -> None:
-    """The report, and in the form that a model card takes over."""
+    """Write the report, and the results in the form that model cards are made from."""
     (folder / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
     (folder / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(summary, indent=2))

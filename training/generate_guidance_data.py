@@ -1,4 +1,4 @@
-"""Draw the images that guidance experts are trained on, without data or labels (PPAP, https://arxiv.org/abs/2212.05973).
+"""Generate the images that guidance experts are trained on, without data or labels (PPAP, https://arxiv.org/abs/2212.05973).
 
 accelerate launch training/generate_guidance_data.py --pipeline outputs/unconditional/pipeline --num_images 500000
 """

@@ -59,7 +59,7 @@ def train_dmp(args: DMPTrainingArguments) -> None:
     base = load_dit_family(args.pretrained_model_name_or_path)
     check_config(base, args.pretrained_model_name_or_path, data.model_config(args))
     objective = make_objective(args, base, in_latents=data.vae is not None)
-    expert_intervals = getattr(base, "intervals", None)  # of a Remix-DiT, which is told its expert
+    expert_intervals = getattr(base, "intervals", None)  # of a Remix-DiT
     if args.method == "full_finetuning":
         train(accelerator, args, base, objective, data, TrainingRecipe(expert_intervals=expert_intervals))
         accelerator.end_training()

@@ -16,12 +16,7 @@ from diffusers_dmp.training.arguments import ExpertArguments, SharedTrainingArgu
 from diffusers_dmp.training.conditions import no_conditions
 from diffusers_dmp.training.data.training_data import load_training_data
 from diffusers_dmp.training.experts import ExpertTraining, train_experts
-from diffusers_dmp.training.objectives.distillation import (
-    DistillationObjective,
-    ExpertStudent,
-    LabelObjective,
-    StudentCall,
-)
+from diffusers_dmp.training.objectives import distillation
 from diffusers_dmp.training.objectives.from_arguments import noise_schedule
 from diffusers_dmp.training.objectives.objective import Objective
 from diffusers_dmp.training.recipe import TrainingRecipe
@@ -37,8 +32,7 @@ class PPAPTrainingArguments(ExpertArguments, SharedTrainingArguments):
 
     base_model: str = option("", "Folder or Hub id of the transformers model: classifier, depth or segmentation.")
     method: str = option(
-        "ppap",
-        "ppap (no labels), or the paper's baselines, on labels: multi_experts (whole copies), finetune (one model).",
+        "ppap", "ppap (no labels), or the paper's baselines, on labels: multi_experts (whole copies), finetune (one)."
     )
     num_experts: int = option(5, "Number of equal intervals of timesteps, each with its expert.")
     rank: int = option(16, "Rank of LoRA.")
@@ -88,13 +82,13 @@ def train_ppap(args: PPAPTrainingArguments) -> None:
 
     def prepare(expert: int) -> ExpertTraining:
         recipe = TrainingRecipe(
-            denoiser=StudentCall(data.sample_shape),
+            denoiser=distillation.StudentCall(data.sample_shape),
             conditions=no_conditions,
             expert_intervals=experts.intervals,
             expert=expert,
             save=lambda student: save_expert(experts, expert, folders[expert]),
         )
-        return ExpertTraining(model=ExpertStudent(experts, expert), objective=objective, recipe=recipe)
+        return ExpertTraining(model=distillation.ExpertStudent(experts, expert), objective=objective, recipe=recipe)
 
     # some networks have layers that they never call, as DPT its first fusion layer's first residual one
     chosen = args.chosen_experts(args.num_experts)
@@ -109,9 +103,9 @@ def make_objective(args: PPAPTrainingArguments, experts: GuidanceExperts, has_la
     scheduler = DDPMScheduler(**noise_schedule(args))
     is_classifier = experts.config.base_model_class.endswith("ForImageClassification")
     if args.method != "ppap" and has_labels and is_classifier:
-        return LabelObjective(scheduler)
-    teacher = copy.deepcopy(experts)
-    return DistillationObjective(scheduler, teacher, uses_teacher_images=args.teacher_image_column is not None)
+        return distillation.LabelObjective(scheduler)
+    has_teacher_images = args.teacher_image_column is not None
+    return distillation.DistillationObjective(scheduler, copy.deepcopy(experts), has_teacher_images)
 
 
 def make_experts(args: PPAPTrainingArguments) -> GuidanceExperts:

@@ -1,4 +1,4 @@
-"""Patch Diffusion's training: one UNet for each stretch of noise, or all of them and their pipeline."""
+"""Patch Diffusion's training: one UNet for each interval of noise levels, or all of them and their pipeline."""
 
 import json
 import shutil
@@ -60,7 +60,7 @@ def test_all_experts_as_users_start_them(digits, tmp_path, num_processes):
     assert [expert["samples_per_expert"] for expert in summary["experts"]] == [[32, 0], [0, 32]]
 
 
-def test_an_expert_sees_its_own_stretch_of_noise(train_patch_here, tmp_path, monkeypatch):
+def test_an_expert_sees_its_own_interval_of_noise(train_patch_here, tmp_path, monkeypatch):
     seen, forward = [], PatchedUNet2DModel.forward
 
     def remember(model, sample, timestep, **kwargs):

@@ -1,4 +1,4 @@
-"""PPAP's training: images that a diffusion model drew, and experts on them."""
+"""PPAP's training: images that a diffusion model generated, and experts on them."""
 
 import json
 import shutil
@@ -68,7 +68,7 @@ def train_ppap_here(digits, base, monkeypatch):
     return train
 
 
-def draw(pipeline: Path, output_dir: Path, **arguments) -> Dataset:
+def generate(pipeline: Path, output_dir: Path, **arguments) -> Dataset:
     AcceleratorState._reset_state(reset_partial_state=True)
     defaults = {"num_images": 10, "batch_size": 4, "shard_size": 6, "num_inference_steps": 2}
     generate_images(GenerationArguments(pipeline=str(pipeline), output_dir=str(output_dir), **defaults | arguments))
@@ -90,38 +90,38 @@ def assert_alike(images: list, others: list) -> None:
 
 
 def test_images_depend_on_seed_and_index_alone(pipeline, tmp_path):
-    images = draw(pipeline, tmp_path / "one")["image"]
+    images = generate(pipeline, tmp_path / "one")["image"]
     assert len(images) == 10 and images[0].size == (8, 8)
-    assert_alike(draw(pipeline, tmp_path / "two", batch_size=3)["image"], images)
+    assert_alike(generate(pipeline, tmp_path / "two", batch_size=3)["image"], images)
     assert grey_levels(images[:1], images[1:2]) > 10
 
 
-def test_drawing_goes_on_where_it_was(pipeline, tmp_path):
-    images = draw(pipeline, tmp_path / "run")["image"]
+def test_generating_goes_on_where_it_was(pipeline, tmp_path):
+    images = generate(pipeline, tmp_path / "run")["image"]
     first, second = sorted((tmp_path / "run").glob("*.parquet"))
     kept, lost = first.read_bytes(), second.read_bytes()
     second.unlink()
     before = first.stat().st_mtime_ns
-    again = draw(pipeline, tmp_path / "run")["image"]
+    again = generate(pipeline, tmp_path / "run")["image"]
     assert first.stat().st_mtime_ns == before and first.read_bytes() == kept and second.read_bytes() == lost
     assert [image.tobytes() for image in again] == [image.tobytes() for image in images]
     with pytest.raises(ValueError, match="`num_inference_steps` to be 2, as in the images that .* holds, but got 3"):
-        draw(pipeline, tmp_path / "run", num_inference_steps=3)
+        generate(pipeline, tmp_path / "run", num_inference_steps=3)
 
 
 @pytest.mark.slow
-def test_drawing_on_two_processes(pipeline, tmp_path):
-    images = draw(pipeline, tmp_path / "one")["image"]
+def test_generating_on_two_processes(pipeline, tmp_path):
+    images = generate(pipeline, tmp_path / "one")["image"]
     arguments = {"pipeline": pipeline, "num_images": 10, "batch_size": 4, "shard_size": 6, "num_inference_steps": 2}
     launch_script("generate_guidance_data.py", tmp_path / "two", 2, arguments)
     assert_alike(load_dataset(str(tmp_path / "two"), split="train")["image"], images)
 
 
-def test_drawing_with_diffusers_own_pipeline(tmp_path):
+def test_generating_with_diffusers_own_pipeline(tmp_path):
     unet = UNet2DModel(8, 3, 3, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
                        norm_num_groups=4, layers_per_block=1)  # fmt: skip
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
-    images = draw(tmp_path / "ddpm", tmp_path / "run", scheduler="")["image"]
+    images = generate(tmp_path / "ddpm", tmp_path / "run", scheduler="")["image"]
     assert images[9].mode == "RGB"
 
 
@@ -145,7 +145,7 @@ def test_depth_is_learned_by_squares():
 
 @pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_all_experts_as_users_start_them(pipeline, base, tmp_path, num_processes):
-    draw(pipeline, tmp_path / "data", num_images=32)
+    generate(pipeline, tmp_path / "data", num_images=32)
     preset = tmp_path / "preset.yaml"
     preset.write_text(json.dumps(TINY | {"dataset": str(tmp_path / "data"), "base_model": str(base)}))
     launch_script("train_ppap.py", tmp_path / "run", num_processes, {"config": preset})
@@ -213,7 +213,7 @@ def depth_base(tmp_path) -> Path:
 @pytest.fixture
 def pairs(pipeline, tmp_path) -> dict:
     """A data set of small images, and large ones of something else, so that one can tell who looks at which."""
-    images = [image.convert("RGB") for image in draw(pipeline, tmp_path / "small", num_images=16)["image"]]
+    images = [image.convert("RGB") for image in generate(pipeline, tmp_path / "small", num_images=16)["image"]]
     columns = {"image": images, "teacher_image": [image.resize((16, 16)).rotate(90) for image in images]}
     (tmp_path / "pairs").mkdir()
     features = Features(dict.fromkeys(columns, Image()))
@@ -312,6 +312,6 @@ def test_arguments_that_do_not_fit(train_ppap_here, tmp_path, arguments, message
         ({"scheduler": "Euler"}, "one of DDIMScheduler, .*, but got 'Euler'"),
     ],
 )
-def test_drawing_that_cannot_be(pipeline, tmp_path, arguments, message):
+def test_generation_arguments_out_of_range(pipeline, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
-        draw(pipeline, tmp_path / "run", **arguments)
+        generate(pipeline, tmp_path / "run", **arguments)

@@ -92,7 +92,7 @@ def test_the_prior_fades_to_nothing(remix_run, train_remix_here, tmp_path, monke
 
 
 def test_the_prior_acts_on_every_expert(train_remix_here, tmp_path):
-    """With the prior alone in force, the coefficients of experts that were not drawn move as well: towards it."""
+    """With the prior alone in force, the coefficients of experts that were not trained move as well: towards it."""
     train_remix_here(tmp_path, prior_loss_weight=1e6, max_train_steps=1, ema_decay=0.0)
     run = summary(tmp_path)
     before, after = (torch.tensor(run[when]["mixing_coefficients"]) for when in ("before", "after"))
@@ -101,27 +101,27 @@ def test_the_prior_acts_on_every_expert(train_remix_here, tmp_path):
 
 
 def test_a_step_trains_one_expert(train_remix_here, tmp_path, monkeypatch):
-    drawn, forward = [], RemixDiTModel.forward
+    chosen, forward = [], RemixDiTModel.forward
 
     def remember(model, hidden_states, timestep, *args, expert=None, **kwargs):
-        drawn.append((expert, model.intervals.index(timestep)))
+        chosen.append((expert, model.intervals.index(timestep)))
         return forward(model, hidden_states, timestep, *args, expert=expert, **kwargs)
 
     monkeypatch.setattr(RemixDiTModel, "forward", remember)
     train_remix_here(tmp_path, max_train_steps=6, gradient_accumulation_steps=2)
-    experts = [expert for expert, _ in drawn]
+    experts = [expert for expert, _ in chosen]
     assert experts == [random_experts(0, step, 3, 1)[0] for step in range(6) for _ in range(2)]
     assert len(set(experts)) > 1
-    for expert, owners in drawn:
+    for expert, owners in chosen:
         assert len(owners) == 8 and (owners == expert).all()
     assert summary(tmp_path)["samples_per_expert"] == [16 * experts[::2].count(expert) for expert in range(3)]
 
 
-def test_experts_are_drawn_evenly():
-    drawn = np.array([random_experts(0, step, 8, 2) for step in range(4000)])
-    counts = np.stack([(drawn == expert).mean(0) for expert in range(8)])
+def test_experts_are_chosen_evenly():
+    chosen = np.array([random_experts(0, step, 8, 2) for step in range(4000)])
+    counts = np.stack([(chosen == expert).mean(0) for expert in range(8)])
     assert np.abs(counts - 1 / 8).max() < 0.02
-    assert np.abs(np.corrcoef(drawn.T)[0, 1]) < 0.05  # processes do not draw alike
+    assert np.abs(np.corrcoef(chosen.T)[0, 1]) < 0.05  # processes do not choose alike
     intervals = NoiseIntervals.uniform(8)
     timesteps = expert_timesteps(intervals, [5, 2], 12, torch.Generator().manual_seed(0))
     assert intervals.index(timesteps).tolist() == [5] * 6 + [2] * 6
@@ -132,8 +132,8 @@ def test_two_processes_train_an_expert_each(digits, dit_run, tmp_path):
     launch("train_remix.py", tmp_path, num_processes=2, dataset=digits, max_train_steps=2,
            pretrained_model_name_or_path=dit_run / "pipeline", **REMIX)  # fmt: skip
     assert (tmp_path / "checkpoint-2" / "random_states_1.pkl").exists()  # there was a second process
-    drawn = [expert for step in range(2) for expert in random_experts(0, step, 3, 2)]
-    assert summary(tmp_path)["samples_per_expert"] == [8 * drawn.count(expert) for expert in range(3)]
+    chosen = [expert for step in range(2) for expert in random_experts(0, step, 3, 2)]
+    assert summary(tmp_path)["samples_per_expert"] == [8 * chosen.count(expert) for expert in range(3)]
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
 
 

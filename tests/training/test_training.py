@@ -52,7 +52,7 @@ def test_pipelines_along_the_way_have_averaged_weights_too(reference_run):
     assert any(not torch.equal(early[name], end[name]) for name in end)
 
 
-def test_a_run_logs_its_loss_by_stretch_of_noise(reference_run):
+def test_a_run_logs_its_loss_by_interval_of_timesteps(reference_run):
     assert list(logged(reference_run, "loss")) == [1, 2, 3, 4]
     for name in ("loss_by_timestep/0000-0124", "loss_by_timestep/0875-0999", "images_per_second", "lr", "grad_norm"):
         assert logged(reference_run, name), name

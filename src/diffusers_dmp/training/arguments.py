@@ -108,7 +108,7 @@ class OptimisationArguments:
     lr_warmup_steps: int = option(0, "Steps of linear warm-up, for the schedules that have one.")
     max_grad_norm: float | None = option(None, "Clip the norm of the gradients to this; no clipping by default.")
     ema_decay: float = option(0.9999, "Decay of the averaged weights, which are the ones saved; 0 for no averaging.")
-    mixed_precision: str | None = option(None, "no, fp16 or bf16; by default as `accelerate launch` was told.")
+    mixed_precision: str | None = option(None, "no, fp16 or bf16; by default the setting of `accelerate launch`.")
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
     deterministic: bool = option(
         False, "Use deterministic algorithms only, so that a resumed run is repeated bit for bit on a GPU too; slower."

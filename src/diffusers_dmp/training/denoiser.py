@@ -40,10 +40,10 @@ class Denoiser:
             x_t (`torch.Tensor` of shape (B, *sample_shape)): The noisy samples.
             timesteps (`torch.Tensor` of shape (B,)): In steps of the training schedule.
             conditions (`dict[str, Any]`): Keyword arguments; see [`Conditions`].
-            expert (`int`, *optional*): The expert that owns all timesteps, for a model that has to be told.
+            expert (`int`, *optional*): The expert that owns all timesteps, for a model that takes it as an argument.
 
         Returns:
             The model's output, with the prediction in `sample`, and with the auxiliary losses, if it has any.
         """
-        told = {} if expert is None else {"expert": expert}
-        return model(x_t, timesteps, **conditions, **told)
+        arguments = conditions if expert is None else conditions | {"expert": expert}
+        return model(x_t, timesteps, **arguments)

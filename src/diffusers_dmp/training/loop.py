@@ -78,7 +78,11 @@ class StepRandomness:
     def take(self, index: int, count: int) -> "StepRandomness":
         """The `index`-th of `count` equal slices of the batch."""
         return StepRandomness(
-            **{name: value if value is None else value.chunk(count)[index] for name, value in vars(self).items()}
+            timesteps=self.timesteps.chunk(count)[index],
+            noise=self.noise.chunk(count)[index],
+            latent_noise=None if self.latent_noise is None else self.latent_noise.chunk(count)[index],
+            dropout=self.dropout.chunk(count)[index],
+            flips=self.flips.chunk(count)[index],
         )
 
 
@@ -145,7 +149,7 @@ class TrainingParts:
         Args:
             batch (`dict[str, torch.Tensor]`): The columns of b samples, on the accelerator's device.
             own ([`StepRandomness`]): The random numbers of those samples.
-            expert (`int`, *optional*): The expert that owns their timesteps, for a model that has to be told.
+            expert (`int`, *optional*): The expert that owns their timesteps, for a model that takes it as an argument.
         """
         x0 = clean_samples(batch, own.flips, own.latent_noise, self.vae)
         x_t = self.plain_objective.add_noise(x0, own.noise, own.timesteps)
@@ -175,9 +179,9 @@ def training_steps(
 
     for step in range(first_step, args.max_train_steps):
         experts = parts.recipe.step_experts(args.seed, step, accelerator.num_processes)
-        told_expert = None
-        if experts is not None and parts.recipe.tells_expert:
-            told_expert = experts.owners[accelerator.process_index]
+        own_expert = None
+        if experts is not None and parts.recipe.passes_expert:
+            own_expert = experts.owners[accelerator.process_index]
         randomness = parts.step_randomness(args, step, experts)
         auxiliary_weights = parts.recipe.auxiliary_weights(step)
         losses, sample_losses, timesteps, grad_norm = [], [], [], None
@@ -187,7 +191,7 @@ def training_steps(
             own = randomness.take(accelerator.process_index * num_accumulated + micro_step, num_slices)
 
             with accelerator.accumulate(parts.model, parts.objective):
-                output, model_output = parts.losses(batch, own, told_expert)
+                output, model_output = parts.losses(batch, own, own_expert)
                 auxiliary_losses = {name: model_output[name] for name in auxiliary_weights}
                 auxiliary_loss = sum(auxiliary_weights[name] * value for name, value in auxiliary_losses.items())
                 accelerator.backward(output.loss + auxiliary_loss)

@@ -1,6 +1,7 @@
 """The pipeline of a trained model, and samples that it generates during the training."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +20,11 @@ NUM_ROWS, MAX_COLUMNS = 4, 10  # of the grid of samples
 def trained_pipeline(parts: TrainingParts, data: TrainingData) -> ClassConditionalPipeline:
     """The pipeline of a model with its present weights."""
     scheduler = parts.plain_objective.scheduler
+    names = None if data.label_names is None else {str(label): name for label, name in enumerate(data.label_names)}
     return ClassConditionalPipeline(
         scheduler=type(scheduler).from_config(scheduler.config),  # a copy: sampling sets its timesteps
         vae=parts.vae,
-        id2label=data.label_names and {str(label): name for label, name in enumerate(data.label_names)},
+        id2label=names,
         **parts.recipe.components(parts.plain_model),
     )
 
@@ -44,15 +46,15 @@ def save_samples(
     pipeline.set_progress_bar_config(disable=True)
     columns = min(pipeline.num_classes or MAX_COLUMNS, MAX_COLUMNS)
     labels = None if pipeline.num_classes is None else list(range(columns)) * NUM_ROWS
-    images = pipeline(
+    output: Any = pipeline(
         class_labels=labels,
         batch_size=NUM_ROWS * columns,
         num_inference_steps=args.sample_inference_steps,
         generator=torch.Generator(accelerator.device).manual_seed(args.seed),
-    ).images
+    )
     path = Path(args.output_dir, "samples", f"step-{step}.png")
     path.parent.mkdir(exist_ok=True)
-    grid = make_image_grid(images, NUM_ROWS, columns)
+    grid = make_image_grid(output.images, NUM_ROWS, columns)
     grid.save(path)
     pixels = np.asarray(grid.convert("RGB"))[None]  # (1, H, W, 3)
     for tracker in accelerator.trackers:

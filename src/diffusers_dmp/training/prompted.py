@@ -16,10 +16,15 @@ class PromptedTransformer(nn.Module):
 
     Args:
         patch ([`PromptPatch`]): Attached to its transformer, which should be in eval mode on the device of the training.
+
+    Raises:
+        ValueError: if `patch` is not attached.
     """
 
     def __init__(self, patch: PromptPatch):
         super().__init__()
+        if patch.transformer is None:
+            raise ValueError("Expected `patch` to be attached to a transformer, but got one that is not.")
         self.patch = patch
         self._transformer = (patch.transformer,)  # in a tuple, so that it is no submodule
 
@@ -39,4 +44,4 @@ class PromptedTransformer(nn.Module):
 
     def enable_gradient_checkpointing(self) -> None:
         """See [`ModelMixin.enable_gradient_checkpointing`]."""
-        self.transformer.enable_gradient_checkpointing()
+        self.transformer.enable_gradient_checkpointing()  # type: ignore[operator]

@@ -23,9 +23,9 @@ class TrainingRecipe:
         conditions ([`Conditions`], *optional*): What the model is conditioned on; by default on class labels, dropped as
             the model's configuration says.
         expert_intervals ([`NoiseIntervals`], *optional*): Train one random expert in each step and process, at timesteps
-            from that expert's interval alone. The model is told which by its argument `expert`.
-        expert (`int`, *optional*): Train this expert of `expert_intervals` alone; it is a model of its own, which is not
-            told.
+            from that expert's interval alone. The model is called with the argument `expert`.
+        expert (`int`, *optional*): Train this expert of `expert_intervals` alone, which is a model of its own, and is
+            called without that argument.
         learning_rates (`dict[str, float]`): The learning rates of parameters that have one of their own, by name.
         auxiliary_weights (`Callable[[int], dict[str, float]]`): From the number of steps done to the weight of each
             auxiliary loss, by its name in the model's output.
@@ -46,8 +46,8 @@ class TrainingRecipe:
     save: Callable[[nn.Module], None] | None = None
 
     @property
-    def tells_expert(self) -> bool:
-        """Whether the model is told the expert that owns a batch."""
+    def passes_expert(self) -> bool:
+        """Whether the model is called with the expert that owns the timesteps."""
         return self.expert_intervals is not None and self.expert is None
 
     def step_experts(self, seed: int, step: int, num_processes: int) -> StepExperts | None:

@@ -1,6 +1,6 @@
 """The loss on held-out images, comparable between any two models.
 
-Timesteps and noise are the same for each image every time, whatever the training's seed.
+Each image has the same timesteps and noise every time; they do not depend on the training's seed.
 """
 
 import datasets
@@ -37,7 +37,7 @@ def validation_loss(parts: TrainingParts, args: SharedTrainingArguments, dataset
     low, high = parts.recipe.noise_range(args.num_train_timesteps)
     timesteps = objective.evenly_spaced_timesteps(num_samples, low, high)[order]
     own = range(accelerator.process_index, num_samples, accelerator.num_processes)
-    loader = DataLoader(
+    loader: DataLoader[dict[str, torch.Tensor]] = DataLoader(
         Subset(ConcatDataset([items] * args.validation_repeats), own),
         VALIDATION_BATCH_SIZE,
         num_workers=args.dataloader_num_workers,

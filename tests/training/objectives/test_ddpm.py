@@ -150,7 +150,7 @@ def test_uncertainty_weighting_learns_its_variances():
 
 
 @pytest.mark.parametrize("num_clusters", [1, 4, 8])
-def test_a_batch_is_drawn_evenly_over_the_clusters(num_clusters):
+def test_a_batch_is_spread_evenly_over_the_clusters(num_clusters):
     intervals = NoiseIntervals.uniform(num_clusters)
     timesteps = balanced_timesteps(intervals, 32, torch.Generator().manual_seed(0))
     for part in (timesteps, timesteps[:8], timesteps[8:16]):  # each process's slice, too

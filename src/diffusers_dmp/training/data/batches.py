@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Sampler
 
-from ..arguments import TrainingArguments
+from ..arguments import SharedTrainingArguments
 from .images import training_items
 
 
@@ -88,7 +88,7 @@ def endless_batches(
 
 
 def training_batches(
-    accelerator: Accelerator, args: TrainingArguments, dataset: datasets.Dataset, first_step: int
+    accelerator: Accelerator, args: SharedTrainingArguments, dataset: datasets.Dataset, first_step: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     """This process's micro-batches of a training, from `first_step` on."""
     num_slices = accelerator.num_processes * args.gradient_accumulation_steps

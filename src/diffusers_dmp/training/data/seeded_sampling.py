@@ -1,6 +1,6 @@
-"""Images that depend on a seed and an index alone, whatever the batch size and the number of processes.
+"""Images that depend on a seed and an index alone, not on the batch size or the number of processes.
 
-(On one kind of device, and up to rounding for different batch sizes.)
+That holds on one kind of device, and up to rounding.
 """
 
 from collections.abc import Sequence

@@ -132,7 +132,7 @@ class ExpertStudent(nn.Module):
 
     def enable_gradient_checkpointing(self) -> None:
         """Enable gradient checkpointing in the network."""
-        self._experts[0].experts.activate(self.expert, merged=False).gradient_checkpointing_enable()
+        self._experts[0].experts.activate(self.expert, merged=False).gradient_checkpointing_enable()  # type: ignore[operator]
 
 
 class StudentCall(Denoiser):

@@ -13,6 +13,7 @@ Legend: T training timesteps, E clusters, B batch; SNR(t) = ᾱ_t / (1 - ᾱ_t).
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -20,12 +21,12 @@ from torch import nn
 from ...diffusion.noise import signal_to_noise_ratio
 from ...intervals import NoiseIntervals
 
-_ON_PREDICTION = {
+_ON_PREDICTION: dict[str, Callable[..., torch.Tensor]] = {
     "constant": lambda snr: torch.ones_like(snr),
     "uw": lambda snr: torch.ones_like(snr),
     "p2_<gamma>_<k>": lambda snr, gamma, k: (k + snr) ** -gamma,
 }
-_ON_X0 = {
+_ON_X0: dict[str, Callable[..., torch.Tensor]] = {
     "min_snr_<gamma>": lambda snr, gamma: snr.clamp(max=gamma),
     "snr": lambda snr: snr,
     "snr+1": lambda snr: snr + 1,
@@ -36,7 +37,7 @@ _ON_X0 = {
 WEIGHTINGS = tuple(_ON_PREDICTION | _ON_X0)
 
 # |x0 - x̂0|² as a multiple of the squared error of what the model predicts
-_X0_ERROR = {
+_X0_ERROR: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sample": lambda snr: torch.ones_like(snr),
     "epsilon": lambda snr: 1 / snr,  # x̂0 = (x_t - √(1-ᾱ)·ε̂) / √ᾱ
     "v_prediction": lambda snr: 1 / (snr + 1),  # x̂0 = √ᾱ·x_t - √(1-ᾱ)·v̂
