@@ -58,10 +58,10 @@ class ClassConditionalPipeline(DenoisingMixin, DiffusionPipeline):
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, prompt_patch=prompt_patch)
         self._set_up_images(vae, id2label)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """Save all components; see [`DiffusionPipeline.save_pretrained`]."""
         self.register_modules(prompt_patch=self.prompt_patch)
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def enable_group_offload(self, *args, exclude_modules: str | list[str] | None = None, **kwargs) -> None:
         """

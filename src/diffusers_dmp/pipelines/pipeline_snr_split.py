@@ -162,7 +162,7 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
         names = ("scheduler", "vae", *DENOISER_NAMES[: self.num_denoisers])
         return {name: getattr(self, name) for name in names}
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """
         Save all components; see [`DiffusionPipeline.save_pretrained`].
 
@@ -175,7 +175,7 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
                     f"Expected denoisers without prompts, for which this pipeline has no folder, but got a `PromptPatch` "
                     f"on denoiser {index}; save it by itself, and `detach()` it."
                 )
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def intervals(self, snr_boundaries: list[float] | None = None) -> NoiseIntervals:
         """
