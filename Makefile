@@ -19,43 +19,43 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo demo-remix demo-dmp demo-patch demo-ppap compare space space-models test test-slow test-browser lint format docs hooks clean test-diffusers test-portable test-gpu
 
 demo: .venv/demo.installed
-	$(BIN)/python training/demo.py data
+	$(BIN)/python examples/digits_demo.py data
 	rm -rf $(DEMO)/checkpoint-*
 	$(TRAIN) training/train_dtr.py --config training/presets/dtr_digits.yaml --output_dir $(DEMO)
-	$(BIN)/python training/demo.py report $(DEMO)
+	$(BIN)/python examples/digits_demo.py report $(DEMO)
 
 demo-remix: .venv/demo.installed
-	$(BIN)/python training/demo.py data
+	$(BIN)/python examples/digits_demo.py data
 	rm -rf outputs/dit_digits/checkpoint-* outputs/remix_digits/checkpoint-*
 	$(TRAIN) training/train_dit.py --config training/presets/dit_digits.yaml
 	$(TRAIN) training/train_remix.py --config training/presets/remix_digits.yaml
-	$(BIN)/python training/demo.py report outputs/dit_digits
-	$(BIN)/python training/demo.py report outputs/remix_digits
+	$(BIN)/python examples/digits_demo.py report outputs/dit_digits
+	$(BIN)/python examples/digits_demo.py report outputs/remix_digits
 
 demo-dmp: .venv/demo.installed
-	$(BIN)/python training/demo.py data
+	$(BIN)/python examples/digits_demo.py data
 	rm -rf outputs/dit_digits_train/checkpoint-* outputs/dmp_digits/checkpoint-*
 	$(TRAIN) training/train_dit.py --config training/presets/dit_digits.yaml \
 	  --dataset outputs/demo/digits_train --output_dir outputs/dit_digits_train
 	$(TRAIN) training/train_dmp.py --config training/presets/dmp_digits.yaml
-	$(BIN)/python training/demo.py report outputs/dit_digits_train
-	$(BIN)/python training/demo.py report outputs/dmp_digits
+	$(BIN)/python examples/digits_demo.py report outputs/dit_digits_train
+	$(BIN)/python examples/digits_demo.py report outputs/dmp_digits
 
 demo-patch: .venv/demo.installed
-	$(BIN)/python training/demo.py data
+	$(BIN)/python examples/digits_demo.py data
 	rm -rf outputs/patch_digits/expert_*/checkpoint-*
 	$(TRAIN) training/train_patch_diffusion.py --config training/presets/patch_digits.yaml
-	$(BIN)/python training/demo.py report outputs/patch_digits
+	$(BIN)/python examples/digits_demo.py report outputs/patch_digits
 
 demo-ppap: .venv/demo.installed
-	$(BIN)/python training/demo.py data
+	$(BIN)/python examples/digits_demo.py data
 	rm -rf outputs/dit_digits_unconditional/checkpoint-* outputs/ppap_digits/expert_*
 	$(TRAIN) training/train_dit.py --config training/presets/dit_digits_unconditional.yaml
-	$(BIN)/python training/demo.py classifier outputs/digits_classifier
+	$(BIN)/python examples/digits_demo.py classifier outputs/digits_classifier
 	$(TRAIN) training/generate_guidance_data.py --pipeline outputs/dit_digits_unconditional/pipeline \
 	  --num_images 3000 --batch_size 500 --output_dir outputs/ppap_digits_data
 	$(TRAIN) training/train_ppap.py --config training/presets/ppap_digits.yaml
-	$(BIN)/python training/demo.py guidance outputs/ppap_digits
+	$(BIN)/python examples/digits_demo.py guidance outputs/ppap_digits
 
 compare: .venv/compare.installed
 	$(BIN)/python -m benchmarks.comparison --preset $(PRESET)

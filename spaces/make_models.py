@@ -94,24 +94,12 @@ def ship(name: str) -> None:
     folder = MODELS / name
     shutil.rmtree(folder, ignore_errors=True)
     DiffusionPipeline.from_pretrained(WORK / name / "pipeline", dtype=torch.float16).save_pretrained(folder)
-    leave_out_code(folder)
     if name == "ppap":
         # in float32 as trained: the experts check their network's checksum
         shutil.copytree(WORK / "classifier", folder / "base_model")
         experts = GuidanceExperts.from_pretrained(WORK / "ppap_experts/experts", base_model=folder / "base_model")
         experts.register_to_config(base_model_name_or_path="base_model")
         experts.save_pretrained(folder / "experts")
-
-
-def leave_out_code(folder: Path) -> None:
-    """Delete the copies of the package's code, as the Space has the package."""
-    for path in folder.rglob("*.py"):
-        path.unlink()
-    index = folder / "model_index.json"
-    config = json.loads(index.read_text())
-    if isinstance(config["_class_name"], list):  # [file, class]
-        config["_class_name"] = config["_class_name"][-1]
-    index.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def recognised(shown: ShownPipeline) -> float:

@@ -31,8 +31,8 @@ def test_the_eight_lines_run(demo_folder):
 
 
 def test_the_demos_report(demo_folder, monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY / "training"))
-    import demo
+    monkeypatch.syspath_prepend(str(REPOSITORY / "examples"))
+    import digits_demo as demo
 
     (demo_folder / "outputs" / "demo" / "training_summary.json").write_text('{"steps": 1, "train_seconds": 2.0}')
     monkeypatch.setattr(demo, "SAMPLES_PER_CLASS", 2)
@@ -47,8 +47,8 @@ def test_the_demos_report(demo_folder, monkeypatch):
 
 
 def test_the_report_of_a_patch(demo_folder, monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY / "training"))
-    import demo
+    monkeypatch.syspath_prepend(str(REPOSITORY / "examples"))
+    import digits_demo as demo
 
     folder = demo_folder / "outputs" / "demo"
     pipeline = ClassConditionalPipeline.from_pretrained(folder / "pipeline")

@@ -144,7 +144,7 @@ def test_a_split_pipelines_report(train_patch_here, tmp_path):
 
 def run_report(folder: Path) -> dict:
     """What the demo says of a pipeline, in a process of its own."""
-    command = [sys.executable, str(REPOSITORY / "training" / "demo.py"), "report", str(folder)]
+    command = [sys.executable, str(REPOSITORY / "examples" / "digits_demo.py"), "report", str(folder)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return json.loads((folder / "report.json").read_text())

@@ -272,8 +272,8 @@ def test_the_digits_experts_guide_best(digits, tmp_path, monkeypatch):
     experts = {"config": presets / "ppap_digits.yaml", "dataset": tmp_path / "data", "report_to": "none"}
     launch_script("train_ppap.py", tmp_path / "ppap", 1, experts | {"base_model": tmp_path / "classifier"})
 
-    monkeypatch.syspath_prepend(str(REPOSITORY / "training"))
-    import demo
+    monkeypatch.syspath_prepend(str(REPOSITORY / "examples"))
+    import digits_demo as demo
 
     monkeypatch.setattr(demo, "UNCONDITIONAL", tmp_path / "base")
     demo.guidance_report(tmp_path / "ppap")

@@ -1,6 +1,6 @@
 """The beginning and the end of the demos.
 
-`python training/demo.py data` writes the digits, `… report FOLDER` samples from what was trained on them.
+`python examples/digits_demo.py data` writes the digits, `… report FOLDER` samples from what was trained on them.
 `… classifier FOLDER` fits a classifier, and `… guidance FOLDER` compares guidance by it with guidance by experts made of it.
 
 The reports run in processes of their own, which share nothing but folders with the training.
