@@ -38,10 +38,8 @@ UNET = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "model_channels": 3
 
 
 @pytest.fixture(autouse=True)
-def numerics():
+def without_tf32():
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.use_deterministic_algorithms(False)  # which a deterministic training leaves switched on
 
 
 def make_prompted() -> nn.Module:
