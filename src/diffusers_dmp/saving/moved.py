@@ -41,11 +41,12 @@ MOVED: "dict[str, str | tuple[str, ...]]" = {  # up to 0.1
     "registration": "hub.registration",
     "schedulers": "diffusion.schedulers",
     "standalone": "saving.mixins",
-    "training.data": "training.data.images",
+    "training.data": ("training.data.images", "training.data.batches"),
+    "training.dit": ("training.data.training_data", "training.dit_family"),
     "training.distillation": "training.objectives.distillation",
     "training.generation": "training.data.generation",
     "training.latents": "training.data.latents",
-    "training.objective": ("diffusion.variance", "training.objectives.ddpm"),
+    "training.objective": ("diffusion.variance", "training.objectives.ddpm", "training.objectives.objective"),
     "training.patched": "training.prompted",
     "training.shards": "training.data.shards",
     "training.timesteps": "training.objectives.timesteps",
@@ -54,7 +55,13 @@ MOVED: "dict[str, str | tuple[str, ...]]" = {  # up to 0.1
     "version": "saving.version",
 }
 # Names that have another name now, or left a module that is still there: (old module, old name) → (new module, new name).
-MOVED_NAMES: dict[tuple[str, str], tuple[str, str]] = {}
+MOVED_NAMES: dict[tuple[str, str], tuple[str, str]] = {
+    ("drawing", "DrawingArguments"): ("training.data.seeded_sampling", "SeededSamplingArguments"),
+    ("drawing", "draw"): ("training.data.seeded_sampling", "sample_seeded"),
+    ("drawing", "load_to_draw"): ("training.data.seeded_sampling", "load_sampling_pipeline"),
+    ("training.objective", "DiffusionObjectiveOutput"): ("training.objectives.objective", "ObjectiveOutput"),
+    ("training.patched", "PatchedTransformer"): ("training.prompted", "PromptedTransformer"),
+}
 
 
 def old_names(module: str) -> Callable[[str], Any]:
