@@ -5,20 +5,15 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
-    EvalResult,
     HfApi,
-    ModelCard,
-    ModelCardData,
     get_token,
 )
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from jinja2 import Environment, FileSystemLoader
 
 import diffusers_dmp
 
@@ -26,21 +21,17 @@ from ..saving.bundling import source_of
 from ..saving.mixins import dumped, lists_as_objects, with_code_file
 from ..saving.version import __version__
 from ..systems import SYSTEMS
+from .cards import model_card, published_evaluation, published_settings
 from .folders import (
     ARGUMENTS,
     EVALUATION,
     MODEL_CONFIG,
     PIPELINE_CONFIG,
-    SAMPLES,
     FolderContents,
     expect_no_pickles,
     read_folder,
 )
 
-# In a checkout `pipelines/`, in an installation `cards/` (setup.py).
-_HERE = Path(__file__).parents[1]
-CARDS = next(folder for folder in (_HERE / "cards", _HERE.parents[1] / "pipelines") if folder.is_dir())
-PIPELINE_TAG = "unconditional-image-generation"
 UPLOADED = (".json", ".model", ".safetensors", ".txt")  # of a pipeline's folder; the code is this version's
 _HOMELESS = (
     "Expected the base model of guidance experts to be on the Hub, since they cannot be loaded without it, but got {!r}; "
@@ -154,56 +145,6 @@ def publish(
     return Publication(repo_id, publication.files, publication.card, str(url))
 
 
-def model_card(
-    contents: FolderContents, repo_id: str, license: str, base_model: str | None = None, dataset: str | None = None
-) -> str:
-    """
-    Render the model card of a repository from `pipelines/<system>/card.md`, and check its metadata.
-
-    Args:
-        contents ([`FolderContents`]): What is published.
-        repo_id, license, base_model, dataset: See [`publish`].
-    """
-    system = SYSTEMS[contents.system]
-    evaluation = _told_evaluation(contents)
-    data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag=PIPELINE_TAG,
-        license=license,
-        base_model=base_model,
-        datasets=[dataset] if dataset else None,
-        tags=["diffusers-dmp", system.key, f"arxiv:{system.paper}"],
-        model_name=repo_id.rpartition("/")[2],
-        eval_results=[_eval_result(result) for result in evaluation] or None,
-    )
-    pictures = [picture.name for picture in contents.pictures]
-    told = _told(contents.training)
-    shared = _shared_settings(evaluation)
-    environment = Environment(loader=FileSystemLoader(CARDS, encoding="utf-8"), trim_blocks=True, lstrip_blocks=True)
-    text = environment.get_template(system.card).render(
-        card_data=data.to_yaml(),
-        repo_id=repo_id,
-        name=data.model_name,
-        contents=contents,
-        evaluation=evaluation,
-        shared=shared,
-        shared_yaml=yaml.safe_dump(shared, sort_keys=False) if shared else None,
-        labels="class_labels=0" if (contents.num_classes or 1) > 1 else "",
-        license=license,
-        base_model=base_model,
-        dataset=dataset or told.get("dataset"),
-        paper=f"https://arxiv.org/abs/{system.paper}",
-        title=system.paper_title,
-        samples=SAMPLES if SAMPLES in pictures else None,
-        pictures=[name for name in pictures if name != SAMPLES],
-        training=yaml.safe_dump(told, sort_keys=False) if told else None,
-        version=__version__,
-    )
-    text = re.sub(r"\n{3,}", "\n\n", text)
-    ModelCard(text)  # reads the metadata back
-    return text
-
-
 def _publication(
     contents: FolderContents, repo_id: str, license: str, base_model: str | None, dataset: str | None
 ) -> Publication:
@@ -216,9 +157,9 @@ def _publication(
     files |= {picture.name: picture for picture in contents.pictures}
     texts = {"README.md": card}
     if contents.training:
-        texts[ARGUMENTS] = yaml.safe_dump(_told(contents.training), sort_keys=False)
+        texts[ARGUMENTS] = yaml.safe_dump(published_settings(contents.training), sort_keys=False)
     if contents.evaluation:
-        texts[EVALUATION] = json.dumps(_told_evaluation(contents), indent=2) + "\n"
+        texts[EVALUATION] = json.dumps(published_evaluation(contents), indent=2) + "\n"
     if SYSTEMS[contents.system].is_guidance:
         texts[MODEL_CONFIG] = dumped(contents.config | {"base_model_name_or_path": base_model})
     else:  # the folder holds no code, or that of an older version
@@ -255,39 +196,3 @@ def _base_model(contents: FolderContents) -> str | None:
 def _hub_id(name: str | None) -> str | None:
     """Return the name if it can be a Hub id and is not that of a local folder or file, else None."""
     return name if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.exists(name) else None
-
-
-def _told(training: dict[str, Any]) -> dict[str, Any]:
-    """Select the arguments of a training that are published; of paths only the last part, since the rest is private."""
-    told = {}
-    for name, value in training.items():
-        if value is None or name in ("output_dir", "resume_from_checkpoint"):
-            continue
-        is_path = isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value) or value.count("/") > 1)
-        told[name] = Path(value).name if is_path else value
-    return told
-
-
-def _told_evaluation(contents: FolderContents) -> list[dict[str, Any]]:
-    """Return the evaluation as it is published, without private paths."""
-    return [result | {"settings": _told(result["settings"])} for result in contents.evaluation]
-
-
-def _shared_settings(evaluation: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the settings that all figures have in common, which the card shows once; none for a single figure."""
-    if len(evaluation) < 2:
-        return {}
-    first, *others = (result["settings"] for result in evaluation)
-    return {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
-
-
-def _eval_result(result: dict[str, Any]) -> EvalResult:
-    return EvalResult(
-        task_type=PIPELINE_TAG,
-        dataset_type=result["dataset"],
-        dataset_name=result["dataset"],
-        metric_type=result["metric"].partition(",")[0],
-        metric_name=result["metric"],
-        metric_value=result["value"],
-        metric_args=result["settings"],
-    )

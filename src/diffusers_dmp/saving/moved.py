@@ -26,7 +26,7 @@ MOVED: "dict[str, str | tuple[str, ...]]" = {  # up to 0.1
     "drawing": "training.data.seeded_sampling",
     "folders": "hub.folders",
     "guidance.preprocessing": "models.vision",
-    "hub": "hub.publishing",
+    "hub": ("hub.publishing", "hub.cards"),
     "models.conditions": "models.inputs",
     "models.dit": "models.dit.model",
     "models.dit_layers": "models.dit.layers",
