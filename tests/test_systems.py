@@ -24,8 +24,8 @@ from diffusers_dmp import (
     PromptPatch,
     RemixDiTModel,
 )
-from diffusers_dmp.hub.folders import read_folder
 from diffusers_dmp.hub.cards import CARDS
+from diffusers_dmp.hub.folders import read_folder
 from diffusers_dmp.plots import specialisation, specialisation_figures
 from diffusers_dmp.systems import EDGES_KEY, SYSTEMS, responsibility, saved_intervals, system_of_classes, systems_in
 
