@@ -39,6 +39,20 @@ def test_a_file_of_its_own(name):
     assert all(getattr(node, "level", 0) == 0 for node in imported)
 
 
+def test_files_that_share_a_namespace_share_no_names():
+    """Diffusers executes the code of all components in one module, so that the last file's `name` would be everybody's."""
+    owners = {}
+    for cls in CLASSES:
+        for part in source_of(getattr(diffusers_dmp, cls)).split("\n# diffusers_dmp/")[1:]:
+            module, _, text = part.partition("\n")
+            for statement in ast.parse(text).body:
+                targets = getattr(statement, "targets", [getattr(statement, "target", statement)])
+                names = [getattr(target, "id", getattr(target, "name", None)) for target in targets]
+                for name in filter(None, names):
+                    assert owners.setdefault(name, module) == module, name
+    assert {"DiTModel", "PromptPatch", "NoiseIntervals", "PREDICTION_TYPES"} <= owners.keys()
+
+
 def test_subclasses_from_elsewhere_bring_no_code(tmp_path):
     class Mine(DiTModel):
         pass

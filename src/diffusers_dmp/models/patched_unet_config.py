@@ -9,7 +9,7 @@ from ..diffusion.predictions import PREDICTION_TYPES
 from .configuration import check_positive
 from .patched_unet_layers import NORM_GROUPS
 
-_POSITIVE = (
+_POSITIVE_SIZES = (
     "sample_size", "in_channels", "patch_size", "model_channels", "layers_per_block", "attention_head_dim",
     "num_train_timesteps",
 )  # fmt: skip
@@ -26,7 +26,7 @@ def check_patched_unet_config(config: Mapping[str, Any], widths: list[int]) -> N
     Raises:
         ValueError: as [`PatchedUNet2DModel`] does.
     """
-    check_positive(config, _POSITIVE)
+    check_positive(config, _POSITIVE_SIZES)
     in_channels, out_channels = config["in_channels"], config["out_channels"]
     if out_channels not in (None, in_channels, 2 * in_channels):
         raise ValueError(

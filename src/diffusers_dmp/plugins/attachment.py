@@ -14,7 +14,7 @@ from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .blocks import TransformerLayout, argument_names, blocks_of, check_argument, layout_of, submodule_of
+from .blocks import TransformerLayout, blocks_of, check_argument, forward_argument_names, layout_of, submodule_of
 from .gate_cache import GateCache
 from .gating import PromptGates
 from .hooks import ForwardHooks
@@ -58,8 +58,8 @@ class Attachment:
         self.layout = layout
         self.conditioning = conditioning
         self.embedder = submodule_of(transformer, conditioning.embedder)
-        self.argument_names = argument_names(transformer)
-        self.token_position = argument_names(blocks[0]).index(layout.image_tokens)
+        self.argument_names = forward_argument_names(transformer)
+        self.token_position = forward_argument_names(blocks[0]).index(layout.image_tokens)
         self.frozen = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
         self.hooks = ForwardHooks()
         self._forget_passes()

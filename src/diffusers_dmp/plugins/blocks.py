@@ -175,7 +175,7 @@ def submodule_of(transformer: nn.Module, name: str) -> nn.Module:
         ) from error
 
 
-def argument_names(module: nn.Module) -> list[str]:
+def forward_argument_names(module: nn.Module) -> list[str]:
     """Return the names of the arguments of a module's `forward`, without `self`."""
     return list(inspect.signature(type(module).forward).parameters)[1:]
 
@@ -192,7 +192,7 @@ def check_argument(field: str, name: str, module: nn.Module) -> None:
     Raises:
         ValueError: if there is no such argument.
     """
-    valid = argument_names(module)
+    valid = forward_argument_names(module)
     if name not in valid:
         raise ValueError(
             f"Expected `{field}` to name arguments of {type(module).__name__}'s `forward`, {', '.join(valid)}, "

@@ -17,6 +17,7 @@ BUNDLE_CODE = False
 
 # What stands in the file in place of this module.
 _STAND_IN = '''
+# diffusers_dmp/saving/bundling.py, in short
 BUNDLE_CODE = True
 
 
