@@ -12,6 +12,7 @@ REFERENCE = re.compile(r"\[`~?((\w+)(?:\.\w+)*)`\](?!\(|\[)")
 ARGUMENTS = re.compile(
     r"^( +)(\w+(?: \([^()]*(?:\([^()]*\)[^()]*)*\))?(?:, \w+(?: \([^()]*(?:\([^()]*\)[^()]*)*\))?)*): ", re.M
 )
+OPEN_LINE = re.compile(r"^( +\w+ \(.+\)):\n +", re.M)  # whose text begins in the next one
 ARGUMENT = re.compile(r"(\w+)(?: \(((?:[^()]|\([^()]*\))*)\))?")
 
 
@@ -20,7 +21,7 @@ class DiffusersDocstrings(griffe.Extension):
 
     def on_instance(self, *, obj: griffe.Object, **kwargs) -> None:
         if obj.docstring is not None:
-            text = ARGUMENTS.sub(_one_per_line, obj.docstring.value)
+            text = ARGUMENTS.sub(_one_per_line, OPEN_LINE.sub(r"\1: ", obj.docstring.value))
             obj.docstring.value = REFERENCE.sub(_linked, text)
 
 
@@ -31,7 +32,9 @@ def _linked(match: re.Match) -> str:
 
 def _one_per_line(match: re.Match) -> str:
     indent, arguments = match.groups()
-    found = [(name, (kind or "").replace("`", "").replace("*", "")) for name, kind in ARGUMENT.findall(arguments)]
+    found = [
+        (name, re.sub(r"[`*]|\[(?=[`\w]+`\])|(?<=`)\]", "", kind or "")) for name, kind in ARGUMENT.findall(arguments)
+    ]
     if not any(kind for _, kind in found):
         return match.group()
     shared = found[-1][1]

@@ -28,10 +28,10 @@ class ClassConditionalPipeline(DenoisingMixin, DiffusionPipeline):
     `from_pretrained` also loads a repository of Diffusers' own `DiTPipeline`, such as facebook/DiT-XL-2-256.
 
     Args:
-        transformer ([`DiTModel`], [`DTRTransformer2DModel`], [`RemixDiTModel`], [`PatchedUNet2DModel`], or Diffusers'
-            `DiTTransformer2DModel` or `UNet2DModel`): The denoiser, called as `transformer(sample, timestep,
-            class_labels=…)`; without labels if its configuration has none of `num_classes`, `num_embeds_ada_norm` and
-            `num_class_embeds`.
+        transformer ([`ModelMixin`]): The denoiser: a [`DiTModel`], [`DTRTransformer2DModel`], [`RemixDiTModel`],
+            [`PatchedUNet2DModel`], or Diffusers' `DiTTransformer2DModel` or `UNet2DModel`. Called as
+            `transformer(sample, timestep, class_labels=…)`; without labels if its configuration has none of `num_classes`,
+            `num_embeds_ada_norm` and `num_class_embeds`.
         scheduler ([`SchedulerMixin`]): Any scheduler of Diffusers. The DDPM schedulers use a learned variance, the others
             ignore it. What the transformer predicts (`prediction_type` in its configuration, or else what the scheduler
             expects) is converted into what the scheduler expects.
