@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .diffusion.noise import signal_to_noise_ratio
-from .diffusion.predictions import expected_prediction_type
+from .diffusion.predictions import prediction_type_of
 from .intervals import NoiseIntervals
 
 if TYPE_CHECKING:
@@ -23,13 +23,9 @@ if TYPE_CHECKING:
 EDGES_KEY = "interval_edges"  # in the configurations of models and guidance experts
 
 
-def _prediction_type(pipeline: "DiffusionPipeline", model: "ModelMixin") -> str:
-    return model.config.get("prediction_type") or expected_prediction_type(pipeline.scheduler)
-
-
 def _whole_denoiser(pipeline: "DiffusionPipeline", _: Any) -> "list[tuple[ModelMixin, str]]":
     model = pipeline.denoisers[0]
-    return [(model, _prediction_type(pipeline, model))]
+    return [(model, prediction_type_of(model, pipeline.scheduler))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +193,7 @@ def _ppap_sentence(pipeline: Any, experts: Any, timestep: int) -> str:
 
 
 def _baked_experts(pipeline: Any, model: Any) -> "list[tuple[ModelMixin, str]]":
-    prediction_type = _prediction_type(pipeline, model)
+    prediction_type = prediction_type_of(model, pipeline.scheduler)
     return [(model.bake_expert(expert), prediction_type) for expert in range(model.intervals.num_experts)]
 
 

@@ -12,7 +12,7 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 
 from ..diffusion.latents import scale_latents
-from ..diffusion.noise import noisy_sample
+from ..diffusion.noise import alpha_sigma, noisy_sample
 from ..diffusion.predictions import convert_prediction
 from ..intervals import NoiseIntervals
 from ..systems import systems_in
@@ -163,7 +163,7 @@ def _noise_loss(
     num_samples, num_channels = x0.shape[:2]
     timesteps = (low + (torch.arange(num_samples) + 0.5) / num_samples * (high - low)).long()  # (N,)
     alphas_cumprod = scheduler.alphas_cumprod.to(x0.device)[timesteps.to(x0.device)].view(-1, 1, 1, 1)
-    alpha, sigma = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+    alpha, sigma = alpha_sigma(alphas_cumprod)
     x_t = noisy_sample(x0, noise, alpha, sigma)
     total = 0.0
     for rows in torch.arange(num_samples).split(BATCH_SIZE):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...diffusion.noise import noisy_sample
+from ...diffusion.noise import alpha_sigma, noisy_sample
 from ...diffusion.predictions import PREDICTION_TYPES, posterior_weights, to_x0, velocity
 from ...diffusion.variance import VARIANCE_TYPES
 from ...intervals import NoiseIntervals
@@ -74,10 +74,11 @@ class DiffusionObjective(Objective):
         posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
         posterior_variance[0] = posterior_variance[1]
         posterior_x0, posterior_xt = posterior_weights(alphas_cumprod, alphas_cumprod_prev)
+        alpha, sigma = alpha_sigma(alphas_cumprod)
         tables = {
             "weights": loss_weights(weighting, alphas_cumprod, self.prediction_type),
-            "alpha": alphas_cumprod.sqrt(),
-            "sigma": (1 - alphas_cumprod).sqrt(),
+            "alpha": alpha,
+            "sigma": sigma,
             "log_beta": betas.log(),
             "log_posterior_variance": posterior_variance.log(),
             "posterior_x0": posterior_x0,
