@@ -7,7 +7,7 @@ DEMO = outputs/demo
 PRESET ?= cpu
 SITE_PACKAGES = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 DIFFUSERS_VERSIONS ?= 0.40.0 0.41.0 0.42.1
-DIFFUSERS_TESTS ?= tests/hub/test_loading.py tests/hub/test_registration.py tests/saving tests/pipelines tests/models tests/plugins
+DIFFUSERS_TESTS ?= tests/hub/test_loading.py tests/hub/test_registration.py tests/saving tests/pipelines tests/models tests/plugins tests/guidance
 TRAIN = $(BIN)/accelerate launch --num_machines 1 --num_processes 1 --dynamo_backend no --mixed_precision no \
   --num_cpu_threads_per_process $(CPU_THREADS)
 # The tests of numbers, which start no processes; what is missing of these folders is left out.

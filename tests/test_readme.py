@@ -24,7 +24,7 @@ def demo_folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_eight_lines_run(demo_folder):
+def test_the_ten_lines_run(demo_folder):
     (code,) = re.findall(r"```python\n(.+?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
     exec(compile(code, "README.md", "exec"), {})
     assert (demo_folder / "three.png").exists()
@@ -46,7 +46,7 @@ def test_the_demos_report(demo_folder, monkeypatch):
     assert PIL.Image.open(folder / "routing.png").size[0] > 500
 
 
-def test_the_report_of_a_patch(demo_folder, monkeypatch):
+def test_the_report_of_prompts(demo_folder, monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY / "examples"))
     import digits_demo as demo
 

@@ -47,7 +47,9 @@ class DMPTrainingArguments(TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         if self.pretrained_model_name_or_path is None:
-            raise ValueError("Expected `pretrained_model_name_or_path` to name the model to patch, but got None.")
+            raise ValueError(
+                "Expected `pretrained_model_name_or_path` to name the model that gets prompts, but got None."
+            )
         if self.method not in METHODS:
             raise ValueError(f"Expected `method` to be one of {', '.join(METHODS)}, but got {self.method!r}.")
 

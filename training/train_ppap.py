@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_dmp import GuidanceExperts
 from diffusers_dmp.guidance.experts import METHODS
+from diffusers_dmp.saving.whole import written_whole
 from diffusers_dmp.training.arguments import ExpertArguments, SharedTrainingArguments, option, parse_arguments
 from diffusers_dmp.training.conditions import no_conditions
 from diffusers_dmp.training.data.training_data import load_training_data
@@ -126,7 +127,8 @@ def make_experts(args: PPAPTrainingArguments) -> GuidanceExperts:
 def save_expert(experts: GuidanceExperts, expert: int, folder: Path) -> None:
     """Write the tensors of one expert."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in experts.expert_tensors(expert).items()}
-    save_file(tensors, folder / WEIGHTS_NAME)
+    with written_whole(folder / WEIGHTS_NAME) as unfinished:
+        save_file(tensors, unfinished)
 
 
 def bundle(experts: GuidanceExperts, folders: list[Path], output_dir: Path) -> None:

@@ -59,7 +59,7 @@ def test_full_sharing_is_the_plain_dit(batch):
     routed = randomised(DTRTransformer2DModel(**TINY_CONFIG, sharing_ratio=1.0))
     plain = DiTModel(**TINY_CONFIG).eval()
     plain.load_state_dict(routed.state_dict())
-    assert torch.equal(routed(**batch).sample, plain(**batch).sample)
+    torch.testing.assert_close(routed(**batch).sample, plain(**batch).sample, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("routing", ["window", "random"])

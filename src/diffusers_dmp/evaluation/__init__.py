@@ -1,0 +1,1 @@
+"""Sampling at scale, metrics with their fingerprints, diagnostics and costs."""

@@ -90,8 +90,8 @@ def _read_plain_class_name(pipeline_class: Any, names: set[str]) -> None:
     """
     Let `DiffusionPipeline` read `["pipeline", "SNRSplitPipeline"]` in this package's repositories as `"SNRSplitPipeline"`.
 
-    With the list Diffusers takes the class from `pipeline.py`, for which it demands `trust_remote_code=True`, and it asks nobody
-    before it does. With the string it finds the installed class, and no code of the repository is executed. So the method that
+    With the list Diffusers takes the class from `pipeline.py`, for which it demands `trust_remote_code=True`, and it calls no
+    other code before that. With the string it finds the installed class, and no code of the repository is executed. So the method that
     reads `model_index.json` is added to `DiffusionPipeline`, in front of the one that it inherits from `ConfigMixin`, which is
     called. All other repositories are read as before; and should a version of Diffusers not call it, it does what it does
     without this package: ask for trust.

@@ -1,3 +1,5 @@
+"""What attaches to a denoiser, and comes off again without a trace: prompts (DMP)."""
+
 from .blocks import Conditioning, TransformerLayout, register_layout
 from .prompts import PromptPatch
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .naming import PACKAGE
 
-# Whether `save_pretrained` adds code files unless it is told. In such a file it does: nothing else could load what is saved.
+# The default of `bundle_code` in `save_pretrained`. In a code file it is True, since only that code can load what is saved.
 BUNDLE_CODE = False
 
 # What stands in the file in place of this module.
@@ -22,7 +22,7 @@ BUNDLE_CODE = True
 
 
 def source_of(cls: type, source: str = Path(__file__).read_text(encoding="utf-8")) -> str:
-    """Return this file as it was executed; by now that of another component may lie in its place."""
+    """Return this file's text, read when it was executed: another component's file may have replaced it since."""
     return source
 '''
 

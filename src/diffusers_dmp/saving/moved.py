@@ -54,11 +54,12 @@ MOVED: "dict[str, str | tuple[str, ...]]" = {  # up to 0.1
     "vae": "diffusion.latents",
     "version": "saving.version",
 }
-# Names that have another name now, or left a module that is still there: (old module, old name) → (new module, new name).
+# Names that have another name now: (old module, old name) → (new module, new name).
 MOVED_NAMES: dict[tuple[str, str], tuple[str, str]] = {
     ("drawing", "DrawingArguments"): ("training.data.seeded_sampling", "SeededSamplingArguments"),
     ("drawing", "draw"): ("training.data.seeded_sampling", "sample_seeded"),
     ("drawing", "load_to_draw"): ("training.data.seeded_sampling", "load_sampling_pipeline"),
+    ("patches.kept_gates", "KeptGates"): ("plugins.gate_cache", "GateCache"),
     ("training.objective", "DiffusionObjectiveOutput"): ("training.objectives.objective", "ObjectiveOutput"),
     ("training.patched", "PatchedTransformer"): ("training.prompted", "PromptedTransformer"),
 }
@@ -97,7 +98,7 @@ def _targets(old: str) -> tuple[str, ...]:
 
 
 class _OldModules(MetaPathFinder, Loader):
-    """Import modules that are not there anymore as empty ones whose names are looked up where they are now."""
+    """Import a moved module as an empty one that looks its names up at their new place."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         old = name.removeprefix(f"{PACKAGE}.")
@@ -111,6 +112,6 @@ class _OldModules(MetaPathFinder, Loader):
 
 
 def answer_old_imports() -> None:
-    """Let Python look for modules in the table first: a folder that a move left behind, with caches only, is a module too."""
+    """Look old modules up in the table before the file system, where a leftover folder with `__pycache__` alone is a package, too."""
     if not any(isinstance(finder, _OldModules) for finder in sys.meta_path):
         sys.meta_path.insert(0, _OldModules())

@@ -1,0 +1,1 @@
+"""Training: one loop, its three seams, and what each system trains differently."""

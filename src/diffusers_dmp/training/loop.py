@@ -3,8 +3,8 @@
 The loop has three seams, so that it knows no system: the objective (noise process and loss), the conditions (what the
 denoiser is called with besides the noisy samples) and the denoiser (how it is called, the shape of its samples).
 
-Every random number of a step (flips, the latents' noise, timesteps, noise, dropped conditions) is drawn for the whole batch
-from (seed, step) alone, and each process takes its slice. So a run can be cut anywhere and resumed, and any number of
+Every random number of a step (flips, the latents' noise, timesteps, noise, dropped conditions) is sampled for the whole
+batch from (seed, step) alone, and each process takes its slice. So a run can be cut anywhere and resumed, and any number of
 processes and accumulation steps trains on the same batches (but for the timesteps of a recipe that gives each process an
 expert).
 
