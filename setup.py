@@ -49,6 +49,7 @@ setup(
         "docs": DOCS,
         "space": SPACE,
         "test": [
+            "build>=1.2",
             "hypothesis>=6.100",
             "ipykernel>=6.29",
             "nbclient>=0.10",

@@ -24,6 +24,7 @@ from diffusers_dmp.evaluation.sample import (
     sample_images,
     sampling_settings,
 )
+from diffusers_dmp.models.inputs import has_classes
 from diffusers_dmp.training.data.seeded_sampling import load_sampling_pipeline, sample_seeded
 from diffusers_dmp.training.data.shards import remember_settings
 
@@ -129,7 +130,7 @@ def call(
         labels (`list[int]`): The images' classes, which a pipeline without classes ignores.
         first (`int`): Index of the first image, which decides its random numbers together with the run's seed.
     """
-    conditional = (pipeline.num_classes or 1) > 1
+    conditional = has_classes(pipeline.num_classes)
     own = {"class_labels": labels, "guidance_scale": 1.0} if conditional else {"batch_size": len(labels)}
     indices = range(first, first + len(labels))
     return sample_seeded(pipeline, run.seed, indices, num_inference_steps=plan.num_inference_steps, **own)

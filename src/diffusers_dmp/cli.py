@@ -57,6 +57,7 @@ def sample(
     from diffusers.utils.torch_utils import get_device
     from PIL import Image
 
+    from .models.inputs import has_classes
     from .plots import sample_grid
 
     if output.suffix.lower() not in Image.registered_extensions() or not output.parent.is_dir():
@@ -72,7 +73,7 @@ def sample(
     if scheduler is not None:
         pipe.scheduler = make_like(pipe.scheduler, schedulers[scheduler.lower()])
     labels = [int(each) if each.isdecimal() else pipe.get_label_ids(each)[0] for each in label or []]
-    if not labels and (pipe.num_classes or 1) > 1:
+    if not labels and has_classes(pipe.num_classes):
         labels = list(range(min(pipe.num_classes, MAX_COLUMNS)))
     guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     images = pipe(

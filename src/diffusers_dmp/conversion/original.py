@@ -1,7 +1,7 @@
 """Conversion of published checkpoints to this library's models.
 
 DiT (`dit`), DTR (`dtr`), Remix-DiT (`remix`) and DMP (`dmp`): see `dit.py`; Patch Diffusion: `patch_diffusion.py`; ADM:
-`adm.py`; PPAP: `ppap.py`. Nobody has to give what the shapes of the weights say: width, depth, patch size, channels,
+`adm.py`; PPAP: `ppap.py`. What the shapes of the weights show need not be given: width, depth, patch size, channels,
 classes, learned variance, image size, bases, experts, prompts.
 """
 

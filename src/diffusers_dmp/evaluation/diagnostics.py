@@ -15,6 +15,7 @@ from ..diffusion.latents import scale_latents
 from ..diffusion.noise import alpha_sigma, noisy_sample
 from ..diffusion.predictions import convert_prediction
 from ..intervals import NoiseIntervals
+from ..models.inputs import has_classes
 from ..systems import systems_in
 from ..training.data.images import to_tensors
 from ..training.data.latents import latent_distribution
@@ -106,6 +107,8 @@ def diagnose(
 @dataclass(frozen=True)
 class _Samples:
     """
+    Clean samples with their noise and labels.
+
     Args:
         x0, noise (`torch.Tensor` of shape (N, C, H, W)): Clean samples, in pixels or latents, and ε.
         labels (`torch.Tensor` of shape (N,), *optional*): Classes, on the CPU.
@@ -138,7 +141,7 @@ def _clean_samples(pipeline: Any, dataset: datasets.Dataset, num_images: int) ->
     items = to_tensors(subset, size, channels)
     x0 = torch.stack([item["images"] for item in items])
     labels = None
-    if (pipeline.num_classes or 1) > 1:
+    if has_classes(pipeline.num_classes):
         if "class_labels" not in items[0]:
             raise ValueError(
                 f"Expected `dataset` to have labels for a model of {pipeline.num_classes} classes, but got none."

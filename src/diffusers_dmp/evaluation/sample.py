@@ -17,6 +17,7 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
+from ..models.inputs import has_classes
 from ..models.vision import network_sha256
 from ..training.arguments import option, parse_arguments
 from ..training.data.seeded_sampling import SeededSamplingArguments, load_sampling_pipeline, sample_seeded
@@ -69,7 +70,7 @@ def sample_images(args: SamplingArguments) -> Path | None:
         remember_settings(folder / SETTINGS_NAME, sampling_settings(args, pipeline, Path(source)), "images")
         (folder / SHARDS).mkdir(exist_ok=True)
     num_classes = getattr(pipeline, "num_classes", None)
-    num_classes = None if num_classes == 1 else num_classes  # 1 for a DiT that was trained without labels
+    num_classes = num_classes if has_classes(num_classes) else None
 
     def make_shard(rows: range, progress: tqdm) -> datasets.Dataset:
         return _sample_shard(pipeline, args, rows, num_classes, progress)

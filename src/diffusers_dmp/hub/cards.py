@@ -29,6 +29,8 @@ def model_card(
         contents ([`FolderContents`]): What is published.
         repo_id, license, base_model, dataset: See [`publish`].
     """
+    from ..models.inputs import has_classes  # here, because it loads the models, which folders do not need
+
     system = SYSTEMS[contents.system]
     evaluation = published_evaluation(contents)
     data = ModelCardData(
@@ -53,7 +55,7 @@ def model_card(
         evaluation=evaluation,
         shared=shared,
         shared_yaml=yaml.safe_dump(shared, sort_keys=False) if shared else None,
-        labels="class_labels=0" if (contents.num_classes or 1) > 1 else "",
+        labels="class_labels=0" if has_classes(contents.num_classes) else "",
         license=license,
         base_model=base_model,
         dataset=dataset or training.get("dataset"),

@@ -38,7 +38,7 @@ class TensorSnapshot:
 
     def matches(self, tensors: Iterable[torch.Tensor]) -> bool:
         """
-        Compare with the tensors of now.
+        Compare with the current tensors.
 
         Args:
             tensors (`Iterable[torch.Tensor]`): The tensors in the same order.

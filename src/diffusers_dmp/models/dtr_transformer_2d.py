@@ -64,6 +64,8 @@ class TaskRouting(nn.Module):
 
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
         """
+        Look up which channels are active.
+
         Args:
             timestep (`torch.Tensor` of shape (B,)): Integer or float, in [0, T].
 
@@ -94,6 +96,8 @@ class DTRBlock(DiTBlock):
 
     def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
         """
+        Apply the block to the active channels.
+
         Args:
             hidden_states (`torch.Tensor` of shape (B, N, D)): The tokens.
             conditioning (`torch.Tensor` of shape (B, D)): The sum of timestep and label embeddings.

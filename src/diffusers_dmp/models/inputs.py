@@ -13,6 +13,11 @@ from ..intervals import check_timesteps
 CLASS_COUNTS = ("num_classes", "num_embeds_ada_norm", "num_class_embeds")  # the names that model configurations use
 
 
+def has_classes(num_classes: int | None) -> bool:
+    """Tell whether there are classes to choose from: a DiT that was trained without labels has a single one."""
+    return (num_classes or 1) > 1
+
+
 def class_count(config: Mapping[str, Any]) -> int | None:
     """
     Read the number of classes, without the null class, from a denoiser's configuration.

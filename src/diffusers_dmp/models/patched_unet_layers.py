@@ -43,6 +43,8 @@ class PatchedResBlock(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor, class_emb: torch.Tensor | None) -> torch.Tensor:
         """
+        Apply the block.
+
         Args:
             hidden_states (`torch.Tensor` of shape (B, D_in, h, w)): The features.
             temb (`torch.Tensor` of shape (B or 1, time_embed_dim)): The timestep embedding, after its SiLU.

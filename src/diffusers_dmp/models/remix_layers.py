@@ -248,6 +248,8 @@ class RemixBlock(DiTBlock):
         group_sizes: list[int] | None = None,
     ) -> torch.Tensor:
         """
+        Apply the block with mixed weights.
+
         Args:
             hidden_states (`torch.Tensor` of shape (B, N, D)): The tokens.
             conditioning (`torch.Tensor` of shape (B, D)): The sum of timestep and label embeddings.

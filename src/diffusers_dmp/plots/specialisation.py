@@ -25,6 +25,8 @@ GATE_SPACING = 25  # timesteps between those whose gates are plotted
 @dataclass(frozen=True)
 class FigureOptions:
     """
+    What a figure shows besides the pipeline.
+
     Args:
         timestep (`int`, *optional*): The timestep to mark.
         num_inference_steps (`int`): The length of the sampling whose steps are counted.

@@ -213,7 +213,7 @@ class Attachment:
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._forget_passes()
-        # the copy of a transformer has a copy of the prompts, which know nothing of their attachment so far
+        # a copied transformer has copied prompts, which are not connected to it yet
         self.patch._attachment = self
 
 

@@ -1,4 +1,4 @@
-"""A training under way: everything that it needs, and what it writes along the way."""
+"""One training run: everything that it needs, and what it writes while it runs."""
 
 import time
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from .validation import validation_loss
 @dataclass(kw_only=True)
 class TrainingRun:
     """
-    A training under way.
+    One training run: everything that it needs, and what it writes while it runs.
 
     Args:
         parts ([`TrainingParts`]): What is trained, and by what.

@@ -114,8 +114,8 @@ def train(
             if after:
                 summary.before, summary.after = before, after
             summary.save(args.output_dir)
-        # Beside protecting the files: with gloo, a process that ends right after a collective can wait for ever for a
-        # thread that still has to free the collective's tensors, and that in turn waits for the interpreter's lock.
+        # This protects the files, and avoids a deadlock of gloo: a process that ends right after a collective can wait
+        # forever for a thread that frees the collective's tensors and itself waits for Python's lock.
         accelerator.wait_for_everyone()
         for tracker in accelerator.trackers:
             tracker.finish()

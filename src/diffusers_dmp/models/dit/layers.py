@@ -22,6 +22,8 @@ class DiTAttnProcessor:
 
     def __call__(self, attn: "DiTAttention", hidden_states: torch.Tensor) -> torch.Tensor:
         """
+        Compute the attention of all tokens.
+
         Args:
             attn ([`DiTAttention`]): The layer with the weights.
             hidden_states (`torch.Tensor` of shape (B, N, D)): The tokens.
@@ -85,6 +87,8 @@ class DiTBlock(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
         """
+        Apply the block.
+
         Args:
             hidden_states (`torch.Tensor` of shape (B, N, D)): The tokens.
             conditioning (`torch.Tensor` of shape (B, D)): c, the sum of timestep and label embeddings.
@@ -130,6 +134,8 @@ class TimestepLabelEmbedding(nn.Module):
         force_drop_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
+        Embed timesteps and labels.
+
         Args:
             timestep (`torch.Tensor` of shape (B,) or (1,)): In steps of the training schedule, integer or float.
             class_labels (`torch.LongTensor` of shape (B,)): In [0, num_classes]; `num_classes` is the null class.

@@ -124,7 +124,7 @@ def _check_vae(args: EncodingArguments, vae: AutoencoderKL) -> None:
 
 
 def vae_fingerprint(vae: AutoencoderKL) -> dict[str, float]:
-    """Numbers by which VAEs with latents of one shape differ, wherever they lie."""
+    """Return the settings by which VAEs with latents of equal shape differ, wherever they are stored."""
     return {"scaling_factor": vae.config.scaling_factor, "shift_factor": vae.config.get("shift_factor") or 0.0}
 
 
