@@ -70,8 +70,8 @@ class ClassConditionalPipeline(DenoisingMixin, DiffusionPipeline):
         The prompts stay on the accelerator: they are small, and the transformer calls them.
         """
         exclude_modules = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
-        patches = [name for name in self._exclude_from_cpu_offload if name in self.components]
-        super().enable_group_offload(*args, exclude_modules=[*exclude_modules, *patches], **kwargs)
+        prompts = [name for name in self._exclude_from_cpu_offload if name in self.components]
+        super().enable_group_offload(*args, exclude_modules=[*exclude_modules, *prompts], **kwargs)
 
     @property
     def denoisers(self) -> list[ModelMixin]:
