@@ -6,6 +6,7 @@ accelerate launch training/train_ppap.py --config training/presets/ppap_digits.y
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from diffusers import DDPMScheduler
 from safetensors.torch import load_file, save_file
@@ -30,6 +31,11 @@ WEIGHTS_NAME = "expert.safetensors"
 @dataclass(kw_only=True)
 class PPAPTrainingArguments(ExpertArguments, SharedTrainingArguments):
     """The experts of a vision model that guide."""
+
+    # fields of 0.1, which its `training_arguments.yaml` have
+    without_effect: ClassVar[tuple[str, ...]] = (
+        "learn_sigma", "prediction_type", "weighting", "uncertainty_learning_rate",
+    )  # fmt: skip
 
     base_model: str = option("", "Folder or Hub id of the transformers model: classifier, depth or segmentation.")
     method: str = option(

@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from .hub.registration import register
-from .saving.moved import answer_old_imports
+from .saving.moved import MOVED, answer_old_imports
 from .saving.version import __version__
 
 _MODELS = ["DTRTransformer2DModel", "DiTModel", "PatchedUNet2DModel", "RemixDiTModel"]
@@ -49,7 +49,7 @@ else:
             value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
             globals()[name] = value
             return value
-        if name in _IMPORT_STRUCTURE:
+        if name in _IMPORT_STRUCTURE or name in MOVED:  # `diffusers_dmp.patches` too, until 0.3
             return importlib.import_module(f".{name}", __name__)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -38,6 +38,7 @@ from diffusers_dmp import (
     respaced_timesteps,
 )
 from diffusers_dmp.diffusion.predictions import PREDICTION_TYPES, convert_prediction, noise_levels
+from diffusers_dmp.pipelines.scheduling import prepare_scheduler
 
 LABELS = [1, 3]
 
@@ -543,3 +544,34 @@ def test_each_step_is_guided_by_the_expert_of_its_timestep():
     experts.experts.network.register_forward_pre_hook(lambda *_: acting.append(experts.experts.active))
     generate(pipeline)
     assert acting == [3, 2, 1, 0]
+
+
+# Copies and settings
+
+
+def test_a_copy_has_settings_of_its_own():
+    inner = guided(DDIMScheduler(), scale=2.0)
+    outer = guided(inner, scale=7.5)
+    copied = copy.copy(outer)
+    copied.scale, copied.every, copied.scheduler.scale = 1.0, 2, 3.0
+    copied.set_timesteps(4)
+    assert (outer.scale, outer.every, outer.scheduler.scale) == (7.5, 1, 2.0)
+    assert copied.experts is outer.experts
+
+
+@pytest.mark.parametrize("name, value", [("every", 0), ("on_nonfinite", "ignore")])
+def test_settings_are_checked_when_they_change(name, value):
+    scheduler = guided(DDIMScheduler())
+    with pytest.raises(ValueError, match=f"Expected `{name}` to be"):
+        setattr(scheduler, name, value)
+
+
+def test_the_configuration_of_a_guided_scheduler_is_kept_where_it_is_replaced():
+    """A learned variance is dropped for solvers that have none; what was set on the guided scheduler stays."""
+    plain = DPMSolverMultistepScheduler(variance_type="learned_range", use_karras_sigmas=False)
+    scheduler = guided(guided(plain, scale=2.0), scale=7.5)
+    scheduler.register_to_config(use_karras_sigmas=True)
+    model = randomised(DiTModel(**TINY_CONFIG))
+    replaced, keeps_variance = prepare_scheduler(scheduler, [model])
+    assert replaced.config.use_karras_sigmas and replaced.config.variance_type is None and not keeps_variance
+    assert (replaced.scale, replaced.scheduler.scale) == (7.5, 2.0)

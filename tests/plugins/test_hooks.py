@@ -1,7 +1,10 @@
 """Compiled code notices when hooks come and go, and that of other models stays as it is."""
 
+import inspect
+
 import pytest
 import torch
+from accelerate import hooks
 from conftest import TINY_CONFIG, randomised
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
@@ -194,3 +197,13 @@ def test_gradient_checkpointing_of_what_is_compiled(patched_dit, batch, compiled
         model = torch.compile(model, backend="aot_eager")
     # the largest gradient is about 1e-3
     torch.testing.assert_close(gradients(model), plain, atol=1e-6, rtol=1e-4)
+
+
+def test_a_forward_that_others_have_set_keeps_its_signature(tiny_dit):
+    """Offloading sets one, and pipelines read which arguments it takes."""
+    hooks.add_hook_to_module(tiny_dit, hooks.ModelHook())
+    expected = inspect.signature(tiny_dit.forward)
+    prompts = PromptPatch.for_transformer(tiny_dit).attach(tiny_dit)
+    assert inspect.signature(tiny_dit.forward) == expected and "timestep" in expected.parameters
+    prompts.detach()
+    assert inspect.signature(tiny_dit.forward) == expected

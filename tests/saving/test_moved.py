@@ -80,3 +80,10 @@ def test_new_paths_do_not_warn():
 def test_old_paths_are_removed_in_the_next_minor_version():
     """This test fails then, and both go."""
     assert not diffusers_dmp.__version__.startswith(REMOVED_IN)
+
+
+def test_old_modules_as_attributes():
+    from diffusers_dmp.plugins import PromptPatch
+
+    with pytest.warns(FutureWarning, match="`diffusers_dmp.plugins.PromptPatch`"):
+        assert diffusers_dmp.patches.PromptPatch is PromptPatch

@@ -75,3 +75,17 @@ def test_every_preset_parses(preset, monkeypatch):
     args = parse_arguments(arguments[preset.stem.split("_")[0]], ["--config", str(preset)])
     for name, value in yaml.safe_load(preset.read_text()).items():
         assert getattr(args, name) == value
+
+
+def test_the_arguments_that_an_older_ppap_training_saved(tmp_path, monkeypatch):
+    """They have fields that never had an effect."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "training"))
+    from train_ppap import PPAPTrainingArguments
+
+    preset = tmp_path / "training_arguments.yaml"
+    preset.write_text("base_model: resnet\nlearn_sigma: false\nweighting: constant\nnum_experts: 3\n")
+    with pytest.warns(
+        FutureWarning, match="`(learn_sigma|weighting)` in .*training_arguments.yaml never had an effect"
+    ):
+        args = parse_arguments(PPAPTrainingArguments, ["--config", str(preset)])
+    assert args.num_experts == 3

@@ -112,6 +112,12 @@ def test_uncertainty_is_learned_in_its_own_group_and_resumed(digits, tmp_path):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path).items())
 
 
+def test_uncertainty_in_mixed_precision(digits, tmp_path):
+    """Accelerate converts the outputs of what learns, the objective among it, and rebuilds them."""
+    train_here(DiTModel, digits, tmp_path, weighting="uw", mixed_precision="bf16", max_train_steps=2)
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
+
+
 @pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
 @pytest.mark.parametrize("learn_sigma", [True, False])
 def test_every_prediction_type_trains_and_samples(digits, tmp_path, prediction_type, learn_sigma):

@@ -6,6 +6,7 @@ Legend: B batch, C channels, H and W height and width, in pixels or latent pixel
 
 import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -51,6 +52,19 @@ class NoisyStep:
         return to_x0(prediction, x_t, self.alpha, self.sigma, kind)
 
 
+def check_setting(name: str, value: Any) -> None:
+    """
+    Check a setting of [`Guidance`].
+
+    Raises:
+        ValueError: if it is out of range.
+    """
+    if name == "every" and value < 1:
+        raise ValueError(f"Expected `every` to be at least 1, but got {value}.")
+    if name == "on_nonfinite" and value not in NONFINITE:
+        raise ValueError(f"Expected `on_nonfinite` to be one of {', '.join(NONFINITE)}, but got {value!r}.")
+
+
 @dataclass(eq=False)
 class Guidance:
     """
@@ -72,12 +86,8 @@ class Guidance:
     _nonfinite: "list[tuple[torch.Tensor, torch.Tensor]]" = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self):
-        if self.every < 1:
-            raise ValueError(f"Expected `every` to be at least 1, but got {self.every}.")
-        if self.on_nonfinite not in NONFINITE:
-            raise ValueError(
-                f"Expected `on_nonfinite` to be one of {', '.join(NONFINITE)}, but got {self.on_nonfinite!r}."
-            )
+        for name in ("every", "on_nonfinite"):
+            check_setting(name, getattr(self, name))
         self.experts = self.experts.float().eval()
         self.set_target(self.target)
         if self.vae is not None and self.vae.dtype != torch.float32:

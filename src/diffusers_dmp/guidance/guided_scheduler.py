@@ -16,7 +16,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..diffusion.predictions import PREDICTION_TYPES, check_noise_levels, expected_prediction_type, noise_levels
 from .experts import GuidanceExperts
-from .gradient import Guidance, NoisyStep
+from .gradient import Guidance, NoisyStep, check_setting
 from .steps import guided_prediction, step_with_guided_mean, unclipped
 from .targets import GuidanceTarget
 
@@ -32,6 +32,7 @@ def _setting(name: str) -> property:
         return getattr(self.guidance, name)
 
     def change(self: "GuidedScheduler", value: Any) -> None:
+        check_setting(name, value)
         setattr(self.guidance, name, value)
 
     return property(get, change)
@@ -124,6 +125,16 @@ class GuidedScheduler(SchedulerMixin):
             experts, target, scale, rescale_to_mean, timestep_range, every, vae=vae, on_nonfinite=on_nonfinite
         )
         self._noise_levels: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __copy__(self) -> "GuidedScheduler":
+        """A copy whose settings can be changed on their own; `copy.deepcopy` copies the experts as well."""
+        copied = _new_instance(*type(self).__bases__)
+        copied.__dict__.update(self.__dict__)
+        copied.guidance = copy.copy(self.guidance)
+        copied.guidance.reset()
+        if isinstance(self.scheduler, GuidedScheduler):
+            copied.scheduler = copy.copy(self.scheduler)
+        return copied
 
     def __reduce__(self):
         """Copy and pickle without the name of the class, by which it cannot be imported."""

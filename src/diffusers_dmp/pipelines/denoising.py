@@ -105,7 +105,9 @@ class DenoisingMixin(StandalonePipelineMixin):
         set_timesteps(scheduler, self.denoisers, settings.num_inference_steps, settings.timesteps, device)
         owners = owners_of_steps(scheduler, intervals)
         for index in sorted(set(range(len(denoisers))) - set(owners)):
-            warnings.warn(f"Denoiser {index} has none of the {len(owners)} steps.", stacklevel=2)
+            warnings.warn(
+                f"Denoiser {index} has none of the {len(owners)} steps.", stacklevel=4
+            )  # the caller of the pipeline
         step_kwargs = step_arguments(scheduler, settings.generator, settings.eta)
         conversion = Conversion.between([each.prediction_type for each in denoisers], scheduler, device)
 

@@ -252,7 +252,7 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
             )
         if snr_boundaries is not None:
             for problem in untrained_intervals(self.denoisers, snr_boundaries):
-                warnings.warn(problem, stacklevel=2)
+                warnings.warn(problem, stacklevel=3)
         settings = GenerationSettings(
             class_labels=class_labels,
             batch_size=batch_size,

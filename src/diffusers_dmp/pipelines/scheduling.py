@@ -115,6 +115,12 @@ def owners_of_steps(scheduler: SchedulerMixin, intervals: NoiseIntervals | None)
 
 def _with_settings(scheduler: SchedulerMixin, **settings: Any) -> SchedulerMixin:
     """A new scheduler with other settings; a `GuidedScheduler` keeps its guidance."""
+    # of a guided scheduler's class, `from_config` makes one without guidance
+    return _guided_as(scheduler, type(scheduler).from_config(scheduler.config, **settings))
+
+
+def _guided_as(scheduler: SchedulerMixin, unguided: SchedulerMixin) -> SchedulerMixin:
+    """Put the guidance of a scheduler, and of the guided ones inside, around another."""
     if hasattr(scheduler, "around"):
-        return scheduler.around(_with_settings(scheduler.scheduler, **settings))
-    return type(scheduler).from_config(scheduler.config, **settings)
+        return scheduler.around(_guided_as(scheduler.scheduler, unguided))
+    return unguided

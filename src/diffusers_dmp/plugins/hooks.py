@@ -1,7 +1,7 @@
 """Forward hooks on modules that other libraries define, which compiled code notices as well."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, update_wrapper
 from typing import Any
 
 from torch import nn
@@ -67,7 +67,7 @@ class ForwardHooks:
 def _set_own_forward(module: nn.Module) -> None:
     forward = module.forward
     if "forward" in vars(module):  # group offloading, for example, has set one already
-        forward = partial(_call_forward, forward)
+        forward = update_wrapper(partial(_call_forward, forward), forward)  # pipelines read its signature
     module.forward = forward
 
 

@@ -7,6 +7,7 @@ dataclass alone: [`model_arguments`] finds those that the model's constructor ta
 import argparse
 import dataclasses
 import inspect
+import warnings
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -268,6 +269,13 @@ def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None = N
     if config_path is not None:
         with open(config_path) as file:
             preset = yaml.safe_load(file) or {}
+        for name in preset.keys() & getattr(arguments_class, "without_effect", ()):
+            warnings.warn(
+                f"`{name}` in {config_path} never had an effect, and is refused from 0.3 on.",
+                FutureWarning,
+                stacklevel=2,
+            )
+            del preset[name]
         valid = [field.name for field in dataclasses.fields(arguments_class)]  # type: ignore[arg-type]
         unknown = [name for name in preset if name not in valid]
         if unknown:

@@ -44,7 +44,8 @@ class ObjectiveOutput(BaseOutput):
     """
 
     loss: torch.Tensor
-    sample_losses: torch.Tensor
+    # None for a moment only: in mixed precision Accelerate rebuilds an output from a dictionary, as its first argument
+    sample_losses: torch.Tensor = None  # type: ignore[assignment]
 
 
 class Objective(nn.Module):
