@@ -233,7 +233,7 @@ def test_two_processes_follow_one(digits, validation_digits, base_run, tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"pretrained_model_name_or_path": None}, "name the model to patch, but got None"),
+        ({"pretrained_model_name_or_path": None}, "name the model that gets prompts, but got None"),
         ({"method": "lora"}, "`method` to be one of dmp, prompt_tuning, full_finetuning, but got 'lora'"),
         ({"topk": 0.0}, r"`topk` to be in \(0, 1\]"),
         ({"depth": 7}, "`depth` to be at most the 2 blocks"),
