@@ -48,7 +48,7 @@ def finish(path: Path) -> None:
         _flush(Path(folder))
     _flush(unfinished)
     replaced = path.with_name(path.name + ".replaced")
-    if path.is_dir():  # which no file system replaces in one step; out of the way at once, so that no half of it is seen
+    if path.is_dir():  # nothing replaces a folder in one step; out of the way at once, so that no half of it is seen
         _remove(replaced)
         path.rename(replaced)
     unfinished.replace(path)
