@@ -119,7 +119,10 @@ def test_errors_are_reported_in_one_line(folder, tmp_path, capsys, monkeypatch):
         (["convert", "gan", garbage, "--output", "x"], "`system` to be one of dit, dtr, remix, "),
         (["convert", "dit", garbage, "--output", "x", "--config", listing], "to hold a YAML mapping, but got list"),
         (["plot", folder, "--timestep", 1000], "`--timestep` to be at most 999, but got 1000"),
-        (["convert", "dit", garbage, "--output", "x"], "to hold tensors and nothing that runs"),
+        (
+            ["convert", "dit", garbage, "--output", "x"],
+            "to be a file of weights, but got text that begins with 'garbage'",
+        ),
         (["convert", "dit", garbage, garbage, "--output", "x"], "one checkpoint of dit, but got 2"),
         (
             ["convert", "dit", folder, "--output", "x"],

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from diffusers import DDPMScheduler
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from diffusers_dmp import GuidanceExperts
 from diffusers_dmp.guidance.experts import METHODS
+from diffusers_dmp.saving.weight_files import read_safetensors
 from diffusers_dmp.saving.whole import written_whole
 from diffusers_dmp.training.arguments import ExpertArguments, SharedTrainingArguments, option, parse_arguments
 from diffusers_dmp.training.conditions import no_conditions
@@ -143,7 +144,7 @@ def bundle(experts: GuidanceExperts, folders: list[Path], output_dir: Path) -> N
         {
             f"expert_{expert}.{name}": tensor
             for expert, folder in enumerate(folders)
-            for name, tensor in load_file(folder / WEIGHTS_NAME).items()
+            for name, tensor in read_safetensors(folder / WEIGHTS_NAME).items()
         }
     )
     experts.save_pretrained(output_dir / "experts")

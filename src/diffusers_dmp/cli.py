@@ -108,12 +108,11 @@ def convert(
 
     diffusers-dmp convert dit DiT-XL-2-256x256.pt --output dit-xl-2
     """
-    from .conversion import convert_checkpoint, load_original_state_dict
+    from .conversion.original import convert_file
     from .plugins.attachment import patch_of
+    from .saving.reading import read_yaml
 
-    settings = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}) if config else {}
-    if not isinstance(settings, dict):
-        raise ValueError(f"Expected `--config` to hold a YAML mapping, but got {type(settings).__name__}.")
+    settings = read_yaml(config) if config else {}
     if system not in PUBLISHED:
         raise ValueError(f"Expected `system` to be one of {', '.join(PUBLISHED)}, but got {system!r}.")
     is_guidance = system in SYSTEMS and SYSTEMS[system].is_guidance
@@ -122,11 +121,10 @@ def convert(
     if checkpoints[0].is_dir():
         _convert_folder(system, checkpoints[0], output)
     elif is_guidance:
-        states = [load_original_state_dict(path) for path in checkpoints]
         settings = {"base_model_folder": output / "base_model"} | settings
-        convert_checkpoint(system, states, settings).save_pretrained(output)
+        convert_file(system, checkpoints, settings).save_pretrained(output)
     else:
-        model = convert_checkpoint(system, load_original_state_dict(checkpoints[0]), settings)
+        model = convert_file(system, checkpoints[0], settings)
         patch = patch_of(model)
         if patch is None:
             model.save_pretrained(output)
@@ -226,11 +224,12 @@ def diagnose(
 
     from .evaluation.diagnostics import diagnose
     from .plots import diagnosis_figure
+    from .saving.reading import read_json
     from .training.data.images import load_images
 
     pipe = load_pipeline(pipeline).to(get_device())
     summary = Path(pipeline, "training_summary.json")
-    training = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else None
+    training = read_json(summary) if summary.is_file() else None
     diagnosis = diagnose(pipe, load_images(dataset, split=split), images, bands, steps, training)
     output.mkdir(parents=True, exist_ok=True)
     diagnosis_figure(diagnosis).savefig(output / "diagnosis.png", dpi=120)
@@ -262,15 +261,24 @@ def load_pipeline(name: str) -> "DiffusionPipeline":
         ValueError: if it is not a pipeline of this package.
     """
     from diffusers import DiffusionPipeline
+    from torch import nn
 
     import diffusers_dmp
 
+    from .saving.finite import expect_finite_weights
+    from .saving.weight_files import check_saved_folder
+
     nested = Path(name, "pipeline")
-    pipeline = DiffusionPipeline.from_pretrained(nested if nested.is_dir() else name)
+    folder = nested if nested.is_dir() else Path(name)
+    check_saved_folder(folder)
+    pipeline = DiffusionPipeline.from_pretrained(folder if folder.is_dir() else name)
     if not isinstance(pipeline, (diffusers_dmp.ClassConditionalPipeline, diffusers_dmp.SNRSplitPipeline)):
         raise ValueError(
             f"Expected {name!r} to hold a ClassConditionalPipeline or SNRSplitPipeline, but got a {type(pipeline).__name__}."
         )
+    for component, module in pipeline.components.items():
+        if isinstance(module, nn.Module):
+            expect_finite_weights(module, folder / component)
     return pipeline
 
 

@@ -5,21 +5,22 @@ DiT (`dit`), DTR (`dtr`), Remix-DiT (`remix`) and DMP (`dmp`): see `dit.py`; Pat
 classes, learned variance, image size, bases, experts, prompts.
 """
 
-import argparse
 import os
-import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
-from safetensors.torch import load_file
 
 from ..guidance import GuidanceExperts
+from ..saving.finite import expect_finite_weights
+from ..saving.weight_files import read_weights
 from .adm import build_adm_unet, load_adm_unet
 from .dit import build_dit, build_dmp, build_dtr, build_remix, load_dit
 from .patch_diffusion import build_patched_unet, load_patched_unet
 from .ppap import convert_ppap
+from .renaming import in_float32
+from .state_dicts import state_dict_in
 
 # for each system: what makes a model of the weights' shapes, and what loads the weights
 _CONVERSIONS: dict[str, tuple[Callable[..., ModelMixin], Callable[..., None]]] = {
@@ -67,16 +68,48 @@ def convert_checkpoint(
             f"Expected `state_dict` to be {wanted} for {system!r}, but got a {type(state_dict).__name__}."
         )
     config = dict(config or {})
-    if not isinstance(state_dict, dict):
-        experts = convert_ppap(state_dict, config)
+    try:
+        if not isinstance(state_dict, dict):
+            experts = convert_ppap(state_dict, config)
+            _check_all_used(config, system)
+            return experts
+        build, load = _CONVERSIONS[system]
+        weights = in_float32(state_dict)
+        model = build(weights, config)
         _check_all_used(config, system)
-        return experts
-    build, load = _CONVERSIONS[system]
-    weights = {key: tensor.float() for key, tensor in state_dict.items()}
-    model = build(weights, config)
-    _check_all_used(config, system)
-    load(model, weights)
+        load(model, weights)
+    except (IndexError, KeyError, RuntimeError) as error:  # one is missing, or has too few dimensions or another size
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"Expected `state_dict` to hold the weights of one {system!r} model, but they do not fit: {reason}."
+        ) from error
     return model.eval()
+
+
+def convert_file(
+    system: str, paths: "str | os.PathLike | Sequence[str | os.PathLike]", config: dict[str, Any] | None = None
+) -> "ModelMixin | GuidanceExperts":
+    """
+    Turn a published file into this library's model; see [`convert_checkpoint`].
+
+    Args:
+        system (`str`), config (`dict`, *optional*): See [`convert_checkpoint`].
+        paths: The file, of any kind that [`load_original_state_dict`] reads; for 'ppap' the files of all experts.
+
+    Raises:
+        OSError: if a file cannot be read.
+        ValueError: if a file is damaged, its weights are not those of such a model, or are not finite; the file is named.
+    """
+    is_one = isinstance(paths, (str, os.PathLike))
+    files = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    state_dicts = []
+    for file in files:
+        state_dicts.append(load_original_state_dict(file))
+        expect_finite_weights(state_dicts[-1], file)
+    try:
+        return convert_checkpoint(system, state_dicts[0] if is_one else state_dicts, config)
+    except ValueError as error:
+        raise ValueError(f"{', '.join(map(str, files))}: {error}") from error
 
 
 def _check_all_used(config: dict[str, Any], system: str) -> None:
@@ -88,31 +121,19 @@ def _check_all_used(config: dict[str, Any], system: str) -> None:
 
 def load_original_state_dict(path: "str | os.PathLike", use_ema: bool = True) -> dict[str, torch.Tensor]:
     """
-    Read a published `.pt` file, without executing code in it, or a `.safetensors` file.
+    Read the weights from a published file or a training checkpoint, without executing code in it.
 
     Args:
-        path (`str` or `os.PathLike`): The file: a training checkpoint with the entries `model` and `ema`, or weights only.
+        path (`str` or `os.PathLike`): A file of `torch.save` or safetensors, whatever its name: a state dict, or a training
+            checkpoint with entries such as `model`, `ema` or `state_dict`.
         use_ema (`bool`): Whether to take the averaged weights from a training checkpoint.
 
     Returns:
-        `dict[str, torch.Tensor]`: The weights under the original's names.
+        `dict[str, torch.Tensor]`: The weights under the original's names, without the prefixes of `DataParallel`,
+        `torch.compile` and other wrappers.
 
     Raises:
-        ValueError: if the file holds no state dict.
+        OSError: if the file cannot be read.
+        ValueError: if the file is damaged, or holds no state dict.
     """
-    if str(path).endswith(".safetensors"):
-        return load_file(path)
-    with torch.serialization.safe_globals([argparse.Namespace]):  # training arguments are saved in the same file
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, EOFError) as error:
-            raise ValueError(
-                f"Expected {str(path)!r} to hold tensors and nothing that runs, but got another file."
-            ) from error
-    for entry in ("ema", "model") if use_ema else ("model",):
-        if entry in checkpoint:
-            checkpoint = checkpoint[entry]
-            break
-    if not all(isinstance(tensor, torch.Tensor) for tensor in checkpoint.values()):
-        raise ValueError(f"Expected `path` to hold a state dict, but got the entries {list(checkpoint)} in {path}.")
-    return {key.removeprefix("module."): tensor for key, tensor in checkpoint.items()}
+    return state_dict_in(read_weights(path), str(path), use_ema)

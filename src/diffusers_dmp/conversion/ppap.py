@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from ..guidance import GuidanceExperts
+from .renaming import in_float32
 
 _RESNET_MODULES = (  # torchvision's names → those of transformers
     (r"^conv1$", "resnet.embedder.embedder.convolution"),
@@ -166,7 +167,7 @@ def peft_factors(
 
 
 def _read_resnet(state_dict: Weights) -> _PublishedExpert:
-    weights = {key.removeprefix("resnet."): tensor.float() for key, tensor in state_dict.items()}
+    weights = {key.removeprefix("resnet."): tensor for key, tensor in in_float32(state_dict).items()}
     plain, lora = {}, {}
     for key, tensor in weights.items():
         module, _, part = key.rpartition(".")
@@ -213,7 +214,7 @@ def _make_resnet(weights: Weights) -> ResNetForImageClassification:
 def _read_deit(state_dict: Weights) -> _PublishedExpert:
     """Read timm's DeiT without distillation token, which is a ViT in transformers."""
     weights = {
-        key.removeprefix("deit.").removeprefix("classifier."): tensor.float() for key, tensor in state_dict.items()
+        key.removeprefix("deit.").removeprefix("classifier."): tensor for key, tensor in in_float32(state_dict).items()
     }
     plain: Weights = {}
     lora: Lora = {}

@@ -11,6 +11,40 @@ from ..models.loading import check_weights
 Network = TypeVar("Network", bound=nn.Module)
 
 
+class NamedWeights(dict[str, torch.Tensor]):
+    """Weights of which a missing one is named to the user."""
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        raise ValueError(f"Expected `state_dict` to hold {name!r}, but it is missing.")
+
+
+def in_float32(state_dict: Mapping[str, torch.Tensor]) -> NamedWeights:
+    """
+    Cast weights of any precision, float8 included, to float32; masks and counters stay as they are.
+
+    Args:
+        state_dict (`Mapping[str, torch.Tensor]`): The weights.
+
+    Returns:
+        [`NamedWeights`]: The weights under the same names.
+
+    Raises:
+        ValueError: if a weight is one number, or of integers, as those of a quantised model, which need their scales.
+    """
+    weights = NamedWeights()
+    for name, tensor in state_dict.items():
+        is_weight = tensor.is_floating_point()
+        if is_weight and tensor.ndim == 0:
+            raise ValueError(f"Expected {name!r} in `state_dict` to be a weight, but got the number {tensor:g}.")
+        if not is_weight and tensor.ndim > 0 and ((tensor < 0) | (tensor > 1)).any():
+            raise ValueError(
+                f"Expected {name!r} in `state_dict` to hold floating-point numbers, but got {tensor.dtype}, as of a "
+                "quantised model; convert the weights that it was made of."
+            )
+        weights[name] = tensor.float() if is_weight else tensor
+    return weights
+
+
 def check_ndim(weights: Mapping[str, torch.Tensor], ndims: Mapping[str, int]) -> None:
     """
     Check that the weights from whose shapes a configuration is read are there.

@@ -1,6 +1,5 @@
 """The fingerprint of a metric: everything that its value depends on. Only values with matching fingerprints are compared."""
 
-import json
 import platform
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import diffusers
 import torch
 import transformers
 
+from ..saving.reading import read_json
 from ..saving.version import __version__
 
 # Metrics may be compared only if these entries are equal.
@@ -78,4 +78,4 @@ def expect_comparable(first: dict[str, Any], second: dict[str, Any], may_differ:
 def read_settings(folder: Path, name: str) -> dict[str, Any]:
     """Read the JSON file `name` in `folder`; an empty dictionary if there is no such file."""
     path = folder / name
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}

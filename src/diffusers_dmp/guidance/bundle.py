@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.utils import PushToHubMixin
 from huggingface_hub import create_repo, snapshot_download, upload_folder
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ..models.vision import load_network, network_sha256, processor_settings
 from ..saving.mixins import check_version
+from ..saving.reading import read_json
+from ..saving.weight_files import read_safetensors
 
 if TYPE_CHECKING:
     from .experts import GuidanceExperts
@@ -67,9 +69,14 @@ class ExpertsBundleMixin(ConfigMixin, PushToHubMixin):
         if not folder.is_dir():
             patterns = [cls.config_name, WEIGHTS_NAME]
             folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=patterns, **kwargs))
-        saved = cls.load_config(folder)
+        saved = read_json(folder / cls.config_name)
         check_version(saved)
         config = {name: value for name, value in saved.items() if not name.startswith("_")}
+        for name in ("base_model_class", "base_model_sha256", "base_model_name_or_path", "image_mean", "image_std"):
+            if name not in config:
+                raise ValueError(
+                    f"Expected {str(folder / cls.config_name)!r} to be that of guidance experts, but {name!r} is missing."
+                )
         base_model_class, fingerprint = config.pop("base_model_class"), config.pop("base_model_sha256")
         base_model = str(base_model or config["base_model_name_or_path"])
         network = load_network(base_model)
@@ -79,7 +86,11 @@ class ExpertsBundleMixin(ConfigMixin, PushToHubMixin):
                 f"({config['base_model_name_or_path']!r}), but got a {type(network).__name__} with other weights in {base_model!r}."
             )
         experts = cls(network, **config)
-        experts.load_expert_tensors(load_file(folder / WEIGHTS_NAME))
+        tensors = read_safetensors(folder / WEIGHTS_NAME)
+        try:
+            experts.load_expert_tensors(tensors)
+        except ValueError as error:
+            raise ValueError(f"{folder / WEIGHTS_NAME}: {error}") from error
         return experts
 
     def save_pretrained(self, save_directory: "str | os.PathLike", push_to_hub: bool = False, **kwargs) -> None:

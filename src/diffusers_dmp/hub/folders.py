@@ -3,7 +3,6 @@
 Only configurations and the headers of weight files are read: no model is imported or loaded.
 """
 
-import json
 import math
 import os
 from collections.abc import Iterable
@@ -11,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from safetensors import safe_open
-
 from ..saving.mixins import VERSION_KEY, is_component, listed
 from ..saving.naming import PACKAGE
+from ..saving.reading import parsed_json, read_json, read_yaml
+from ..saving.weight_files import safetensors_header
 from ..systems import SYSTEMS, saved_intervals, system_of_classes
 
 PIPELINE_CONFIG, MODEL_CONFIG = "model_index.json", "config.json"
@@ -87,8 +85,7 @@ class FolderContents:
         total = 0
         for variants in folders.values():
             for file in variants[min(variants)]:
-                with safe_open(file, "pt") as weights:
-                    total += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.offset_keys())
+                total += sum(math.prod(tensor["shape"]) for tensor in safetensors_header(file).values())
         return total or None
 
     def intervals(self) -> str | None:
@@ -169,19 +166,6 @@ def expect_no_pickles(contents: FolderContents) -> None:
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """
-    Read a JSON object from a file.
-
-    Raises:
-        ValueError: if the file is not JSON, or not an object.
-    """
-    content = _parsed(path)
-    if not isinstance(content, dict):
-        raise ValueError(f"Expected {str(path)!r} to hold a JSON object, but got {type(content).__name__}.")
-    return content
-
-
 def _records(path: Path) -> Path:
     """The folder with a training's records: its `output_dir` if the pipeline lies in one, else the pipeline's own folder."""
     beside = path.resolve().parent
@@ -209,7 +193,7 @@ def _contents(path: Path, config: dict[str, Any], records: Path) -> FolderConten
         config=config,
         class_name=class_name,
         system=system.key,
-        training=_read_yaml(arguments) if arguments else {},
+        training=read_yaml(arguments) if arguments else {},
         evaluation=_read_evaluation(evaluation) if evaluation.is_file() else [],
         pictures=[records / name for name in PICTURES if (records / name).is_file()],
     )
@@ -224,25 +208,8 @@ def _listing(numbers: Iterable[float]) -> str:
     return ", ".join(f"{number:g}" for number in numbers)
 
 
-def _parsed(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # a JSONDecodeError or UnicodeDecodeError
-        raise ValueError(f"Expected {str(path)!r} to be JSON, but got {error}.") from error
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"Expected {str(path)!r} to be YAML, but got {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"Expected {str(path)!r} to hold a YAML mapping, but got {type(content).__name__}.")
-    return content
-
-
 def _read_evaluation(path: Path) -> list[dict[str, Any]]:
-    results = _parsed(path)
+    results = parsed_json(path)
     keys = {"metric", "value", "dataset", "settings"}
     if not isinstance(results, list) or any(not isinstance(each, dict) or each.keys() < keys for each in results):
         raise ValueError(

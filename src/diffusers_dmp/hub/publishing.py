@@ -18,8 +18,10 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 import diffusers_dmp
 
 from ..saving.bundling import source_of
+from ..saving.finite import expect_finite_files
 from ..saving.mixins import dumped, lists_as_objects, with_code_file
 from ..saving.version import __version__
+from ..saving.weight_files import check_saved_folder
 from ..systems import SYSTEMS
 from .cards import model_card, published_evaluation, published_settings
 from .folders import (
@@ -100,12 +102,13 @@ def publish(
         [`Publication`]
 
     Raises:
-        ValueError: if the folder holds nothing of this package, or pickled weights; `repo_id` is not a valid name, or exists and
+        ValueError: if the folder holds nothing of this package, or pickled, damaged or non-finite weights; `repo_id` is not a valid name, or exists and
             `update` is false, or is public and `private` is true; there is no token; or the network of guidance experts is not
             on the Hub.
     """
     contents = read_folder(folder)
     expect_no_pickles(contents)
+    check_saved_folder(contents.path)
     _check_repo_id(repo_id)
     found_base, found_dataset = (
         base_model or _base_model(contents),
@@ -113,6 +116,7 @@ def publish(
     )
     if SYSTEMS[contents.system].is_guidance and found_base is None:
         raise ValueError(_HOMELESS.format(contents.config["base_model_name_or_path"]))
+    expect_finite_files(contents.path)
     if dry_run:
         return _publication(contents, repo_id, license, found_base, found_dataset)
 

@@ -12,6 +12,7 @@ from packaging.version import Version
 from .bundling import BUNDLE_CODE, source_of
 from .naming import PACKAGE
 from .version import __version__
+from .weight_files import check_saved_folder
 
 VERSION_KEY = f"_{PACKAGE}_version"
 PIPELINE_FILE = "pipeline.py"
@@ -112,13 +113,15 @@ class StandaloneModelMixin(StandaloneMixin):
 
         Raises:
             OSError: if there are no weights, or pickled ones only, and `use_safetensors` is not False.
+            ValueError: if a file of a local folder is damaged; it is named.
         """
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        check_saved_folder(folder, components=False)
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except OSError as error:
-            folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
             if kwargs["use_safetensors"] and list(folder.glob("*.bin")):
                 raise OSError(
                     f"Expected {str(folder)!r} to hold weights as safetensors, but got pickled ones; `diffusers-dmp convert` "

@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from ..conversion import convert_checkpoint, load_original_state_dict
+from ..conversion.original import convert_file
 from ..models import DiTModel, DTRTransformer2DModel, RemixDiTModel
 from ..models.dit.stock_layout import STOCK_CLASSES
 from .arguments import DiTTrainingArguments, model_arguments
@@ -100,7 +100,7 @@ def load_dit_family(name_or_path: str) -> DiTModel:
         ValueError: if it is of a class that does not belong to the family.
     """
     if os.path.isfile(name_or_path):
-        return convert_checkpoint("dit", load_original_state_dict(name_or_path))
+        return convert_file("dit", name_or_path)
     try:
         is_pipeline = "transformer" in DiffusionPipeline.load_config(name_or_path)
     except OSError:  # no model_index.json

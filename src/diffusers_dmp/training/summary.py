@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..saving.reading import read_json
+
 SUMMARY_NAME = "training_summary.json"
 
 
@@ -35,7 +37,7 @@ class TrainingSummary:
     @classmethod
     def of_experts(cls, folders: "Sequence[str | os.PathLike]") -> "TrainingSummary":
         """The sum of the summaries in the folders of all experts' trainings."""
-        summaries = [json.loads(Path(folder, SUMMARY_NAME).read_text()) for folder in folders]
+        summaries = [read_json(Path(folder, SUMMARY_NAME)) for folder in folders]
         return cls(
             steps=sum(summary["steps"] for summary in summaries),
             train_seconds=sum(summary["train_seconds"] for summary in summaries),

@@ -3,7 +3,6 @@
 Legend: b images encoded at once, H and W their height and width, C latent channels, S latent size.
 """
 
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ...diffusion.latents import vae_downsampling
+from ...saving.reading import read_json
 from ..arguments import DataArguments, option
 from .images import LATENTS, class_names, load_images, to_tensors
 from .shards import make_shard_accelerator, remember_settings, write_shards
@@ -167,10 +167,10 @@ def check_latents(
     record = Path(source, ENCODING_NAME)
     if not record.exists():  # as for a data set on the Hub
         return
-    encoding = json.loads(record.read_text())
+    encoding = read_json(record)
     for name, value in {"num_images": len(dataset), **vae_fingerprint(vae)}.items():
-        if encoding[name] != value:
+        if encoding.get(name) != value:
             raise ValueError(
-                f"Expected the latents in `dataset` to have the `{name}` {encoding[name]} of their {ENCODING_NAME}, "
+                f"Expected the latents in `dataset` to have the `{name}` {encoding.get(name)} of their {record}, "
                 f"but got {value}."
             )

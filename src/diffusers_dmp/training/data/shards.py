@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
+from ...saving.reading import read_json
 from ...saving.whole import written_whole
 
 MAX_WAIT = timedelta(days=1)  # for the other processes' last shards; by default a process waits ten minutes
@@ -40,7 +41,7 @@ def remember_settings(path: Path, settings: dict[str, Any], of: str) -> None:
         with written_whole(path) as unfinished:
             unfinished.write_text(json.dumps(settings, indent=2) + "\n")
         return
-    recorded = json.loads(path.read_text())
+    recorded = read_json(path)
     for name, value in settings.items():
         if recorded.get(name) != value:
             raise ValueError(
