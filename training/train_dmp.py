@@ -9,6 +9,7 @@ from pathlib import Path
 
 from diffusers_dmp import PromptPatch
 from diffusers_dmp.training.arguments import TrainingArguments, option, parse_arguments
+from diffusers_dmp.training.base_schedule import check_base_schedule
 from diffusers_dmp.training.data.training_data import load_training_data
 from diffusers_dmp.training.dit_family import check_config, load_dit_family
 from diffusers_dmp.training.objectives.from_arguments import make_objective
@@ -60,6 +61,7 @@ def train_dmp(args: DMPTrainingArguments) -> None:
     data = load_training_data(accelerator, args)
     base = load_dit_family(args.pretrained_model_name_or_path)
     check_config(base, args.pretrained_model_name_or_path, data.model_config(args))
+    check_base_schedule(args, base, args.pretrained_model_name_or_path)
     objective = make_objective(args, base, in_latents=data.vae is not None)
     expert_intervals = getattr(base, "intervals", None)  # of a Remix-DiT
     if args.method == "full_finetuning":

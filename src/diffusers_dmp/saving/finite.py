@@ -19,7 +19,7 @@ def expect_finite_weights(weights: "nn.Module | Mapping[str, torch.Tensor]", sou
         source: Where they are from, for the error.
 
     Raises:
-        ValueError: if one is not; the first such tensor is named, with the share of its numbers.
+        ValueError: if one is not; the first such tensor is named, with how many of its numbers.
     """
     tensors = weights.state_dict() if isinstance(weights, nn.Module) else weights
     _check_finite(tensors.items(), source)
@@ -49,9 +49,9 @@ def _check_finite(tensors: "Iterable[tuple[str, torch.Tensor]]", source: "str | 
         exact = tensor if tensor.dtype in (torch.float64, torch.complex64, torch.complex128) else tensor.float()
         if exact.sum().isfinite():
             continue
-        share = 1 - exact.isfinite().float().mean().item()
-        if share > 0:
+        count = int((~exact.isfinite()).sum())
+        if count:
             raise ValueError(
-                f"Expected the weights in {str(source)!r} to be finite, but {share:.1%} of {name!r} is NaN or infinite: the "
-                "training diverged; take an earlier checkpoint, or train again with a lower learning rate."
+                f"Expected the weights in {str(source)!r} to be finite, but {count:,} of {tensor.numel():,} numbers in {name!r} "
+                "are NaN or infinite; its training diverged: take an earlier checkpoint, or train with a lower learning rate."
             )

@@ -1,5 +1,6 @@
 """Trainings of the DiT family: a new model, or one from a pretrained model, pipeline or original checkpoint."""
 
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +10,16 @@ from diffusers import DiffusionPipeline
 from ..conversion.original import convert_file
 from ..models import DiTModel, DTRTransformer2DModel, RemixDiTModel
 from ..models.dit.stock_layout import STOCK_CLASSES
+from ..saving.finite import expect_finite_weights
+from ..saving.weight_files import check_saved_folder
 from .arguments import DiTTrainingArguments, model_arguments
+from .base_schedule import check_base_schedule
 from .data.training_data import load_training_data
 from .objectives.from_arguments import make_objective
 from .recipe import TrainingRecipe
 from .trainer import make_accelerator, train
+
+logger = logging.getLogger(__name__)
 
 
 def train_dit(
@@ -42,6 +48,7 @@ def train_dit(
         sizes = {} if args.preset is None else model_class.preset_config(args.preset)
         own = model_arguments(model_class, args, without=DiTTrainingArguments)
         model = load_pretrained(model_class, args.pretrained_model_name_or_path, own | config | sizes)
+        check_base_schedule(args, model, args.pretrained_model_name_or_path)
     objective = make_objective(args, model, in_latents=data.vae is not None)
     train(accelerator, args, model, objective, data, make_recipe(model))
     accelerator.end_training()
@@ -97,14 +104,19 @@ def load_dit_family(name_or_path: str) -> DiTModel:
         name_or_path (`str`): The folder or Hub id of a model or of a pipeline, or the file of an original DiT's checkpoint.
 
     Raises:
-        ValueError: if it is of a class that does not belong to the family.
+        OSError: if it cannot be read.
+        ValueError: if it is of a class that does not belong to the family, or damaged, or its weights are not finite.
     """
+    check_saved_folder(name_or_path)
     if os.path.isfile(name_or_path):
         return convert_file("dit", name_or_path)
     try:
-        is_pipeline = "transformer" in DiffusionPipeline.load_config(name_or_path)
+        pipeline: dict[str, Any] = DiffusionPipeline.load_config(name_or_path)
     except OSError:  # no model_index.json
-        is_pipeline = False
+        pipeline = {}
+    is_pipeline = "transformer" in pipeline
+    if pipeline.get("prompt_patch") not in (None, [None, None], (None, None)):
+        logger.warning("The prompts in %r are left out: only its transformer is loaded.", name_or_path)
     subfolder = "transformer" if is_pipeline else None
     saved_class = DiTModel.load_config(name_or_path, subfolder=subfolder)["_class_name"]
     classes = {cls.__name__: cls for cls in (DiTModel, DTRTransformer2DModel, RemixDiTModel)}
@@ -114,7 +126,9 @@ def load_dit_family(name_or_path: str) -> DiTModel:
             f"Expected `pretrained_model_name_or_path` to be one of {', '.join(classes)}, "
             f"but got a {saved_class} in {name_or_path!r}."
         )
-    return classes[saved_class].from_pretrained(name_or_path, subfolder=subfolder)
+    model = classes[saved_class].from_pretrained(name_or_path, subfolder=subfolder)
+    expect_finite_weights(model, name_or_path)
+    return model
 
 
 def check_config(model: DiTModel, name_or_path: str, config: dict[str, Any]) -> None:

@@ -1,0 +1,141 @@
+"""Whether a training continues what its base was trained for: the prediction type and the noise schedule are not in the weights.
+
+A base of another kind is learned over at best, and at worst its frozen part stays wrong and the loss does not fall.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import nn
+
+from ..diffusion.noise import is_flow_matching
+from ..saving.mixins import is_component
+from ..saving.reading import read_json
+from .arguments import NoiseArguments, TrainingArguments
+from .objectives.from_arguments import make_scheduler
+
+SCHEDULER_FOLDER, MODEL_CONFIG = "scheduler", "config.json"
+# of the original DiT (https://github.com/facebookresearch/DiT), whose files hold weights alone
+PUBLISHED_SCHEDULE = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+
+logger = logging.getLogger(__name__)
+
+
+def check_base_schedule(args: TrainingArguments, base: nn.Module, name_or_path: str) -> None:
+    """
+    Check that the arguments ask for the prediction type and the noise schedule that a base was trained with.
+
+    They are those of the scheduler in the pipeline of the base, or beside its folder; for a file those of the published DiT.
+    Where there is no scheduler to compare with, a warning says what is assumed.
+
+    Args:
+        args ([`TrainingArguments`]): For the noise schedule, the prediction type and the variance.
+        base (`nn.Module`): The base; its configuration may have a `prediction_type` of its own.
+        name_or_path (`str`): Where it was loaded from.
+
+    Raises:
+        ValueError: if they differ; all differences are listed, and the arguments that match.
+    """
+    scheduler = base_scheduler(name_or_path)
+    if scheduler is None:
+        logger.warning(
+            "No scheduler in or beside %r says how it was trained; it is assumed: prediction_type %s, beta_schedule %s, "
+            "num_train_timesteps %d.",
+            name_or_path,
+            args.prediction_type,
+            args.beta_schedule,
+            args.num_train_timesteps,
+        )
+        return
+    differences = list(_differences(args, base, scheduler))
+    if differences:
+        raise ValueError(
+            f"Expected the training to continue as {name_or_path!r} was trained, but got {'; '.join(differences)}. "
+            f"{_matching(args, base, scheduler)}."
+        )
+
+
+def base_scheduler(name_or_path: str) -> SchedulerMixin | None:
+    """
+    Load the scheduler that belongs to a model; None if there is none.
+
+    Args:
+        name_or_path (`str`): The folder or Hub id of a pipeline, the folder of a model in a pipeline's, or an original file.
+    """
+    if os.path.isfile(name_or_path):
+        return DDPMScheduler(**PUBLISHED_SCHEDULE, variance_type="learned_range")
+    pipeline: str | Path = name_or_path
+    if os.path.isdir(name_or_path):
+        folder = Path(name_or_path).resolve()
+        pipeline = folder.parent if (folder / MODEL_CONFIG).is_file() else folder
+        config = pipeline / SCHEDULER_FOLDER / SchedulerMixin.config_name
+        class_name = read_json(config).get("_class_name") if config.is_file() else None
+    else:
+        try:
+            entry = DiffusionPipeline.load_config(name_or_path).get(SCHEDULER_FOLDER)
+        except OSError:  # no model_index.json: a model's repository
+            entry = None
+        class_name = entry[1] if is_component(entry) and entry else None
+    scheduler_class: Any = getattr(diffusers, class_name or "", None)
+    if scheduler_class is None:
+        return None
+    return scheduler_class.from_pretrained(pipeline, subfolder=SCHEDULER_FOLDER)
+
+
+def _differences(args: TrainingArguments, base: nn.Module, scheduler: SchedulerMixin) -> Iterator[str]:
+    """Say in words what differs."""
+    own = make_scheduler(args, in_latents=False)
+    if is_flow_matching(scheduler) or not hasattr(scheduler, "alphas_cumprod"):
+        yield f"a base with a {type(scheduler).__name__}, which adds noise in another way than DDPM"
+        return
+    for name, given, trained in (
+        ("num_train_timesteps", args.num_train_timesteps, scheduler.config.num_train_timesteps),
+        ("prediction_type", args.prediction_type, _prediction_type(base, scheduler)),
+    ):
+        if given != trained:
+            yield f"`{name}` {given!r} for a base of {trained!r}"
+    variance_type = scheduler.config.get("variance_type")
+    if args.learn_sigma and variance_type == "learned":
+        yield "`learn_sigma` as learned_range for a base that predicts the variance itself"
+    alphas, others = own.alphas_cumprod, scheduler.alphas_cumprod
+    if len(alphas) == len(others) and not _are_close(alphas, others):
+        t = len(alphas) // 2
+        yield (
+            f"`beta_schedule` {args.beta_schedule!r} for a base of {scheduler.config.get('beta_schedule')!r} (ᾱ at timestep {t} "
+            f"is {alphas[t]:.3g}, not {others[t]:.3g})"
+        )
+
+
+def _matching(args: TrainingArguments, base: nn.Module, scheduler: SchedulerMixin) -> str:
+    """Say with which arguments the training would match."""
+    wanted: dict[str, Any] = {"prediction_type": _prediction_type(base, scheduler)}
+    for name in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end"):
+        wanted[name] = scheduler.config.get(name)
+    changed = {name: value for name, value in wanted.items() if value is not None and getattr(args, name) != value}
+    if wanted["beta_schedule"] == "squaredcos_cap_v2":  # which has no range of betas
+        changed = {name: value for name, value in changed.items() if name not in ("beta_start", "beta_end")}
+    try:
+        own = DDPMScheduler(**{name: value for name, value in wanted.items() if name != "prediction_type"})
+        reproduced = _are_close(own.alphas_cumprod, scheduler.alphas_cumprod)
+    except (AttributeError, NotImplementedError, TypeError):
+        reproduced = False
+    if not reproduced or not changed:
+        return "No arguments match; convert the base, or train a new one"
+    return "Give " + " ".join(f"--{name} {value}" for name, value in changed.items())
+
+
+def _prediction_type(base: nn.Module, scheduler: SchedulerMixin) -> str:
+    config: Any = base.config
+    return config.get("prediction_type") or scheduler.config.get("prediction_type", "epsilon")
+
+
+def _are_close(first: torch.Tensor, second: torch.Tensor) -> bool:
+    # in float64, saved and computed schedules differ by float32's rounding
+    return len(first) == len(second) and torch.allclose(first.double(), second.double(), rtol=1e-3, atol=1e-6)
