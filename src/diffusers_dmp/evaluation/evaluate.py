@@ -20,7 +20,7 @@ from .features import FeatureExtractor, Features, extract_features
 from .fingerprint import make_fingerprint, read_settings
 from .images import DatasetImages, open_images
 from .metrics import GaussianStatistics, frechet_distance, inception_score, kernel_distance, precision_and_recall
-from .npz import NpzImages
+from .npz import NpzImages, read_arrays
 from .sample import SETTINGS_NAME
 
 MAX_REFERENCE = 10_000  # real images for precision and recall, as many as ADM's reference batches have
@@ -66,6 +66,7 @@ def evaluate(args: EvaluationArguments) -> list[dict[str, Any]]:
         ValueError: if generated and real images differ in size, or if there are fewer images than features.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sampling = read_settings(Path(args.generated).parent, SETTINGS_NAME)
     extractor = FeatureExtractor(args.extractor).to(device)
     generated, reference = open_images(args.generated), open_images(args.reference, args.reference_split)
     statistics = _stored_statistics(args.reference) if extractor.is_inception else {}
@@ -82,7 +83,7 @@ def evaluate(args: EvaluationArguments) -> list[dict[str, Any]]:
             "stored_statistics_sha256": _statistics_sha256(statistics),
         },
         {"num_samples": len(found.pooled), "image_size": size},
-        read_settings(Path(args.generated).parent, SETTINGS_NAME),
+        sampling,
     )
     dataset = Path(args.reference).name
     results = [
@@ -189,15 +190,15 @@ def _stored_statistics(reference: str) -> dict[str, GaussianStatistics]:
     """Read the statistics of the whole data set, which ADM's reference batches store beside some of its images."""
     if not reference.endswith(".npz"):
         return {}
-    with np.load(reference) as file:
-        names = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-        return {
-            kind: GaussianStatistics(
-                torch.from_numpy(file[mean]).double(), torch.from_numpy(file[sigma]).double(), None
-            )
-            for kind, (mean, sigma) in names.items()
-            if mean in file.files and sigma in file.files
-        }
+    names = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+    arrays = read_arrays(reference, *(name for pair in names.values() for name in pair))
+    return {
+        kind: GaussianStatistics(
+            torch.from_numpy(arrays[mean]).double(), torch.from_numpy(arrays[sigma]).double(), None
+        )
+        for kind, (mean, sigma) in names.items()
+        if mean in arrays and sigma in arrays
+    }
 
 
 if __name__ == "__main__":

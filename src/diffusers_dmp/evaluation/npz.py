@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..saving.reading import beginning_of, expect_binary
 from ..saving.whole import written_whole
 
 IMAGES, LABELS = "arr_0", "arr_1"
@@ -67,6 +68,7 @@ class NpzImages:
 
     def __init__(self, path: "str | os.PathLike"):
         self.path = Path(path)
+        expect_binary(beginning_of(path, "an .npz file"), path, "an .npz file")
         try:
             with zipfile.ZipFile(self.path) as archive:
                 names = archive.namelist()
@@ -90,8 +92,7 @@ class NpzImages:
     @property
     def labels(self) -> np.ndarray | None:
         """The labels (N,); None if the file has none."""
-        with np.load(self.path) as file:
-            return file[LABELS] if LABELS in file.files else None
+        return read_arrays(self.path, LABELS).get(LABELS)
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
         """
@@ -118,6 +119,24 @@ class NpzImages:
                     yield np.broadcast_to(images, (*images.shape[:3], 3))
         except (zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"Expected {str(self.path)!r} to be a whole .npz file, but got {error}.") from error
+
+
+def read_arrays(path: "str | os.PathLike", *names: str) -> dict[str, np.ndarray]:
+    """
+    Read those of some arrays that an `.npz` file has.
+
+    Args:
+        path: The file's name.
+        names (`str`): The arrays' names.
+
+    Raises:
+        ValueError: if the file is damaged, or an array needs code to be executed.
+    """
+    try:
+        with np.load(path) as file:
+            return {name: file[name] for name in names if name in file.files}
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
+        raise ValueError(f"Expected {str(path)!r} to be a whole .npz file, but got {error}.") from error
 
 
 def _entry(archive: zipfile.ZipFile, name: str):

@@ -14,6 +14,8 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
+from ..saving.weight_files import check_saved_folder
+
 
 class ImagePreprocessor(nn.Module):
     """
@@ -112,8 +114,9 @@ def load_network(name_or_path: str) -> PreTrainedModel:
         name_or_path (`str`): The folder or Hub id of the model.
 
     Raises:
-        ValueError: if transformers has no such class.
+        ValueError: if transformers has no such class, or a file of a local folder is damaged; it is named.
     """
+    check_saved_folder(name_or_path, components=False)
     config = AutoConfig.from_pretrained(name_or_path)
     network_class = getattr(transformers, (config.architectures or ["none"])[0], None)
     if network_class is None:

@@ -12,7 +12,7 @@ from packaging.version import Version
 from .bundling import BUNDLE_CODE, source_of
 from .naming import PACKAGE
 from .version import __version__
-from .weight_files import check_saved_folder
+from .weight_files import check_saved_folder, expect_all_loaded
 
 VERSION_KEY = f"_{PACKAGE}_version"
 PIPELINE_FILE = "pipeline.py"
@@ -113,14 +113,15 @@ class StandaloneModelMixin(StandaloneMixin):
 
         Raises:
             OSError: if there are no weights, or pickled ones only, and `use_safetensors` is not False.
-            ValueError: if a file of a local folder is damaged; it is named.
+            ValueError: if a file of a local folder is damaged, or a weight is missing; it is named.
         """
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         check_saved_folder(folder, components=False)
+        wants_info = kwargs.pop("output_loading_info", False)
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         except OSError as error:
             if kwargs["use_safetensors"] and list(folder.glob("*.bin")):
                 raise OSError(
@@ -128,6 +129,8 @@ class StandaloneModelMixin(StandaloneMixin):
                     "makes safetensors of them, and reads tensors only."
                 ) from error
             raise
+        expect_all_loaded(info, folder)
+        return (model, info) if wants_info else model
 
 
 class StandalonePipelineMixin(StandaloneMixin):

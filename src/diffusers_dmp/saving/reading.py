@@ -26,7 +26,7 @@ def beginning_of(path: "str | os.PathLike", kind: str) -> bytes:
 
     Raises:
         OSError: if there is no such file, it is a folder, or it may not be read.
-        ValueError: if it is empty, or a Git LFS pointer stands in its place.
+        ValueError: if it is empty, or a Git LFS pointer or a web page stands in its place.
     """
     wanted = f"Expected {str(path)!r} to be {kind}, but"
     try:
@@ -45,12 +45,14 @@ def beginning_of(path: "str | os.PathLike", kind: str) -> bytes:
         raise ValueError(f"{wanted} got an empty file; copy or download it again.")
     if beginning.startswith(_GIT_LFS):
         raise ValueError(f"{wanted} got a Git LFS pointer in its place; run `git lfs pull` in that folder.")
+    if beginning.lstrip(b"\xef\xbb\xbf\r\n\t ").lower().startswith(_WEB_PAGE):
+        raise ValueError(f"{wanted} got a web page; download the file itself (on the Hub: /resolve/, not /blob/).")
     return beginning
 
 
 def expect_binary(beginning: bytes, path: "str | os.PathLike", kind: str) -> None:
     """
-    Check that a file that should hold tensors or images is not a web page or a message that was saved in its place.
+    Check that a file that should hold tensors or images is not a message that was saved in its place.
 
     Args:
         beginning (`bytes`), path, kind (`str`): See [`beginning_of`].
@@ -59,8 +61,6 @@ def expect_binary(beginning: bytes, path: "str | os.PathLike", kind: str) -> Non
         ValueError: if it is text.
     """
     wanted = f"Expected {str(path)!r} to be {kind}, but got"
-    if beginning.lstrip(b"\xef\xbb\xbf\r\n\t ").lower().startswith(_WEB_PAGE):
-        raise ValueError(f"{wanted} a web page; download the file itself (on the Hub: /resolve/, not /blob/).")
     # a character that was cut in two at the end is left out
     text = beginning.decode("utf-8", errors="ignore") if not _has_control_bytes(beginning) else ""
     if len(text.encode()) >= len(beginning) - 3 and text.strip():
@@ -107,13 +107,24 @@ def _parsed(path: "str | os.PathLike", kind: str, parse: Callable[[str], Any]) -
     try:
         return parse(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, yaml.YAMLError, RecursionError) as error:
-        message = "text that is not UTF-8" if isinstance(error, UnicodeDecodeError) else " ".join(str(error).split())
-        raise ValueError(f"Expected {str(path)!r} to be {kind}, but got {message[:160]}.") from error
+        raise ValueError(f"Expected {str(path)!r} to be {kind}, but {_syntax_error(error)}.") from error
+
+
+def _syntax_error(error: Exception) -> str:
+    """Say in words where a text breaks the rules of its format."""
+    if isinstance(error, UnicodeDecodeError):
+        return "got text that is not UTF-8"
+    if isinstance(error, json.JSONDecodeError):
+        return f"line {error.lineno} is not: {error.msg}"
+    mark = getattr(error, "problem_mark", None)
+    if mark is not None:  # YAML's
+        return f"line {mark.line + 1} is not: {getattr(error, 'problem', None) or 'it breaks its rules'}"
+    return f"got {' '.join(str(error).split())[:160]}"
 
 
 def _mapping(content: Any, path: "str | os.PathLike", kind: str) -> dict[str, Any]:
     if not isinstance(content, dict):
-        raise ValueError(f"Expected {str(path)!r} to hold {kind}, but got {type(content).__name__}.")
+        raise ValueError(f"Expected {str(path)!r} to hold {kind}, but got a {type(content).__name__}.")
     return content
 
 

@@ -146,6 +146,25 @@ def check_saved_folder(folder: "str | os.PathLike", components: bool = True) -> 
                 )
 
 
+def expect_all_loaded(loading_info: dict[str, Any], source: "str | os.PathLike") -> None:
+    """
+    Refuse a model of which weights were not in its file: Diffusers only warns, and leaves them random.
+
+    Args:
+        loading_info (`dict`): What `from_pretrained(…, output_loading_info=True)` returns beside the model.
+        source: Where the model is from, for the error.
+
+    Raises:
+        ValueError: if weights are missing; the first of them is named.
+    """
+    missing = sorted(loading_info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"Expected the weights in {str(source)!r} to be those of its configuration, but {len(missing)} are missing, such as "
+            f"{missing[0]!r}; {_AGAIN}."
+        )
+
+
 def _is_private(name: str) -> bool:
     return name.startswith((".", "checkpoint-"))
 

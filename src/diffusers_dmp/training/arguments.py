@@ -11,8 +11,9 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import yaml
 from transformers import HfArgumentParser
+
+from ..saving.reading import read_yaml
 
 TRACKERS = ("tensorboard", "wandb", "none")
 
@@ -267,8 +268,7 @@ def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None = N
     config_parser.add_argument("--config")
     config_path = config_parser.parse_known_args(argv)[0].config
     if config_path is not None:
-        with open(config_path) as file:
-            preset = yaml.safe_load(file) or {}
+        preset = read_yaml(config_path)
         for name in preset.keys() & getattr(arguments_class, "without_effect", ()):
             warnings.warn(
                 f"`{name}` in {config_path} never had an effect, and is refused from 0.3 on.",

@@ -18,7 +18,7 @@ from torch import nn
 from ..diffusion.noise import is_flow_matching
 from ..saving.mixins import is_component
 from ..saving.reading import read_json
-from .arguments import NoiseArguments, TrainingArguments
+from .arguments import TrainingArguments
 from .objectives.from_arguments import make_scheduler
 
 SCHEDULER_FOLDER, MODEL_CONFIG = "scheduler", "config.json"

@@ -7,6 +7,7 @@ where [`DiTModel`] has one. Most other names are the same in both.
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -15,6 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from ...saving.mixins import StandaloneModelMixin
+from ...saving.weight_files import check_saved_folder, expect_all_loaded
 from ..loading import in_dtype
 
 STOCK_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second one in old checkpoints
@@ -37,7 +39,7 @@ def load_stock(stock_model_or_path: "nn.Module | str | os.PathLike", **kwargs: A
         kwargs: Arguments of `DiTTransformer2DModel.from_pretrained`, if a path is given.
 
     Raises:
-        ValueError: if a model of another class is given.
+        ValueError: if a model of another class is given, or a file of a local folder is damaged.
     """
     if isinstance(stock_model_or_path, DiTTransformer2DModel):
         return stock_model_or_path
@@ -45,7 +47,11 @@ def load_stock(stock_model_or_path: "nn.Module | str | os.PathLike", **kwargs: A
         raise ValueError(
             f"Expected `stock_model_or_path` to be a DiTTransformer2DModel, but got a {type(stock_model_or_path).__name__}."
         )
-    return DiTTransformer2DModel.from_pretrained(stock_model_or_path, **kwargs)
+    folder = Path(stock_model_or_path, kwargs.get("subfolder") or "")
+    check_saved_folder(folder, components=False)
+    model, info = DiTTransformer2DModel.from_pretrained(stock_model_or_path, **kwargs | {"output_loading_info": True})
+    expect_all_loaded(info, folder)
+    return model
 
 
 def config_from_stock(stock_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 
 from ..arguments import DataArguments
+from .shards import expect_whole_shards
 
 LATENTS = "latents"  # the column that `encode_latents` writes
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
@@ -39,6 +40,7 @@ def load_images(source: str, image_column: str = "image", split: str = "train") 
     """
     if not source:
         raise ValueError("Expected `dataset` to be a folder, a parquet file or a Hub data set id, but got nothing.")
+    expect_whole_shards(source)
     try:
         if os.path.isfile(source):
             dataset = datasets.load_dataset("parquet", data_files=source, split=split)

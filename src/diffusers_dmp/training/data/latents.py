@@ -15,7 +15,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ...diffusion.latents import vae_downsampling
+from ...saving.finite import expect_finite_weights
 from ...saving.reading import read_json
+from ...saving.weight_files import check_saved_folder
 from ..arguments import DataArguments, option
 from .images import LATENTS, class_names, load_images, to_tensors
 from .shards import make_shard_accelerator, remember_settings, write_shards
@@ -40,6 +42,23 @@ class EncodingArguments(DataArguments):
             raise ValueError(f"Expected `dtype` to be one of {', '.join(DTYPES)}, but got {self.dtype!r}.")
         if self.vae is None:
             raise ValueError("Expected `vae` to be the folder or Hub id of an AutoencoderKL, but got None.")
+
+
+def load_vae(name_or_path: str) -> AutoencoderKL:
+    """
+    Load a VAE that encodes and decodes, and is not trained.
+
+    Args:
+        name_or_path (`str`): Its folder or Hub id.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if a file of a local folder is damaged, or the weights are not finite.
+    """
+    check_saved_folder(name_or_path, components=False)
+    vae = AutoencoderKL.from_pretrained(name_or_path)
+    expect_finite_weights(vae, name_or_path)
+    return vae.requires_grad_(False).eval()
 
 
 def latent_distribution(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,7 +87,7 @@ def encode_latents(args: EncodingArguments) -> None:
     if LATENTS in dataset.column_names:
         raise ValueError(f"Expected `dataset` to hold images, but got latents in {args.dataset!r}.")
     class_names(dataset, args.label_column)  # raises where training would
-    vae = AutoencoderKL.from_pretrained(args.vae).requires_grad_(False).eval()
+    vae = load_vae(str(args.vae))
     _check_vae(args, vae)
     vae.to(accelerator.device)
     with accelerator.main_process_first():

@@ -1,6 +1,7 @@
 """Data sets written as parquet shards, by any number of processes; an interrupted run goes on with the missing shards."""
 
 import json
+import logging
 import math
 from collections.abc import Callable
 from datetime import timedelta
@@ -8,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
-from ...saving.reading import read_json
+from ...saving.reading import beginning_of, expect_binary, read_json
 from ...saving.whole import written_whole
+
+logger = logging.getLogger(__name__)
 
 MAX_WAIT = timedelta(days=1)  # for the other processes' last shards; by default a process waits ten minutes
 
@@ -59,7 +64,7 @@ def write_shards(
     description: str,
 ) -> None:
     """
-    Write the missing ones of the shards `train-<i>-of-<n>.parquet`, each whole or not at all.
+    Write the missing and damaged ones of the shards `train-<i>-of-<n>.parquet`, each whole or not at all.
 
     Args:
         accelerator (`Accelerator`): Of all processes, each of which has to call.
@@ -72,9 +77,9 @@ def write_shards(
     """
     num_shards = math.ceil(num_items / shard_size)
     paths = [Path(output_dir, f"train-{shard:05d}-of-{num_shards:05d}.parquet") for shard in range(num_shards)]
-    missing = [shard for shard, path in enumerate(paths) if not path.exists()]
+    rows = {shard: range(num_items)[shard * shard_size :][:shard_size] for shard in range(num_shards)}
+    missing = [shard for shard, path in enumerate(paths) if not (path.exists() and _is_whole(path, len(rows[shard])))]
     accelerator.wait_for_everyone()  # no process writes before all have looked
-    rows = {shard: range(num_items)[shard * shard_size :][:shard_size] for shard in missing}
     own = missing[accelerator.process_index :: accelerator.num_processes]
     with tqdm(
         total=sum(len(rows[shard]) for shard in own),
@@ -88,3 +93,49 @@ def write_shards(
             made = make_shard(rows[shard], progress)
             with written_whole(paths[shard]) as unfinished:
                 made.to_parquet(unfinished)
+
+
+def expect_whole_shards(source: str) -> None:
+    """
+    Check that a parquet file, or those in a folder, are whole. Only their last bytes are read, which tell the number of rows.
+
+    Args:
+        source (`str`): The file or folder; anything else, such as the id of a data set on the Hub, is not looked at.
+
+    Raises:
+        ValueError: if a file is cut off or no parquet; it is named.
+    """
+    path = Path(source)
+    for file in sorted(path.glob("**/*.parquet")) if path.is_dir() else [path] if path.suffix == ".parquet" else []:
+        if file.is_file():
+            expect_parquet(file)
+
+
+def expect_parquet(path: Path) -> int:
+    """
+    Return the number of rows of a parquet file.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is cut off or no parquet.
+    """
+    kind = "a whole parquet file"
+    beginning = beginning_of(path, kind)
+    expect_binary(beginning, path, kind)
+    try:
+        return pa.parquet.read_metadata(path).num_rows
+    except (pa.ArrowException, OSError) as error:
+        reason = "it is cut off" if beginning.startswith(b"PAR1") else "got another kind of file"
+        raise ValueError(f"Expected {str(path)!r} to be {kind}, but {reason}; make or download it again.") from error
+
+
+def _is_whole(path: Path, num_rows: int) -> bool:
+    """Whether a shard can be kept; of one that cannot, the log says so."""
+    try:
+        found = expect_parquet(path)
+    except ValueError as error:
+        logger.warning("%s It is written again.", error)
+        return False
+    if found != num_rows:
+        logger.warning("Expected %s to hold %d rows, but got %d. It is written again.", path, num_rows, found)
+    return found == num_rows

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from ...diffusion.latents import vae_downsampling
 from ..arguments import SharedTrainingArguments, TrainingArguments
 from .images import class_names, load_images
-from .latents import check_latents
+from .latents import check_latents, load_vae
 
 
 @dataclass(kw_only=True)
@@ -60,7 +60,7 @@ def load_training_data(accelerator: Accelerator, args: SharedTrainingArguments) 
     set_seed(args.seed)  # for the new weights, and the model's own dropout
     vae = None
     if args.vae is not None:
-        vae = AutoencoderKL.from_pretrained(args.vae).requires_grad_(False).eval()
+        vae = load_vae(args.vae)
     validation = None
     with accelerator.main_process_first():  # the other processes then read its cache
         dataset = load_images(args.dataset, args.image_column, args.dataset_split)
