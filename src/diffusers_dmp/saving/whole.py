@@ -21,12 +21,17 @@ def written_whole(path: "str | os.PathLike") -> Iterator[Path]:
         path: The final name. Folders above it are made.
 
     Yields:
-        `Path`: Where to write. After an exception the temporary file stays there, and `path` as it was.
+        `Path`: Where to write. After an exception nothing is left there, and `path` is as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    yield unfinished_path(path)
-    finish(path)
+    remove(unfinished_path(path))  # what a killed process left
+    try:
+        yield unfinished_path(path)
+        finish(path)
+    except BaseException:
+        remove(unfinished_path(path))
+        raise
 
 
 def unfinished_path(path: Path) -> Path:
@@ -35,7 +40,40 @@ def unfinished_path(path: Path) -> Path:
 
 
 def finish(path: Path) -> None:
-    """Rename `unfinished_path(path)` to `path`, over what was there before."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    unfinished_path(path).replace(path)
+    """Rename `unfinished_path(path)` to `path`, over what was there before, when all of it is on the disk."""
+    unfinished = unfinished_path(path)
+    for file in [*unfinished.rglob("*"), unfinished]:
+        flush(file)
+    if path.is_dir():  # which cannot be replaced in one step
+        remove(_removed_path(path))
+        path.replace(_removed_path(path))
+    unfinished.replace(path)
+    flush(path.parent)
+    remove(_removed_path(path))
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, if it is there; a folder loses its name first, so that no half of it keeps the name."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    if path != _removed_path(path):
+        remove(_removed_path(path))
+        path = path.replace(_removed_path(path))
+    shutil.rmtree(path)
+
+
+def _removed_path(path: Path) -> Path:
+    """The name under which a folder is removed."""
+    return path if path.suffix == ".removed" else path.with_name(path.name + ".removed")
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the list of a folder's files, is on the disk and would survive a crash of the computer."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders, and needs no such call
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
