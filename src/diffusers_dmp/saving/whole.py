@@ -63,6 +63,12 @@ def remove(path: Path) -> None:
     shutil.rmtree(path)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process left in a folder: what was not complete yet, and what was not wholly removed."""
+    for path in [*folder.glob("*.unfinished"), *folder.glob("*.removed")]:
+        remove(path)
+
+
 def _removed_path(path: Path) -> Path:
     """The name under which a folder is removed."""
     return path if path.suffix == ".removed" else path.with_name(path.name + ".removed")

@@ -70,7 +70,7 @@ def explained_disk_errors(path: Path) -> Iterator[None]:
         remove(unfinished_path(path))
         free = shutil.disk_usage(path.parent).free
         raise OSError(
-            f"Could not write {path} ({free / GIGABYTE:.1f} GB are free there): {error}. Everything earlier is as it was; "
+            f"Could not write {path} ({free / GIGABYTE:.1f} GB are free there): {str(error).splitlines()[0]}. Everything earlier is as it was; "
             "with enough space, the same command with `--resume_from_checkpoint latest` goes on from the last checkpoint."
         ) from error
 

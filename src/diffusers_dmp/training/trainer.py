@@ -13,7 +13,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, LoggerType, ProjectConfiguration, set_seed
 from torch import nn
 
-from ..saving.whole import written_whole
+from ..saving.whole import remove_leftovers, written_whole
 from .arguments import SharedTrainingArguments
 from .checkpoints import checkpoint_to_resume
 from .data.training_data import TrainingData
@@ -126,10 +126,11 @@ def train(
 
 
 def prepare_output_dir(args: SharedTrainingArguments) -> None:
-    """Write the arguments into `output_dir`, and remove the summary of an earlier run: this one is not finished."""
+    """Write the arguments into `output_dir`, and remove what an earlier run left that does not hold for this one."""
+    remove_leftovers(Path(args.output_dir))
+    Path(args.output_dir, SUMMARY_NAME).unlink(missing_ok=True)  # this run is not finished
     with written_whole(Path(args.output_dir, ARGUMENTS_NAME)) as unfinished:
         unfinished.write_text(yaml.safe_dump(dataclasses.asdict(args), sort_keys=False))
-    Path(args.output_dir, SUMMARY_NAME).unlink(missing_ok=True)
 
 
 def write_summary(
