@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers_dmp import PromptPatch
+from diffusers_dmp.saving.whole import written_whole
 from diffusers_dmp.training.arguments import TrainingArguments, option, parse_arguments
 from diffusers_dmp.training.base_schedule import check_base_schedule
 from diffusers_dmp.training.data.training_data import load_training_data
@@ -89,9 +90,8 @@ def train_dmp(args: DMPTrainingArguments) -> None:
     )
     train(accelerator, args, PromptedTransformer(patch), objective, data, recipe)
     if accelerator.is_main_process:
-        shutil.copytree(
-            Path(args.output_dir, "pipeline", "prompt_patch"), Path(args.output_dir, "patch"), dirs_exist_ok=True
-        )
+        with written_whole(Path(args.output_dir, "patch")) as unfinished:
+            shutil.copytree(Path(args.output_dir, "pipeline", "prompt_patch"), unfinished)
     accelerator.end_training()
 
 

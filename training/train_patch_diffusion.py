@@ -19,6 +19,7 @@ from diffusers_dmp.training.arguments import (
 from diffusers_dmp.training.data.training_data import TrainingData, load_training_data
 from diffusers_dmp.training.experts import ExpertTraining, train_experts
 from diffusers_dmp.training.objectives.from_arguments import make_objective, make_scheduler
+from diffusers_dmp.training.pipeline_output import save_whole
 from diffusers_dmp.training.recipe import TrainingRecipe
 from diffusers_dmp.training.summary import TrainingSummary
 from diffusers_dmp.training.trainer import make_accelerator
@@ -70,7 +71,7 @@ def train_patch_diffusion(args: PatchDiffusionTrainingArguments) -> None:
     if len(experts) > 1 and accelerator.is_main_process:
         parts = [DiffusionPipeline.from_pretrained(folder / "pipeline") for folder in folders]
         pipeline = SNRSplitPipeline.from_pipelines(parts, args.snr_boundaries)
-        pipeline.save_pretrained(Path(args.output_dir, "pipeline"))
+        save_whole(pipeline, Path(args.output_dir, "pipeline"))
         TrainingSummary.of_experts(folders).save(args.output_dir)
     accelerator.end_training()
 

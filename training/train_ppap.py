@@ -23,6 +23,7 @@ from diffusers_dmp.training.objectives import distillation
 from diffusers_dmp.training.objectives.from_arguments import noise_schedule
 from diffusers_dmp.training.objectives.objective import Objective
 from diffusers_dmp.training.recipe import TrainingRecipe
+from diffusers_dmp.training.resources import explained_disk_errors
 from diffusers_dmp.training.summary import TrainingSummary
 from diffusers_dmp.training.trainer import make_accelerator
 
@@ -134,7 +135,8 @@ def make_experts(args: PPAPTrainingArguments) -> GuidanceExperts:
 def save_expert(experts: GuidanceExperts, expert: int, folder: Path) -> None:
     """Write the tensors of one expert."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in experts.expert_tensors(expert).items()}
-    with written_whole(folder / WEIGHTS_NAME) as unfinished:
+    path = folder / WEIGHTS_NAME
+    with explained_disk_errors(path), written_whole(path) as unfinished:
         save_file(tensors, unfinished)
 
 
@@ -147,7 +149,9 @@ def bundle(experts: GuidanceExperts, folders: list[Path], output_dir: Path) -> N
             for name, tensor in read_safetensors(folder / WEIGHTS_NAME).items()
         }
     )
-    experts.save_pretrained(output_dir / "experts")
+    path = output_dir / "experts"
+    with explained_disk_errors(path), written_whole(path) as unfinished:
+        experts.save_pretrained(unfinished)
     TrainingSummary.of_experts(folders).save(output_dir)
 
 

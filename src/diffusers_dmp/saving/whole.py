@@ -1,4 +1,4 @@
-"""Write files and folders completely or not at all, also if the process is killed or the power fails."""
+"""Write files and folders completely or not at all."""
 
 import os
 import shutil
@@ -21,13 +21,17 @@ def written_whole(path: "str | os.PathLike") -> Iterator[Path]:
         path: The final name. Folders above it are made.
 
     Yields:
-        `Path`: Where to write; nothing is there yet. After an exception the temporary file stays there, and `path` as it was.
+        `Path`: Where to write. After an exception nothing is left there, and `path` is as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove(unfinished_path(path))  # what a run left there that was killed
-    yield unfinished_path(path)
-    finish(path)
+    remove(unfinished_path(path))  # what a killed process left
+    try:
+        yield unfinished_path(path)
+        finish(path)
+    except BaseException:
+        remove(unfinished_path(path))
+        raise
 
 
 def unfinished_path(path: Path) -> Path:
@@ -36,40 +40,46 @@ def unfinished_path(path: Path) -> Path:
 
 
 def finish(path: Path) -> None:
-    """
-    Rename `unfinished_path(path)` to `path`, over what was there before.
-
-    Everything is on the disk before it gets its name: a file system may otherwise keep the new name and lose the content.
-    """
+    """Rename `unfinished_path(path)` to `path`, over what was there before, when all of it is on the disk."""
     unfinished = unfinished_path(path)
-    for folder, _, names in os.walk(unfinished):  # nothing for a file
-        for name in names:
-            _flush(Path(folder, name))
-        _flush(Path(folder))
-    _flush(unfinished)
-    replaced = path.with_name(path.name + ".replaced")
-    if path.is_dir():  # nothing replaces a folder in one step; out of the way at once, so that no half of it is seen
-        _remove(replaced)
-        path.rename(replaced)
+    for file in [*unfinished.rglob("*"), unfinished]:
+        flush(file)
+    if path.is_dir():  # which cannot be replaced in one step
+        remove(_removed_path(path))
+        path.replace(_removed_path(path))
     unfinished.replace(path)
-    _flush(path.parent)
-    _remove(replaced)
+    flush(path.parent)
+    remove(_removed_path(path))
 
 
-def _flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    if os.name == "nt":  # which opens no folders, and flushes only what is open for writing
+def remove(path: Path) -> None:
+    """Remove a file, link or folder, if it is there; a folder loses its name first, so that no half of it keeps the name."""
+    if not path.is_dir() or path.is_symlink():
+        path.unlink(missing_ok=True)
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    if path != _removed_path(path):
+        remove(_removed_path(path))
+        path = path.replace(_removed_path(path))
+    shutil.rmtree(path)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process left in a folder: what was not complete yet, and what was not wholly removed."""
+    for path in [*folder.glob("*.unfinished"), *folder.glob("*.removed")]:
+        remove(path)
+
+
+def _removed_path(path: Path) -> Path:
+    """The name under which a folder is removed."""
+    return path if path.suffix == ".removed" else path.with_name(path.name + ".removed")
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the list of a folder's files, is on the disk and would survive a crash of the computer."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders, and needs no such call
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    """Remove a file, a link or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -1,9 +1,11 @@
 """Trainings of several experts, each a model of its own in a folder of its own: one of them, or all in turn."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from accelerate.utils import set_seed
 from torch import nn
 
 from .arguments import SharedTrainingArguments
@@ -11,7 +13,11 @@ from .checkpoints import expect_no_checkpoints
 from .data.training_data import TrainingData
 from .objectives.objective import Objective
 from .recipe import TrainingRecipe
+from .resuming import CONTENTS, differing_arguments, recorded_arguments, resolved_arguments
+from .summary import SUMMARY_NAME
 from .trainer import make_accelerator, train
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -37,7 +43,7 @@ def train_experts(
     find_unused_parameters: bool = False,
 ) -> None:
     """
-    Train experts one after another.
+    Train experts one after another; those that an interrupted run has finished are skipped when it is resumed.
 
     Args:
         args ([`SharedTrainingArguments`]): Everything that can be set; `output_dir` is replaced by the expert's folder.
@@ -56,6 +62,21 @@ def train_experts(
             expect_no_checkpoints(folders[expert])
     for expert in experts:
         own_args = dataclasses.replace(args, output_dir=str(folders[expert]))
+        if args.resume_from_checkpoint == "latest" and is_finished(own_args):
+            logger.warning("Expert %d in %s is finished: skipped.", expert, folders[expert])
+            continue
+        set_seed(args.seed)  # so that its first weights do not depend on the experts that were trained before
         own = prepare(expert)
         accelerator = make_accelerator(own_args, find_unused_parameters)
         train(accelerator, own_args, own.model, own.objective, data, own.recipe)
+
+
+def is_finished(args: SharedTrainingArguments) -> bool:
+    """Whether a training with these arguments, but for those that may change, has ended in `args.output_dir`."""
+    recorded, now = recorded_arguments(Path(args.output_dir)), resolved_arguments(args)
+    return (
+        recorded is not None
+        and Path(args.output_dir, SUMMARY_NAME).is_file()
+        and all(recorded.get(name) == now[name] for name in ("max_train_steps", *CONTENTS))
+        and not differing_arguments(recorded, now, args)
+    )

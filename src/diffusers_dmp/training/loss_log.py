@@ -1,8 +1,6 @@
 """What a training logs while it runs."""
 
 import json
-import logging
-import math
 import time
 from contextlib import contextmanager
 
@@ -15,8 +13,6 @@ from .arguments import SharedTrainingArguments
 from .loop import TrainingStep
 
 NUM_LOSS_BANDS = 8  # the number of uniform intervals of timesteps for which the loss is logged separately
-
-logger = logging.getLogger(__name__)
 
 
 def trackable(args: SharedTrainingArguments) -> dict:
@@ -97,8 +93,6 @@ class LossLog:
         for low, high, total, count in zip(edges, edges[1:], band_losses.tolist(), band_counts.tolist()):
             if count:
                 values[f"loss_by_timestep/{low:04d}-{high - 1:04d}"] = total / count
-        if not math.isfinite(loss):
-            logger.warning("The loss is %s at step %d.", loss, done.step)
         self.progress.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{values['images_per_second']:.0f}")
         self.accelerator.log(values, step=done.step)
 

@@ -12,6 +12,7 @@ from transformers import get_scheduler
 from .arguments import OptimisationArguments
 from .objectives.objective import Objective
 
+HYPERPARAMETERS = ("lr", "initial_lr", "weight_decay", "betas")  # of a parameter group, which the arguments decide
 MIN_LR_SCHEDULE = "cosine_with_min_lr"  # the only schedule that takes `min_lr_rate`
 
 
@@ -57,6 +58,31 @@ def make_lr_scheduler(
         num_training_steps=args.max_train_steps,
         scheduler_specific_kwargs={"min_lr_rate": args.min_lr_rate} if args.lr_scheduler == MIN_LR_SCHEDULE else {},
     )
+
+
+def hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What the arguments decide of each parameter group."""
+    return [{name: group[name] for name in HYPERPARAMETERS if name in group} for group in optimizer.param_groups]
+
+
+def set_hyperparameters(
+    optimizer: torch.optim.Optimizer, lr_scheduler: torch.optim.lr_scheduler.LRScheduler, wanted: list[dict[str, Any]]
+) -> None:
+    """
+    Let the arguments decide again, after a checkpoint was loaded, which restores its own values.
+
+    Args:
+        optimizer, lr_scheduler: As they were loaded.
+        wanted (`list[dict]`): As [`hyperparameters`] returned it before that.
+    """
+    for group, values in zip(optimizer.param_groups, wanted):
+        group.update(values)
+    lr_scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+    # transformers' schedules are factors of the initial rates, by the number of steps done
+    factors = [factor(lr_scheduler.last_epoch) for factor in lr_scheduler.lr_lambdas]  # type: ignore[attr-defined]
+    for group, base_lr, factor in zip(optimizer.param_groups, lr_scheduler.base_lrs, factors):
+        group["lr"] = base_lr * factor
+    lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def make_ema(args: OptimisationArguments, model: nn.Module) -> EMAModel | None:

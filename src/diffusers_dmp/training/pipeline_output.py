@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 
 from ..pipelines import ClassConditionalPipeline
@@ -13,6 +14,7 @@ from ..saving.whole import written_whole
 from .arguments import SharedTrainingArguments
 from .data.training_data import TrainingData
 from .loop import TrainingParts
+from .resources import explained_disk_errors
 
 NUM_ROWS, MAX_COLUMNS = 4, 10  # of the grid of samples
 
@@ -29,9 +31,9 @@ def trained_pipeline(parts: TrainingParts, data: TrainingData) -> ClassCondition
     )
 
 
-def save_whole(pipeline: ClassConditionalPipeline, path: Path) -> None:
+def save_whole(pipeline: DiffusionPipeline, path: Path) -> None:
     """Save a pipeline; the folder gets its name when it is complete, and replaces what an earlier run left there."""
-    with written_whole(path) as unfinished:
+    with explained_disk_errors(path), written_whole(path) as unfinished:
         pipeline.save_pretrained(unfinished)
 
 
@@ -53,9 +55,9 @@ def save_samples(
         generator=torch.Generator(accelerator.device).manual_seed(args.seed),
     )
     path = Path(args.output_dir, "samples", f"step-{step}.png")
-    path.parent.mkdir(exist_ok=True)
     grid = make_image_grid(output.images, NUM_ROWS, columns)
-    grid.save(path)
+    with explained_disk_errors(path), written_whole(path) as unfinished:
+        grid.save(unfinished, format="png")
     pixels = np.asarray(grid.convert("RGB"))[None]  # (1, H, W, 3)
     for tracker in accelerator.trackers:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

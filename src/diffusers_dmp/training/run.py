@@ -1,27 +1,46 @@
 """One training run: everything that it needs, and what it writes while it runs."""
 
+import logging
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import nn
 
 from .arguments import SharedTrainingArguments
-from .checkpoints import save_checkpoint
+from .checkpoints import PREFIX, checkpoint_step, save_checkpoint
 from .conditions import LabelConditions
 from .data.batches import training_batches
 from .data.training_data import TrainingData
 from .denoiser import Denoiser
+from .finite import FiniteCheck
+from .interruption import Interruption
 from .loop import TrainingParts, TrainingStep, training_steps
 from .loss_log import ExpertCounts, LossLog
 from .objectives.objective import Objective
-from .optimisation import averaged_weights, learns, make_ema, make_lr_scheduler, make_optimizer
+from .optimisation import (
+    averaged_weights,
+    hyperparameters,
+    learns,
+    make_ema,
+    make_lr_scheduler,
+    make_optimizer,
+    set_hyperparameters,
+)
 from .pipeline_output import save_samples, save_whole, trained_pipeline
 from .recipe import TrainingRecipe
+from .resources import num_bytes
+from .resuming import run_record
 from .validation import validation_loss
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -35,6 +54,7 @@ class TrainingRun:
         data ([`TrainingData`]): What it is trained on.
         ema ([`EMAModel`], *optional*): The averaged weights.
         expert_counts ([`ExpertCounts`], *optional*): The number of samples that each expert was trained on.
+        record (`dict[str, Any]`): What its checkpoints say of it; see [`run_record`].
     """
 
     parts: TrainingParts
@@ -42,6 +62,10 @@ class TrainingRun:
     data: TrainingData
     ema: EMAModel | None
     expert_counts: ExpertCounts | None
+    record: dict[str, Any]
+
+    def __post_init__(self):
+        self.finite = FiniteCheck(self.parts.accelerator, self.args.num_train_timesteps)
 
     def describe(self) -> dict[str, Any]:
         """What the summary says of the model with its present weights; every process has to call."""
@@ -50,42 +74,131 @@ class TrainingRun:
             description["validation_loss"] = validation_loss(self.parts, self.args, self.data.validation)
         return description
 
+    def needed_bytes(self) -> int:
+        """The size of a checkpoint and of the pipeline, about."""
+        model = self.parts.plain_model
+        learned = [parameter for group in self.parts.optimizer.param_groups for parameter in group["params"]]
+        averaged = [] if self.ema is None else self.ema.shadow_params
+        saved = [model] if self.parts.recipe.save is not None else self._pipeline_components()
+        # weights, AdamW's two moments, averaged weights
+        checkpoint = num_bytes(model.state_dict().values()) + 2 * num_bytes(learned) + num_bytes(averaged)
+        return checkpoint + sum(num_bytes(module.state_dict().values()) for module in saved)
+
+    def _pipeline_components(self) -> list[nn.Module]:
+        components = trained_pipeline(self.parts, self.data).components.values()
+        return [component for component in components if isinstance(component, nn.Module)]
+
+    def resume(self, checkpoint: Path | None) -> int:
+        """
+        Load a checkpoint; the arguments' learning rates, weight decay, betas and EMA decay then take effect.
+
+        Returns:
+            `int`: The number of steps that are done; 0 without a checkpoint.
+        """
+        if checkpoint is None:
+            return 0
+        wanted = hyperparameters(self.parts.optimizer)
+        self.parts.accelerator.load_state(str(checkpoint))
+        set_hyperparameters(self.parts.optimizer, self.parts.lr_scheduler, wanted)
+        if self.ema is not None:
+            self.ema.decay = self.args.ema_decay
+        step = checkpoint_step(checkpoint)
+        if step == self.args.max_train_steps and self.parts.accelerator.is_main_process:
+            logger.warning("%s is at `max_train_steps` already: there is nothing left to train.", checkpoint)
+        return step
+
     def train_from(self, first_step: int) -> float:
-        """Do all steps from `first_step` on, with all that is written along the way. Returns the duration in seconds."""
+        """
+        Do all steps from `first_step` on, with all that is written along the way. Returns the duration in seconds.
+
+        Raises:
+            ValueError: if a loss or a weight is not finite.
+            SystemExit: after SIGTERM or Ctrl-C, when a checkpoint is written.
+        """
         batches = training_batches(self.parts.accelerator, self.args, self.data.dataset, first_step)
         steps = training_steps(self.parts, self.args, batches, first_step)
         log = LossLog(self.parts.accelerator, self.args, first_step)
         started = time.perf_counter()
-        for done in steps:
-            if self.ema is not None:
-                self.ema.step(self.parts.plain_model.parameters())
-            if self.expert_counts is not None and done.experts is not None:
-                self.expert_counts.add(done.experts.owners, self.args.batch_size)
-            log(done, float(self.parts.lr_scheduler.get_last_lr()[0]))
-            with log.paused():
-                self._write_along_the_way(done)
-        log.close()
+        with Interruption(self.parts.accelerator) as interruption, closing(log):
+            for done in steps:
+                if self.ema is not None:
+                    self.ema.step(self.parts.plain_model.parameters())
+                if self.expert_counts is not None and done.experts is not None:
+                    self.expert_counts.add(done.experts.owners, self.args.batch_size)
+                learning_rate = float(self.parts.lr_scheduler.get_last_lr()[0])
+                self.finite.add(done, learning_rate)
+                if done.step % self.args.logging_steps == 0 or done.step == self.args.max_train_steps:
+                    self.finite.expect_finite_losses()
+                log(done, learning_rate)
+                with log.paused():
+                    self._write_along_the_way(done)
+                received = interruption.signal_received()
+                if received is not None:
+                    self._end_early(done, received)
         return time.perf_counter() - started
 
     def _write_along_the_way(self, done: TrainingStep) -> None:
         """The pipeline, checkpoint and samples that are due after a step."""
         accelerator, args = self.parts.accelerator, self.args
+        pipeline_is_due, samples_are_due = (
+            steps > 0 and done.step % steps == 0 for steps in (args.pipeline_steps, args.sample_steps)
+        )
+        checkpoint_is_due = done.step % args.checkpointing_steps == 0
+        if pipeline_is_due or samples_are_due or checkpoint_is_due:
+            self._expect_finite(done.step)
         # before the checkpoint, so that a run that is resumed from it has the pipeline too
-        if args.pipeline_steps and done.step % args.pipeline_steps == 0 and accelerator.is_main_process:
+        if pipeline_is_due and accelerator.is_main_process:
             with averaged_weights(self.parts.plain_model, self.ema):
                 save_whole(trained_pipeline(self.parts, self.data), Path(args.output_dir, f"pipeline-{done.step}"))
-        if done.step % args.checkpointing_steps == 0:
-            save_checkpoint(accelerator, args, done.step)
-        if args.sample_steps and done.step % args.sample_steps == 0 and accelerator.is_main_process:
+        if checkpoint_is_due:
+            save_checkpoint(accelerator, args, done.step, self.record)
+        if samples_are_due and accelerator.is_main_process:
             with averaged_weights(self.parts.plain_model, self.ema):
                 save_samples(accelerator, trained_pipeline(self.parts, self.data), args, done.step)
 
+    def _expect_finite(self, step: int) -> None:
+        """Check all losses so far, the weights and their average; every process has to call, before anything is saved."""
+        self.finite.expect_finite_losses()
+        self.finite.expect_finite_weights(self._saved_weights(), step)
+
+    def _saved_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        names = []
+        for name, parameter in self.parts.plain_model.named_parameters():
+            names.append(name)
+            yield name, parameter
+        if self.ema is not None:
+            yield from ((f"the average of {name}", average) for name, average in zip(names, self.ema.shadow_params))
+
+    def _end_early(self, done: TrainingStep, received: int) -> None:
+        """Write a checkpoint, say how to go on, and end the process as shells expect it after a signal."""
+        accelerator, args = self.parts.accelerator, self.args
+        if done.step % args.checkpointing_steps:
+            self._expect_finite(done.step)
+            save_checkpoint(accelerator, args, done.step, self.record)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            logger.warning(
+                "Ended by %s after step %d, in %s. The same command with `--resume_from_checkpoint latest` goes on.",
+                signal.Signals(received).name,
+                done.step,
+                Path(args.output_dir, f"{PREFIX}{done.step}"),
+            )
+        accelerator.end_training()
+        raise SystemExit(128 + received)
+
     def save(self) -> None:
-        """Save the trained model as the recipe says, or as a pipeline."""
+        """
+        Save the trained model as the recipe says, or as a pipeline.
+
+        Raises:
+            ValueError: if its weights are not finite.
+        """
+        model = self.parts.plain_model
+        self.finite.expect_finite_weights(model.named_parameters(), self.args.max_train_steps)
         if self.parts.recipe.save is not None:
-            self.parts.recipe.save(self.parts.plain_model)
+            self.parts.recipe.save(model)
         else:
-            trained_pipeline(self.parts, self.data).save_pretrained(Path(self.args.output_dir, "pipeline"))
+            save_whole(trained_pipeline(self.parts, self.data), Path(self.args.output_dir, "pipeline"))
 
 
 def prepare_run(
@@ -97,6 +210,7 @@ def prepare_run(
     recipe: TrainingRecipe,
 ) -> TrainingRun:
     """Everything that a training needs, on its device and registered for checkpoints; see [`train`]."""
+    record = run_record(args, model, data, uses_loss_scaling=accelerator.mixed_precision == "fp16")
     check_batch(accelerator, args, objective, recipe)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -128,7 +242,7 @@ def prepare_run(
         conditions=conditions,
         vae=data.vae,
     )
-    return TrainingRun(parts=parts, args=args, data=data, ema=ema, expert_counts=expert_counts)
+    return TrainingRun(parts=parts, args=args, data=data, ema=ema, expert_counts=expert_counts, record=record)
 
 
 def check_batch(

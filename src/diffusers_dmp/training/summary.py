@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..saving.reading import read_json
+from ..saving.whole import written_whole
 
 SUMMARY_NAME = "training_summary.json"
 
@@ -47,4 +48,5 @@ class TrainingSummary:
     def save(self, folder: "str | os.PathLike") -> None:
         """Write `training_summary.json` into a folder."""
         values = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        Path(folder, SUMMARY_NAME).write_text(json.dumps(values) + "\n")
+        with written_whole(Path(folder, SUMMARY_NAME)) as unfinished:
+            unfinished.write_text(json.dumps(values) + "\n")

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -12,16 +13,19 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, LoggerType, ProjectConfiguration, set_seed
 from torch import nn
 
+from ..saving.whole import remove_leftovers, written_whole
 from .arguments import SharedTrainingArguments
-from .checkpoints import resume
+from .checkpoints import checkpoint_to_resume
 from .data.training_data import TrainingData
 from .determinism import deterministic_algorithms, prepare_determinism
 from .loss_log import trackable
 from .objectives.objective import Objective
 from .optimisation import averaged_weights
 from .recipe import TrainingRecipe
-from .run import prepare_run
-from .summary import TrainingSummary
+from .resources import check_output_dir, explained_memory_errors
+from .resuming import ARGUMENTS_NAME, expect_same_run
+from .run import TrainingRun, prepare_run
+from .summary import SUMMARY_NAME, TrainingSummary
 
 logger = logging.getLogger(__name__)
 
@@ -83,20 +87,25 @@ def train(
         recipe ([`TrainingRecipe`], *optional*): What the system trains differently from a plain DiT.
 
     Raises:
-        ValueError: if the batch does not divide among processes, accumulation steps and timestep clusters, or if an
-            argument is unknown.
+        ValueError: if the batch does not divide among processes, accumulation steps and timestep clusters, if an argument is
+            unknown, if the checkpoint to resume from is broken or another run's, if `output_dir` cannot be written, if a
+            loss or weight is not finite, or if the memory does not suffice.
+        OSError: if the disk is full.
+        SystemExit: after SIGTERM or Ctrl-C, when a checkpoint is written.
     """
-    with deterministic_algorithms(args.deterministic):
+    with deterministic_algorithms(args.deterministic), explained_memory_errors(accelerator, args):
+        checkpoint = checkpoint_to_resume(args, accelerator.is_main_process)
         run = prepare_run(accelerator, args, model, objective, data, recipe or TrainingRecipe())
+        if checkpoint is not None:
+            expect_same_run(checkpoint, run.record, args)
+        check_output_dir(args.output_dir, run.needed_bytes())
         before = run.describe()
         set_seed(args.seed, device_specific=True)  # for the model's own noise
-        first_step = resume(accelerator, args)
+        first_step = run.resume(checkpoint)
         if run.ema is not None:
             run.ema.to(accelerator.device)
         if accelerator.is_main_process:
-            os.makedirs(args.output_dir, exist_ok=True)
-            resolved = yaml.safe_dump(dataclasses.asdict(args), sort_keys=False)
-            Path(args.output_dir, "training_arguments.yaml").write_text(resolved)
+            prepare_output_dir(args)
         if args.report_to != "none":
             accelerator.init_trackers(Path(args.output_dir).name, config=trackable(args))
 
@@ -108,14 +117,29 @@ def train(
                 run.save()
             after = run.describe()
         if accelerator.is_main_process:
-            summary = TrainingSummary(steps=args.max_train_steps - first_step, train_seconds=round(train_seconds, 1))
-            if run.expert_counts is not None:
-                summary.samples_per_expert = run.expert_counts.samples
-            if after:
-                summary.before, summary.after = before, after
-            summary.save(args.output_dir)
+            write_summary(run, args.max_train_steps - first_step, train_seconds, before, after)
         # This protects the files, and avoids a deadlock of gloo: a process that ends right after a collective can wait
         # forever for a thread that frees the collective's tensors and itself waits for Python's lock.
         accelerator.wait_for_everyone()
         for tracker in accelerator.trackers:
             tracker.finish()
+
+
+def prepare_output_dir(args: SharedTrainingArguments) -> None:
+    """Write the arguments into `output_dir`, and remove what an earlier run left that does not hold for this one."""
+    remove_leftovers(Path(args.output_dir))
+    Path(args.output_dir, SUMMARY_NAME).unlink(missing_ok=True)  # this run is not finished
+    with written_whole(Path(args.output_dir, ARGUMENTS_NAME)) as unfinished:
+        unfinished.write_text(yaml.safe_dump(dataclasses.asdict(args), sort_keys=False))
+
+
+def write_summary(
+    run: TrainingRun, steps: int, train_seconds: float, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    """Write what a finished training reports; see [`TrainingSummary`]."""
+    summary = TrainingSummary(steps=steps, train_seconds=round(train_seconds, 1))
+    if run.expert_counts is not None:
+        summary.samples_per_expert = run.expert_counts.samples
+    if after:
+        summary.before, summary.after = before, after
+    summary.save(run.args.output_dir)

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Sampler
 
 from ..arguments import SharedTrainingArguments
+from ..interruption import ignore_signals
 from .images import training_items
 
 
@@ -81,6 +82,7 @@ def endless_batches(
         batch_sampler=sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,
+        worker_init_fn=ignore_signals,
         # nothing here depends on the loader's base seed, but without a generator it would change the global random state
         generator=torch.Generator().manual_seed(0),
     )

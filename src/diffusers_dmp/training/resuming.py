@@ -1,0 +1,180 @@
+"""Resumed runs: what must be as it was, and what may change."""
+
+import dataclasses
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute
+import torch
+import yaml
+from diffusers import AutoencoderKL
+from torch import nn
+
+from .arguments import OutputArguments, SharedTrainingArguments
+from .checkpoints import read_record
+from .data.training_data import TrainingData
+
+ARGUMENTS_NAME = "training_arguments.yaml"
+
+# An argument decides what is learned, and may not change when a run is resumed, unless it is named here.
+MAY_CHANGE = {
+    # what is written, logged and kept
+    *(field.name for field in dataclasses.fields(OutputArguments)),
+    "expert",
+    # how far and how fast it is optimised
+    "max_train_steps", "learning_rate", "lr_scheduler", "min_lr_rate", "lr_warmup_steps", "weight_decay",
+    "adam_beta1", "adam_beta2", "max_grad_norm", "ema_decay",
+    # memory, speed and precision: the batches are the same
+    "gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "deterministic", "dataloader_num_workers",
+    # folders may move: their contents are compared
+    "dataset", "vae",
+}  # fmt: skip
+# validation only looks; `gate_learning_rate` and the like are those of some parameters
+MAY_CHANGE_PREFIX, MAY_CHANGE_SUFFIX = "validation_", "learning_rate"
+PATHS = ("dataset", "vae", "pretrained_model_name_or_path", "base_model")
+CONTENTS = ("dataset", "vae")  # without a record, as version 0.2 wrote checkpoints, their paths must be the same
+
+MAX_SHOWN = 80  # characters of a value in an error
+
+logger = logging.getLogger(__name__)
+
+
+def may_change(name: str) -> bool:
+    """Whether an argument may change when a run is resumed."""
+    return name in MAY_CHANGE or name.startswith(MAY_CHANGE_PREFIX) or name.endswith(MAY_CHANGE_SUFFIX)
+
+
+def resolved_arguments(args: SharedTrainingArguments) -> dict[str, Any]:
+    """The arguments as YAML holds them, with absolute paths where there are files."""
+    values = yaml.safe_load(yaml.safe_dump(dataclasses.asdict(args)))
+    return _with_absolute_paths(values)
+
+
+def _with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
+    paths = {name: values[name] for name in PATHS if isinstance(values.get(name), str)}
+    return values | {name: os.path.abspath(path) for name, path in paths.items() if os.path.exists(path)}
+
+
+def run_record(
+    args: SharedTrainingArguments, model: nn.Module, data: TrainingData, uses_loss_scaling: bool
+) -> dict[str, Any]:
+    """
+    What a checkpoint records of its run: the arguments, and what identifies model and data wherever they lie.
+
+    Args:
+        args ([`SharedTrainingArguments`]): Everything that can be set.
+        model (`nn.Module`): The model, as it was handed to the training.
+        data ([`TrainingData`]): What it is trained on.
+        uses_loss_scaling (`bool`): Whether it is trained in fp16, whose scaling of the loss is a part of the checkpoint.
+    """
+    names = data.dataset.column_names
+    identity = {
+        "model": type(model).__name__,
+        "images": len(data.dataset),
+        "classes": data.label_names,
+        "labels": _digest(map(str, data.dataset[args.label_column])) if args.label_column in names else None,
+        "image files": _digest(_file_names(data.dataset, args.image_column)) if args.image_column in names else None,
+        "weights of the VAE": None if data.vae is None else _weights_digest(data.vae),
+    }
+    return {"arguments": resolved_arguments(args), "identity": identity, "loss_scaling": uses_loss_scaling}
+
+
+def _digest(texts: Iterable[str]) -> str:
+    """A short hash of texts in their order."""
+    total = hashlib.sha256()
+    for text in texts:
+        total.update(text.encode() + b"\n")
+    return total.hexdigest()[:12]
+
+
+def _file_names(dataset: Any, image_column: str) -> Iterable[str]:
+    """The names, without folders, of a data set's image files; empty ones where images have no name."""
+    column = dataset.select_columns([image_column]).with_format("arrow")
+    for rows in column.iter(10_000):
+        entries = rows[image_column]
+        if not pyarrow.types.is_struct(entries.type):
+            return
+        yield from (os.path.basename(path or "") for path in pyarrow.compute.struct_field(entries, "path").to_pylist())
+
+
+def _weights_digest(vae: AutoencoderKL) -> str:
+    """A short hash of a VAE's weights and scale."""
+    total = hashlib.sha256(repr((vae.config.scaling_factor, vae.config.get("shift_factor"))).encode())
+    for name, tensor in sorted(vae.state_dict().items()):
+        total.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:12]
+
+
+def expect_same_run(checkpoint: Path, record: dict[str, Any], args: SharedTrainingArguments) -> None:
+    """
+    Check that a run goes on with what its checkpoint was trained with, but for the arguments that may change.
+
+    Args:
+        checkpoint (`Path`): The checkpoint.
+        record (`dict[str, Any]`): Of the run; see [`run_record`].
+        args ([`SharedTrainingArguments`]): Its arguments; fields that are not recorded are taken to have been the default.
+
+    Raises:
+        ValueError: if not; all differences are listed.
+    """
+    recorded = read_record(checkpoint)
+    arguments = recorded.get("arguments") or recorded_arguments(checkpoint.parent)
+    if arguments is None:
+        logger.warning("%s does not say what it was trained with: nothing is compared.", checkpoint)
+        return
+    found = differing_arguments(arguments, record["arguments"], args)
+    if "identity" in recorded:
+        found += differences(recorded["identity"], record["identity"])
+    else:
+        found += differences(
+            *({name: values.get(name) for name in CONTENTS} for values in (arguments, record["arguments"]))
+        )
+    if record["loss_scaling"] and not recorded.get("loss_scaling", True):
+        found.append("mixed_precision: without loss scaling → fp16")
+    if found:
+        raise ValueError(
+            f"Expected the arguments and data that {checkpoint} was trained with, but got other ones: {'; '.join(found)}. "
+            "To train the weights further in another way, start a new run from the pipeline, in another `output_dir`."
+        )
+
+
+def recorded_arguments(folder: Path) -> dict[str, Any] | None:
+    """The arguments in a training's folder; None if there are none."""
+    file = folder / ARGUMENTS_NAME
+    return _with_absolute_paths(yaml.safe_load(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def differing_arguments(recorded: Mapping[str, Any], now: Mapping[str, Any], args: Any) -> list[str]:
+    """The arguments that may not change, and have changed."""
+    defaults = {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(args)
+    }
+    without_effect = getattr(args, "without_effect", ())
+    fixed = {name: value for name, value in recorded.items() if not may_change(name) and name not in without_effect}
+    fixed_now = {name: value for name, value in now.items() if not may_change(name)}
+    added = {name: defaults[name] for name in fixed_now.keys() - recorded.keys()}
+    found = differences(fixed | added, fixed_now)
+    if bool(recorded.get("ema_decay")) != bool(now.get("ema_decay")):
+        found += differences({"ema_decay": recorded.get("ema_decay")}, {"ema_decay": now.get("ema_decay")})
+    return found
+
+
+def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two sets of settings, as `name: then → now`."""
+    names = [*recorded, *(name for name in now if name not in recorded)]
+    return [
+        f"{name}: {_shown(recorded.get(name))} → {_shown(now.get(name))}"
+        for name in names
+        if recorded.get(name) != now.get(name)
+    ]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    text = text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
+    return f"{len(value)} {text}" if isinstance(value, list) else text
