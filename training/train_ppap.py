@@ -126,6 +126,7 @@ def make_experts(args: PPAPTrainingArguments) -> GuidanceExperts:
         "rank": args.rank,
         "lora_alpha": args.lora_alpha,
         "target_modules": args.target_modules or None,
+        "noise_schedule": noise_schedule(args),
     }
     if args.network_image_size is not None:
         settings["image_size"] = args.network_image_size

@@ -261,11 +261,10 @@ def load_pipeline(name: str) -> "DiffusionPipeline":
         ValueError: if it is not a pipeline of this package.
     """
     from diffusers import DiffusionPipeline
-    from torch import nn
 
     import diffusers_dmp
 
-    from .saving.finite import expect_finite_weights
+    from .saving.finite import expect_finite_pipeline
     from .saving.weight_files import check_saved_folder
 
     nested = Path(name, "pipeline")
@@ -276,9 +275,7 @@ def load_pipeline(name: str) -> "DiffusionPipeline":
         raise ValueError(
             f"Expected {name!r} to hold a ClassConditionalPipeline or SNRSplitPipeline, but got a {type(pipeline).__name__}."
         )
-    for component, module in pipeline.components.items():
-        if isinstance(module, nn.Module):
-            expect_finite_weights(module, folder / component)
+    expect_finite_pipeline(pipeline, folder)
     return pipeline
 
 

@@ -575,3 +575,26 @@ def test_the_configuration_of_a_guided_scheduler_is_kept_where_it_is_replaced():
     replaced, keeps_variance = prepare_scheduler(scheduler, [model])
     assert replaced.config.use_karras_sigmas and replaced.config.variance_type is None and not keeps_variance
     assert (replaced.scale, replaced.scheduler.scale) == (7.5, 2.0)
+
+
+def test_experts_of_another_noise_schedule_are_not_used_in_silence(tmp_path, recwarn):
+    """Neither made nor loaded ones; the noise levels count, not the scheduler's class."""
+    make_resnet().save_pretrained(tmp_path / "network")
+    schedule = {
+        "num_train_timesteps": 1000,
+        "beta_schedule": "squaredcos_cap_v2",
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+    }
+    made = GuidanceExperts(
+        make_resnet(), **PLAIN, rank=2, base_model_name_or_path=str(tmp_path / "network"), noise_schedule=schedule
+    )
+    made.save_pretrained(tmp_path / "experts")
+    for experts in (made, GuidanceExperts.from_pretrained(tmp_path / "experts")):
+        GuidedScheduler(UniPCMultistepScheduler(beta_schedule="squaredcos_cap_v2"), experts, ClassTarget(1))
+        assert not [each for each in recwarn if "noise levels" in str(each.message)]
+        with pytest.warns(
+            UserWarning, match=r"trained at other noise levels .* ᾱ at timestep 500 is 0.492, not 0.0778"
+        ):
+            GuidedScheduler(DDIMScheduler(beta_start=1e-4, beta_end=0.02), experts, ClassTarget(1))
+        recwarn.clear()

@@ -51,6 +51,18 @@ def noisy_sample(x0: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor, sig
     return alpha * x0 + sigma * noise
 
 
+def are_same_levels(alphas_cumprod: torch.Tensor, others: torch.Tensor) -> bool:
+    """
+    Tell whether two noise schedules are the same up to rounding.
+
+    Args:
+        alphas_cumprod, others (`torch.Tensor` of shape (T,)): ᾱ at each training timestep.
+    """
+    if len(alphas_cumprod) != len(others):
+        return False
+    return torch.allclose(alphas_cumprod.cpu().double(), others.cpu().double(), rtol=1e-3, atol=1e-6)
+
+
 def is_flow_matching(scheduler: SchedulerMixin) -> bool:
     """
     Tell whether a scheduler's noisy samples are those of flow matching, x_t = (1-σ)·x0 + σ·ε with t = σ·T.

@@ -68,7 +68,7 @@ class NpzImages:
 
     def __init__(self, path: "str | os.PathLike"):
         self.path = Path(path)
-        expect_binary(beginning_of(path, "an .npz file"), path, "an .npz file")
+        expect_binary(beginning_of(path, "a whole .npz file"), path, "a whole .npz file")
         try:
             with zipfile.ZipFile(self.path) as archive:
                 names = archive.namelist()

@@ -4,6 +4,8 @@ https://arxiv.org/abs/2212.05973
 Legend: B batch, C channels, H and W height and width in pixels, E experts, T diffusion timesteps.
 """
 
+from typing import Any
+
 import torch
 from diffusers.configuration_utils import FrozenDict
 from torch import nn
@@ -44,6 +46,8 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
         adapt_head_bias (`bool`): Let each expert own the bias of the classification head as well, as the published code does for
             DeiT. The paper leaves the head as it is.
         base_model_name_or_path (`str`, *optional*): The folder or Hub id that the network was loaded from.
+        noise_schedule (`dict`, *optional*): The arguments of the Diffusers scheduler by whose noise levels the experts are
+            trained, such as `{"beta_schedule": "linear", "beta_end": 0.02}`; a guided scheduler with others is warned of.
         interval_edges (`list[float]` of length E + 1, *optional*): In timesteps, ascending from 0 to T: expert e owns
             `interval_edges[e] <= t < interval_edges[e + 1]`. By default the intervals are of equal length,
             [⌊e·T/E⌋, ⌊(e+1)·T/E⌋).
@@ -72,6 +76,7 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
         adapt_head_bias: bool = False,
         base_model_name_or_path: str | None = None,
         interval_edges: list[float] | None = None,
+        noise_schedule: dict[str, Any] | None = None,
     ):
         super().__init__()
         if method not in METHODS:
@@ -96,6 +101,7 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
             rank_pattern=rank_pattern,
             alpha_pattern=alpha_pattern,
             adapt_head_bias=adapt_head_bias,
+            noise_schedule=noise_schedule,
             base_model_name_or_path=base_model_name_or_path or network.name_or_path,
             base_model_class=type(network).__name__,
             base_model_sha256=network_sha256(network),

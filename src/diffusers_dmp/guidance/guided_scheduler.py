@@ -7,6 +7,7 @@ Legend: B batch, C channels, H and W height and width, in pixels or latent pixel
 import copy
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMParallelScheduler, DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from ..diffusion.noise import are_same_levels
 from ..diffusion.predictions import PREDICTION_TYPES, check_noise_levels, expected_prediction_type, noise_levels
 from .experts import GuidanceExperts
 from .gradient import Guidance, NoisyStep, check_setting
@@ -70,6 +72,9 @@ class GuidedScheduler(SchedulerMixin):
             guided in that step. With 'unguided' that is all; with 'raise' a `FloatingPointError` is raised at the last of the
             timesteps (and not if a pipeline stops before it), so that no step waits for an accelerator.
 
+    Warns:
+        If the experts were trained at other noise levels than the scheduler's.
+
     Raises:
         ValueError: if the scheduler has no ᾱ or another number of training timesteps than the experts, an argument is out of
             range, or the target does not fit the experts' network.
@@ -109,6 +114,7 @@ class GuidedScheduler(SchedulerMixin):
     ):
         experts.intervals.check_scheduler(scheduler)
         check_noise_levels(scheduler)
+        _warn_of_other_levels(experts, scheduler)
         kind = expected_prediction_type(scheduler)
         if kind not in PREDICTION_TYPES:
             raise ValueError(
@@ -276,3 +282,19 @@ def _guided_class(base: Any, scheduler_class: Any) -> type:
 def _new_instance(base: Any, scheduler_class: Any) -> GuidedScheduler:
     """A guided scheduler without attributes, which are set afterwards."""
     return object.__new__(_guided_class(base, scheduler_class))
+
+
+def _warn_of_other_levels(experts: GuidanceExperts, scheduler: Any) -> None:
+    """Warn of experts that would see another noise at a timestep than they were trained on."""
+    trained = experts.config.get("noise_schedule")
+    if trained is None:
+        return
+    levels = DDPMScheduler(**trained).alphas_cumprod
+    if not are_same_levels(levels, scheduler.alphas_cumprod):
+        t = len(levels) // 2
+        warnings.warn(
+            f"The guidance experts were trained at other noise levels than the scheduler's: ᾱ at timestep {t} is "
+            f"{levels[t]:.3g}, not {scheduler.alphas_cumprod[t]:.3g}. They guide worse; train them with the beta_schedule "
+            f"of the pipeline.",
+            stacklevel=4,
+        )

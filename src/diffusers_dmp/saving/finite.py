@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -23,6 +24,22 @@ def expect_finite_weights(weights: "nn.Module | Mapping[str, torch.Tensor]", sou
     """
     tensors = weights.state_dict() if isinstance(weights, nn.Module) else weights
     _check_finite(tensors.items(), source)
+
+
+def expect_finite_pipeline(pipeline: Any, source: "str | os.PathLike") -> None:
+    """
+    Check that the weights of all of a pipeline's components are finite.
+
+    Args:
+        pipeline (`DiffusionPipeline`): The pipeline.
+        source: The folder or Hub id that it is from, for the error.
+
+    Raises:
+        ValueError: if a weight is not; see [`expect_finite_weights`].
+    """
+    for name, component in pipeline.components.items():
+        if isinstance(component, nn.Module):
+            expect_finite_weights(component, os.path.join(source, name))
 
 
 def expect_finite_files(folder: "str | os.PathLike") -> None:

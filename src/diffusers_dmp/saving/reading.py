@@ -124,7 +124,7 @@ def _syntax_error(error: Exception) -> str:
 
 def _mapping(content: Any, path: "str | os.PathLike", kind: str) -> dict[str, Any]:
     if not isinstance(content, dict):
-        raise ValueError(f"Expected {str(path)!r} to hold {kind}, but got a {type(content).__name__}.")
+        raise ValueError(f"Expected {str(path)!r} to hold {kind}, but got {type(content).__name__}.")
     return content
 
 

@@ -43,8 +43,9 @@ def read_weights(path: "str | os.PathLike") -> Any:
     if beginning.startswith(b"PK") and not zipfile.is_zipfile(path):
         raise ValueError(f"Expected {str(path)!r} to be {WEIGHTS}, but it is cut off at the end; {_AGAIN}.")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # training arguments are saved in the same file
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # `argparse.Namespace`: training arguments are saved in the same file. By its path, `torch.load` would go by its name.
+        with torch.serialization.safe_globals([argparse.Namespace]), open(path, "rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     # of a damaged file, the reader raises whatever its content leads to
     except Exception as error:
         raise ValueError(f"Expected {str(path)!r} to be {WEIGHTS}, but {_reason(error)}.") from error

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 
-from ..diffusion.noise import is_flow_matching
+from ..diffusion.noise import are_same_levels, is_flow_matching
 from ..saving.mixins import is_component
 from ..saving.reading import read_json
 from .arguments import TrainingArguments
@@ -105,7 +104,7 @@ def _differences(args: TrainingArguments, base: nn.Module, scheduler: SchedulerM
     if args.learn_sigma and variance_type == "learned":
         yield "`learn_sigma` as learned_range for a base that predicts the variance itself"
     alphas, others = own.alphas_cumprod, scheduler.alphas_cumprod
-    if len(alphas) == len(others) and not _are_close(alphas, others):
+    if len(alphas) == len(others) and not are_same_levels(alphas, others):
         t = len(alphas) // 2
         yield (
             f"`beta_schedule` {args.beta_schedule!r} for a base of {scheduler.config.get('beta_schedule')!r} (ᾱ at timestep {t} "
@@ -123,7 +122,7 @@ def _matching(args: TrainingArguments, base: nn.Module, scheduler: SchedulerMixi
         changed = {name: value for name, value in changed.items() if name not in ("beta_start", "beta_end")}
     try:
         own = DDPMScheduler(**{name: value for name, value in wanted.items() if name != "prediction_type"})
-        reproduced = _are_close(own.alphas_cumprod, scheduler.alphas_cumprod)
+        reproduced = are_same_levels(own.alphas_cumprod, scheduler.alphas_cumprod)
     except (AttributeError, NotImplementedError, TypeError):
         reproduced = False
     if not reproduced or not changed:
@@ -134,8 +133,3 @@ def _matching(args: TrainingArguments, base: nn.Module, scheduler: SchedulerMixi
 def _prediction_type(base: nn.Module, scheduler: SchedulerMixin) -> str:
     config: Any = base.config
     return config.get("prediction_type") or scheduler.config.get("prediction_type", "epsilon")
-
-
-def _are_close(first: torch.Tensor, second: torch.Tensor) -> bool:
-    # in float64, saved and computed schedules differ by float32's rounding
-    return len(first) == len(second) and torch.allclose(first.double(), second.double(), rtol=1e-3, atol=1e-6)

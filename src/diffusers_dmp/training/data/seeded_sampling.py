@@ -13,6 +13,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ...diffusion.schedulers import SCHEDULERS, make_like
+from ...saving.finite import expect_finite_pipeline
+from ...saving.weight_files import check_saved_folder
 from ..arguments import option
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -60,8 +62,13 @@ def load_sampling_pipeline(
         name_or_path (`str`): A folder or Hub id.
         args ([`SeededSamplingArguments`]): For its dtype and scheduler.
         device (`torch.device`): The device to move it to.
+
+    Raises:
+        ValueError: if a file of a local folder is damaged, or weights are not finite, also in this dtype.
     """
+    check_saved_folder(name_or_path)
     pipeline = DiffusionPipeline.from_pretrained(name_or_path, dtype=getattr(torch, args.dtype)).to(device)
+    expect_finite_pipeline(pipeline, name_or_path)
     if args.scheduler:
         pipeline.scheduler = make_like(pipeline.scheduler, args.scheduler)
     for name in ("watermarker", "safety_checker"):  # they would change images that are only learned from or measured
