@@ -188,13 +188,15 @@ class TrainingRun:
 
     def save(self) -> None:
         """
-        Save the trained model as the recipe says, or as a pipeline.
+        Save the trained model as the recipe says, or as a pipeline; every process has to call.
 
         Raises:
             ValueError: if its weights are not finite.
         """
         model = self.parts.plain_model
         self.finite.expect_finite_weights(model.named_parameters(), self.args.max_train_steps)
+        if not self.parts.accelerator.is_main_process:
+            return
         if self.parts.recipe.save is not None:
             self.parts.recipe.save(model)
         else:
