@@ -16,14 +16,37 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from transformers import (
+    DeiTConfig,
+    DeiTForImageClassification,
+    DPTConfig,
+    DPTForDepthEstimation,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
-from diffusers_dmp import DiTModel, DTRTransformer2DModel, PatchedUNet2DModel, PromptPatch, RemixDiTModel
-from diffusers_dmp.training.arguments import TrainingArguments, model_arguments, parse_arguments
+from diffusers_dmp import (
+    DiTModel,
+    DTRTransformer2DModel,
+    GuidanceExperts,
+    PatchedUNet2DModel,
+    PromptPatch,
+    RemixDiTModel,
+)
+from diffusers_dmp.training.arguments import (
+    SharedTrainingArguments,
+    TrainingArguments,
+    model_arguments,
+    parse_arguments,
+)
+from diffusers_dmp.training.objectives.distillation import StudentOutput, prediction
 from diffusers_dmp.training.objectives.from_arguments import make_objective
 from diffusers_dmp.training.objectives.objective import NoisedBatch
 
@@ -105,7 +128,7 @@ def step_bytes(
 
     Args:
         model (`nn.Module`), objective (`nn.Module`): On the `meta` device.
-        args ([`TrainingArguments`]): For the micro-batch, checkpointing and averaging.
+        args ([`SharedTrainingArguments`]): For the micro-batch, checkpointing and averaging.
         shape (`tuple[int, ...]`): Of one sample.
         inputs: Further arguments of the model.
     """
@@ -137,7 +160,7 @@ def step_bytes(
     return weights + kept.total + max(each.total for each in inner) + working
 
 
-def vae_bytes(args: TrainingArguments) -> int:
+def vae_bytes(args: SharedTrainingArguments) -> int:
     """The memory of encoding a micro-batch of images, before the step; nothing for latents that were encoded once."""
     if args.vae is None or "latents" in args.dataset:
         return 0
@@ -156,10 +179,12 @@ def estimate(preset: str, **changes: Any) -> float:
         (3, args.image_size, args.image_size) if args.vae is None else (4, args.image_size // 8, args.image_size // 8)
     )
     batch = args.batch_size // args.gradient_accumulation_steps
-    if classes > 1:
+    if classes > 1 and system != "ppap":
         inputs["class_labels"] = torch.zeros(batch, dtype=torch.long, device="meta")
         inputs["force_drop_ids"] = torch.zeros(batch, dtype=torch.bool, device="meta")
-    objective = make_objective(args, model, in_latents=args.vae is not None).to("meta")
+    objective = (
+        Squares() if system == "ppap" else make_objective(args, model, in_latents=args.vae is not None).to("meta")
+    )
     return max(step_bytes(model.train(), objective, args, shape, **inputs), vae_bytes(args)) / GIGABYTE
 
 
@@ -200,12 +225,56 @@ def make_dmp(config: str, classes: int) -> tuple[nn.Module, TrainingArguments, d
     args = parse_arguments(DMPTrainingArguments, ["--config", config])
     size = "DiT-XL/2" if classes > 1 else "DiT-L/2"
     base = DiTModel.from_preset(size, num_classes=classes, class_dropout_prob=0.1 if classes > 1 else 0.0)
-    patch = PromptPatch.for_transformer(base, mode=args.prompt_mode, topk=args.topk)
-    patch.attach(base)
+    PromptPatch.for_transformer(base, mode=args.prompt_mode, topk=args.topk).attach(base)
     return base, args, {}
 
 
-MAKERS = {"patch": make_patch, "dtr": make_dtr, "remix": make_remix, "dmp": make_dmp}
+class Student(nn.Module):
+    """The first of a network's experts, called as a denoiser is."""
+
+    def __init__(self, network: PreTrainedModel, image_size: int | None):
+        super().__init__()
+        with patch("diffusers_dmp.guidance.experts.network_sha256", return_value=""):  # there are no weights to hash
+            self.experts = GuidanceExperts(network, [0.5] * 3, [0.5] * 3, image_size)
+        self.experts.requires_grad_of_expert(0)
+
+    def forward(self, images: torch.Tensor, timesteps: torch.Tensor) -> StudentOutput:
+        return StudentOutput(sample=prediction(self.experts.run_expert(0, images, merged=False)))
+
+
+class Squares(nn.Module):
+    """A loss of as few tensors as the experts' distillation."""
+
+    def forward(self, output: torch.Tensor, batch: NoisedBatch) -> torch.Tensor:
+        return (output**2).mean()
+
+
+def make_ppap(config: str, classes: int) -> tuple[nn.Module, SharedTrainingArguments, dict[str, Any]]:
+    """One expert of a published network, of whose configuration transformers has the sizes."""
+    from train_ppap import PPAPTrainingArguments
+
+    args = parse_arguments(PPAPTrainingArguments, ["--config", config])
+    network, image_size = NETWORKS[args.base_model]
+    return Student(network(), args.network_image_size or image_size), args, {}
+
+
+# transformers' defaults are ResNet-50 and the hybrid DPT; the second entry is what their image processors scale to
+NETWORKS: dict[str, tuple[Callable[[], PreTrainedModel], int]] = {
+    "microsoft/resnet-50": (lambda: ResNetForImageClassification(ResNetConfig(num_labels=1000)), 224),
+    "facebook/deit-small-patch16-224": (
+        lambda: DeiTForImageClassification(
+            DeiTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_labels=1000)
+        ),
+        224,
+    ),
+    "Intel/dpt-hybrid-midas": (
+        lambda: DPTForDepthEstimation(
+            DPTConfig(is_hybrid=True, neck_hidden_sizes=[256, 512, 768, 768], backbone_out_indices=[2, 5, 8, 11])
+        ),
+        384,
+    ),
+}
+MAKERS = {"patch": make_patch, "dtr": make_dtr, "remix": make_remix, "dmp": make_dmp, "ppap": make_ppap}
 
 
 def published_presets() -> list[str]:
