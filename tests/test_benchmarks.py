@@ -1,5 +1,6 @@
 """Every benchmark runs to its end. The ratios depend on the computer and are not tested."""
 
+import re
 from importlib import import_module
 
 import pytest
@@ -21,3 +22,32 @@ def test_a_benchmark_runs(system, monkeypatch):
     ratios = list(import_module(f"benchmarks.{system}").run(settings))
     assert len({ratio.name for ratio in ratios}) == len(ratios) >= 4
     assert all(ratio.candidate_ms > 0 and ratio.rounds == 2 for ratio in ratios)
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY))
+    monkeypatch.syspath_prepend(str(REPOSITORY / "training"))
+    from benchmarks import memory
+
+    return memory
+
+
+def test_estimated_memory_is_near_the_measured_one(memory):
+    preset, measured = memory.MEASURED
+    assert memory.estimate(preset) == pytest.approx(measured, rel=0.1)
+
+
+def test_what_ran_out_of_memory_on_80_gb_is_estimated_to(memory):
+    assert memory.estimate("patch_lsun256_p2", gradient_accumulation_steps=1) > 80
+    assert memory.estimate("patch_ffhq1024", gradient_accumulation_steps=4) > 80  # micro-batches of 32
+
+
+@pytest.mark.slow
+def test_the_presets_of_published_models_fit_and_say_their_memory(memory):
+    for preset in memory.published_presets():
+        estimated = memory.estimate(preset)
+        assert estimated < 0.9 * 80
+        text = (memory.PRESETS / f"{preset}.yaml").read_text()
+        said = int(re.search(r"Memory of one GPU: (?:estimated|measured) (\d+) GB", text).group(1))
+        assert said == pytest.approx(estimated, rel=0.06), preset

@@ -63,9 +63,9 @@ def remove(path: Path) -> None:
     shutil.rmtree(path)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left in a folder: what was not complete yet, and what was not wholly removed."""
-    for path in [*folder.glob("*.unfinished"), *folder.glob("*.removed")]:
+def remove_leftovers(folder: Path, prefix: str) -> None:
+    """Remove what a killed process left of files and folders whose names begin with `prefix`: halves without a final name."""
+    for path in [*folder.glob(f"{prefix}*.unfinished"), *folder.glob(f"{prefix}*.removed")]:
         remove(path)
 
 

@@ -14,6 +14,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # A terminal and a launcher may both pass on what a user asked for once.
 SECONDS_OF_ONE_REQUEST = 2.0
 LAUNCHED = "ACCELERATE_MIXED_PRECISION"  # `accelerate launch` sets it
+PARENT = os.getppid()  # when this process began, which may be long before its first step
 FIRST_NOTICE = b"\nEnding after this step, with a checkpoint; a second signal ends at once.\n"
 
 
@@ -37,7 +38,7 @@ class Interruption:
     def __init__(self, accelerator: Accelerator):
         self.received: int | None = None
         self.received_at = 0.0
-        self.launcher = os.getppid() if LAUNCHED in os.environ else None
+        self.launcher = PARENT if LAUNCHED in os.environ else None
         self.has_others = accelerator.num_processes > 1
         self.group: Any = None
         if self.has_others and torch.distributed.get_backend() != "gloo":

@@ -66,6 +66,8 @@ def explained_disk_errors(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except torch.OutOfMemoryError:  # a RuntimeError of another kind
+        raise
     except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors raise the last two
         remove(unfinished_path(path))
         free = shutil.disk_usage(path.parent).free

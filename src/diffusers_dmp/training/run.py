@@ -162,11 +162,12 @@ class TrainingRun:
         self.finite.expect_finite_weights(self._saved_weights(), step)
 
     def _saved_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        names = []
-        for name, parameter in self.parts.plain_model.named_parameters():
-            names.append(name)
-            yield name, parameter
+        yield from self.parts.plain_model.state_dict().items()
+        yield from (
+            (name, value) for name, value in self.parts.plain_objective.named_parameters() if value.requires_grad
+        )
         if self.ema is not None:
+            names = (name for name, _ in self.parts.plain_model.named_parameters())
             yield from ((f"the average of {name}", average) for name, average in zip(names, self.ema.shadow_params))
 
     def _end_early(self, done: TrainingStep, received: int) -> None:
@@ -188,13 +189,15 @@ class TrainingRun:
 
     def save(self) -> None:
         """
-        Save the trained model as the recipe says, or as a pipeline.
+        Save the trained model as the recipe says, or as a pipeline; every process has to call.
 
         Raises:
             ValueError: if its weights are not finite.
         """
         model = self.parts.plain_model
-        self.finite.expect_finite_weights(model.named_parameters(), self.args.max_train_steps)
+        self.finite.expect_finite_weights(model.state_dict().items(), self.args.max_train_steps)
+        if not self.parts.accelerator.is_main_process:
+            return
         if self.parts.recipe.save is not None:
             self.parts.recipe.save(model)
         else:

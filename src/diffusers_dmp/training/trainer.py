@@ -15,7 +15,7 @@ from torch import nn
 
 from ..saving.whole import remove_leftovers, written_whole
 from .arguments import SharedTrainingArguments
-from .checkpoints import checkpoint_to_resume
+from .checkpoints import PREFIX, checkpoint_to_resume
 from .data.training_data import TrainingData
 from .determinism import deterministic_algorithms, prepare_determinism
 from .loss_log import trackable
@@ -113,8 +113,7 @@ def train(
 
         accelerator.wait_for_everyone()
         with averaged_weights(run.parts.plain_model, run.ema):
-            if accelerator.is_main_process:
-                run.save()
+            run.save()
             after = run.describe()
         if accelerator.is_main_process:
             write_summary(run, args.max_train_steps - first_step, train_seconds, before, after)
@@ -127,7 +126,8 @@ def train(
 
 def prepare_output_dir(args: SharedTrainingArguments) -> None:
     """Write the arguments into `output_dir`, and remove what an earlier run left that does not hold for this one."""
-    remove_leftovers(Path(args.output_dir))
+    for prefix in (PREFIX, "pipeline"):
+        remove_leftovers(Path(args.output_dir), prefix)
     Path(args.output_dir, SUMMARY_NAME).unlink(missing_ok=True)  # this run is not finished
     with written_whole(Path(args.output_dir, ARGUMENTS_NAME)) as unfinished:
         unfinished.write_text(yaml.safe_dump(dataclasses.asdict(args), sort_keys=False))
