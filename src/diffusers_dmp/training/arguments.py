@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
+from .optimisers import check_lr_schedule, check_optimiser
+
 TRACKERS = ("tensorboard", "wandb", "none")
 
 Arguments = TypeVar("Arguments")
@@ -97,16 +99,29 @@ class OptimisationArguments:
         1, "Number of micro-batches that a process cuts its images of a step into."
     )
     max_train_steps: int = option(400_000, "Optimiser steps.")
+    optimizer: str = option(
+        "adamw",
+        "adamw; adamw_8bit (package bitsandbytes); prodigy (prodigyopt), with `learning_rate` 1; schedule_free_adamw "
+        "(schedulefree), with `ema_decay` 0.",
+    )
     learning_rate: float = option(1e-4, "Learning rate of AdamW.")
     weight_decay: float = option(0.0, "Weight decay of AdamW.")
     adam_beta1: float = option(0.9, "β1 of AdamW.")
     adam_beta2: float = option(0.999, "β2 of AdamW.")
     lr_scheduler: str = option(
         "constant",
-        "Schedule of transformers' get_scheduler: constant, cosine, cosine_with_min_lr, constant_with_warmup, …",
+        "Schedule of transformers' get_scheduler: constant, constant_with_warmup, linear, cosine, cosine_with_restarts, "
+        "cosine_with_min_lr, cosine_warmup_with_min_lr, polynomial, inverse_sqrt, warmup_stable_decay.",
     )
-    min_lr_rate: float = option(0.0, "For cosine_with_min_lr: the final learning rate as a share of the initial one.")
-    lr_warmup_steps: int = option(0, "Steps of linear warm-up, for the schedules that have one.")
+    min_lr_rate: float = option(
+        0.0,
+        "For cosine_with_min_lr, cosine_warmup_with_min_lr and warmup_stable_decay: the final learning rate as a share of "
+        "the initial one.",
+    )
+    lr_warmup_steps: int = option(0, "Steps of linear warm-up, for all schedules but constant.")
+    lr_num_cycles: int = option(1, "For cosine_with_restarts: how many times the learning rate falls.")
+    lr_power: float = option(1.0, "For polynomial: the power of the decay.")
+    lr_decay_steps: int = option(0, "For warmup_stable_decay: how many of the last steps the learning rate falls in.")
     max_grad_norm: float | None = option(None, "Clip the norm of the gradients to this; no clipping by default.")
     ema_decay: float = option(0.9999, "Decay of the averaged weights, which are the ones saved; 0 for no averaging.")
     mixed_precision: str | None = option(None, "no, fp16 or bf16; by default the setting of `accelerate launch`.")
@@ -168,6 +183,8 @@ class SharedTrainingArguments(OutputArguments, OptimisationArguments, NoiseArgum
             raise ValueError(f"Expected `num_train_timesteps` to be at least 2, but got {self.num_train_timesteps}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"Expected `ema_decay` to be in [0, 1), but got {self.ema_decay}.")
+        check_optimiser(self)
+        check_lr_schedule(self, {field.name: field.default for field in dataclasses.fields(OptimisationArguments)})
         if self.report_to not in TRACKERS:
             raise ValueError(f"Expected `report_to` to be one of {', '.join(TRACKERS)}, but got {self.report_to!r}.")
 

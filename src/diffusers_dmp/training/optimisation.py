@@ -11,34 +11,54 @@ from transformers import get_scheduler
 
 from .arguments import OptimisationArguments
 from .objectives.objective import Objective
-
-MIN_LR_SCHEDULE = "cosine_with_min_lr"  # the only schedule that takes `min_lr_rate`
+from .optimisers import SCHEDULES, WARMUP
 
 
 def make_optimizer(
     args: OptimisationArguments, model: nn.Module, objective: Objective, learning_rates: dict[str, float]
 ) -> torch.optim.Optimizer:
     """
-    AdamW for the parameters of a model that need gradients, and for those that the objective learns.
+    The optimiser that `args.optimizer` names, of a model's parameters that need gradients and of those that the objective
+    learns.
 
     Args:
-        args ([`OptimisationArguments`]): For learning rate, weight decay and betas.
+        args ([`OptimisationArguments`]): For the optimiser, learning rate, weight decay and betas.
         model (`nn.Module`): The model to train.
         objective ([`Objective`]): Its parameters have no weight decay, and the objective's own learning rate.
         learning_rates (`dict[str, float]`): The learning rates of parameters that have one of their own, by name.
+
+    Raises:
+        ValueError: if there are several learning rates, and the optimiser takes only one.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     own_groups = [{"params": [parameters.pop(name)], "lr": lr} for name, lr in learning_rates.items()]
     groups: list[dict[str, Any]] = [{"params": list(parameters.values())}, *own_groups]
     if learns(objective):
         groups.append({"params": list(objective.parameters()), "lr": objective.learning_rate, "weight_decay": 0.0})
-    return torch.optim.AdamW(
-        groups,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.weight_decay,
-        fused=True,
-    )
+    shared: dict[str, Any] = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.weight_decay,
+    }
+    if args.optimizer == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(groups, **shared)
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        if len(groups) > 1:
+            rates = sorted({group.get("lr", args.learning_rate) for group in groups})
+            raise ValueError(
+                "Expected another `optimizer` than 'prodigy', which takes one learning rate for all parameters, where "
+                f"some have their own: {', '.join(map(str, rates))}."
+            )
+        return Prodigy(groups, **shared, safeguard_warmup=args.lr_warmup_steps > 0)
+    if args.optimizer == "schedule_free_adamw":
+        from schedulefree import AdamWScheduleFree
+
+        return AdamWScheduleFree(groups, **shared, warmup_steps=args.lr_warmup_steps)
+    return torch.optim.AdamW(groups, **shared, fused=True)
 
 
 def learns(objective: nn.Module) -> bool:
@@ -50,13 +70,26 @@ def make_lr_scheduler(
     args: OptimisationArguments, optimizer: torch.optim.Optimizer
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """The learning-rate schedule that `args.lr_scheduler` names."""
+    own = {name: getattr(args, field) for field, name in SCHEDULES[args.lr_scheduler].items() if field != WARMUP}
     return get_scheduler(
         args.lr_scheduler,
         optimizer,
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=args.max_train_steps,
-        scheduler_specific_kwargs={"min_lr_rate": args.min_lr_rate} if args.lr_scheduler == MIN_LR_SCHEDULE else {},
+        scheduler_specific_kwargs=own,
     )
+
+
+def current_learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate of a model's weights: the schedule's, times Prodigy's estimate or in schedule-free's warm-up."""
+    group = optimizer.param_groups[0]
+    return float(group.get("scheduled_lr", group["lr"] * group.get("d", 1.0)))
+
+
+def schedule_free(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer | None:
+    """The schedule-free optimiser itself, as it may be wrapped; None if it is another one."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    return optimizer if hasattr(optimizer, "train") else None
 
 
 def make_ema(args: OptimisationArguments, model: nn.Module) -> EMAModel | None:
@@ -68,17 +101,27 @@ def make_ema(args: OptimisationArguments, model: nn.Module) -> EMAModel | None:
 
 
 @contextmanager
-def averaged_weights(model: nn.Module, ema: EMAModel | None) -> Iterator[None]:
+def averaged_weights(
+    model: nn.Module, ema: EMAModel | None, optimizer: torch.optim.Optimizer | None = None
+) -> Iterator[None]:
     """
     The model in eval mode and, if they are averaged, with its averaged weights; afterwards in training mode as it was.
 
     Args:
         model (`nn.Module`): The model, not wrapped.
         ema ([`EMAModel`], *optional*): The average.
+        optimizer (`torch.optim.Optimizer`, *optional*): If it is schedule-free, the average is the optimiser's own.
     """
+    averaging = None if optimizer is None else schedule_free(optimizer)
     if ema is not None:
         ema.store(model.parameters())
         ema.copy_to(model.parameters())
+    trained: list[tuple[torch.Tensor, torch.Tensor]] = []
+    if averaging is not None:
+        # its own way back is exact up to rounding only, and a training must not depend on how often it is looked at
+        parameters = [parameter for group in averaging.param_groups for parameter in group["params"]]
+        trained = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in parameters]
+        averaging.eval()  # type: ignore[attr-defined]
     model.eval()
     try:
         yield
@@ -86,3 +129,8 @@ def averaged_weights(model: nn.Module, ema: EMAModel | None) -> Iterator[None]:
         model.train()
         if ema is not None:
             ema.restore(model.parameters())
+        if averaging is not None:
+            averaging.train()  # type: ignore[attr-defined]
+            with torch.no_grad():
+                for parameter, value in trained:
+                    parameter.copy_(value)

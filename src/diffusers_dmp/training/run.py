@@ -1,6 +1,7 @@
 """One training run: everything that it needs, and what it writes while it runs."""
 
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,15 @@ from .denoiser import Denoiser
 from .loop import TrainingParts, TrainingStep, training_steps
 from .loss_log import ExpertCounts, LossLog
 from .objectives.objective import Objective
-from .optimisation import averaged_weights, learns, make_ema, make_lr_scheduler, make_optimizer
+from .optimisation import (
+    averaged_weights,
+    current_learning_rate,
+    learns,
+    make_ema,
+    make_lr_scheduler,
+    make_optimizer,
+    schedule_free,
+)
 from .pipeline_output import save_samples, save_whole, trained_pipeline
 from .recipe import TrainingRecipe
 from .validation import validation_loss
@@ -50,6 +59,10 @@ class TrainingRun:
             description["validation_loss"] = validation_loss(self.parts, self.args, self.data.validation)
         return description
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """A context in which the model has its averaged weights, if there are any, and is in eval mode."""
+        return averaged_weights(self.parts.plain_model, self.ema, self.parts.optimizer)
+
     def train_from(self, first_step: int) -> float:
         """Do all steps from `first_step` on, with all that is written along the way. Returns the duration in seconds."""
         batches = training_batches(self.parts.accelerator, self.args, self.data.dataset, first_step)
@@ -61,7 +74,7 @@ class TrainingRun:
                 self.ema.step(self.parts.plain_model.parameters())
             if self.expert_counts is not None and done.experts is not None:
                 self.expert_counts.add(done.experts.owners, self.args.batch_size)
-            log(done, float(self.parts.lr_scheduler.get_last_lr()[0]))
+            log(done, current_learning_rate(self.parts.optimizer))
             with log.paused():
                 self._write_along_the_way(done)
         log.close()
@@ -72,12 +85,12 @@ class TrainingRun:
         accelerator, args = self.parts.accelerator, self.args
         # before the checkpoint, so that a run that is resumed from it has the pipeline too
         if args.pipeline_steps and done.step % args.pipeline_steps == 0 and accelerator.is_main_process:
-            with averaged_weights(self.parts.plain_model, self.ema):
+            with self.averaged():
                 save_whole(trained_pipeline(self.parts, self.data), Path(args.output_dir, f"pipeline-{done.step}"))
         if done.step % args.checkpointing_steps == 0:
             save_checkpoint(accelerator, args, done.step)
         if args.sample_steps and done.step % args.sample_steps == 0 and accelerator.is_main_process:
-            with averaged_weights(self.parts.plain_model, self.ema):
+            with self.averaged():
                 save_samples(accelerator, trained_pipeline(self.parts, self.data), args, done.step)
 
     def save(self) -> None:
@@ -106,6 +119,8 @@ def prepare_run(
     optimizer = make_optimizer(args, model, objective, recipe.learning_rates)
     lr_scheduler = make_lr_scheduler(args, optimizer)
     prepared_model, optimizer = accelerator.prepare(model, optimizer)
+    if schedule_free(optimizer):
+        optimizer.train()
     prepared_objective = accelerator.prepare(objective) if learns(objective) else objective.to(accelerator.device)
 
     # in the order of their files in a checkpoint

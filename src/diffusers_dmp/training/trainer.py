@@ -18,7 +18,6 @@ from .data.training_data import TrainingData
 from .determinism import deterministic_algorithms, prepare_determinism
 from .loss_log import trackable
 from .objectives.objective import Objective
-from .optimisation import averaged_weights
 from .recipe import TrainingRecipe
 from .run import prepare_run
 from .summary import TrainingSummary
@@ -103,7 +102,7 @@ def train(
         train_seconds = run.train_from(first_step)
 
         accelerator.wait_for_everyone()
-        with averaged_weights(run.parts.plain_model, run.ema):
+        with run.averaged():
             if accelerator.is_main_process:
                 run.save()
             after = run.describe()
