@@ -14,6 +14,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
 from ...saving.whole import written_whole
+from ..progress import progress_bar
 
 MAX_WAIT = timedelta(days=1)  # for the other processes' last shards; by default a process waits ten minutes
 
@@ -75,14 +76,10 @@ def write_shards(
     accelerator.wait_for_everyone()  # no process writes before all have looked
     rows = {shard: range(num_items)[shard * shard_size :][:shard_size] for shard in missing}
     own = missing[accelerator.process_index :: accelerator.num_processes]
-    with tqdm(
-        total=sum(len(rows[shard]) for shard in own),
-        desc=description
-        if accelerator.num_processes == 1
-        else f"{description}, 1 of {accelerator.num_processes} processes",
-        unit="image",
-        disable=not accelerator.is_main_process,
-    ) as progress:
+    if accelerator.num_processes > 1:
+        description = f"{description}, 1 of {accelerator.num_processes} processes"
+    total = sum(len(rows[shard]) for shard in own)
+    with progress_bar(total, description, "image", disable=not accelerator.is_main_process) as progress:
         for shard in own:
             made = make_shard(rows[shard], progress)
             with written_whole(paths[shard]) as unfinished:
