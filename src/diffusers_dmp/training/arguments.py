@@ -161,6 +161,10 @@ class SharedTrainingArguments(OutputArguments, OptimisationArguments, NoiseArgum
     )
     validation_split: str = option("train", "Split of `validation_dataset`.")
     validation_repeats: int = option(1, "How many times each held-out image is noised, each time differently.")
+    validation_steps: int = option(
+        0,
+        "Validate every n-th step as well, and keep the checkpoint with the lowest loss beside the last ones; 0 for never.",
+    )
     seed: int = option(0, "Seed of all random numbers.")
     random_flip: bool = option(True, "Mirror half of the images.")
 
@@ -176,9 +180,13 @@ class SharedTrainingArguments(OutputArguments, OptimisationArguments, NoiseArgum
             raise ValueError(
                 f"Expected `checkpoints_total_limit` to be at least 1, but got {self.checkpoints_total_limit}."
             )
-        for name in ("pipeline_steps", "sample_steps"):
+        for name in ("pipeline_steps", "sample_steps", "validation_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"Expected `{name}` to be 0, for never, or more, but got {getattr(self, name)}.")
+        if self.validation_steps and self.validation_dataset is None:
+            raise ValueError(
+                f"Expected `validation_steps` to be 0 without a `validation_dataset`, but got {self.validation_steps}."
+            )
         if self.num_train_timesteps < 2:
             raise ValueError(f"Expected `num_train_timesteps` to be at least 2, but got {self.num_train_timesteps}.")
         if not 0 <= self.ema_decay < 1:

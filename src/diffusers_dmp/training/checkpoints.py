@@ -80,7 +80,9 @@ def resume(accelerator: Accelerator, args: SharedTrainingArguments) -> int:
     return checkpoint_step(path)
 
 
-def save_checkpoint(accelerator: Accelerator, args: SharedTrainingArguments, step: int) -> None:
+def save_checkpoint(
+    accelerator: Accelerator, args: SharedTrainingArguments, step: int, best_step: int | None = None
+) -> None:
     """
     Write a checkpoint with everything that resuming needs, and remove surplus old ones.
 
@@ -90,6 +92,7 @@ def save_checkpoint(accelerator: Accelerator, args: SharedTrainingArguments, ste
         accelerator (`Accelerator`): Of all processes, each of which has to call.
         args ([`SharedTrainingArguments`]): For the output folder and the number of checkpoints to keep.
         step (`int`): The number of steps done.
+        best_step (`int`, *optional*): The step of the best checkpoint, which is kept in addition.
     """
     path = Path(args.output_dir, f"{PREFIX}{step}")
     unfinished = unfinished_path(path)
@@ -101,4 +104,5 @@ def save_checkpoint(accelerator: Accelerator, args: SharedTrainingArguments, ste
             # the later ones, which such a run has yet to replace, do not count
             done = [checkpoint for checkpoint in checkpoints(args.output_dir) if checkpoint_step(checkpoint) <= step]
             for surplus in done[: -args.checkpoints_total_limit]:
-                shutil.rmtree(surplus)
+                if checkpoint_step(surplus) != best_step:
+                    shutil.rmtree(surplus)

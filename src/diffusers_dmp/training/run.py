@@ -11,6 +11,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from .arguments import SharedTrainingArguments
+from .best_checkpoint import BestCheckpoint
 from .checkpoints import save_checkpoint
 from .conditions import LabelConditions
 from .data.batches import training_batches
@@ -68,27 +69,41 @@ class TrainingRun:
         batches = training_batches(self.parts.accelerator, self.args, self.data.dataset, first_step)
         steps = training_steps(self.parts, self.args, batches, first_step)
         log = LossLog(self.parts.accelerator, self.args, first_step)
+        best = BestCheckpoint(self.args.output_dir, first_step)
         started = time.perf_counter()
         for done in steps:
             if self.ema is not None:
                 self.ema.step(self.parts.plain_model.parameters())
             if self.expert_counts is not None and done.experts is not None:
                 self.expert_counts.add(done.experts.owners, self.args.batch_size)
-            log(done, current_learning_rate(self.parts.optimizer))
             with log.paused():
-                self._write_along_the_way(done)
+                measured = self._validate_along_the_way(done, best)
+            log(done, current_learning_rate(self.parts.optimizer), measured)
+            with log.paused():
+                self._write_along_the_way(done, best)
         log.close()
         return time.perf_counter() - started
 
-    def _write_along_the_way(self, done: TrainingStep) -> None:
+    def _validate_along_the_way(self, done: TrainingStep, best: BestCheckpoint) -> dict[str, float]:
+        """The validation loss of the averaged weights, by its name, if it is due after a step."""
+        if not self.args.validation_steps or done.step % self.args.validation_steps or self.data.validation is None:
+            return {}
+        with self.averaged():
+            loss = validation_loss(self.parts, self.args, self.data.validation)
+        best.add(done.step, loss)
+        return {"validation_loss": loss}
+
+    def _write_along_the_way(self, done: TrainingStep, best: BestCheckpoint) -> None:
         """The pipeline, checkpoint and samples that are due after a step."""
         accelerator, args = self.parts.accelerator, self.args
         # before the checkpoint, so that a run that is resumed from it has the pipeline too
         if args.pipeline_steps and done.step % args.pipeline_steps == 0 and accelerator.is_main_process:
             with self.averaged():
                 save_whole(trained_pipeline(self.parts, self.data), Path(args.output_dir, f"pipeline-{done.step}"))
-        if done.step % args.checkpointing_steps == 0:
-            save_checkpoint(accelerator, args, done.step)
+        if done.step % args.checkpointing_steps == 0 or best.step == done.step:
+            save_checkpoint(accelerator, args, done.step, best.step)
+            if best.step == done.step and accelerator.is_main_process:
+                best.save()
         if args.sample_steps and done.step % args.sample_steps == 0 and accelerator.is_main_process:
             with self.averaged():
                 save_samples(accelerator, trained_pipeline(self.parts, self.data), args, done.step)

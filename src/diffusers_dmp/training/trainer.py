@@ -18,6 +18,7 @@ from .data.training_data import TrainingData
 from .determinism import deterministic_algorithms, prepare_determinism
 from .loss_log import trackable
 from .objectives.objective import Objective
+from .overview import describe_run
 from .recipe import TrainingRecipe
 from .run import prepare_run
 from .summary import TrainingSummary
@@ -99,6 +100,8 @@ def train(
         if args.report_to != "none":
             accelerator.init_trackers(Path(args.output_dir).name, config=trackable(args))
 
+        if accelerator.is_main_process:
+            print(describe_run(run, first_step), flush=True)
         train_seconds = run.train_from(first_step)
 
         accelerator.wait_for_everyone()
