@@ -49,8 +49,8 @@ def test_a_training_says_what_it_will_do(digits, tmp_path, capfd):
     assert said["validation"].endswith("; before, every 6 steps and after")
     num_parameters = sum(tensor.numel() for tensor in weights(tmp_path).values())
     assert said["model"] == f"DiTModel, {num_parameters:,} parameters, all of them trained"
-    assert (
-        said["steps"] == "12 of 16 images (2 accumulation steps x 8), 0.96 epochs; adamw, constant learning rate 0.001"
+    assert said["steps"] == (
+        "12 of 16 images (2 accumulation steps x 8); 0.96 epochs of 200 images; adamw, constant learning rate 0.001"
     )
     assert said["device"].startswith("cpu (") and said["device"].endswith("), 32 bits")
     assert said["output"] == (
@@ -106,3 +106,19 @@ def test_refuses_to_validate_on_nothing():
         DiTTrainingArguments(validation_steps=5)
     with pytest.raises(ValueError, match="`validation_steps` to be 0, for never, or more, but got -1"):
         DiTTrainingArguments(validation_steps=-1)
+
+
+def test_balanced_classes_and_repeats_train(digits, tmp_path, capfd):
+    train(digits, tmp_path / "plain")
+    train(digits, tmp_path / "balanced", balance_classes=True)
+    train(digits, tmp_path / "repeated", class_repeats=["3=5"], max_train_steps=2)
+    said = [
+        line.split(": ", 1)[1].strip() for line in capfd.readouterr().out.splitlines() if line.startswith("steps:")
+    ]
+    assert "; classes balanced;" in said[1] and "classes balanced" not in said[0]
+    assert "epochs of 288 images" in said[2]  # the digit 3 has 22
+    plain, balanced = weights(tmp_path / "plain"), weights(tmp_path / "balanced")
+    assert any(not torch.equal(tensor, balanced[name]) for name, tensor in plain.items())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match="`class_repeats` to name classes of 0, 1, .*but got eleven"):
+        train_here(DiTModel, digits, tmp_path / "wrong", class_repeats=["eleven=2"])

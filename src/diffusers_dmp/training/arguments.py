@@ -167,6 +167,15 @@ class SharedTrainingArguments(OutputArguments, OptimisationArguments, NoiseArgum
     )
     seed: int = option(0, "Seed of all random numbers.")
     random_flip: bool = option(True, "Mirror half of the images.")
+    balance_classes: bool = option(
+        False,
+        "Train on all classes equally often, however many images each has; an image's turn comes the more often "
+        "the fewer its class has.",
+    )
+    class_repeats: list[str] = option(
+        [],
+        "How many times an epoch has the images of a class, for those that it has more than once: bus=3 'two words'=2 …",
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -191,10 +200,33 @@ class SharedTrainingArguments(OutputArguments, OptimisationArguments, NoiseArgum
             raise ValueError(f"Expected `num_train_timesteps` to be at least 2, but got {self.num_train_timesteps}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"Expected `ema_decay` to be in [0, 1), but got {self.ema_decay}.")
+        self.repeats_by_class()
+        if self.class_repeats and self.balance_classes:
+            raise ValueError(
+                "Expected either `class_repeats` or `balance_classes`, which decides how often a class comes, but got both."
+            )
         check_optimiser(self)
         check_lr_schedule(self, {field.name: field.default for field in dataclasses.fields(OptimisationArguments)})
         if self.report_to not in TRACKERS:
             raise ValueError(f"Expected `report_to` to be one of {', '.join(TRACKERS)}, but got {self.report_to!r}.")
+
+    def repeats_by_class(self) -> dict[str, int]:
+        """
+        Read `class_repeats`: the number of times that an epoch has the images of a class, by the class's name.
+
+        Raises:
+            ValueError: if an entry is not a name, = and a number from 1 on, or a name comes twice.
+        """
+        repeats: dict[str, int] = {}
+        for entry in map(str, self.class_repeats):
+            name, _, number = entry.rpartition("=")
+            if not name or not number.isdecimal() or int(number) < 1 or name in repeats:
+                raise ValueError(
+                    "Expected `class_repeats` to have each class's name once, with = and a number from 1 on, such as "
+                    f"bus=3, but got {entry!r}."
+                )
+            repeats[name] = int(number)
+        return repeats
 
 
 @dataclass(kw_only=True)

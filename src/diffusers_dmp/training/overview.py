@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from .arguments import SharedTrainingArguments
+from .data.batches import with_repeats
 from .data.images import describe_images
 from .metrics_file import METRICS_NAME
 from .run import TrainingRun
@@ -25,7 +26,7 @@ def describe_run(run: TrainingRun, first_step: int) -> str:
         "data": f"{args.dataset}: {describe_images(data.dataset, args.label_column)}",
         "validation": "none",
         "model": _describe_model(run.parts.plain_model),
-        "steps": _describe_steps(args, accelerator, len(data.dataset), first_step),
+        "steps": _describe_steps(args, accelerator, len(with_repeats(data.dataset, args)), first_step),
         "device": _describe_device(accelerator),
         "output": _describe_output(run),
     }
@@ -52,8 +53,14 @@ def _describe_steps(args: SharedTrainingArguments, accelerator: Accelerator, num
         parts.append(f"{args.gradient_accumulation_steps} accumulation steps")
     micro_batch = args.batch_size // (accelerator.num_processes * args.gradient_accumulation_steps)
     batch = f"{args.batch_size} images" + (f" ({' x '.join([*parts, str(micro_batch)])})" if parts else "")
-    begin = f", from step {first_step} on" if first_step else ""
-    return f"{args.max_train_steps} of {batch}, {epochs:,.{0 if epochs >= 100 else 2}f} epochs{begin}; {args.optimizer}, {args.lr_scheduler} learning rate {args.learning_rate:g}"
+    texts = [
+        f"{args.max_train_steps} of {batch}",
+        f"{epochs:,.{0 if epochs >= 100 else 2}f} epochs of {num_images} images",
+        "classes balanced" if args.balance_classes else "",
+        f"from step {first_step} on" if first_step else "",
+        f"{args.optimizer}, {args.lr_scheduler} learning rate {args.learning_rate:g}",
+    ]
+    return "; ".join(text for text in texts if text)
 
 
 def _describe_device(accelerator: Accelerator) -> str:

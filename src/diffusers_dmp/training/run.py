@@ -14,7 +14,7 @@ from .arguments import SharedTrainingArguments
 from .best_checkpoint import BestCheckpoint
 from .checkpoints import save_checkpoint
 from .conditions import LabelConditions
-from .data.batches import training_batches
+from .data.batches import training_batches, with_repeats
 from .data.training_data import TrainingData
 from .denoiser import Denoiser
 from .loop import TrainingParts, TrainingStep, training_steps
@@ -126,6 +126,7 @@ def prepare_run(
 ) -> TrainingRun:
     """Everything that a training needs, on its device and registered for checkpoints; see [`train`]."""
     check_batch(accelerator, args, objective, recipe)
+    with_repeats(data.dataset, args)  # raises if the arguments do not fit the classes
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()  # type: ignore[operator]
     if data.vae is not None:
