@@ -150,6 +150,17 @@ class OutputArguments:
     )
     sample_steps: int = option(0, "Generate a grid of samples every n-th step; 0 for never.")
     sample_inference_steps: int = option(50, "Denoising steps of those samples.")
+    push_to_hub: bool = option(
+        False, "Upload the pipeline to the Hugging Face Hub at each checkpoint or saved pipeline, and at the end."
+    )
+    hub_model_id: str | None = option(
+        None,
+        "The repository of `push_to_hub`, user/name; by default the name of `output_dir`, of the user of the token.",
+    )
+    hub_private_repo: bool = option(False, "Let only its owners see that repository.")
+    hub_license: str | None = option(
+        None, "The licence of the weights, such as apache-2.0, which `push_to_hub` needs."
+    )
 
 
 @dataclass(kw_only=True)
@@ -200,6 +211,16 @@ class SharedTrainingArguments(OutputArguments, OptimisationArguments, NoiseArgum
             raise ValueError(f"Expected `num_train_timesteps` to be at least 2, but got {self.num_train_timesteps}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"Expected `ema_decay` to be in [0, 1), but got {self.ema_decay}.")
+        if self.push_to_hub and self.hub_license is None:
+            raise ValueError(
+                "Expected `hub_license` to be the licence of the weights for `push_to_hub`, such as apache-2.0, mit or "
+                "cc-by-nc-4.0, but got None."
+            )
+        for name in ("hub_model_id", "hub_private_repo", "hub_license"):
+            if getattr(self, name) and not self.push_to_hub:
+                raise ValueError(
+                    f"Expected `push_to_hub` to be true where `{name}` is set, but got false and {getattr(self, name)!r}."
+                )
         self.repeats_by_class()
         if self.class_repeats and self.balance_classes:
             raise ValueError(
@@ -270,6 +291,11 @@ class ExpertArguments(OutputArguments):
         valid = ["all", *map(str, range(num_experts))]
         if self.expert not in valid:
             raise ValueError(f"Expected `expert` to be one of {', '.join(valid)}, but got {self.expert!r}.")
+        if self.push_to_hub and self.expert != "all":
+            raise ValueError(
+                "Expected `expert` to be 'all' for `push_to_hub`, which uploads all experts together, but got "
+                f"{self.expert!r}."
+            )
         if self.expert == "all" and num_experts > 1 and self.resume_from_checkpoint not in (None, "latest"):
             raise ValueError(
                 "Expected `resume_from_checkpoint` to be 'latest', each expert's own, to go on with all experts, "

@@ -1,4 +1,4 @@
-"""`best_checkpoint.json`: which checkpoint of a training had the lowest validation loss."""
+"""The checkpoint of a training with the lowest validation loss: one like the others, named by `best_checkpoint.json`."""
 
 import json
 import math
@@ -6,30 +6,29 @@ import os
 from pathlib import Path
 
 from ..saving.whole import written_whole
-from .checkpoints import PREFIX
-
-BEST_NAME = "best_checkpoint.json"
+from .checkpoints import BEST_NAME, PREFIX, recorded_best
 
 
 class BestCheckpoint:
     """
-    The lowest validation loss so far. Its checkpoint is one like the others, `checkpoint-<step>`, named by
-    `best_checkpoint.json`.
+    The lowest validation loss so far, and the step after which it was measured.
 
     Args:
         output_dir: The training's folder.
         first_step (`int`): The number of steps that are done. What an earlier run recorded of a later step, which is done
-            again, does not count.
+            again, is forgotten.
+        is_main_process (`bool`): Whether to forget it on the disk as well.
     """
 
-    def __init__(self, output_dir: "str | os.PathLike", first_step: int):
+    def __init__(self, output_dir: "str | os.PathLike", first_step: int, is_main_process: bool = True):
         self.path = Path(output_dir, BEST_NAME)
         self.step: int | None = None
         self.loss = math.inf
-        if first_step and self.path.is_file():
-            record = json.loads(self.path.read_text())
-            if record["step"] <= first_step and Path(output_dir, f"{PREFIX}{record['step']}").is_dir():
-                self.step, self.loss = record["step"], record["validation_loss"]
+        record = recorded_best(output_dir)
+        if record is not None and record["step"] <= first_step and self.path.with_name(record["checkpoint"]).is_dir():
+            self.step, self.loss = record["step"], record["validation_loss"]
+        elif is_main_process:
+            self.path.unlink(missing_ok=True)
 
     def add(self, step: int, loss: float) -> None:
         """Compare a validation loss with the lowest so far."""
@@ -37,7 +36,7 @@ class BestCheckpoint:
             self.step, self.loss = step, loss
 
     def save(self) -> None:
-        """Record the best checkpoint, after it was written."""
+        """Record the best checkpoint, before it is written and the one that was best until then may be removed."""
         record = {"checkpoint": f"{PREFIX}{self.step}", "step": self.step, "validation_loss": self.loss}
         with written_whole(self.path) as unfinished:
             unfinished.write_text(json.dumps(record) + "\n")

@@ -1,9 +1,11 @@
 """Checkpoints of a training: folders `checkpoint-<step>`, written whole or not at all."""
 
+import json
 import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -11,6 +13,7 @@ from ..saving.whole import finish, unfinished_path
 from .arguments import SharedTrainingArguments
 
 PREFIX = "checkpoint-"
+BEST_NAME = "best_checkpoint.json"
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +28,12 @@ def checkpoints(output_dir: "str | os.PathLike") -> list[Path]:
 def checkpoint_step(path: Path) -> int:
     """The number of steps that were done when a checkpoint was written."""
     return int(path.name.removeprefix(PREFIX))
+
+
+def recorded_best(output_dir: "str | os.PathLike") -> dict[str, Any] | None:
+    """What `best_checkpoint.json` says: `step` and `validation_loss` of the best checkpoint; None if there is no file."""
+    path = Path(output_dir, BEST_NAME)
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def expect_no_checkpoints(output_dir: "str | os.PathLike") -> None:
@@ -80,11 +89,9 @@ def resume(accelerator: Accelerator, args: SharedTrainingArguments) -> int:
     return checkpoint_step(path)
 
 
-def save_checkpoint(
-    accelerator: Accelerator, args: SharedTrainingArguments, step: int, best_step: int | None = None
-) -> None:
+def save_checkpoint(accelerator: Accelerator, args: SharedTrainingArguments, step: int) -> None:
     """
-    Write a checkpoint with everything that resuming needs, and remove surplus old ones.
+    Write a checkpoint with everything that resuming needs, and remove surplus old ones, but never the best.
 
     The folder gets its name when it is complete, so that a run that is killed leaves no incomplete checkpoint.
 
@@ -92,7 +99,6 @@ def save_checkpoint(
         accelerator (`Accelerator`): Of all processes, each of which has to call.
         args ([`SharedTrainingArguments`]): For the output folder and the number of checkpoints to keep.
         step (`int`): The number of steps done.
-        best_step (`int`, *optional*): The step of the best checkpoint, which is kept in addition.
     """
     path = Path(args.output_dir, f"{PREFIX}{step}")
     unfinished = unfinished_path(path)
@@ -103,6 +109,7 @@ def save_checkpoint(
         if args.checkpoints_total_limit is not None:
             # the later ones, which such a run has yet to replace, do not count
             done = [checkpoint for checkpoint in checkpoints(args.output_dir) if checkpoint_step(checkpoint) <= step]
+            best = recorded_best(args.output_dir)
             for surplus in done[: -args.checkpoints_total_limit]:
-                if checkpoint_step(surplus) != best_step:
+                if best is None or checkpoint_step(surplus) != best["step"]:
                     shutil.rmtree(surplus)

@@ -13,6 +13,7 @@ from .arguments import DiTTrainingArguments, model_arguments
 from .data.training_data import load_training_data
 from .objectives.from_arguments import make_objective
 from .recipe import TrainingRecipe
+from .run import Publisher
 from .trainer import make_accelerator, train
 
 
@@ -20,6 +21,7 @@ def train_dit(
     model_class: type[DiTModel],
     args: DiTTrainingArguments,
     make_recipe: Callable[[DiTModel], TrainingRecipe] = lambda model: TrainingRecipe(),
+    publisher: Publisher | None = None,
 ) -> None:
     """
     Train a new model of `model_class`, or `args.pretrained_model_name_or_path` further.
@@ -29,6 +31,7 @@ def train_dit(
         args ([`DiTTrainingArguments`]): Everything that can be set; a subclass has the fields of the arguments that the
             model's constructor has beside those of a DiT.
         make_recipe (`Callable[[DiTModel], TrainingRecipe]`): From the model to what the system trains differently.
+        publisher ([`Publisher`], *optional*): See [`train`].
 
     Raises:
         ValueError: if the data set cannot be read, or if the arguments do not fit it or one another.
@@ -43,7 +46,7 @@ def train_dit(
         own = model_arguments(model_class, args, without=DiTTrainingArguments)
         model = load_pretrained(model_class, args.pretrained_model_name_or_path, own | config | sizes)
     objective = make_objective(args, model, in_latents=data.vae is not None)
-    train(accelerator, args, model, objective, data, make_recipe(model))
+    train(accelerator, args, model, objective, data, make_recipe(model), publisher)
     accelerator.end_training()
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -12,6 +13,9 @@ from .data.training_data import TrainingData
 from .objectives.objective import Objective
 from .recipe import TrainingRecipe
 from .trainer import make_accelerator, train
+
+# one expert alone is not uploaded: the entry point uploads them together
+NOT_PUSHED: dict[str, Any] = {"push_to_hub": False, "hub_model_id": None, "hub_private_repo": False, "hub_license": None}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -55,7 +59,7 @@ def train_experts(
         for expert in experts:
             expect_no_checkpoints(folders[expert])
     for expert in experts:
-        own_args = dataclasses.replace(args, output_dir=str(folders[expert]))
+        own_args = dataclasses.replace(args, output_dir=str(folders[expert]), **NOT_PUSHED)
         own = prepare(expert)
         accelerator = make_accelerator(own_args, find_unused_parameters)
         train(accelerator, own_args, own.model, own.objective, data, own.recipe)

@@ -1,10 +1,11 @@
 """One training run: everything that it needs, and what it writes while it runs."""
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
@@ -34,6 +35,19 @@ from .recipe import TrainingRecipe
 from .validation import validation_loss
 
 
+class Publisher(Protocol):
+    """Publishes pipelines of a training that goes on."""
+
+    def __call__(self, save: Callable[[Path], object], step: int) -> None:
+        """
+        Publish the pipeline after a step, in the main process.
+
+        Args:
+            save (`Callable[[Path], object]`): Saves it in a folder, if it is called before this returns.
+            step (`int`): The number of steps done.
+        """
+
+
 @dataclass(kw_only=True)
 class TrainingRun:
     """
@@ -45,6 +59,7 @@ class TrainingRun:
         data ([`TrainingData`]): What it is trained on.
         ema ([`EMAModel`], *optional*): The averaged weights.
         expert_counts ([`ExpertCounts`], *optional*): The number of samples that each expert was trained on.
+        publisher ([`Publisher`], *optional*): Is given the pipeline whenever it or a checkpoint is saved before the end.
     """
 
     parts: TrainingParts
@@ -52,6 +67,7 @@ class TrainingRun:
     data: TrainingData
     ema: EMAModel | None
     expert_counts: ExpertCounts | None
+    publisher: Publisher | None = None
 
     def describe(self) -> dict[str, Any]:
         """What the summary says of the model with its present weights; every process has to call."""
@@ -69,7 +85,7 @@ class TrainingRun:
         batches = training_batches(self.parts.accelerator, self.args, self.data.dataset, first_step)
         steps = training_steps(self.parts, self.args, batches, first_step)
         log = LossLog(self.parts.accelerator, self.args, first_step)
-        best = BestCheckpoint(self.args.output_dir, first_step)
+        best = BestCheckpoint(self.args.output_dir, first_step, self.parts.accelerator.is_main_process)
         started = time.perf_counter()
         for done in steps:
             if self.ema is not None:
@@ -96,17 +112,29 @@ class TrainingRun:
     def _write_along_the_way(self, done: TrainingStep, best: BestCheckpoint) -> None:
         """The pipeline, checkpoint and samples that are due after a step."""
         accelerator, args = self.parts.accelerator, self.args
+        pipeline_is_due = args.pipeline_steps > 0 and done.step % args.pipeline_steps == 0
         # before the checkpoint, so that a run that is resumed from it has the pipeline too
-        if args.pipeline_steps and done.step % args.pipeline_steps == 0 and accelerator.is_main_process:
+        if pipeline_is_due and accelerator.is_main_process:
             with self.averaged():
                 save_whole(trained_pipeline(self.parts, self.data), Path(args.output_dir, f"pipeline-{done.step}"))
-        if done.step % args.checkpointing_steps == 0 or best.step == done.step:
-            save_checkpoint(accelerator, args, done.step, best.step)
-            if best.step == done.step and accelerator.is_main_process:
-                best.save()
+        is_best = best.step == done.step
+        if is_best and accelerator.is_main_process:
+            best.save()
+        checkpoint_is_due = done.step % args.checkpointing_steps == 0 or is_best
+        if checkpoint_is_due:
+            save_checkpoint(accelerator, args, done.step)
+        if pipeline_is_due or checkpoint_is_due:
+            self._publish(done)
         if args.sample_steps and done.step % args.sample_steps == 0 and accelerator.is_main_process:
             with self.averaged():
                 save_samples(accelerator, trained_pipeline(self.parts, self.data), args, done.step)
+
+    def _publish(self, done: TrainingStep) -> None:
+        """Give the present pipeline to the publisher; the one after the last step is the training's, and published later."""
+        is_main_process = self.parts.accelerator.is_main_process
+        if self.publisher is not None and is_main_process and done.step < self.args.max_train_steps:
+            with self.averaged():
+                self.publisher(trained_pipeline(self.parts, self.data).save_pretrained, done.step)
 
     def save(self) -> None:
         """Save the trained model as the recipe says, or as a pipeline."""

@@ -20,7 +20,7 @@ from .loss_log import trackable
 from .objectives.objective import Objective
 from .overview import describe_run
 from .recipe import TrainingRecipe
-from .run import prepare_run
+from .run import Publisher, prepare_run
 from .summary import TrainingSummary
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ def train(
     objective: Objective,
     data: TrainingData,
     recipe: TrainingRecipe | None = None,
+    publisher: Publisher | None = None,
 ) -> None:
     """
     Train a model, and save it as a pipeline in `args.output_dir/pipeline`, or as the recipe says.
@@ -81,13 +82,18 @@ def train(
         objective ([`Objective`]): The noise process and the loss.
         data ([`TrainingData`]): What it is trained on.
         recipe ([`TrainingRecipe`], *optional*): What the system trains differently from a plain DiT.
+        publisher ([`Publisher`], *optional*): Publishes what there is before the end, for `args.push_to_hub`; see
+            `hub/pushing.py`.
 
     Raises:
         ValueError: if the batch does not divide among processes, accumulation steps and timestep clusters, or if an
             argument is unknown.
     """
+    if args.push_to_hub and publisher is None:
+        raise ValueError("Expected a `publisher` for `push_to_hub`, as `hub.pushing.with_hub` makes it, but got none.")
     with deterministic_algorithms(args.deterministic):
         run = prepare_run(accelerator, args, model, objective, data, recipe or TrainingRecipe())
+        run.publisher = publisher
         before = run.describe()
         set_seed(args.seed, device_specific=True)  # for the model's own noise
         first_step = resume(accelerator, args)
