@@ -17,7 +17,7 @@ from diffusers_dmp.training.optimisers import METRIC_SCHEDULES, OPTIMISERS, SCHE
 
 STEPS = 20
 OPTIMISER_ARGUMENTS = {
-    "adamw": {},
+    "adamw_8bit": {},
     "prodigy": {"learning_rate": 1.0},
     "schedule_free_adamw": {"ema_decay": 0.0, "learning_rate": 1e-2, "lr_warmup_steps": 2},
 }
@@ -94,7 +94,7 @@ def test_a_missing_package_is_one_line_with_the_command(name, monkeypatch):
         DiTTrainingArguments(optimizer=name)
 
 
-@pytest.mark.parametrize("optimizer", ["prodigy", "schedule_free_adamw"])
+@pytest.mark.parametrize("optimizer", list(OPTIMISER_ARGUMENTS))
 def test_optimisers_of_other_packages_resume_bit_for_bit(digits, tmp_path, optimizer):
     pytest.importorskip(OPTIMISERS[optimizer])
     arguments = OPTIMISER_ARGUMENTS[optimizer] | {"optimizer": optimizer, "sample_inference_steps": 2}
