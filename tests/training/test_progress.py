@@ -43,6 +43,14 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     assert text.count("\r") > 100 and "210/210" in text
 
 
+def test_nothing_to_do(monkeypatch):
+    """As where all shards are there already."""
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with progress_bar(0, "Encoding", "image"):
+        pass
+    assert set(sys.stderr.getvalue().splitlines()) == {"Encoding: 0 of 0 images (0 %) in 00:00, ? to go"}
+
+
 def test_other_processes_write_nothing(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with progress_bar(3, "Training", "step", disable=True) as bar:

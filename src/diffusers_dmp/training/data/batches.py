@@ -81,7 +81,8 @@ class BalancedBatchSampler(GlobalBatchSampler):
         self, labels: np.ndarray, batch_size: int, seed: int, num_slices: int, own_slices: range, first_step: int = 0
     ):
         super().__init__(len(labels), batch_size, seed, num_slices, own_slices, first_step)
-        self.images_by_class = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+        by_class = np.argsort(labels, kind="stable")
+        self.images_by_class = np.split(by_class, np.flatnonzero(np.diff(labels[by_class])) + 1)
         self._round = functools.lru_cache(maxsize=2)(self._compute_round)
         self._class_permutation = functools.lru_cache(maxsize=2 * self.num_classes)(self._compute_class_permutation)
 
