@@ -12,7 +12,7 @@ from transformers.trainer_utils import SchedulerType
 
 from diffusers_dmp import DiTModel, RemixDiTModel
 from diffusers_dmp.training.arguments import DiTTrainingArguments
-from diffusers_dmp.training.optimisation import averaged_weights, make_lr_scheduler, make_optimizer
+from diffusers_dmp.training.optimisation import averaged_weights, make_ema, make_lr_scheduler, make_optimizer
 from diffusers_dmp.training.optimisers import METRIC_SCHEDULES, OPTIMISERS, SCHEDULES
 
 STEPS = 20
@@ -109,25 +109,38 @@ def test_optimisers_of_other_packages_resume_bit_for_bit(digits, tmp_path, optim
     assert any(not torch.equal(tensor, expected[name]) for name, tensor in start.items())
 
 
-def test_the_pipeline_has_the_schedule_free_average():
+def test_the_schedule_free_average():
     pytest.importorskip("schedulefree")
     args = DiTTrainingArguments(
         optimizer="schedule_free_adamw", ema_decay=0.0, learning_rate=0.1, adam_beta1=0.5, max_train_steps=9
     )
     model = torch.nn.Linear(1, 1, bias=False)
     optimizer = make_optimizer(args, model, torch.nn.Identity(), {})
-    optimizer.train()
+    average = make_ema(args, model, optimizer)
     for _ in range(3):
         optimizer.zero_grad()
         model(torch.ones(1)).backward()
         optimizer.step()
     trained = model.weight.detach().clone()  # y = (1 - β1) z + β1 x
     z = optimizer.state[model.weight]["z"]
-    with averaged_weights(model, None, optimizer):
+    with averaged_weights(model, average):
         torch.testing.assert_close(model.weight, (trained - 0.5 * z) / 0.5)
         assert not model.training
     assert torch.equal(model.weight, trained) and model.training
     optimizer.step()  # refused by the package in eval mode
+
+
+def test_pipeline_and_checkpoint_have_the_schedule_free_average(digits, tmp_path):
+    pytest.importorskip("schedulefree")
+    arguments = OPTIMISER_ARGUMENTS["schedule_free_adamw"] | {"optimizer": "schedule_free_adamw"}
+    train_here(DiTModel, digits, tmp_path, **arguments)
+    saved, trained = weights(tmp_path), load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    average = torch.load(tmp_path / "checkpoint-4" / "custom_checkpoint_1.pkl", weights_only=True)["shadow_params"]
+    names = [
+        name for name, _ in DiTModel.from_pretrained(tmp_path / "pipeline", subfolder="transformer").named_parameters()
+    ]
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in zip(names, average, strict=True))
+    assert any(not torch.equal(tensor, saved[name]) for name, tensor in trained.items())
 
 
 def test_prodigy_takes_one_learning_rate(digits, tmp_path):

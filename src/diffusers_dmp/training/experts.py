@@ -15,7 +15,12 @@ from .recipe import TrainingRecipe
 from .trainer import make_accelerator, train
 
 # one expert alone is not uploaded: the entry point uploads them together
-NOT_PUSHED: dict[str, Any] = {"push_to_hub": False, "hub_model_id": None, "hub_private_repo": False, "hub_license": None}
+NOT_PUSHED: dict[str, Any] = {
+    "push_to_hub": False,
+    "hub_model_id": None,
+    "hub_private_repo": False,
+    "hub_license": None,
+}
 
 
 @dataclasses.dataclass(kw_only=True)

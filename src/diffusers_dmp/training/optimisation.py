@@ -1,6 +1,6 @@
 """Optimiser, learning-rate schedule and averaged weights of a training."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,14 +86,69 @@ def current_learning_rate(optimizer: torch.optim.Optimizer) -> float:
     return float(group.get("scheduled_lr", group["lr"] * group.get("d", 1.0)))
 
 
-def schedule_free(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer | None:
-    """The schedule-free optimiser itself, as it may be wrapped; None if it is another one."""
-    optimizer = getattr(optimizer, "optimizer", optimizer)
-    return optimizer if hasattr(optimizer, "train") else None
+class ScheduleFreeAverage:
+    """
+    The average of the weights that a schedule-free optimiser makes itself, in the place of an [`EMAModel`].
+
+    The optimiser's own way from the average back to the weights that it trains is exact up to rounding only. Here they are
+    restored exactly, so that a training does not depend on how often it is looked at.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimiser, not wrapped; it is set to training mode.
+        model (`nn.Module`): The model, not wrapped.
+    """
+
+    def __init__(self, optimizer: Any, model: nn.Module):
+        self.optimizer = optimizer
+        self.model = model
+        self._stored: list[torch.Tensor] = []
+        optimizer.train()
+
+    def _trained(self) -> list[torch.Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def step(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Do nothing: the optimiser has averaged."""
+
+    def to(self, device: torch.device) -> None:
+        """Do nothing: the average lies where the optimiser's state does."""
+
+    def store(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Remember the weights that are trained."""
+        self._stored = [parameter.detach().to("cpu", copy=True) for parameter in self._trained()]
+
+    def copy_to(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Give the model the average."""
+        self.optimizer.eval()
+
+    def restore(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Give the model the weights that are trained."""
+        self.optimizer.train()
+        with torch.no_grad():
+            for parameter, value in zip(self._trained(), self._stored):
+                parameter.copy_(value)
+        self._stored = []
+
+    @property
+    def shadow_params(self) -> list[torch.Tensor]:
+        """The average of each of the model's parameters."""
+        with averaged_weights(self.model, self):
+            return [parameter.detach().clone() for parameter in self.model.parameters()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds, for those who take the averaged weights out of it."""
+        return {"shadow_params": self.shadow_params}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Do nothing: the optimiser's state has it."""
 
 
-def make_ema(args: OptimisationArguments, model: nn.Module) -> EMAModel | None:
-    """The average of the model's weights over the steps of a training; None if `args.ema_decay` is 0."""
+def make_ema(
+    args: OptimisationArguments, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> EMAModel | ScheduleFreeAverage | None:
+    """The average of the model's weights over the steps of a training; None without one."""
+    if args.optimizer == "schedule_free_adamw":
+        return ScheduleFreeAverage(getattr(optimizer, "optimizer", optimizer), model)
     if not args.ema_decay:
         return None
     # Deviation from reference: Diffusers' EMAModel warms its decay up, so that short runs are averaged sensibly, too
@@ -101,27 +156,17 @@ def make_ema(args: OptimisationArguments, model: nn.Module) -> EMAModel | None:
 
 
 @contextmanager
-def averaged_weights(
-    model: nn.Module, ema: EMAModel | None, optimizer: torch.optim.Optimizer | None = None
-) -> Iterator[None]:
+def averaged_weights(model: nn.Module, ema: EMAModel | ScheduleFreeAverage | None) -> Iterator[None]:
     """
     The model in eval mode and, if they are averaged, with its averaged weights; afterwards in training mode as it was.
 
     Args:
         model (`nn.Module`): The model, not wrapped.
-        ema ([`EMAModel`], *optional*): The average.
-        optimizer (`torch.optim.Optimizer`, *optional*): If it is schedule-free, the average is the optimiser's own.
+        ema ([`EMAModel`] or [`ScheduleFreeAverage`], *optional*): The average.
     """
-    averaging = None if optimizer is None else schedule_free(optimizer)
     if ema is not None:
         ema.store(model.parameters())
         ema.copy_to(model.parameters())
-    trained: list[tuple[torch.Tensor, torch.Tensor]] = []
-    if averaging is not None:
-        # its own way back is exact up to rounding only, and a training must not depend on how often it is looked at
-        parameters = [parameter for group in averaging.param_groups for parameter in group["params"]]
-        trained = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in parameters]
-        averaging.eval()  # type: ignore[attr-defined]
     model.eval()
     try:
         yield
@@ -129,8 +174,3 @@ def averaged_weights(
         model.train()
         if ema is not None:
             ema.restore(model.parameters())
-        if averaging is not None:
-            averaging.train()  # type: ignore[attr-defined]
-            with torch.no_grad():
-                for parameter, value in trained:
-                    parameter.copy_(value)

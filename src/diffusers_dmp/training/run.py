@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,13 +21,13 @@ from .loop import TrainingParts, TrainingStep, training_steps
 from .loss_log import ExpertCounts, LossLog
 from .objectives.objective import Objective
 from .optimisation import (
+    ScheduleFreeAverage,
     averaged_weights,
     current_learning_rate,
     learns,
     make_ema,
     make_lr_scheduler,
     make_optimizer,
-    schedule_free,
 )
 from .pipeline_output import save_samples, save_whole, trained_pipeline
 from .recipe import TrainingRecipe
@@ -57,7 +56,7 @@ class TrainingRun:
         parts ([`TrainingParts`]): What is trained, and by what.
         args ([`SharedTrainingArguments`]): Everything that can be set.
         data ([`TrainingData`]): What it is trained on.
-        ema ([`EMAModel`], *optional*): The averaged weights.
+        ema ([`EMAModel`] or [`ScheduleFreeAverage`], *optional*): The averaged weights.
         expert_counts ([`ExpertCounts`], *optional*): The number of samples that each expert was trained on.
         publisher ([`Publisher`], *optional*): Is given the pipeline whenever it or a checkpoint is saved before the end.
     """
@@ -65,7 +64,7 @@ class TrainingRun:
     parts: TrainingParts
     args: SharedTrainingArguments
     data: TrainingData
-    ema: EMAModel | None
+    ema: EMAModel | ScheduleFreeAverage | None
     expert_counts: ExpertCounts | None
     publisher: Publisher | None = None
 
@@ -75,10 +74,6 @@ class TrainingRun:
         if self.data.validation is not None:
             description["validation_loss"] = validation_loss(self.parts, self.args, self.data.validation)
         return description
-
-    def averaged(self) -> AbstractContextManager[None]:
-        """A context in which the model has its averaged weights, if there are any, and is in eval mode."""
-        return averaged_weights(self.parts.plain_model, self.ema, self.parts.optimizer)
 
     def train_from(self, first_step: int) -> float:
         """Do all steps from `first_step` on, with all that is written along the way. Returns the duration in seconds."""
@@ -104,7 +99,7 @@ class TrainingRun:
         """The validation loss of the averaged weights, by its name, if it is due after a step."""
         if not self.args.validation_steps or done.step % self.args.validation_steps or self.data.validation is None:
             return {}
-        with self.averaged():
+        with averaged_weights(self.parts.plain_model, self.ema):
             loss = validation_loss(self.parts, self.args, self.data.validation)
         best.add(done.step, loss)
         return {"validation_loss": loss}
@@ -115,7 +110,7 @@ class TrainingRun:
         pipeline_is_due = args.pipeline_steps > 0 and done.step % args.pipeline_steps == 0
         # before the checkpoint, so that a run that is resumed from it has the pipeline too
         if pipeline_is_due and accelerator.is_main_process:
-            with self.averaged():
+            with averaged_weights(self.parts.plain_model, self.ema):
                 save_whole(trained_pipeline(self.parts, self.data), Path(args.output_dir, f"pipeline-{done.step}"))
         is_best = best.step == done.step
         if is_best and accelerator.is_main_process:
@@ -126,14 +121,14 @@ class TrainingRun:
         if pipeline_is_due or checkpoint_is_due:
             self._publish(done)
         if args.sample_steps and done.step % args.sample_steps == 0 and accelerator.is_main_process:
-            with self.averaged():
+            with averaged_weights(self.parts.plain_model, self.ema):
                 save_samples(accelerator, trained_pipeline(self.parts, self.data), args, done.step)
 
     def _publish(self, done: TrainingStep) -> None:
         """Give the present pipeline to the publisher; the one after the last step is the training's, and published later."""
         is_main_process = self.parts.accelerator.is_main_process
         if self.publisher is not None and is_main_process and done.step < self.args.max_train_steps:
-            with self.averaged():
+            with averaged_weights(self.parts.plain_model, self.ema):
                 self.publisher(trained_pipeline(self.parts, self.data).save_pretrained, done.step)
 
     def save(self) -> None:
@@ -163,8 +158,6 @@ def prepare_run(
     optimizer = make_optimizer(args, model, objective, recipe.learning_rates)
     lr_scheduler = make_lr_scheduler(args, optimizer)
     prepared_model, optimizer = accelerator.prepare(model, optimizer)
-    if schedule_free(optimizer):
-        optimizer.train()
     prepared_objective = accelerator.prepare(objective) if learns(objective) else objective.to(accelerator.device)
 
     # in the order of their files in a checkpoint
@@ -173,7 +166,7 @@ def prepare_run(
     if recipe.expert_intervals is not None:
         expert_counts = ExpertCounts(recipe.expert_intervals)
         accelerator.register_for_checkpointing(expert_counts)
-    ema = make_ema(args, accelerator.unwrap_model(prepared_model))
+    ema = make_ema(args, accelerator.unwrap_model(prepared_model), optimizer)
     if ema is not None:
         accelerator.register_for_checkpointing(ema)
     parts = TrainingParts(

@@ -18,6 +18,7 @@ from .data.training_data import TrainingData
 from .determinism import deterministic_algorithms, prepare_determinism
 from .loss_log import trackable
 from .objectives.objective import Objective
+from .optimisation import averaged_weights
 from .overview import describe_run
 from .recipe import TrainingRecipe
 from .run import Publisher, prepare_run
@@ -111,7 +112,7 @@ def train(
         train_seconds = run.train_from(first_step)
 
         accelerator.wait_for_everyone()
-        with run.averaged():
+        with averaged_weights(run.parts.plain_model, run.ema):
             if accelerator.is_main_process:
                 run.save()
             after = run.describe()
