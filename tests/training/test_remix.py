@@ -84,7 +84,7 @@ def test_the_prior_fades_to_nothing(remix_run, train_remix_here, tmp_path, monke
     import train_remix
 
     recipes = []
-    monkeypatch.setattr(train_remix, "train_dit", lambda model_class, args, recipe: recipes.append(recipe))
+    monkeypatch.setattr(train_remix, "train_dit", lambda model_class, args, recipe, publisher: recipes.append(recipe))
     train_remix_here(tmp_path, prior_loss_weight=1e-4, max_train_steps=100)
     weight = recipes[0](RemixDiTModel(**TINY_CONFIG)).auxiliary_weights
     assert [weight(step)["prior_loss"] for step in (0, 50, 100)] == pytest.approx([1e-4, 0.5e-4, 0])
