@@ -75,6 +75,10 @@ class LossLog:
         yield
         self.seconds_paused += time.perf_counter() - start
 
+    def is_due(self, step: int) -> bool:
+        """Whether to log after a step."""
+        return step == 1 or step % self.args.logging_steps == 0 or step == self.args.max_train_steps
+
     def __call__(self, done: TrainingStep, learning_rate: float, measured: dict[str, float] | None = None) -> None:
         """
         Add a step, and log if it is time.
@@ -91,7 +95,7 @@ class LossLog:
         self.num_steps += 1
         self.progress.update()
         values: dict[str, float] = {}
-        if done.step == 1 or done.step % self.args.logging_steps == 0 or done.step == self.args.max_train_steps:
+        if self.is_due(done.step):
             values = self._values(done, learning_rate)
             self._reset()
         values |= measured or {}
