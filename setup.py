@@ -10,6 +10,7 @@ DEMO = ["scikit-learn>=1.4"]
 COMPARE = ["scikit-image>=0.22", *DEMO]
 DOCS = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
 LINT = ["mypy>=1.15", "pre-commit>=4.0", "ruff>=0.9", "types-PyYAML", "types-tqdm"]
+OPTIMISERS = ["prodigyopt>=1.1", "schedulefree>=1.4"]
 SPACE = ["gradio>=6.31,<7", *DEMO]
 
 setup(
@@ -47,6 +48,7 @@ setup(
         "compare": COMPARE,
         "demo": DEMO,
         "docs": DOCS,
+        "optimisers": OPTIMISERS,
         "space": SPACE,
         "test": [
             "build>=1.2",
@@ -57,6 +59,7 @@ setup(
             "selenium>=4.20",
             *LINT,
             *COMPARE,
+            *OPTIMISERS,
             *SPACE,
         ],
     },

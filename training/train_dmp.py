@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers_dmp import PromptPatch
+from diffusers_dmp.hub.pushing import with_hub
 from diffusers_dmp.saving.whole import written_whole
 from diffusers_dmp.training.arguments import TrainingArguments, option, parse_arguments
 from diffusers_dmp.training.base_schedule import check_base_schedule
@@ -16,6 +17,7 @@ from diffusers_dmp.training.dit_family import check_config, load_dit_family
 from diffusers_dmp.training.objectives.from_arguments import make_objective
 from diffusers_dmp.training.prompted import PromptedTransformer
 from diffusers_dmp.training.recipe import TrainingRecipe
+from diffusers_dmp.training.run import Publisher
 from diffusers_dmp.training.trainer import make_accelerator, train
 
 METHODS = ("dmp", "prompt_tuning", "full_finetuning")
@@ -56,7 +58,7 @@ class DMPTrainingArguments(TrainingArguments):
             raise ValueError(f"Expected `method` to be one of {', '.join(METHODS)}, but got {self.method!r}.")
 
 
-def train_dmp(args: DMPTrainingArguments) -> None:
+def train_dmp(args: DMPTrainingArguments, publisher: Publisher | None = None) -> None:
     """Train prompts for the frozen model, or the model itself."""
     accelerator = make_accelerator(args)
     data = load_training_data(accelerator, args)
@@ -66,7 +68,8 @@ def train_dmp(args: DMPTrainingArguments) -> None:
     objective = make_objective(args, base, in_latents=data.vae is not None)
     expert_intervals = getattr(base, "intervals", None)  # of a Remix-DiT
     if args.method == "full_finetuning":
-        train(accelerator, args, base, objective, data, TrainingRecipe(expert_intervals=expert_intervals))
+        recipe = TrainingRecipe(expert_intervals=expert_intervals)
+        train(accelerator, args, base, objective, data, recipe, publisher)
         accelerator.end_training()
         return
 
@@ -88,7 +91,7 @@ def train_dmp(args: DMPTrainingArguments) -> None:
         auxiliary_weights=lambda step: loss_weights(args),
         components=lambda model: {"transformer": model.transformer, "prompt_patch": model.patch},
     )
-    train(accelerator, args, PromptedTransformer(patch), objective, data, recipe)
+    train(accelerator, args, PromptedTransformer(patch), objective, data, recipe, publisher)
     if accelerator.is_main_process:
         with written_whole(Path(args.output_dir, "patch")) as unfinished:
             shutil.copytree(Path(args.output_dir, "pipeline", "prompt_patch"), unfinished)
@@ -103,4 +106,4 @@ def loss_weights(args: DMPTrainingArguments) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    train_dmp(parse_arguments(DMPTrainingArguments))
+    with_hub(train_dmp)(parse_arguments(DMPTrainingArguments))

@@ -9,6 +9,7 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 
 from diffusers_dmp import NoiseIntervals, PatchedUNet2DModel, SNRSplitPipeline
+from diffusers_dmp.hub.pushing import with_hub
 from diffusers_dmp.training.arguments import (
     ExpertArguments,
     TrainingArguments,
@@ -85,4 +86,4 @@ def new_unet(args: PatchDiffusionTrainingArguments, data: TrainingData, expert: 
 
 
 if __name__ == "__main__":
-    train_patch_diffusion(parse_arguments(PatchDiffusionTrainingArguments))
+    with_hub(train_patch_diffusion, along_the_way=False)(parse_arguments(PatchDiffusionTrainingArguments))

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from diffusers_dmp import GuidanceExperts
 from diffusers_dmp.guidance.experts import METHODS
+from diffusers_dmp.hub.pushing import with_hub
 from diffusers_dmp.saving.weight_files import read_safetensors
 from diffusers_dmp.saving.whole import written_whole
 from diffusers_dmp.training.arguments import ExpertArguments, SharedTrainingArguments, option, parse_arguments
@@ -157,4 +158,4 @@ def bundle(experts: GuidanceExperts, folders: list[Path], output_dir: Path) -> N
 
 
 if __name__ == "__main__":
-    train_ppap(parse_arguments(PPAPTrainingArguments))
+    with_hub(train_ppap, along_the_way=False)(parse_arguments(PPAPTrainingArguments))

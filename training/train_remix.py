@@ -6,9 +6,11 @@ accelerate launch training/train_remix.py --config training/presets/remix_digits
 from dataclasses import dataclass
 
 from diffusers_dmp import RemixDiTModel
+from diffusers_dmp.hub.pushing import with_hub
 from diffusers_dmp.training.arguments import DiTTrainingArguments, option, parse_arguments
 from diffusers_dmp.training.dit_family import train_dit
 from diffusers_dmp.training.recipe import TrainingRecipe
+from diffusers_dmp.training.run import Publisher
 
 
 @dataclass(kw_only=True)
@@ -27,7 +29,7 @@ class RemixTrainingArguments(DiTTrainingArguments):
     )
 
 
-def train_remix(args: RemixTrainingArguments) -> None:
+def train_remix(args: RemixTrainingArguments, publisher: Publisher | None = None) -> None:
     """Train a Remix-DiT, and save its pipeline."""
 
     def recipe(model: RemixDiTModel) -> TrainingRecipe:
@@ -39,8 +41,8 @@ def train_remix(args: RemixTrainingArguments) -> None:
             describe=lambda model: {"mixing_coefficients": model.mixing_coefficients.tolist()},
         )
 
-    train_dit(RemixDiTModel, args, recipe)
+    train_dit(RemixDiTModel, args, recipe, publisher)
 
 
 if __name__ == "__main__":
-    train_remix(parse_arguments(RemixTrainingArguments))
+    with_hub(train_remix)(parse_arguments(RemixTrainingArguments))

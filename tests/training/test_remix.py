@@ -64,7 +64,7 @@ def test_from_a_dit_to_a_pipeline(remix_run):
 
 def test_bases_and_coefficients_learn_at_their_own_rates(remix_run, dit_run, train_remix_here, tmp_path):
     # two steps at a constant rate; Adam moves by about its learning rate a step
-    train_remix_here(tmp_path, lr_scheduler="constant", max_train_steps=2, ema_decay=0.0,
+    train_remix_here(tmp_path, lr_scheduler="constant", min_lr_rate=0.0, max_train_steps=2, ema_decay=0.0,
                      learning_rate=2e-5, coefficient_learning_rate=1e-2)  # fmt: skip
     trained, start = weights(tmp_path), weights(dit_run)
     moved = [(trained[name] - start[name]).abs().max() for name in start]
@@ -84,7 +84,7 @@ def test_the_prior_fades_to_nothing(remix_run, train_remix_here, tmp_path, monke
     import train_remix
 
     recipes = []
-    monkeypatch.setattr(train_remix, "train_dit", lambda model_class, args, recipe: recipes.append(recipe))
+    monkeypatch.setattr(train_remix, "train_dit", lambda model_class, args, recipe, publisher: recipes.append(recipe))
     train_remix_here(tmp_path, prior_loss_weight=1e-4, max_train_steps=100)
     weight = recipes[0](RemixDiTModel(**TINY_CONFIG)).auxiliary_weights
     assert [weight(step)["prior_loss"] for step in (0, 50, 100)] == pytest.approx([1e-4, 0.5e-4, 0])

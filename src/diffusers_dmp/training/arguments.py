@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from transformers import HfArgumentParser
 
 from ..saving.reading import read_yaml
+from .optimisers import check_lr_schedule, check_optimiser
 
 TRACKERS = ("tensorboard", "wandb", "none")
 
@@ -98,16 +99,29 @@ class OptimisationArguments:
         1, "Number of micro-batches that a process cuts its images of a step into."
     )
     max_train_steps: int = option(400_000, "Optimiser steps.")
+    optimizer: str = option(
+        "adamw",
+        "adamw; adamw_8bit (package bitsandbytes); prodigy (prodigyopt), with `learning_rate` 1; schedule_free_adamw "
+        "(schedulefree), with `ema_decay` 0.",
+    )
     learning_rate: float = option(1e-4, "Learning rate of AdamW.")
     weight_decay: float = option(0.0, "Weight decay of AdamW.")
     adam_beta1: float = option(0.9, "β1 of AdamW.")
     adam_beta2: float = option(0.999, "β2 of AdamW.")
     lr_scheduler: str = option(
         "constant",
-        "Schedule of transformers' get_scheduler: constant, cosine, cosine_with_min_lr, constant_with_warmup, …",
+        "Schedule of transformers' get_scheduler: constant, constant_with_warmup, linear, cosine, cosine_with_restarts, "
+        "cosine_with_min_lr, cosine_warmup_with_min_lr, polynomial, inverse_sqrt, warmup_stable_decay.",
     )
-    min_lr_rate: float = option(0.0, "For cosine_with_min_lr: the final learning rate as a share of the initial one.")
-    lr_warmup_steps: int = option(0, "Steps of linear warm-up, for the schedules that have one.")
+    min_lr_rate: float = option(
+        0.0,
+        "For cosine_with_min_lr, cosine_warmup_with_min_lr and warmup_stable_decay: the final learning rate as a share of "
+        "the initial one.",
+    )
+    lr_warmup_steps: int = option(0, "Steps of linear warm-up, for all schedules but constant.")
+    lr_num_cycles: int = option(1, "For cosine_with_restarts: how many times the learning rate falls.")
+    lr_power: float = option(1.0, "For polynomial: the power of the decay.")
+    lr_decay_steps: int = option(0, "For warmup_stable_decay: how many of the last steps the learning rate falls in.")
     max_grad_norm: float | None = option(None, "Clip the norm of the gradients to this; no clipping by default.")
     ema_decay: float = option(0.9999, "Decay of the averaged weights, which are the ones saved; 0 for no averaging.")
     mixed_precision: str | None = option(None, "no, fp16 or bf16; by default the setting of `accelerate launch`.")
@@ -136,6 +150,17 @@ class OutputArguments:
     )
     sample_steps: int = option(0, "Generate a grid of samples every n-th step; 0 for never.")
     sample_inference_steps: int = option(50, "Denoising steps of those samples.")
+    push_to_hub: bool = option(
+        False, "Upload the pipeline to the Hugging Face Hub at each checkpoint or saved pipeline, and at the end."
+    )
+    hub_model_id: str | None = option(
+        None,
+        "The repository of `push_to_hub`, user/name; by default the name of `output_dir`, of the user of the token.",
+    )
+    hub_private_repo: bool = option(False, "Let only its owners see that repository.")
+    hub_license: str | None = option(
+        None, "The licence of the weights, such as apache-2.0, which `push_to_hub` needs."
+    )
 
 
 @dataclass(kw_only=True)
@@ -147,8 +172,21 @@ class SharedTrainingArguments(OutputArguments, OptimisationArguments, NoiseArgum
     )
     validation_split: str = option("train", "Split of `validation_dataset`.")
     validation_repeats: int = option(1, "How many times each held-out image is noised, each time differently.")
+    validation_steps: int = option(
+        0,
+        "Validate every n-th step as well, and keep the checkpoint with the lowest loss beside the last ones; 0 for never.",
+    )
     seed: int = option(0, "Seed of all random numbers.")
     random_flip: bool = option(True, "Mirror half of the images.")
+    balance_classes: bool = option(
+        False,
+        "Train on all classes equally often, however many images each has; an image's turn comes the more often "
+        "the fewer its class has.",
+    )
+    class_repeats: list[str] = option(
+        [],
+        "How many times an epoch has the images of a class, for those that it has more than once: bus=3 'two words'=2 …",
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -162,15 +200,54 @@ class SharedTrainingArguments(OutputArguments, OptimisationArguments, NoiseArgum
             raise ValueError(
                 f"Expected `checkpoints_total_limit` to be at least 1, but got {self.checkpoints_total_limit}."
             )
-        for name in ("pipeline_steps", "sample_steps"):
+        for name in ("pipeline_steps", "sample_steps", "validation_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"Expected `{name}` to be 0, for never, or more, but got {getattr(self, name)}.")
+        if self.validation_steps and self.validation_dataset is None:
+            raise ValueError(
+                f"Expected `validation_steps` to be 0 without a `validation_dataset`, but got {self.validation_steps}."
+            )
         if self.num_train_timesteps < 2:
             raise ValueError(f"Expected `num_train_timesteps` to be at least 2, but got {self.num_train_timesteps}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"Expected `ema_decay` to be in [0, 1), but got {self.ema_decay}.")
+        if self.push_to_hub and self.hub_license is None:
+            raise ValueError(
+                "Expected `hub_license` to be the licence of the weights for `push_to_hub`, such as apache-2.0, mit or "
+                "cc-by-nc-4.0, but got None."
+            )
+        for name in ("hub_model_id", "hub_private_repo", "hub_license"):
+            if getattr(self, name) and not self.push_to_hub:
+                raise ValueError(
+                    f"Expected `push_to_hub` to be true where `{name}` is set, but got false and {getattr(self, name)!r}."
+                )
+        self.repeats_by_class()
+        if self.class_repeats and self.balance_classes:
+            raise ValueError(
+                "Expected either `class_repeats` or `balance_classes`, which decides how often a class comes, but got both."
+            )
+        check_optimiser(self)
+        check_lr_schedule(self, {field.name: field.default for field in dataclasses.fields(OptimisationArguments)})
         if self.report_to not in TRACKERS:
             raise ValueError(f"Expected `report_to` to be one of {', '.join(TRACKERS)}, but got {self.report_to!r}.")
+
+    def repeats_by_class(self) -> dict[str, int]:
+        """
+        Read `class_repeats`: the number of times that an epoch has the images of a class, by the class's name.
+
+        Raises:
+            ValueError: if an entry is not a name, = and a number from 1 on, or a name comes twice.
+        """
+        repeats: dict[str, int] = {}
+        for entry in map(str, self.class_repeats):
+            name, _, number = entry.rpartition("=")
+            if not name or not number.isdecimal() or int(number) < 1 or name in repeats:
+                raise ValueError(
+                    "Expected `class_repeats` to have each class's name once, with = and a number from 1 on, such as "
+                    f"bus=3, but got {entry!r}."
+                )
+            repeats[name] = int(number)
+        return repeats
 
 
 @dataclass(kw_only=True)
@@ -214,6 +291,11 @@ class ExpertArguments(OutputArguments):
         valid = ["all", *map(str, range(num_experts))]
         if self.expert not in valid:
             raise ValueError(f"Expected `expert` to be one of {', '.join(valid)}, but got {self.expert!r}.")
+        if self.push_to_hub and self.expert != "all":
+            raise ValueError(
+                "Expected `expert` to be 'all' for `push_to_hub`, which uploads all experts together, but got "
+                f"{self.expert!r}."
+            )
         if self.expert == "all" and num_experts > 1 and self.resume_from_checkpoint not in (None, "latest"):
             raise ValueError(
                 "Expected `resume_from_checkpoint` to be 'latest', each expert's own, to go on with all experts, "

@@ -19,6 +19,7 @@ PREFIX = "checkpoint-"
 RECORD_NAME = "checkpoint.json"  # the other files' sizes, and what the run must have again when it is resumed
 # what every checkpoint has, the older ones without a record, too
 REQUIRED_FILES = ("model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl", "random_states_0.pkl")
+BEST_NAME = "best_checkpoint.json"
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,12 @@ def is_named_like_one(path: Path) -> bool:
 def checkpoint_step(path: Path) -> int:
     """The number of steps that were done when a checkpoint was written."""
     return int(path.name.removeprefix(PREFIX))
+
+
+def recorded_best(output_dir: "str | os.PathLike") -> dict[str, Any] | None:
+    """What `best_checkpoint.json` says: `step` and `validation_loss` of the best checkpoint; None if there is no file."""
+    path = Path(output_dir, BEST_NAME)
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def expect_no_checkpoints(output_dir: "str | os.PathLike") -> None:
@@ -170,7 +177,7 @@ def save_checkpoint(
     accelerator: Accelerator, args: SharedTrainingArguments, step: int, record: dict[str, Any]
 ) -> None:
     """
-    Write a checkpoint with everything that resuming needs, and remove surplus old ones.
+    Write a checkpoint with everything that resuming needs, and remove surplus old ones, but never the best.
 
     The folder gets its name when it is complete, so that a run that is killed leaves no incomplete checkpoint.
 
@@ -199,5 +206,7 @@ def save_checkpoint(
     if accelerator.is_main_process and args.checkpoints_total_limit is not None:
         # the later ones, which such a run has yet to replace, do not count
         done = [checkpoint for checkpoint in checkpoints(args.output_dir) if checkpoint_step(checkpoint) <= step]
+        best = recorded_best(args.output_dir)
         for surplus in done[: -args.checkpoints_total_limit]:
-            remove(surplus)
+            if best is None or checkpoint_step(surplus) != best["step"]:
+                remove(surplus)

@@ -17,6 +17,7 @@ from .base_schedule import check_base_schedule
 from .data.training_data import load_training_data
 from .objectives.from_arguments import make_objective
 from .recipe import TrainingRecipe
+from .run import Publisher
 from .trainer import make_accelerator, train
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ def train_dit(
     model_class: type[DiTModel],
     args: DiTTrainingArguments,
     make_recipe: Callable[[DiTModel], TrainingRecipe] = lambda model: TrainingRecipe(),
+    publisher: Publisher | None = None,
 ) -> None:
     """
     Train a new model of `model_class`, or `args.pretrained_model_name_or_path` further.
@@ -35,6 +37,7 @@ def train_dit(
         args ([`DiTTrainingArguments`]): Everything that can be set; a subclass has the fields of the arguments that the
             model's constructor has beside those of a DiT.
         make_recipe (`Callable[[DiTModel], TrainingRecipe]`): From the model to what the system trains differently.
+        publisher ([`Publisher`], *optional*): See [`train`].
 
     Raises:
         ValueError: if the data set cannot be read, or if the arguments do not fit it or one another.
@@ -50,7 +53,7 @@ def train_dit(
         model = load_pretrained(model_class, args.pretrained_model_name_or_path, own | config | sizes)
         check_base_schedule(args, model, args.pretrained_model_name_or_path)
     objective = make_objective(args, model, in_latents=data.vae is not None)
-    train(accelerator, args, model, objective, data, make_recipe(model))
+    train(accelerator, args, model, objective, data, make_recipe(model), publisher)
     accelerator.end_training()
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import set_seed
 from torch import nn
@@ -18,6 +19,14 @@ from .summary import SUMMARY_NAME
 from .trainer import make_accelerator, train
 
 logger = logging.getLogger(__name__)
+
+# one expert alone is not uploaded: the entry point uploads them together
+NOT_PUSHED: dict[str, Any] = {
+    "push_to_hub": False,
+    "hub_model_id": None,
+    "hub_private_repo": False,
+    "hub_license": None,
+}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -61,7 +70,7 @@ def train_experts(
         for expert in experts:
             expect_no_checkpoints(folders[expert])
     for expert in experts:
-        own_args = dataclasses.replace(args, output_dir=str(folders[expert]))
+        own_args = dataclasses.replace(args, output_dir=str(folders[expert]), **NOT_PUSHED)
         if args.resume_from_checkpoint == "latest" and is_finished(own_args):
             logger.warning("Expert %d in %s is finished: skipped.", expert, folders[expert])
             continue

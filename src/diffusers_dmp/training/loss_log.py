@@ -3,15 +3,18 @@
 import json
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 
 from ..intervals import NoiseIntervals
 from .arguments import SharedTrainingArguments
 from .loop import TrainingStep
+from .metrics_file import METRICS_NAME, MetricsFile
+from .progress import duration, progress_bar
 
+ESTIMATE_STEPS = 10  # of a run, after which it is said how long the rest takes
 NUM_LOSS_BANDS = 8  # the number of uniform intervals of timesteps for which the loss is logged separately
 
 
@@ -25,38 +28,41 @@ def trackable(args: SharedTrainingArguments) -> dict:
 
 class LossLog:
     """
-    Progress bar and trackers of a training.
+    Progress bar, trackers and `metrics.jsonl` of a training.
 
-    Every n-th step it logs, over the steps since the last time: the loss, the loss in each of `NUM_LOSS_BANDS` uniform
-    intervals of timesteps, the learning rate and images per second. Sums stay on the device until then.
+    After the first step and every n-th one it logs, over the steps since the last time: the loss, the loss in each of
+    `NUM_LOSS_BANDS` uniform intervals of timesteps, the learning rate and images per second. Sums stay on the device until
+    then. After ten steps it says how long the others will take.
 
     Args:
         accelerator (`Accelerator`): Of all processes, each of which has to call.
-        args ([`SharedTrainingArguments`]): For the number n, the last step and the batch size.
+        args ([`SharedTrainingArguments`]): For the number n, the last step, the batch size and the output folder.
         first_step (`int`): The number of steps done before.
     """
 
     def __init__(self, accelerator: Accelerator, args: SharedTrainingArguments, first_step: int):
         self.accelerator = accelerator
         self.args = args
+        self.first_step = first_step
         self.bands = NoiseIntervals.uniform(min(NUM_LOSS_BANDS, args.num_train_timesteps), args.num_train_timesteps)
-        self.progress = tqdm(
-            total=args.max_train_steps,
-            initial=first_step,
-            desc="Training",
-            unit="step",
-            disable=not accelerator.is_main_process,
-        )
+        is_main = accelerator.is_main_process
+        self.metrics = MetricsFile(Path(args.output_dir, METRICS_NAME), first_step) if is_main else None
+        self.progress = progress_bar(args.max_train_steps, "Training", "step", first_step, disable=not is_main)
+        self.seconds_paused = 0.0
+        self.first_step_ended = 0.0
         self._reset()
 
     def _reset(self) -> None:
         device = self.accelerator.device
         self.num_steps = 0
-        self.seconds_paused = 0.0
-        self.started = time.perf_counter()
+        self.started = self._training_time()
         self.loss = torch.zeros((), device=device)
         self.band_losses = torch.zeros(self.bands.num_experts, device=device)
         self.band_counts = torch.zeros(self.bands.num_experts, device=device)
+
+    def _training_time(self) -> float:
+        """A clock in seconds that stands still while the log is paused."""
+        return time.perf_counter() - self.seconds_paused
 
     @contextmanager
     def paused(self):
@@ -65,22 +71,40 @@ class LossLog:
         yield
         self.seconds_paused += time.perf_counter() - start
 
-    def __call__(self, done: TrainingStep, learning_rate: float) -> None:
-        """Add a step, and log if it is time."""
+    def is_due(self, step: int) -> bool:
+        """Whether to log after a step."""
+        return step == 1 or step % self.args.logging_steps == 0 or step == self.args.max_train_steps
+
+    def __call__(self, done: TrainingStep, learning_rate: float, measured: dict[str, float] | None = None) -> None:
+        """
+        Add a step, and log if it is time.
+
+        Args:
+            done ([`TrainingStep`]): What the step did.
+            learning_rate (`float`): The learning rate that it was done with.
+            measured (`dict[str, float]`, *optional*): What was measured after this step, which is logged at once.
+        """
         band = self.bands.index(done.timesteps)
         self.band_losses.index_add_(0, band, done.sample_losses)
         self.band_counts.index_add_(0, band, torch.ones_like(done.sample_losses))
         self.loss += done.loss
         self.num_steps += 1
         self.progress.update()
-        if done.step % self.args.logging_steps == 0 or done.step == self.args.max_train_steps:
-            self._write(done, learning_rate)
+        values: dict[str, float] = {}
+        if self.is_due(done.step):
+            values = self._values(done, learning_rate)
             self._reset()
+        values |= measured or {}
+        if values:
+            self.accelerator.log(values, step=done.step)
+            if self.metrics is not None:
+                self.metrics.add(done.step, values)
+        self._estimate(done)
 
-    def _write(self, done: TrainingStep, learning_rate: float) -> None:
+    def _values(self, done: TrainingStep, learning_rate: float) -> dict[str, float]:
         loss = self.accelerator.reduce(self.loss, "mean").item() / self.num_steps
         band_losses, band_counts = self.accelerator.reduce((self.band_losses, self.band_counts), "sum")
-        seconds = time.perf_counter() - self.started - self.seconds_paused
+        seconds = self._training_time() - self.started
         values = {
             "loss": loss,
             "lr": learning_rate,
@@ -93,8 +117,22 @@ class LossLog:
         for low, high, total, count in zip(edges, edges[1:], band_losses.tolist(), band_counts.tolist()):
             if count:
                 values[f"loss_by_timestep/{low:04d}-{high - 1:04d}"] = total / count
-        self.progress.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{values['images_per_second']:.0f}")
-        self.accelerator.log(values, step=done.step)
+        postfix = {"loss": f"{loss:.4f}", "images_per_second": f"{values['images_per_second']:.0f}"}
+        self.progress.set_postfix(postfix, refresh=done.step == 1)  # later with the bar's next update
+        return values
+
+    def _estimate(self, done: TrainingStep) -> None:
+        """Say how long the rest of the training takes, from all steps but the first, which may compile and fill caches."""
+        steps_here = done.step - self.first_step
+        if steps_here not in (1, ESTIMATE_STEPS):
+            return
+        done.loss.item()  # a device may be behind
+        if steps_here == 1:
+            self.first_step_ended = self._training_time()
+        elif self.accelerator.is_main_process and done.step < self.args.max_train_steps:
+            per_step = (self._training_time() - self.first_step_ended) / (ESTIMATE_STEPS - 1)
+            rest = duration(per_step * (self.args.max_train_steps - done.step))
+            self.progress.write(f"After step {done.step} of {self.args.max_train_steps}: about {rest} to go.")
 
     def close(self) -> None:
         """End the progress bar."""

@@ -26,15 +26,15 @@ MAY_CHANGE = {
     *(field.name for field in dataclasses.fields(OutputArguments)),
     "expert",
     # how far and how fast it is optimised
-    "max_train_steps", "learning_rate", "lr_scheduler", "min_lr_rate", "lr_warmup_steps", "weight_decay",
-    "adam_beta1", "adam_beta2", "max_grad_norm", "ema_decay",
+    "max_train_steps", "learning_rate", "min_lr_rate", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm",
+    "ema_decay",
     # memory, speed and precision: the batches are the same
     "gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "deterministic", "dataloader_num_workers",
     # folders may move: their contents are compared
     "dataset", "vae",
 }  # fmt: skip
-# validation only looks; `gate_learning_rate` and the like are those of some parameters
-MAY_CHANGE_PREFIX, MAY_CHANGE_SUFFIX = "validation_", "learning_rate"
+# validation only looks; the schedule of the learning rate; `gate_learning_rate` and the like are those of some parameters
+MAY_CHANGE_PREFIXES, MAY_CHANGE_SUFFIX = ("validation_", "lr_"), "learning_rate"
 PATHS = ("dataset", "vae", "pretrained_model_name_or_path", "base_model")
 CONTENTS = ("dataset", "vae")  # without a record, as version 0.2 wrote checkpoints, their paths must be the same
 
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 def may_change(name: str) -> bool:
     """Whether an argument may change when a run is resumed."""
-    return name in MAY_CHANGE or name.startswith(MAY_CHANGE_PREFIX) or name.endswith(MAY_CHANGE_SUFFIX)
+    return name in MAY_CHANGE or name.startswith(MAY_CHANGE_PREFIXES) or name.endswith(MAY_CHANGE_SUFFIX)
 
 
 def resolved_arguments(args: SharedTrainingArguments) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -15,9 +15,10 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from .arguments import SharedTrainingArguments
+from .best_checkpoint import BestCheckpoint
 from .checkpoints import PREFIX, checkpoint_step, save_checkpoint
 from .conditions import LabelConditions
-from .data.batches import training_batches
+from .data.batches import training_batches, with_repeats
 from .data.training_data import TrainingData
 from .denoiser import Denoiser
 from .finite import FiniteCheck
@@ -26,7 +27,9 @@ from .loop import TrainingParts, TrainingStep, training_steps
 from .loss_log import ExpertCounts, LossLog
 from .objectives.objective import Objective
 from .optimisation import (
+    ScheduleFreeAverage,
     averaged_weights,
+    current_learning_rate,
     hyperparameters,
     learns,
     make_ema,
@@ -43,6 +46,19 @@ from .validation import validation_loss
 logger = logging.getLogger(__name__)
 
 
+class Publisher(Protocol):
+    """Publishes pipelines of a training that goes on."""
+
+    def __call__(self, save: Callable[[Path], object], step: int) -> None:
+        """
+        Publish the pipeline after a step, in the main process.
+
+        Args:
+            save (`Callable[[Path], object]`): Saves it in a folder, if it is called before this returns.
+            step (`int`): The number of steps done.
+        """
+
+
 @dataclass(kw_only=True)
 class TrainingRun:
     """
@@ -52,17 +68,19 @@ class TrainingRun:
         parts ([`TrainingParts`]): What is trained, and by what.
         args ([`SharedTrainingArguments`]): Everything that can be set.
         data ([`TrainingData`]): What it is trained on.
-        ema ([`EMAModel`], *optional*): The averaged weights.
+        ema ([`EMAModel`] or [`ScheduleFreeAverage`], *optional*): The averaged weights.
         expert_counts ([`ExpertCounts`], *optional*): The number of samples that each expert was trained on.
         record (`dict[str, Any]`): What its checkpoints say of it; see [`run_record`].
+        publisher ([`Publisher`], *optional*): Is given the pipeline whenever it or a checkpoint is saved before the end.
     """
 
     parts: TrainingParts
     args: SharedTrainingArguments
     data: TrainingData
-    ema: EMAModel | None
+    ema: EMAModel | ScheduleFreeAverage | None
     expert_counts: ExpertCounts | None
     record: dict[str, Any]
+    publisher: Publisher | None = None
 
     def __post_init__(self):
         self.finite = FiniteCheck(self.parts.accelerator, self.args.num_train_timesteps)
@@ -100,7 +118,7 @@ class TrainingRun:
         wanted = hyperparameters(self.parts.optimizer)
         self.parts.accelerator.load_state(str(checkpoint))
         set_hyperparameters(self.parts.optimizer, self.parts.lr_scheduler, wanted)
-        if self.ema is not None:
+        if isinstance(self.ema, EMAModel):
             self.ema.decay = self.args.ema_decay
         step = checkpoint_step(checkpoint)
         if step == self.args.max_train_steps and self.parts.accelerator.is_main_process:
@@ -118,6 +136,7 @@ class TrainingRun:
         batches = training_batches(self.parts.accelerator, self.args, self.data.dataset, first_step)
         steps = training_steps(self.parts, self.args, batches, first_step)
         log = LossLog(self.parts.accelerator, self.args, first_step)
+        best = BestCheckpoint(self.args.output_dir, first_step, self.parts.accelerator.is_main_process)
         started = time.perf_counter()
         with Interruption(self.parts.accelerator) as interruption, closing(log):
             for done in steps:
@@ -125,33 +144,49 @@ class TrainingRun:
                     self.ema.step(self.parts.plain_model.parameters())
                 if self.expert_counts is not None and done.experts is not None:
                     self.expert_counts.add(done.experts.owners, self.args.batch_size)
-                learning_rate = float(self.parts.lr_scheduler.get_last_lr()[0])
+                learning_rate = current_learning_rate(self.parts.optimizer)
                 self.finite.add(done, learning_rate)
-                if done.step % self.args.logging_steps == 0 or done.step == self.args.max_train_steps:
+                if log.is_due(done.step):
                     self.finite.expect_finite_losses()
-                log(done, learning_rate)
                 with log.paused():
-                    self._write_along_the_way(done)
+                    measured = self._validate_along_the_way(done, best)
+                log(done, learning_rate, measured)
+                with log.paused():
+                    self._write_along_the_way(done, best)
                 received = interruption.signal_received()
                 if received is not None:
                     self._end_early(done, received)
         return time.perf_counter() - started
 
-    def _write_along_the_way(self, done: TrainingStep) -> None:
+    def _validate_along_the_way(self, done: TrainingStep, best: BestCheckpoint) -> dict[str, float]:
+        """The validation loss of the averaged weights, by its name, if it is due after a step."""
+        if not self.args.validation_steps or done.step % self.args.validation_steps or self.data.validation is None:
+            return {}
+        with averaged_weights(self.parts.plain_model, self.ema):
+            loss = validation_loss(self.parts, self.args, self.data.validation)
+        best.add(done.step, loss)
+        return {"validation_loss": loss}
+
+    def _write_along_the_way(self, done: TrainingStep, best: BestCheckpoint) -> None:
         """The pipeline, checkpoint and samples that are due after a step."""
         accelerator, args = self.parts.accelerator, self.args
         pipeline_is_due, samples_are_due = (
             steps > 0 and done.step % steps == 0 for steps in (args.pipeline_steps, args.sample_steps)
         )
-        checkpoint_is_due = done.step % args.checkpointing_steps == 0
+        is_best = best.step == done.step
+        checkpoint_is_due = done.step % args.checkpointing_steps == 0 or is_best
         if pipeline_is_due or samples_are_due or checkpoint_is_due:
             self._expect_finite(done.step)
         # before the checkpoint, so that a run that is resumed from it has the pipeline too
         if pipeline_is_due and accelerator.is_main_process:
             with averaged_weights(self.parts.plain_model, self.ema):
                 save_whole(trained_pipeline(self.parts, self.data), Path(args.output_dir, f"pipeline-{done.step}"))
+        if is_best and accelerator.is_main_process:
+            best.save()
         if checkpoint_is_due:
             save_checkpoint(accelerator, args, done.step, self.record)
+        if pipeline_is_due or checkpoint_is_due:
+            self._publish(done)
         if samples_are_due and accelerator.is_main_process:
             with averaged_weights(self.parts.plain_model, self.ema):
                 save_samples(accelerator, trained_pipeline(self.parts, self.data), args, done.step)
@@ -187,6 +222,13 @@ class TrainingRun:
         accelerator.end_training()
         raise SystemExit(128 + received)
 
+    def _publish(self, done: TrainingStep) -> None:
+        """Give the present pipeline to the publisher; the one after the last step is the training's, and published later."""
+        is_main_process = self.parts.accelerator.is_main_process
+        if self.publisher is not None and is_main_process and done.step < self.args.max_train_steps:
+            with averaged_weights(self.parts.plain_model, self.ema):
+                self.publisher(trained_pipeline(self.parts, self.data).save_pretrained, done.step)
+
     def save(self) -> None:
         """
         Save the trained model as the recipe says, or as a pipeline; every process has to call.
@@ -215,6 +257,7 @@ def prepare_run(
     """Everything that a training needs, on its device and registered for checkpoints; see [`train`]."""
     record = run_record(args, model, data, uses_loss_scaling=accelerator.mixed_precision == "fp16")
     check_batch(accelerator, args, objective, recipe)
+    with_repeats(data.dataset, args)  # raises if the arguments do not fit the classes
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()  # type: ignore[operator]
     if data.vae is not None:
@@ -231,7 +274,7 @@ def prepare_run(
     if recipe.expert_intervals is not None:
         expert_counts = ExpertCounts(recipe.expert_intervals)
         accelerator.register_for_checkpointing(expert_counts)
-    ema = make_ema(args, accelerator.unwrap_model(prepared_model))
+    ema = make_ema(args, accelerator.unwrap_model(prepared_model), optimizer)
     if ema is not None:
         accelerator.register_for_checkpointing(ema)
     parts = TrainingParts(

@@ -21,10 +21,11 @@ from .determinism import deterministic_algorithms, prepare_determinism
 from .loss_log import trackable
 from .objectives.objective import Objective
 from .optimisation import averaged_weights
+from .overview import describe_run
 from .recipe import TrainingRecipe
 from .resources import check_output_dir, explained_memory_errors
 from .resuming import ARGUMENTS_NAME, expect_same_run
-from .run import TrainingRun, prepare_run
+from .run import Publisher, TrainingRun, prepare_run
 from .summary import SUMMARY_NAME, TrainingSummary
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ def train(
     objective: Objective,
     data: TrainingData,
     recipe: TrainingRecipe | None = None,
+    publisher: Publisher | None = None,
 ) -> None:
     """
     Train a model, and save it as a pipeline in `args.output_dir/pipeline`, or as the recipe says.
@@ -85,6 +87,8 @@ def train(
         objective ([`Objective`]): The noise process and the loss.
         data ([`TrainingData`]): What it is trained on.
         recipe ([`TrainingRecipe`], *optional*): What the system trains differently from a plain DiT.
+        publisher ([`Publisher`], *optional*): Publishes what there is before the end, for `args.push_to_hub`; see
+            `hub/pushing.py`.
 
     Raises:
         ValueError: if the batch does not divide among processes, accumulation steps and timestep clusters, if an argument is
@@ -93,9 +97,12 @@ def train(
         OSError: if the disk is full.
         SystemExit: after SIGTERM or Ctrl-C, when a checkpoint is written.
     """
+    if args.push_to_hub and publisher is None:
+        raise ValueError("Expected a `publisher` for `push_to_hub`, as `hub.pushing.with_hub` makes it, but got none.")
     with deterministic_algorithms(args.deterministic), explained_memory_errors(accelerator, args):
         checkpoint = checkpoint_to_resume(args, accelerator.is_main_process)
         run = prepare_run(accelerator, args, model, objective, data, recipe or TrainingRecipe())
+        run.publisher = publisher
         if checkpoint is not None:
             expect_same_run(checkpoint, run.record, args)
         check_output_dir(args.output_dir, run.needed_bytes())
@@ -109,6 +116,8 @@ def train(
         if args.report_to != "none":
             accelerator.init_trackers(Path(args.output_dir).name, config=trackable(args))
 
+        if accelerator.is_main_process:
+            print(describe_run(run, first_step), flush=True)
         train_seconds = run.train_from(first_step)
 
         accelerator.wait_for_everyone()

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from ..arguments import SharedTrainingArguments
 from ..interruption import ignore_signals
-from .images import training_items
+from .images import class_names, training_items
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
@@ -49,13 +49,14 @@ class GlobalBatchSampler(Sampler[list[int]]):
     def _compute_permutation(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
 
+    def image(self, position: int) -> int:
+        """The index of the image at a position of the endless sequence that batches are cut from."""
+        epoch, index = divmod(position, self.num_images)
+        return int(self._permutation(epoch)[index])
+
     def batch(self, step: int) -> list[int]:
         """The indices of all B images of an optimiser step."""
-        positions = (
-            divmod(position, self.num_images)
-            for position in range(step * self.batch_size, (step + 1) * self.batch_size)
-        )
-        return [int(self._permutation(epoch)[position]) for epoch, position in positions]
+        return [self.image(position) for position in range(step * self.batch_size, (step + 1) * self.batch_size)]
 
     def __iter__(self) -> Iterator[list[int]]:
         length = self.batch_size // self.num_slices
@@ -63,6 +64,80 @@ class GlobalBatchSampler(Sampler[list[int]]):
             batch = self.batch(step)
             for own in self.own_slices:
                 yield batch[own * length : (own + 1) * length]
+
+
+class BalancedBatchSampler(GlobalBatchSampler):
+    """
+    Batches in which all classes are equally frequent, however many images each has.
+
+    The sequence of images consists of rounds. A round has one image of each class that has any, in random order; a class's
+    images follow one another in permutations, so that none comes twice before all have come once.
+
+    Args:
+        labels (`np.ndarray` of shape (N,)): The class of each image.
+        batch_size, seed, num_slices, own_slices, first_step: See [`GlobalBatchSampler`].
+    """
+
+    def __init__(
+        self, labels: np.ndarray, batch_size: int, seed: int, num_slices: int, own_slices: range, first_step: int = 0
+    ):
+        super().__init__(len(labels), batch_size, seed, num_slices, own_slices, first_step)
+        by_class = np.argsort(labels, kind="stable")
+        self.images_by_class = np.split(by_class, np.flatnonzero(np.diff(labels[by_class])) + 1)
+        self._round = functools.lru_cache(maxsize=2)(self._compute_round)
+        self._class_permutation = functools.lru_cache(maxsize=2 * self.num_classes)(self._compute_class_permutation)
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes that have images."""
+        return len(self.images_by_class)
+
+    def _compute_round(self, number: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, 0, number]).permutation(self.num_classes)
+
+    def _compute_class_permutation(self, own_class: int, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, 1 + own_class, epoch]).permutation(self.images_by_class[own_class])
+
+    def image(self, position: int) -> int:
+        """The index of the image at a position: the n-th round has the n-th image of each class's own sequence."""
+        number, place = divmod(position, self.num_classes)
+        own_class = int(self._round(number)[place])
+        epoch, index = divmod(number, len(self.images_by_class[own_class]))
+        return int(self._class_permutation(own_class, epoch)[index])
+
+
+def with_repeats(dataset: datasets.Dataset, args: SharedTrainingArguments) -> datasets.Dataset:
+    """
+    The rows of an epoch: each image as often as `args.class_repeats` says for its class.
+
+    Args:
+        dataset (`datasets.Dataset`): As [`load_images`] returns it.
+        args ([`SharedTrainingArguments`]): For the repeats and the label column.
+
+    Raises:
+        ValueError: if `class_repeats` or `balance_classes` is set for a data set without classes, or names one that it has not.
+    """
+    names = class_names(dataset, args.label_column)
+    if names is None and (args.class_repeats or args.balance_classes):
+        name = "class_repeats" if args.class_repeats else "balance_classes"
+        raise ValueError(
+            f"Expected `{name}` to be used with classes only, but {args.dataset!r} has no column {args.label_column!r}."
+        )
+    repeats = args.repeats_by_class()
+    if names is None or not repeats:
+        return dataset
+    unknown = repeats.keys() - set(names)
+    if unknown:
+        raise ValueError(
+            f"Expected `class_repeats` to name classes of {', '.join(names)}, but got {', '.join(sorted(unknown))}."
+        )
+    by_class = np.array([repeats.get(name, 1) for name in names])
+    return dataset.select(np.repeat(np.arange(len(dataset)), by_class[labels_of(dataset, args)]))
+
+
+def labels_of(dataset: datasets.Dataset, args: SharedTrainingArguments) -> np.ndarray:
+    """The class of each image, (N,)."""
+    return np.asarray(dataset[args.label_column][:])
 
 
 def endless_batches(
@@ -96,6 +171,12 @@ def training_batches(
     num_slices = accelerator.num_processes * args.gradient_accumulation_steps
     first_slice = accelerator.process_index * args.gradient_accumulation_steps
     own_slices = range(first_slice, first_slice + args.gradient_accumulation_steps)
-    sampler = GlobalBatchSampler(len(dataset), args.batch_size, args.seed, num_slices, own_slices, first_step)
+    dataset = with_repeats(dataset, args)
+    order = (args.batch_size, args.seed, num_slices, own_slices, first_step)
+    sampler = (
+        BalancedBatchSampler(labels_of(dataset, args), *order)
+        if args.balance_classes
+        else GlobalBatchSampler(len(dataset), *order)
+    )
     items = training_items(dataset, args)
     return endless_batches(items, sampler, args.dataloader_num_workers, accelerator.device.type == "cuda")

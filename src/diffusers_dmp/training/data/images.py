@@ -93,6 +93,22 @@ def class_names(dataset: datasets.Dataset, label_column: str = "label") -> list[
     return [str(label) for label in range(max(dataset[label_column]) + 1)]
 
 
+def describe_images(dataset: datasets.Dataset, label_column: str = "label") -> str:
+    """
+    Say in words what a data set holds: '9 images, 3 classes: bus 3, car 3, train 3', or '8 images, unconditional'.
+
+    Args:
+        dataset (`datasets.Dataset`): As [`load_images`] returns it.
+        label_column (`str`): The column of class labels.
+    """
+    names = class_names(dataset, label_column)
+    if names is None:
+        return f"{len(dataset)} images, unconditional"
+    counts = np.bincount(dataset[label_column], minlength=len(names))
+    classes = ", ".join(f"{name} {count}" for name, count in zip(names, counts))
+    return f"{len(dataset)} images, {len(names)} classes: {classes}"
+
+
 @dataclass(frozen=True)
 class ImageReader:
     """

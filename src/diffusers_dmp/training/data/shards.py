@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ...saving.reading import beginning_of, expect_binary, read_json
 from ...saving.whole import written_whole
+from ..progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -81,14 +82,10 @@ def write_shards(
     missing = [shard for shard, path in enumerate(paths) if not (path.exists() and _is_whole(path, len(rows[shard])))]
     accelerator.wait_for_everyone()  # no process writes before all have looked
     own = missing[accelerator.process_index :: accelerator.num_processes]
-    with tqdm(
-        total=sum(len(rows[shard]) for shard in own),
-        desc=description
-        if accelerator.num_processes == 1
-        else f"{description}, 1 of {accelerator.num_processes} processes",
-        unit="image",
-        disable=not accelerator.is_main_process,
-    ) as progress:
+    if accelerator.num_processes > 1:
+        description = f"{description}, 1 of {accelerator.num_processes} processes"
+    total = sum(len(rows[shard]) for shard in own)
+    with progress_bar(total, description, "image", disable=not accelerator.is_main_process) as progress:
         for shard in own:
             made = make_shard(rows[shard], progress)
             with written_whole(paths[shard]) as unfinished:

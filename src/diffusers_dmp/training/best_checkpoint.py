@@ -1,0 +1,42 @@
+"""The checkpoint of a training with the lowest validation loss: one like the others, named by `best_checkpoint.json`."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+from ..saving.whole import written_whole
+from .checkpoints import BEST_NAME, PREFIX, recorded_best
+
+
+class BestCheckpoint:
+    """
+    The lowest validation loss so far, and the step after which it was measured.
+
+    Args:
+        output_dir: The training's folder.
+        first_step (`int`): The number of steps that are done. What an earlier run recorded of a later step, which is done
+            again, is forgotten.
+        is_main_process (`bool`): Whether to forget it on the disk as well.
+    """
+
+    def __init__(self, output_dir: "str | os.PathLike", first_step: int, is_main_process: bool = True):
+        self.path = Path(output_dir, BEST_NAME)
+        self.step: int | None = None
+        self.loss = math.inf
+        record = recorded_best(output_dir)
+        if record is not None and record["step"] <= first_step and self.path.with_name(record["checkpoint"]).is_dir():
+            self.step, self.loss = record["step"], record["validation_loss"]
+        elif is_main_process:
+            self.path.unlink(missing_ok=True)
+
+    def add(self, step: int, loss: float) -> None:
+        """Compare a validation loss with the lowest so far."""
+        if loss < self.loss:
+            self.step, self.loss = step, loss
+
+    def save(self) -> None:
+        """Record the best checkpoint, before it is written and the one that was best until then may be removed."""
+        record = {"checkpoint": f"{PREFIX}{self.step}", "step": self.step, "validation_loss": self.loss}
+        with written_whole(self.path) as unfinished:
+            unfinished.write_text(json.dumps(record) + "\n")

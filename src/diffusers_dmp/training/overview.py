@@ -1,0 +1,84 @@
+"""What a training is about to do, in a few lines that are printed before its first step."""
+
+import platform
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from .arguments import SharedTrainingArguments
+from .data.batches import with_repeats
+from .data.images import describe_images
+from .metrics_file import METRICS_NAME
+from .run import TrainingRun
+
+
+def describe_run(run: TrainingRun, first_step: int) -> str:
+    """
+    Describe a training in words.
+
+    Args:
+        run ([`TrainingRun`]): With everything that the training needs.
+        first_step (`int`): The number of steps that are done.
+    """
+    args, data, accelerator = run.args, run.data, run.parts.accelerator
+    rows = {
+        "data": f"{args.dataset}: {describe_images(data.dataset, args.label_column)}",
+        "validation": "none",
+        "model": _describe_model(run.parts.plain_model),
+        "steps": _describe_steps(args, accelerator, len(with_repeats(data.dataset, args)), first_step),
+        "device": _describe_device(accelerator),
+        "output": _describe_output(run),
+    }
+    if data.validation is not None:
+        when = (
+            f"before, every {args.validation_steps} steps and after" if args.validation_steps else "before and after"
+        )
+        images = describe_images(data.validation, args.label_column)
+        rows["validation"] = f"{args.validation_dataset}: {images}; {when}"
+    return "\n".join(f"{name + ':':<12}{text}" for name, text in rows.items())
+
+
+def _describe_model(model: nn.Module) -> str:
+    parameters = list(model.parameters())
+    total = sum(parameter.numel() for parameter in parameters)
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return f"{type(model).__name__}, {total:,} parameters, {'all' if trained == total else f'{trained:,}'} of them trained"
+
+
+def _describe_steps(args: SharedTrainingArguments, accelerator: Accelerator, num_images: int, first_step: int) -> str:
+    epochs = args.max_train_steps * args.batch_size / num_images
+    parts = [f"{accelerator.num_processes} processes"] if accelerator.num_processes > 1 else []
+    if args.gradient_accumulation_steps > 1:
+        parts.append(f"{args.gradient_accumulation_steps} accumulation steps")
+    micro_batch = args.batch_size // (accelerator.num_processes * args.gradient_accumulation_steps)
+    batch = f"{args.batch_size} images" + (f" ({' x '.join([*parts, str(micro_batch)])})" if parts else "")
+    texts = [
+        f"{args.max_train_steps} of {batch}",
+        f"{epochs:,.{0 if epochs >= 100 else 2}f} epochs of {num_images} images",
+        "classes balanced" if args.balance_classes else "",
+        f"from step {first_step} on" if first_step else "",
+        f"{args.optimizer}, {args.lr_scheduler} learning rate {args.learning_rate:g}",
+    ]
+    return "; ".join(text for text in texts if text)
+
+
+def _describe_device(accelerator: Accelerator) -> str:
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    precision = {"no": "32 bits"}.get(accelerator.mixed_precision, f"mixed precision {accelerator.mixed_precision}")
+    return f"{device} ({name}), {precision}"
+
+
+def _describe_output(run: TrainingRun) -> str:
+    args = run.args
+    kept = "all" if args.checkpoints_total_limit is None else f"the last {args.checkpoints_total_limit}"
+    best = " and the best" if args.validation_steps else ""
+    parts = [f"checkpoints every {args.checkpointing_steps} steps ({kept}{best} kept)"]
+    if args.pipeline_steps:
+        parts.append(f"pipelines every {args.pipeline_steps} steps")
+    if args.sample_steps:
+        parts.append(f"samples every {args.sample_steps} steps")
+    parts.append(METRICS_NAME if args.report_to == "none" else f"{METRICS_NAME}, logs for {args.report_to}")
+    parts.append("the finished pipeline" if run.parts.recipe.save is None else "the finished weights")
+    return f"{args.output_dir}: {', '.join(parts)}"
