@@ -14,6 +14,9 @@ from typing import Any, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
+from .data.decoding import check_background
+from .data.fitting import FITS
+
 TRACKERS = ("tensorboard", "wandb", "none")
 
 Arguments = TypeVar("Arguments")
@@ -41,16 +44,22 @@ class DataArguments:
         None, "For PPAP: column of the same images, in the resolution that the teacher sees."
     )
     teacher_image_size: int | None = option(None, "For PPAP: size of the teacher's images in pixels.")
-    label_column: str = option(
-        "label", "Column of class labels in the data set; without such a column training is unconditional."
-    )
+    label_column: str = option("label", "Column of class labels in the data set; none for unconditional training.")
     image_size: int = option(256, "Images are cropped and scaled to this many pixels.")
     image_channels: int = option(3, "1 (grey), 3 (RGB) or 4 (RGBA).")
+    image_fit: str = option("crop", "How an image becomes a square: crop (its centre) or pad (with the background).")
+    background: str = option(
+        "white", "Colour behind transparent pixels, unless there are 4 channels, and of padding: a name or #rrggbb."
+    )
+    skip_unreadable: bool = option(False, "Leave out the images that cannot be read, and list them.")
     dataloader_num_workers: int = option(0, "Worker processes that read images.")
     vae: str | None = option(None, "Folder or Hub id of an AutoencoderKL, for training on its latents.")
 
     def __post_init__(self):
         self.check_at_least_one("image_size")
+        if self.image_fit not in FITS:
+            raise ValueError(f"Expected `image_fit` to be one of {', '.join(FITS)}, but got {self.image_fit!r}.")
+        check_background(self.background)
 
     def check_at_least_one(self, *names: str) -> None:
         """
