@@ -204,6 +204,7 @@ def damaged(folder: Path) -> dict[str, str]:
     (folder / "pointer.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     (folder / "page.jpg").write_text("\n<!DOCTYPE html><html></html>")
     (folder / "text.png").write_text("nothing")
+    (folder / "phone.heic").write_bytes(b"\0\0\0\x24ftypheic\0\0\0\0mif1heic" + bytes(40))
     bomb = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0)
     (folder / "bomb.png").write_bytes(
         b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", bomb) + png_chunk(b"IDAT", zlib.compress(b""))
@@ -214,6 +215,7 @@ def damaged(folder: Path) -> dict[str, str]:
         "empty.png": "it is empty",
         "pointer.png": "it is a Git LFS pointer; `git lfs pull`",
         "page.jpg": "it is an HTML page",
+        "phone.heic": "it is HEIC or AVIF",
         "text.png": "Pillow knows no such image",
         "bomb.png": "exceeds limit",
         "broken.png": "No such file",

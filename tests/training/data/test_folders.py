@@ -365,4 +365,4 @@ def test_latents_and_images_are_told_apart(tmp_path):
 
 def test_hidden_files_do_not_count(tmp_path):
     make(tmp_path, ".hidden/a.png", "@eaDir/a.png", "a.png")
-    assert [path.name for path in list_files(str(tmp_path)).images] == ["a.png"]
+    assert list_files(str(tmp_path)).images == ["a.png"]

@@ -158,4 +158,6 @@ def _reason(encoded: dict[str, Any], error: Exception) -> str:
         start = opened.read(64).lstrip().lower()
     if not start:
         return "it is empty"
+    if start[4:8] == b"ftyp":
+        return "it is HEIC or AVIF, which Pillow does not read here; convert it to JPEG or PNG"
     return next((reason for text, reason in IMPOSTORS.items() if start.startswith(text)), "Pillow knows no such image")

@@ -5,7 +5,7 @@ elsewhere. Here the name of a file means nothing, and what could mean two things
 """
 
 import os
-from pathlib import PurePath
+import posixpath
 from typing import Any
 
 import datasets
@@ -18,7 +18,7 @@ from .metadata import read_captions, read_metadata
 IMAGE, LABEL = "image", "label"  # the columns of a folder of images
 IMAGE_FOLDER = "image_folder"  # the data set's `info.builder_name`
 
-Splits = dict[str, tuple[PurePath, list[PurePath]]]  # see `splits_of_images`
+Splits = dict[str, tuple[str, list[str]]]  # see `splits_of_images`
 
 
 def is_image_folder(dataset: datasets.Dataset) -> bool:
@@ -47,7 +47,7 @@ def read_image_folder(
         ValueError: if the folder has no images, or could mean more than one thing.
     """
     if not listing.images:
-        kinds = sorted({path.suffix or path.name for path in listing.others}) or ["no files"]
+        kinds = sorted({posixpath.splitext(path)[1] or path for path in listing.others}) or ["no files"]
         raise ValueError(
             f"Expected `dataset` to be a folder with images or parquet files, but got none in {listing.folder!r}, which "
             f"has {shorten(kinds)}. Archives have to be unpacked."
@@ -59,7 +59,7 @@ def read_image_folder(
     columns = {IMAGE: _encoded(listing, images)}
     features: dict[str, Any] = {IMAGE: datasets.Image(decode=False)}
 
-    notes = [f"in {splits[name][0]}/" for name, _ in chosen if splits[name][0].parts]
+    notes = [f"in {splits[name][0]}" for name, _ in chosen if splits[name][0]]
     if label_column is not None and label_column in metadata.columns:
         columns[label_column] = _as_array(label_column, metadata.column(label_column, images, listing))
         notes.append(f"labels of {shorten(listing.metadata)}")
@@ -98,19 +98,17 @@ def _make_dataset(
     return datasets.Dataset(datasets.table.InMemoryTable(pa.table(columns)), info=info)
 
 
-def class_folders(
-    listing: Listing, prefix: PurePath, images: list[PurePath]
-) -> tuple[PurePath, dict[str, list[PurePath]]]:
+def class_folders(listing: Listing, prefix: str, images: list[str]) -> tuple[str, dict[str, list[str]]]:
     """
     The sub-folders that are classes; images nested deeper belong to the one that they are in.
 
     Args:
         listing ([`Listing`]): The folder's files.
-        prefix (`PurePath`): Where to look.
-        images (`list[PurePath]`): All images in `prefix`.
+        prefix (`str`): Where to look.
+        images (`list[str]`): All images in `prefix`.
 
     Returns:
-        `tuple[PurePath, dict]`: `prefix`, or the folder that it holds and nothing else; and the images by the name of their
+        `tuple[str, dict]`: `prefix`, or the folder that it holds and nothing else; and the images by the name of their
         sub-folder of that. There is no sub-folder or more than one.
 
     Raises:
@@ -126,7 +124,7 @@ def class_folders(
             )
         if len(groups) != 1:
             return prefix, groups
-        prefix = prefix / next(iter(groups))
+        prefix += f"{next(iter(groups))}/"
 
 
 def _folder_labels(
@@ -145,11 +143,11 @@ def _folder_labels(
             )
         names = list(groups) or None
         index = {name: label for label, name in enumerate(groups)}
-        depth = len(prefix.parts)
         if groups:
-            labels += [index[path.parts[depth]] for path in splits[split][1][rows]]
-        empty = sorted(path.name for path in listing.folders if path.parent == prefix and path.name not in groups)
-        where = f"in {prefix}/" if prefix.parts else ""
+            labels += [index[path[len(prefix) :].partition("/")[0]] for path in splits[split][1][rows]]
+        siblings = [posixpath.split(path) for path in sorted(listing.folders)]
+        empty = [name for parent, name in siblings if parent == prefix.rstrip("/") and name not in groups]
+        where = f"in {prefix}" if prefix else ""
         notes += [where] if groups and where else []
         notes += [f"no sub-folders {where}".strip()] if not groups else []
         notes += [f"no images in {shorten(empty)}"] if groups and empty else []
@@ -158,11 +156,11 @@ def _folder_labels(
 
 def _other_splits(splits: Splits, chosen: list[tuple[str, slice]]) -> list[str]:
     """What is worth saying about the splits that were not asked for."""
-    others = [f"{folder}/ ({len(paths)})" for name, (folder, paths) in splits.items() if name not in dict(chosen)]
+    others = [f"{folder} ({len(paths)})" for name, (folder, paths) in splits.items() if name not in dict(chosen)]
     return [f"other splits: {', '.join(others)}"] if others else []
 
 
-def _encoded(listing: Listing, images: list[PurePath]) -> pa.Array:
+def _encoded(listing: Listing, images: list[str]) -> pa.Array:
     """The column of images as `datasets` stores it: without bytes, and with the absolute path."""
     files = [os.path.abspath(os.path.join(listing.folder, path)) for path in images]
     return pa.StructArray.from_arrays(

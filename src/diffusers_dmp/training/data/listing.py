@@ -1,10 +1,10 @@
 """The files of a folder, by what they are: images, captions, metadata, parquet; and the splits that they belong to."""
 
 import os
+import posixpath
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import PurePath
 
 import datasets
 
@@ -21,8 +21,8 @@ IMAGE_SUFFIXES = frozenset(
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 CAPTION_SUFFIX = ".txt"
 PARQUET_SUFFIX = ".parquet"
-IGNORED_FOLDERS = frozenset({"__macosx", "@eadir", "$recycle.bin", "system volume information"})
-IGNORED_FILES = frozenset({"thumbs.db", "desktop.ini"})  # beside all hidden ones
+# what systems leave beside the files, in lower case; beside all hidden ones
+IGNORED = frozenset({"__macosx", "@eadir", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"})
 
 # the names that folders and parquet files of a split have, as in `datasets`
 SPLIT_WORDS = {
@@ -35,21 +35,21 @@ SPLIT_WORDS = {
 @dataclass
 class Listing:
     """
-    The files below a folder, as paths relative to it in natural order.
+    The files below a folder, as paths relative to it, with `/` between their parts, in natural order.
 
     Args:
         folder (`str`): The folder.
-        images, captions, metadata, parquet, others (`list[PurePath]`): Its files, by kind.
-        folders (`set[PurePath]`): All folders below it.
+        images, captions, metadata, parquet, others (`list[str]`): Its files, by kind.
+        folders (`set[str]`): All folders below it.
     """
 
     folder: str
-    images: list[PurePath] = field(default_factory=list)
-    captions: list[PurePath] = field(default_factory=list)
-    metadata: list[PurePath] = field(default_factory=list)
-    parquet: list[PurePath] = field(default_factory=list)
-    others: list[PurePath] = field(default_factory=list)
-    folders: set[PurePath] = field(default_factory=set)
+    images: list[str] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    metadata: list[str] = field(default_factory=list)
+    parquet: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    folders: set[str] = field(default_factory=set)
 
 
 def list_files(folder: str) -> Listing:
@@ -60,11 +60,11 @@ def list_files(folder: str) -> Listing:
         folder (`str`): The folder.
     """
     listing = Listing(folder)
-    for path in sorted(_walk(folder, PurePath(), (os.path.realpath(folder),), listing.folders), key=_path_key):
-        suffix = path.suffix.lower()
+    for path in _walk(folder, "", (os.path.realpath(folder),), listing.folders):
+        suffix = posixpath.splitext(path)[1].lower()
         if suffix in IMAGE_SUFFIXES:
             listing.images.append(path)
-        elif path.name in METADATA_NAMES:
+        elif posixpath.basename(path) in METADATA_NAMES:
             listing.metadata.append(path)
         elif suffix == CAPTION_SUFFIX:
             listing.captions.append(path)
@@ -75,33 +75,30 @@ def list_files(folder: str) -> Listing:
     return listing
 
 
-def _walk(folder: str, inside: PurePath, ancestors: tuple[str, ...], folders: set[PurePath]) -> Iterable[PurePath]:
-    with os.scandir(os.path.join(folder, inside)) as entries:
-        for entry in entries:
-            name, path = entry.name.lower(), inside / entry.name
-            if name.startswith(".") or name in IGNORED_FOLDERS | IGNORED_FILES:
-                continue
-            if not entry.is_dir():
-                yield path  # a broken link as well: it cannot be read later, which names it
-                continue
-            real = os.path.realpath(entry.path)
-            if real not in ancestors:  # else a link to a folder that it is in
-                folders.add(path)
-                yield from _walk(folder, path, (*ancestors, real), folders)
+def _walk(folder: str, prefix: str, ancestors: tuple[str, ...], folders: set[str]) -> Iterator[str]:
+    """The files below `folder/prefix`, in natural order; their folders are added to `folders`."""
+    with os.scandir(os.path.join(folder, prefix)) as entries:
+        by_name = {entry.name: entry for entry in entries}
+    for name in sorted(by_name, key=natural_key):
+        if name.startswith(".") or name.lower() in IGNORED:
+            continue
+        entry, path = by_name[name], prefix + name
+        if not entry.is_dir():
+            yield path  # a broken link as well: it cannot be read later, which names it
+        elif (real := os.path.realpath(entry.path)) not in ancestors:  # else a link to a folder that it is in
+            folders.add(path)
+            yield from _walk(folder, f"{path}/", (*ancestors, real), folders)
 
 
-def _path_key(path: PurePath) -> list:
-    return [natural_key(part) for part in path.parts]
-
-
-def group_by_folder(paths: list[PurePath], prefix: PurePath) -> tuple[list[PurePath], dict[str, list[PurePath]]]:
-    """The paths directly in a folder, and the others by the sub-folder of it that they are in."""
-    direct, groups, depth = [], defaultdict(list), len(prefix.parts)
+def group_by_folder(paths: list[str], prefix: str) -> tuple[list[str], dict[str, list[str]]]:
+    """The paths directly in a folder (`prefix`, which ends with `/`), and the others by its sub-folder that they are in."""
+    direct, groups = [], defaultdict(list)
     for path in paths:
-        if len(path.parts) == depth + 1:
-            direct.append(path)
+        name, slash, _ = path[len(prefix) :].partition("/")
+        if slash:
+            groups[name].append(path)
         else:
-            groups[path.parts[depth]].append(path)
+            direct.append(path)
     return direct, dict(groups)
 
 
@@ -110,16 +107,17 @@ def split_of(name: str) -> str | None:
     return next((split for split, words in SPLIT_WORDS.items() if name.lower() in words), None)
 
 
-def split_of_file(path: PurePath) -> str | None:
+def split_of_file(path: str) -> str | None:
     """The split of a parquet file, by the word that its name begins with, or by its folder."""
-    word = path.stem.replace("_", "-").replace(".", "-").split("-")[0]
-    folders = [split_of(part) for part in reversed(path.parts[:-1])]
+    *parents, name = path.split("/")
+    word = name.replace("_", "-").replace(".", "-").split("-")[0]
+    folders = [split_of(parent) for parent in reversed(parents)]
     return split_of(word) or next((split for split in folders if split is not None), None)
 
 
-def splits_of_images(listing: Listing, are_labelled: bool = False) -> dict[str, tuple[PurePath, list[PurePath]]]:
+def splits_of_images(listing: Listing, are_labelled: bool = False) -> dict[str, tuple[str, list[str]]]:
     """
-    The splits of a folder of images: each split's own folder, and the images in it.
+    The splits of a folder of images: each split's own folder (which ends with `/`), and the images in it.
 
     A folder whose sub-folders are all called train, test, validation or the like has those splits. Any other folder is one
     split, `train`; words in the names of files mean nothing. Folders that hold one folder and nothing else are passed
@@ -132,7 +130,7 @@ def splits_of_images(listing: Listing, are_labelled: bool = False) -> dict[str, 
     Raises:
         ValueError: if some sub-folders are called like splits, and others not.
     """
-    prefix = PurePath()
+    prefix = ""
     while True:
         direct, groups = group_by_folder(listing.images, prefix)
         splits = [split for split in map(split_of, groups) if split is not None]
@@ -145,13 +143,13 @@ def splits_of_images(listing: Listing, are_labelled: bool = False) -> dict[str, 
                 f"or name the classes in {METADATA_NAMES[0]}."
             )
         if groups and len(splits) == len(groups) and not direct:
-            return {split: (prefix / name, groups[name]) for split, name in zip(splits, groups)}
+            return {split: (f"{prefix}{name}/", groups[name]) for split, name in zip(splits, groups)}
         if direct or len(groups) != 1:
             return {"train": (prefix, listing.images)}
-        prefix = prefix / next(iter(groups))
+        prefix += f"{next(iter(groups))}/"
 
 
-def place(listing: Listing, path: PurePath) -> str:
+def place(listing: Listing, path: str) -> str:
     """A path relative to the folder, as errors name it."""
     return os.path.normpath(os.path.join(listing.folder, path))
 

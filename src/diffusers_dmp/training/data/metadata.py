@@ -2,9 +2,10 @@
 
 import csv
 import json
+import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from .listing import CAPTION_SUFFIX, Listing, place, shorten
@@ -18,14 +19,14 @@ class Metadata:
     The rows of all metadata files of a folder.
 
     Args:
-        rows (`dict[PurePath, dict]`): The columns of each image that has a row, by its path relative to the folder.
+        rows (`dict[str, dict]`): The columns of each image that has a row, by its path relative to the folder.
         columns (`set[str]`): The columns that some row has.
     """
 
-    rows: dict[PurePath, dict[str, Any]] = field(default_factory=dict)
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     columns: set[str] = field(default_factory=set)
 
-    def column(self, name: str, images: list[PurePath], listing: Listing) -> list[Any]:
+    def column(self, name: str, images: list[str], listing: Listing) -> list[Any]:
         """
         The values of a column, one for each image.
 
@@ -69,7 +70,7 @@ def read_metadata(listing: Listing) -> Metadata:
                 raise ValueError(
                     f"Expected each row of the metadata to have a `{FILE_NAME}`, but got none in {where}."
                 )
-            image = path.parent / PurePath(row.pop(FILE_NAME).replace("\\", "/"))
+            image = posixpath.normpath(posixpath.join(posixpath.dirname(path), row.pop(FILE_NAME).replace("\\", "/")))
             if image in metadata.rows:
                 raise ValueError(
                     f"Expected one row of metadata for each image, but got a second for {image} in {where}."
@@ -94,14 +95,14 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
         ) from error
 
 
-def read_captions(listing: Listing, images: list[PurePath]) -> list[str]:
+def read_captions(listing: Listing, images: list[str]) -> list[str]:
     """
     Read the `.txt` file beside each image.
 
     Raises:
         ValueError: if an image has none.
     """
-    paths = [image.with_suffix(CAPTION_SUFFIX) for image in images]
+    paths = [posixpath.splitext(image)[0] + CAPTION_SUFFIX for image in images]
     present = set(listing.captions)
     missing = [image for image, path in zip(images, paths) if path not in present]
     if missing:

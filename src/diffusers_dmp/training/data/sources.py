@@ -1,7 +1,6 @@
 """Where a data set comes from: a folder of images, parquet files, or the Hub."""
 
 import os
-from pathlib import PurePath
 from typing import Any
 
 import datasets
@@ -35,15 +34,15 @@ def open_source(
             raise ValueError(f"Expected `dataset` to be a folder or file, but there is none at {source!r}.")
         return _load_dataset(source, source, split=split)
     listing = list_files(source)
-    if not listing.parquet:
-        return read_image_folder(listing, split, label_column, text_column)
-    if listing.images:
+    if listing.images and listing.parquet:
         raise ValueError(
             f"Expected `dataset` to be a folder of images or of parquet files, but got both in {source!r}: "
             f"{shorten(listing.images, 2)} and {shorten(listing.parquet, 2)}. Give the folder of the one or the other."
         )
-    if _has_hub_configuration(source):
+    if not listing.images and _has_hub_configuration(source):
         return _load_dataset(source, source, split=split)
+    if not listing.parquet:
+        return read_image_folder(listing, split, label_column, text_column)
     return _load_parquet(source, _splits_of_parquet(listing), split)
 
 
@@ -62,7 +61,7 @@ def _splits_of_parquet(listing: Listing) -> dict[str, list[str]]:
     Raises:
         ValueError: if some names begin with a split, and others not.
     """
-    splits: dict[str | None, list[PurePath]] = {}
+    splits: dict[str | None, list[str]] = {}
     for path in listing.parquet:
         splits.setdefault(split_of_file(path), []).append(path)
     if None in splits and len(splits) > 1:
