@@ -157,6 +157,9 @@ class SharedTrainingArguments(OutputArguments, OptimisationArguments, NoiseArgum
     validation_repeats: int = option(1, "How many times each held-out image is noised, each time differently.")
     seed: int = option(0, "Seed of all random numbers.")
     random_flip: bool = option(True, "Mirror half of the images.")
+    color_jitter: float = option(
+        0.0, "Change brightness, contrast and saturation of each image by random factors, 1 - this to 1 + this."
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -175,6 +178,13 @@ class SharedTrainingArguments(OutputArguments, OptimisationArguments, NoiseArgum
                 raise ValueError(f"Expected `{name}` to be 0, for never, or more, but got {getattr(self, name)}.")
         if self.num_train_timesteps < 2:
             raise ValueError(f"Expected `num_train_timesteps` to be at least 2, but got {self.num_train_timesteps}.")
+        if not 0 <= self.color_jitter <= 1:
+            raise ValueError(f"Expected `color_jitter` to be in [0, 1], but got {self.color_jitter}.")
+        if self.color_jitter and self.teacher_image_column is not None:
+            raise ValueError(
+                "Expected `color_jitter` to be 0 where the teacher has images of its own, but got "
+                f"{self.color_jitter}."
+            )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"Expected `ema_decay` to be in [0, 1), but got {self.ema_decay}.")
         if self.report_to not in TRACKERS:

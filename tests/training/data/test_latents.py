@@ -195,6 +195,9 @@ def test_what_an_image_is_was_decided_by_the_encoding(encode, vae, tmp_path):
         ValueError, match="`background` to be given to encode_latents.py.*got 'red' for latents of 'black'"
     ):
         train_here(DiTModel, tmp_path / "latents", tmp_path / "other", background="red", **run)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match="`color_jitter` to be 0 for latents, but got 0.1"):
+        train_here(DiTModel, tmp_path / "latents", tmp_path / "other", color_jitter=0.1, **run)
     with pytest.raises(ValueError, match="`image_fit` to be 'pad'.*got 'crop'"):
         encode(tmp_path / "latents", background="black")
 

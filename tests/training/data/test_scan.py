@@ -50,7 +50,9 @@ def test_skipped_images_are_listed(photos, capsys):
     dataset = readable_images(load_images(str(photos)), skip_unreadable=True)
     assert describe_images(dataset) == "9 images, 2 classes: cat 4, dog 5"
     said = capsys.readouterr().err
-    assert "3 images are skipped" in said and all(f"{name}.jpg: " in said for name in (3, 4, 7))
+    assert "Skipped, as they cannot be read: 3 of 12 images" in said and all(
+        f"{name}.jpg: " in said for name in (3, 4, 7)
+    )
     assert len(readable_images(load_images(str(photos)), skip_unreadable=True, is_quiet=True)) == 9
     assert not capsys.readouterr().err
 
@@ -118,7 +120,7 @@ def test_animations_are_said(tmp_path, capsys):
     frames = [PIL.Image.new("L", (4, 4), value) for value in (0, 255)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     readable_images(load_images(str(tmp_path)))
-    assert "1 images have several frames; the first one is used" in capsys.readouterr().err
+    assert "Of 1 of 1 images, which have several frames, the first is used" in capsys.readouterr().err
 
 
 def test_a_training_begins_with_it(photos, tmp_path, capsys):

@@ -68,7 +68,10 @@ def readable_images(
         if findings.readable and (is_image_folder(dataset) or len(findings.readable) == len(unknown)):
             _save(record, np.union1d(known, keys[findings.readable]))
     if findings.animated and not is_quiet:
-        print(f"{findings.animated} images have several frames; the first one is used.", file=sys.stderr)
+        print(
+            f"Of {findings.animated} of {len(dataset)} images, which have several frames, the first is used.",
+            file=sys.stderr,
+        )
     if not findings.unreadable:
         return dataset
     listed = [f"row {row}: {reason}" for row, reason in findings.unreadable.items()]
@@ -81,7 +84,10 @@ def readable_images(
     if len(listed) == len(dataset):
         raise ValueError(f"Expected `dataset` to hold readable images, but none is: {listed[0]}.")
     if not is_quiet:
-        print("\n".join([f"{len(listed)} images are skipped, as they cannot be read:", *listed]), file=sys.stderr)
+        print(
+            "\n".join([f"Skipped, as they cannot be read: {len(listed)} of {len(dataset)} images", *listed]),
+            file=sys.stderr,
+        )
     return dataset.select([row for row in range(len(dataset)) if row not in findings.unreadable])
 
 

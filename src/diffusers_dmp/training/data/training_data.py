@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 
 from ...diffusion.latents import vae_downsampling
 from ..arguments import SharedTrainingArguments, TrainingArguments
-from .images import load_checked
+from .images import LATENTS, load_checked
 from .labels import class_names
 from .latents import check_latents
 from .listing import shorten
@@ -75,6 +75,8 @@ def load_training_data(accelerator: Accelerator, args: SharedTrainingArguments) 
     sample_shape = (channels, sample_size, sample_size)
     fitting = {"image_fit": args.image_fit, "background": args.background}
     check_latents(dataset, args.dataset, vae, sample_shape, fitting)
+    if args.color_jitter and LATENTS in dataset.column_names:
+        raise ValueError(f"Expected `color_jitter` to be 0 for latents, but got {args.color_jitter}.")
     if validation is not None and args.validation_dataset is not None:
         check_latents(validation, args.validation_dataset, vae, sample_shape, fitting)
         check_validation_classes(validation, args.label_column, label_names)
