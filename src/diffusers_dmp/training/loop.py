@@ -3,9 +3,9 @@
 The loop has three seams, so that it knows no system: the objective (noise process and loss), the conditions (what the
 denoiser is called with besides the noisy samples) and the denoiser (how it is called, the shape of its samples).
 
-Every random number of a step (flips, colours, the latents' noise, timesteps, noise, dropped conditions) is sampled for the whole
-batch from (seed, step) alone, and each process takes its slice. So a run can be cut anywhere and resumed, and any number of
-processes and accumulation steps trains on the same batches (but for the timesteps of a recipe that gives each process an
+Every random number of a step (flips, colours, the latents' noise, timesteps, noise, dropped conditions) is sampled for the
+whole batch from (seed, step) alone, and each process takes its slice. So a run can be cut anywhere and resumed, and any number
+of processes and accumulation steps trains on the same batches (but for the timesteps of a recipe that gives each process an
 expert).
 
 Legend: B batch size of one optimiser step over all processes, b that of one micro-batch.
@@ -24,7 +24,7 @@ from torch import nn
 from .arguments import SharedTrainingArguments
 from .conditions import Conditions
 from .data.clean_samples import clean_samples
-from .data.color_jitter import NUM_FACTORS, jitter_factors
+from .data.color_jitter import NUM_FACTORS, jitter_colors, jitter_factors
 from .denoiser import Denoiser
 from .objectives.objective import NoisedBatch, Objective, ObjectiveOutput
 from .objectives.timesteps import StepExperts
@@ -159,7 +159,9 @@ class TrainingParts:
             own ([`StepRandomness`]): The random numbers of those samples.
             expert (`int`, *optional*): The expert that owns their timesteps, for a model that takes it as an argument.
         """
-        x0 = clean_samples(batch, own.flips, own.latent_noise, self.vae, own.jitter)
+        if own.jitter is not None:
+            batch = batch | {"images": jitter_colors(batch["images"], own.jitter)}
+        x0 = clean_samples(batch, own.flips, own.latent_noise, self.vae)
         x_t = self.plain_objective.add_noise(x0, own.noise, own.timesteps)
         conditions = self.conditions(batch, own.dropout)
         model_output = self.denoiser(self.model, x_t, own.timesteps, conditions, expert)

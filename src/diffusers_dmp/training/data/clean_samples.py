@@ -7,7 +7,6 @@ import torch
 from diffusers import AutoencoderKL
 
 from ...diffusion.latents import scale_latents
-from .color_jitter import jitter_colors
 from .latents import latent_distribution
 
 
@@ -17,7 +16,6 @@ def clean_samples(
     flips: torch.Tensor,
     latent_noise: torch.Tensor | None = None,
     vae: AutoencoderKL | None = None,
-    jitter: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     The clean samples that a model learns.
@@ -28,7 +26,6 @@ def clean_samples(
         flips (`torch.BoolTensor` of shape (b,)): The samples to mirror.
         latent_noise (`torch.Tensor` of shape (b, C, S, S), *optional*): Standard normal, to sample the VAE's posterior.
         vae ([`AutoencoderKL`], *optional*): To train on its latents; `latent_noise` is needed then.
-        jitter (`torch.Tensor` of shape (b, 3), *optional*): Factors of the colours of images; see [`jitter_colors`].
 
     Returns:
         `torch.Tensor` of shape (b, C, S, S): x0, scaled as the VAE's configuration says if it is a latent.
@@ -38,8 +35,6 @@ def clean_samples(
         mean, std = (batch[name][index, flips.long()] for name in ("mean", "std"))
     else:
         images = torch.where(flips[:, None, None, None], batch["images"].flip(-1), batch["images"])
-        if jitter is not None:
-            images = jitter_colors(images, jitter)
         if vae is None:
             return images
         mean, std = latent_distribution(vae, images)
