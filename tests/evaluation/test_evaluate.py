@@ -138,18 +138,16 @@ def test_images_that_cannot_be_evaluated(real, extractor, tmp_path):
         EvaluationArguments(generated="x", extractor="y", reference="z", batch_size=0)
 
 
-def test_images_that_rgb_would_change(tmp_path):
-    deep = PIL.Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
-    transparent = PIL.Image.new("RGBA", (8, 8), (1, 2, 3, 100))
-    opaque = PIL.Image.new("RGBA", (8, 8), (1, 2, 3, 255))
-    for name, image, said in (("deep", deep, "of mode I;16"), ("clear", transparent, "with transparency")):
-        (tmp_path / name).mkdir()
-        image.save(tmp_path / name / "image.png")
-        with pytest.raises(ValueError, match=f"to be opaque and of 8 bits, but got one {said}"):
-            next(open_images(tmp_path / name).batches(1))
-    (tmp_path / "opaque").mkdir()
-    opaque.save(tmp_path / "opaque" / "image.png")
-    assert next(open_images(tmp_path / "opaque").batches(1))[0, 0, 0].tolist() == [1, 2, 3]
+def test_images_that_cannot_be_read_are_named_before_anything_is_computed(real, extractor, tmp_path):
+    for number, image in enumerate(digit_images()[0][:20]):
+        PIL.Image.fromarray(image).save(tmp_path / f"{number}.png")
+    (tmp_path / "7.png").write_bytes((tmp_path / "7.png").read_bytes()[:50])
+    with pytest.raises(ValueError, match="1 of 20 are not: row 7: .*7.png"):
+        metrics_of(str(tmp_path), real, extractor, tmp_path / "out")
+    assert len(open_images(tmp_path, skip_unreadable=True)) == 19
+    PIL.Image.new("L", (9, 8)).save(tmp_path / "7.png")
+    with pytest.raises(ValueError, match="of one size, but got 8 x 8 and 9 x 8 pixels .*7.png"):
+        list(open_images(tmp_path).batches(20))
 
 
 def test_latents_are_no_images(tmp_path):

@@ -247,7 +247,9 @@ def test_arguments_that_do_not_fit(train_dmp_here, tmp_path, arguments, message)
 
 def test_validation_images_of_other_classes(train_dmp_here, tmp_path):
     shutil.copytree(write_image_folder(tmp_path / "some", range(5)), tmp_path / "few")
-    with pytest.raises(ValueError, match="`validation_dataset` to have the classes .*'9'.* but got"):
+    with pytest.raises(
+        ValueError, match="`validation_dataset` to have the 10 classes .* but got 5; missing: 5, 6, 7, 8, 9"
+    ):
         train_dmp_here(tmp_path / "run", validation_dataset=str(tmp_path / "few"))
 
 

@@ -39,6 +39,8 @@ class EvaluationArguments:
         "", "The real images, in the same formats; the statistics in ADM's reference batches are used."
     )
     reference_split: str = option("train", "Which split of the reference, if it is a data set.")
+    background: str = option("white", "Colour behind transparent pixels: a name or #rrggbb.")
+    skip_unreadable: bool = option(False, "Leave out the images that cannot be read, and list them.")
     extractor: str = option("", "inception (or its file), digits, or a vision model's folder or Hub id.")
     output: str = option("evaluation.json", "JSON file for the metrics, each with its fingerprint.")
     batch_size: int = option(100, "Images per batch.")
@@ -68,7 +70,10 @@ def evaluate(args: EvaluationArguments) -> list[dict[str, Any]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sampling = read_settings(Path(args.generated).parent, SETTINGS_NAME)
     extractor = FeatureExtractor(args.extractor).to(device)
-    generated, reference = open_images(args.generated), open_images(args.reference, args.reference_split)
+    generated = open_images(args.generated, background=args.background, skip_unreadable=args.skip_unreadable)
+    reference = open_images(
+        args.reference, args.reference_split, background=args.background, skip_unreadable=args.skip_unreadable
+    )
     statistics = _stored_statistics(args.reference) if extractor.is_inception else {}
     size = _check_images(extractor, generated, reference, bool(statistics), device)
     found, _ = _features_and_hash(extractor, generated, args.batch_size, device)

@@ -4,13 +4,15 @@ Legend: N images, H and W height and width, C channels.
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 
-from ..training.data.images import load_images, open_image
+from ..training.data.decoding import BACKGROUND, check_background, open_image
+from ..training.data.images import describe_images, load_images
+from ..training.data.scan import readable_images
 from .npz import NpzImages
 
 
@@ -19,17 +21,21 @@ class DatasetImages:
     The images of a data set.
 
     Args:
-        source (`str`): A folder, a parquet file or a Hub id; see [`load_images`].
+        source (`str`): A folder, a parquet file or a Hub id; see [`load_images`]. All images below a folder count, whatever
+            its sub-folders.
         split (`str`): Which split of the data set.
+        image_column (`str`): The column of images.
+        background (`str`): The colour behind transparent pixels.
 
     Raises:
-        ValueError: if the data set has no column `image`.
+        ValueError: if the data set has no such column.
     """
 
-    def __init__(self, source: str, split: str = "train"):
-        self.source = source
-        self.dataset = load_images(source, split=split)
-        if "image" not in self.dataset.column_names:
+    def __init__(self, source: str, split: str = "train", image_column: str = "image", background: str = BACKGROUND):
+        check_background(background)
+        self.source, self.image_column, self.background = source, image_column, background
+        self.dataset = load_images(source, image_column, split, label_column=None)
+        if image_column not in self.dataset.column_names:
             raise ValueError(f"Expected {source!r} to hold images, but got {self.dataset.column_names}.")
 
     def __len__(self) -> int:
@@ -43,46 +49,48 @@ class DatasetImages:
             batch_size (`int`): n, except in the last batch.
 
         Raises:
-            ValueError: if the sizes differ, or if an image has more than 8 bits per channel or is transparent.
+            ValueError: if the sizes differ, or if an image cannot be read; see [`open_image`].
         """
         size = None
-        for batch in self.dataset.iter(batch_size):
-            images = [self._as_rgb(open_image(encoded)) for encoded in batch["image"]]
+        for batch in self.dataset.select_columns([self.image_column]).iter(batch_size):
+            images = [open_image(encoded, 3, self.background) for encoded in batch[self.image_column]]
             size = size or images[0].size
-            for image in images:
+            for encoded, image in zip(batch[self.image_column], images):
                 if image.size != size:
                     raise ValueError(
                         f"Expected the images of {self.source!r} to be of one size, but got {size[0]} x {size[1]} and "
-                        f"{image.width} x {image.height} pixels."
+                        f"{image.width} x {image.height} pixels ({encoded['path'] or 'without a name'})."
                     )
             yield np.stack([np.asarray(image) for image in images])
 
-    def _as_rgb(self, image: PIL.Image.Image) -> PIL.Image.Image:
-        """Convert to RGB; refuse images that the conversion would change."""
-        is_opaque = not image.has_transparency_data or image.convert("RGBA").getextrema()[-1] == (255, 255)
-        if image.mode.startswith(("I", "F")) or not is_opaque:
-            kind = f"of mode {image.mode}" if is_opaque else "with transparency"
-            raise ValueError(f"Expected the images of {self.source!r} to be opaque and of 8 bits, but got one {kind}.")
-        return image.convert("RGB")
 
-
-def open_images(source: "str | os.PathLike", split: str = "train") -> "NpzImages | DatasetImages":
+def open_images(
+    source: "str | os.PathLike",
+    split: str = "train",
+    image_column: str = "image",
+    background: str = BACKGROUND,
+    skip_unreadable: bool = False,
+) -> "NpzImages | DatasetImages":
     """
-    Open images of any supported source.
+    Open images of any supported source, check that they can be read, and print how many there are.
 
     Args:
         source: An `.npz` file (see [`NpzImages`]), or what [`load_images`] accepts: a folder of images or of parquet files, one
             parquet file, or the id of a data set on the Hub.
-        split (`str`): Which split of a data set.
+        split (`str`), image_column (`str`), background (`str`): Of a data set; see [`DatasetImages`].
+        skip_unreadable (`bool`): Go on without the images that cannot be read, and list them.
 
     Returns:
         An object with `len(images)` and `images.batches(batch_size)`.
 
     Raises:
-        ValueError: if there are no images at `source`.
+        ValueError: if there are no images at `source`, or one that cannot be read.
     """
     if str(source).endswith(".npz"):
         if not Path(source).is_file():
             raise ValueError(f"Expected {str(source)!r} to be a file, but there is none.")
         return NpzImages(source)
-    return DatasetImages(str(source), split)
+    images = DatasetImages(str(source), split, image_column, background)
+    images.dataset = readable_images(images.dataset, image_column, skip_unreadable)
+    print(f"{source}: {describe_images(images.dataset, label_column=None)}", file=sys.stderr)
+    return images

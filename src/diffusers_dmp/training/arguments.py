@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 from transformers import HfArgumentParser
 
 from ..saving.reading import read_yaml
+from .data.decoding import check_background
+from .data.fitting import FITS
 from .optimisers import check_lr_schedule, check_optimiser
 
 TRACKERS = ("tensorboard", "wandb", "none")
@@ -43,16 +45,22 @@ class DataArguments:
         None, "For PPAP: column of the same images, in the resolution that the teacher sees."
     )
     teacher_image_size: int | None = option(None, "For PPAP: size of the teacher's images in pixels.")
-    label_column: str = option(
-        "label", "Column of class labels in the data set; without such a column training is unconditional."
-    )
+    label_column: str = option("label", "Column of class labels in the data set; none for unconditional training.")
     image_size: int = option(256, "Images are cropped and scaled to this many pixels.")
     image_channels: int = option(3, "1 (grey), 3 (RGB) or 4 (RGBA).")
+    image_fit: str = option("crop", "How an image becomes a square: crop (its centre) or pad (with the background).")
+    background: str = option(
+        "white", "Colour behind transparent pixels, unless there are 4 channels, and of padding: a name or #rrggbb."
+    )
+    skip_unreadable: bool = option(False, "Leave out the images that cannot be read, and list them.")
     dataloader_num_workers: int = option(0, "Worker processes that read images.")
     vae: str | None = option(None, "Folder or Hub id of an AutoencoderKL, for training on its latents.")
 
     def __post_init__(self):
         self.check_at_least_one("image_size")
+        if self.image_fit not in FITS:
+            raise ValueError(f"Expected `image_fit` to be one of {', '.join(FITS)}, but got {self.image_fit!r}.")
+        check_background(self.background)
 
     def check_at_least_one(self, *names: str) -> None:
         """
@@ -178,6 +186,9 @@ class SharedTrainingArguments(OutputArguments, OptimisationArguments, NoiseArgum
     )
     seed: int = option(0, "Seed of all random numbers.")
     random_flip: bool = option(True, "Mirror half of the images.")
+    color_jitter: float = option(
+        0.0, "Change brightness, contrast and saturation of each image by random factors, 1 - this to 1 + this."
+    )
     balance_classes: bool = option(
         False,
         "Train on all classes equally often, however many images each has; an image's turn comes the more often "
@@ -209,6 +220,13 @@ class SharedTrainingArguments(OutputArguments, OptimisationArguments, NoiseArgum
             )
         if self.num_train_timesteps < 2:
             raise ValueError(f"Expected `num_train_timesteps` to be at least 2, but got {self.num_train_timesteps}.")
+        if not 0 <= self.color_jitter <= 1:
+            raise ValueError(f"Expected `color_jitter` to be in [0, 1], but got {self.color_jitter}.")
+        if self.color_jitter and self.teacher_image_column is not None:
+            raise ValueError(
+                "Expected `color_jitter` to be 0 where the teacher has images of its own, but got "
+                f"{self.color_jitter}."
+            )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"Expected `ema_decay` to be in [0, 1), but got {self.ema_decay}.")
         if self.push_to_hub and self.hub_license is None:

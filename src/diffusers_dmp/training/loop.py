@@ -3,9 +3,9 @@
 The loop has three seams, so that it knows no system: the objective (noise process and loss), the conditions (what the
 denoiser is called with besides the noisy samples) and the denoiser (how it is called, the shape of its samples).
 
-Every random number of a step (flips, the latents' noise, timesteps, noise, dropped conditions) is sampled for the whole
-batch from (seed, step) alone, and each process takes its slice. So a run can be cut anywhere and resumed, and any number of
-processes and accumulation steps trains on the same batches (but for the timesteps of a recipe that gives each process an
+Every random number of a step (flips, colours, the latents' noise, timesteps, noise, dropped conditions) is sampled for the
+whole batch from (seed, step) alone, and each process takes its slice. So a run can be cut anywhere and resumed, and any number
+of processes and accumulation steps trains on the same batches (but for the timesteps of a recipe that gives each process an
 expert).
 
 Legend: B batch size of one optimiser step over all processes, b that of one micro-batch.
@@ -24,6 +24,7 @@ from torch import nn
 from .arguments import SharedTrainingArguments
 from .conditions import Conditions
 from .data.clean_samples import clean_samples
+from .data.color_jitter import NUM_FACTORS, jitter_colors, jitter_factors
 from .denoiser import Denoiser
 from .objectives.objective import NoisedBatch, Objective, ObjectiveOutput
 from .objectives.timesteps import StepExperts
@@ -67,6 +68,7 @@ class StepRandomness:
         latent_noise (`torch.Tensor` of shape (B, …), *optional*): For sampling a VAE's posterior.
         dropout (`torch.Tensor` of shape (B,)): Uniform in [0, 1); see [`Conditions`].
         flips (`torch.BoolTensor` of shape (B,)): The samples to mirror.
+        jitter (`torch.Tensor` of shape (B, 3), *optional*): The factors of their colours; see [`jitter_colors`].
     """
 
     timesteps: torch.Tensor
@@ -74,6 +76,7 @@ class StepRandomness:
     latent_noise: torch.Tensor | None
     dropout: torch.Tensor
     flips: torch.Tensor
+    jitter: torch.Tensor | None = None
 
     def take(self, index: int, count: int) -> "StepRandomness":
         """The `index`-th of `count` equal slices of the batch."""
@@ -83,6 +86,7 @@ class StepRandomness:
             latent_noise=None if self.latent_noise is None else self.latent_noise.chunk(count)[index],
             dropout=self.dropout.chunk(count)[index],
             flips=self.flips.chunk(count)[index],
+            jitter=None if self.jitter is None else self.jitter.chunk(count)[index],
         )
 
 
@@ -132,13 +136,17 @@ class TrainingParts:
         shape = (args.batch_size, *self.denoiser.sample_shape)
         flip_prob = FLIP_PROB if args.random_flip else 0.0
         # The order matters: with another one, every run would have other random numbers.
-        return StepRandomness(
+        randomness = StepRandomness(
             timesteps=self.plain_objective.sample_timesteps(args.batch_size, generator, experts),
             noise=torch.randn(shape, generator=generator, device=device),
             latent_noise=None if self.vae is None else torch.randn(shape, generator=generator, device=device),
             dropout=torch.rand(args.batch_size, generator=generator, device=device),
             flips=torch.rand(args.batch_size, generator=generator, device=device) < flip_prob,
         )
+        if args.color_jitter:
+            uniform = torch.rand(args.batch_size, NUM_FACTORS, generator=generator, device=device)
+            randomness.jitter = jitter_factors(uniform, args.color_jitter)
+        return randomness
 
     def losses(
         self, batch: dict[str, torch.Tensor], own: StepRandomness, expert: int | None = None
@@ -151,6 +159,8 @@ class TrainingParts:
             own ([`StepRandomness`]): The random numbers of those samples.
             expert (`int`, *optional*): The expert that owns their timesteps, for a model that takes it as an argument.
         """
+        if own.jitter is not None:
+            batch = batch | {"images": jitter_colors(batch["images"], own.jitter)}
         x0 = clean_samples(batch, own.flips, own.latent_noise, self.vae)
         x_t = self.plain_objective.add_noise(x0, own.noise, own.timesteps)
         conditions = self.conditions(batch, own.dropout)

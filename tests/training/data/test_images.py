@@ -1,6 +1,5 @@
 """Real images through the ordinary path, in an order that (seed, step) alone decides."""
 
-import io
 import itertools
 import pickle
 from multiprocessing.reduction import ForkingPickler
@@ -14,8 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusers_dmp.evaluation.digits import digit_images, fit_reader, write_image_folder
+from diffusers_dmp.training.arguments import DataArguments
 from diffusers_dmp.training.data.batches import GlobalBatchSampler, endless_batches
-from diffusers_dmp.training.data.images import center_crop, class_names, load_images, to_tensors
+from diffusers_dmp.training.data.fitting import center_crop, pad_to_square
+from diffusers_dmp.training.data.images import load_images, to_tensors
+from diffusers_dmp.training.data.labels import class_names
 
 
 @pytest.fixture(scope="module")
@@ -98,17 +100,6 @@ def test_an_unreadable_image_without_a_name(tmp_path):
         to_tensors(load_images(str(tmp_path)), 8, 1)[0]
 
 
-def test_labels_must_be_classes(tmp_path):
-    png = io.BytesIO()
-    PIL.Image.new("L", (8, 8)).save(png, "png")
-    table = {"image": [{"bytes": png.getvalue(), "path": None}] * 2, "label": [0, 3], "name": ["cat", "dog"]}
-    datasets.Dataset.from_dict(table).to_parquet(tmp_path / "part.parquet")
-    dataset = load_images(str(tmp_path))
-    assert class_names(dataset) == ["0", "1", "2", "3"]
-    with pytest.raises(ValueError, match="label_column.*'name'.*class_encode_column"):
-        class_names(dataset, "name")
-
-
 def test_worker_processes_of_any_kind_can_read(digits):
     items = to_tensors(load_images(str(digits)), 8, 1)
     assert len(pickle.loads(ForkingPickler.dumps(items))[0]["images"]) == 1
@@ -173,3 +164,31 @@ def test_reading_leaves_the_global_random_state_alone(digits):
     batch = next(endless_batches(items, GlobalBatchSampler(1797, 4, 0, 1, range(1)), num_workers=0, pin_memory=False))
     assert batch["images"].shape == (4, 1, 8, 8) and batch["class_labels"].shape == (4,)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("size", [(40, 24), (24, 40), (5, 9), (300, 2), (16, 16)])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_padding_keeps_the_whole_image(size, mode):
+    colours = {"L": (0, 128), "RGB": ((0, 0, 0), (128, 128, 128)), "RGBA": ((0, 0, 0, 255), (128, 128, 128, 255))}[
+        mode
+    ]
+    padded = np.asarray(pad_to_square(PIL.Image.new(mode, size, colours[0]), 16, "#808080"))
+    is_padding = (padded.reshape(16, 16, -1) == np.array(colours[1]).reshape(-1)).all(-1)
+    is_image = (padded.reshape(16, 16, -1) == np.array(colours[0]).reshape(-1)).all(-1)
+    assert (is_padding | is_image).all()
+    width, height = (max(round(side * 16 / max(size)), 1) for side in size)
+    assert is_image.any(0).sum() == width and is_image.any(1).sum() == height
+    rows, columns = np.flatnonzero(is_image.any(1)), np.flatnonzero(is_image.any(0))
+    assert abs(rows[0] - (15 - rows[-1])) <= 1 and abs(columns[0] - (15 - columns[-1])) <= 1  # in the middle
+
+
+def test_padding_instead_of_cropping(tmp_path):
+    PIL.Image.new("RGBA", (8, 4), (255, 0, 0, 0)).save(tmp_path / "wide.png")
+    dataset = load_images(str(tmp_path))
+    assert (to_tensors(dataset, 8, 1, image_fit="pad", background="black")[0]["images"] == -1).all()
+    image = to_tensors(dataset, 8, 4, image_fit="pad", background="black")[0]["images"]
+    assert (image[3, 2:6] == -1).all() and (image[3, :2] == 1).all()  # transparent, between opaque stripes
+    with pytest.raises(ValueError, match="`image_fit` to be one of crop, pad, but got 'stretch'"):
+        DataArguments(image_fit="stretch")
+    with pytest.raises(ValueError, match="`background`"):
+        DataArguments(background="see-through")

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from runs import launch_script, logged, train_here, weights
 
 from diffusers_dmp import DiTModel
+from diffusers_dmp.training.data.fitting import pad_to_square, to_tensor
 from diffusers_dmp.training.data.latents import EncodingArguments, encode_latents
 
 ENCODING = {"image_size": 16, "image_channels": 3, "batch_size": 4, "shard_size": 6}
@@ -181,6 +182,33 @@ def test_refuses_latents_that_do_not_fit(encode, vae, tmp_path):
         train_here(DiTModel, tmp_path / "latents", tmp_path / "run", vae=str(tmp_path / "other"), image_size=16)
     with pytest.raises(ValueError, match="images, but got latents"):
         encode(tmp_path / "again", dataset=str(tmp_path / "latents"))
+
+
+def test_what_an_image_is_was_decided_by_the_encoding(encode, vae, tmp_path):
+    encode(tmp_path / "latents", image_fit="pad", background="black")
+    run = {"vae": str(vae), "image_size": 16, "image_channels": 3, "max_train_steps": 1}
+    train_here(DiTModel, tmp_path / "latents", tmp_path / "run", **run)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train_here(DiTModel, tmp_path / "latents", tmp_path / "same", image_fit="pad", background="black", **run)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(
+        ValueError, match="`background` to be given to encode_latents.py.*got 'red' for latents of 'black'"
+    ):
+        train_here(DiTModel, tmp_path / "latents", tmp_path / "other", background="red", **run)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match="`color_jitter` to be 0 for latents, but got 0.1"):
+        train_here(DiTModel, tmp_path / "latents", tmp_path / "other", color_jitter=0.1, **run)
+    with pytest.raises(ValueError, match="`image_fit` to be 'pad'.*got 'crop'"):
+        encode(tmp_path / "latents", background="black")
+
+
+def test_padded_latents_are_of_the_whole_image(encode, images, vae, tmp_path):
+    encode(tmp_path / "latents", image_fit="pad", background="black")
+    with PIL.Image.open(images / "cats" / "01.png") as image:  # 20 x 16 pixels, as 16 x 13 in the middle
+        padded = pad_to_square(image, 16, "black")
+    expected = AutoencoderKL.from_pretrained(vae).encode(to_tensor(padded)[None]).latent_dist.mean[0]
+    found = safetensors.torch.load(read(tmp_path / "latents")[0]["latents"])["mean"][0]
+    torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=1e-4)
 
 
 def test_refuses_an_unfinished_encoding(encode, vae, tmp_path):

@@ -1,112 +1,137 @@
-"""Images, or latents of them, from a folder, from parquet files or from the Hub, through `datasets`.
+"""Images, or latents of them, from a folder, from parquet files or from the Hub.
 
 Legend: N images, C channels, S image size in pixels.
 """
 
-import io
 import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
-import numpy as np
-import PIL.Image
 import pyarrow as pa
 import safetensors.torch
 import torch
 
 from ..arguments import DataArguments
-from .shards import expect_whole_shards
+from .decoding import BACKGROUND, PIL_MODES, open_image
+from .fitting import center_crop as center_crop  # its former place
+from .fitting import fit_square, to_tensor
+from .folders import is_image_folder
+from .labels import NO_LABELS, check_labels, class_counts, class_names, wants_labels
+from .listing import shorten
+from .scan import readable_images
+from .sources import open_source
 
 LATENTS = "latents"  # the column that `encode_latents` writes
-PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
+MAX_CLASSES_SAID = 10
 
 
-def load_images(source: str, image_column: str = "image", split: str = "train") -> datasets.Dataset:
+def load_images(
+    source: str,
+    image_column: str = "image",
+    split: str = "train",
+    label_column: str | None = "label",
+    text_column: str | None = None,
+) -> datasets.Dataset:
     """
     Load a data set of images, or of latents from [`encode_latents`], with class labels if it has a label column.
 
     Args:
-        source (`str`): A folder of images (one sub-folder per class, or no sub-folders), a folder of parquet files, one
-            parquet file, or the id of a data set on the Hub.
+        source (`str`): A folder of images (one sub-folder per class, or no sub-folders; see [`read_image_folder`]), a
+            folder of parquet files, one parquet file, or the id of a data set on the Hub.
         image_column (`str`): The column of images.
         split (`str`): The split to load.
+        label_column (`str`, *optional*): The column of class labels, checked as a whole (see [`check_labels`]). Without a
+            column `label` there are no labels; None, or "none", for no labels in any case.
+        text_column (`str`, *optional*): The column of captions, for who wants them.
 
     Returns:
         `datasets.Dataset`: Its images are not decoded yet; see [`to_tensors`].
 
     Raises:
-        ValueError: if `source` is a folder without images, or has no such column.
+        ValueError: if `source` is a folder without images, has no such column, or has something else than a class as a
+            label.
     """
     if not source:
         raise ValueError("Expected `dataset` to be a folder, a parquet file or a Hub data set id, but got nothing.")
-    expect_whole_shards(source)
-    try:
-        if os.path.isfile(source):
-            dataset = datasets.load_dataset("parquet", data_files=source, split=split)
-        else:
-            dataset = datasets.load_dataset(source, split=split)
-    except (FileNotFoundError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(
-            f"Expected `dataset` to be a folder with images, parquet, or a data set on the Hub, but got {source!r}: "
-            f"{error}"
-        ) from error
-    if LATENTS in dataset.column_names:
-        return dataset
-    if image_column not in dataset.column_names:
-        raise ValueError(
-            f"Expected `image_column` to be one of {dataset.column_names}, the columns of {source!r}, "
-            f"but got {image_column!r}."
-        )
+    label = label_column if wants_labels(label_column) else None
+    dataset = open_source(os.path.expanduser(source), split, label, text_column)
+    needed = {"image_column": None if LATENTS in dataset.column_names else image_column, "text_column": text_column}
+    needed["label_column"] = None if label == "label" else label
+    for argument, column in needed.items():
+        if column is not None and column not in dataset.column_names:
+            hint = f", or {NO_LABELS!r} for no labels" if argument == "label_column" else ""
+            raise ValueError(
+                f"Expected `{argument}` to be one of {dataset.column_names}, the columns of {source!r}{hint}, "
+                f"but got {column!r}."
+            )
     # not decoded by `datasets`, so that an error can name the broken file
     for name, feature in dataset.features.items():
-        if isinstance(feature, datasets.Image) or name == image_column:
-            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+        if isinstance(feature, datasets.Image) or name == needed["image_column"]:
+            try:
+                dataset = dataset.cast_column(name, datasets.Image(decode=False))
+            except (TypeError, ValueError, pa.ArrowException) as error:
+                raise ValueError(
+                    f"Expected {name!r} to be a column of images, but got {feature} in {source!r}."
+                ) from error
+    return dataset if label is None or label not in dataset.column_names else check_labels(dataset, label)
+
+
+def load_checked(args: DataArguments, source: str, split: str, is_quiet: bool = False) -> datasets.Dataset:
+    """
+    Load a data set as [`load_images`] does, check all its images (see [`readable_images`]), and print what was found.
+
+    Args:
+        args ([`DataArguments`]): Names the columns.
+        source (`str`), split (`str`): See [`load_images`].
+        is_quiet (`bool`): Print nothing, as in all processes but one.
+
+    Raises:
+        ValueError: as these two do.
+    """
+    dataset = load_images(source, args.image_column, split, args.label_column)
+    for column in (args.image_column, args.teacher_image_column):
+        if column is not None and LATENTS not in dataset.column_names:
+            if column not in dataset.column_names:
+                raise ValueError(
+                    f"Expected `teacher_image_column` to be one of {dataset.column_names}, but got {column!r}."
+                )
+            dataset = readable_images(dataset, column, args.skip_unreadable, is_quiet)
+    if not is_quiet:
+        print(f"{source}: {describe_images(dataset, args.label_column)}", file=sys.stderr)
     return dataset
 
 
-def class_names(dataset: datasets.Dataset, label_column: str = "label") -> list[str] | None:
+def describe_images(dataset: datasets.Dataset, label_column: str | None = "label") -> str:
     """
-    The names of the classes, ordered by class index.
+    Say in one sentence what a data set holds, such as `9 images, 3 classes: bus 3, car 3, train 3`.
 
     Args:
         dataset (`datasets.Dataset`): As [`load_images`] returns it.
-        label_column (`str`): The column of class labels.
-
-    Returns:
-        `list[str]`: The names; the indices themselves where the labels are plain integers; None for a data set without
-        labels.
-
-    Raises:
-        ValueError: if the labels are neither classes nor integers.
+        label_column (`str`, *optional*): The column of class labels, as given to [`load_images`]; None to say nothing of
+            classes.
     """
-    if label_column not in dataset.column_names:
-        return None
-    feature = dataset.features[label_column]
-    if isinstance(feature, datasets.ClassLabel):
-        return feature.names
-    if not pa.types.is_integer(feature.pa_type):
-        raise ValueError(
-            f"Expected `label_column` {label_column!r} to hold class indices, but got {feature.dtype}; "
-            f"`dataset.class_encode_column({label_column!r})` makes indices of names."
-        )
-    return [str(label) for label in range(max(dataset[label_column]) + 1)]
-
-
-def describe_images(dataset: datasets.Dataset, label_column: str = "label") -> str:
-    """
-    Say in words what a data set holds: '9 images, 3 classes: bus 3, car 3, train 3', or '8 images, unconditional'.
-
-    Args:
-        dataset (`datasets.Dataset`): As [`load_images`] returns it.
-        label_column (`str`): The column of class labels.
-    """
-    names = class_names(dataset, label_column)
-    if names is None:
-        return f"{len(dataset)} images, unconditional"
-    counts = np.bincount(dataset[label_column], minlength=len(names))
-    classes = ", ".join(f"{name} {count}" for name, count in zip(names, counts))
-    return f"{len(dataset)} images, {len(names)} classes: {classes}"
+    kind = LATENTS if LATENTS in dataset.column_names else "images"
+    number = f"{len(dataset)} {kind if len(dataset) != 1 else kind[:-1]}"
+    notes = [dataset.info.description] if is_image_folder(dataset) and dataset.info.description else []
+    if label_column is None:
+        return "; ".join([number, *notes])
+    if not wants_labels(label_column) or label_column not in dataset.column_names:
+        if not wants_labels(label_column):
+            notes.insert(0, "no labels asked for")
+        elif not is_image_folder(dataset):
+            notes.insert(0, f"no column {label_column!r}")
+        return f"{number}, unconditional: {'; '.join(notes)}"
+    names, counts = class_names(dataset, label_column) or [], class_counts(dataset, label_column)
+    counted = [f"{name} {count}" for name, count in zip(names, counts)]
+    if len(names) > MAX_CLASSES_SAID:
+        counted = [*counted[:3], f"… ({len(names) - 4} more)", counted[-1]]
+        notes.insert(0, f"{min(counts)} to {max(counts)} images in a class")
+    if missing := [name for name, count in zip(names, counts) if not count]:
+        notes.insert(0, f"without images: {shorten(missing)}")
+    classes = f"{len(names)} class{'es' if len(names) != 1 else ''}: {', '.join(counted)}"
+    return "; ".join([f"{number}, {classes}", *notes])
 
 
 @dataclass(frozen=True)
@@ -123,6 +148,8 @@ class ImageReader:
         image_column (`str`), label_column (`str`): The columns to read.
         teacher_image_column (`str`, *optional*): The column of a second image of each item, `teacher_images`.
         teacher_image_size (`int`, *optional*): The size of that image in pixels.
+        image_fit (`str`): How an image becomes a square: `crop` (its centre) or `pad` (with the background).
+        background (`str`): The colour of padding, and behind transparent pixels unless there are four channels.
 
     Raises:
         ValueError: if `channels` has another value; and, on reading, if an item is not an image (the file is named).
@@ -134,6 +161,8 @@ class ImageReader:
     label_column: str = "label"
     teacher_image_column: str | None = None
     teacher_image_size: int | None = None
+    image_fit: str = "crop"
+    background: str = BACKGROUND
 
     def __post_init__(self):
         if self.channels not in PIL_MODES:
@@ -156,8 +185,8 @@ class ImageReader:
         return items
 
     def _read(self, column: list[dict[str, Any]], size: int) -> list[torch.Tensor]:
-        images = (open_image(encoded).convert(PIL_MODES[self.channels]) for encoded in column)
-        return [to_tensor(center_crop(image, size)) for image in images]
+        images = (open_image(encoded, self.channels, self.background) for encoded in column)
+        return [to_tensor(fit_square(image, size, self.image_fit, self.background)) for image in images]
 
 
 def to_tensors(dataset: datasets.Dataset, image_size: int, channels: int, **columns: Any) -> datasets.Dataset:
@@ -181,47 +210,6 @@ def training_items(dataset: datasets.Dataset, args: DataArguments) -> datasets.D
         label_column=args.label_column,
         teacher_image_column=args.teacher_image_column,
         teacher_image_size=args.teacher_image_size,
+        image_fit=args.image_fit,
+        background=args.background,
     )
-
-
-def open_image(encoded: dict[str, Any]) -> PIL.Image.Image:
-    """
-    Decode one entry of a `datasets.Image` column that was loaded with `decode=False`.
-
-    Args:
-        encoded (`dict`): `bytes` of an image file, or None, and its `path`.
-
-    Raises:
-        ValueError: if it is not an image that can be read; the file is named.
-    """
-    file = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
-    try:
-        image = PIL.Image.open(file)
-        image.load()
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three
-        where = encoded["path"] or f"{len(encoded['bytes'])} bytes without a name"
-        raise ValueError(f"Expected `dataset` to hold readable images, but got {where}: {error}") from error
-    return image
-
-
-def center_crop(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
-    """
-    Crop the centre square of an image and scale it to `size` x `size` pixels, as ADM does (https://arxiv.org/abs/2105.05233).
-
-    The image is halved with a box filter while it is at least twice too large, then scaled bicubically until its shorter
-    side has `size` pixels, then cropped.
-    """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), PIL.Image.Resampling.BOX)
-    if min(image.size) != size:
-        scale = size / min(image.size)
-        shape = (round(image.width * scale), round(image.height * scale))
-        image = image.resize(shape, PIL.Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def to_tensor(image: PIL.Image.Image) -> torch.Tensor:
-    """8-bit image → float32 tensor (C, H, W) in [-1, 1]."""
-    pixels = np.atleast_3d(np.asarray(image, dtype=np.float32))  # (H, W, C)
-    return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1).contiguous()

@@ -19,7 +19,7 @@ from ...saving.finite import expect_finite_weights
 from ...saving.reading import read_json
 from ...saving.weight_files import check_saved_folder
 from ..arguments import DataArguments, option
-from .images import LATENTS, class_names, load_images, to_tensors
+from .images import LATENTS, load_checked, to_tensors
 from .shards import make_shard_accelerator, remember_settings, write_shards
 
 DTYPES = ("float32", "float16")
@@ -83,10 +83,9 @@ def encode_latents(args: EncodingArguments) -> None:
     """
     accelerator = make_shard_accelerator()
     with accelerator.main_process_first():
-        dataset = load_images(args.dataset, args.image_column, args.dataset_split)
+        dataset = load_checked(args, args.dataset, args.dataset_split, is_quiet=not accelerator.is_main_process)
     if LATENTS in dataset.column_names:
         raise ValueError(f"Expected `dataset` to hold images, but got latents in {args.dataset!r}.")
-    class_names(dataset, args.label_column)  # raises where training would
     vae = load_vae(str(args.vae))
     _check_vae(args, vae)
     vae.to(accelerator.device)
@@ -111,6 +110,8 @@ def _encode_shard(
         args.image_channels,
         image_column=args.image_column,
         label_column=args.label_column,
+        image_fit=args.image_fit,
+        background=args.background,
     )
     columns: dict[str, list] = {LATENTS: []}
     features = {LATENTS: datasets.Value("binary")}
@@ -149,7 +150,7 @@ def vae_fingerprint(vae: AutoencoderKL) -> dict[str, float]:
 
 def _check_encoding(args: EncodingArguments, num_images: int, vae: AutoencoderKL) -> None:
     """Record the settings of the encoding in `output_dir`, or compare them with those recorded."""
-    ignored = ("output_dir", "batch_size", "dataloader_num_workers")
+    ignored = ("output_dir", "batch_size", "dataloader_num_workers", "skip_unreadable")
     encoding = {name: value for name, value in asdict(args).items() if name not in ignored}
     for name in ("dataset", "vae"):
         if os.path.exists(encoding[name]):
@@ -159,7 +160,11 @@ def _check_encoding(args: EncodingArguments, num_images: int, vae: AutoencoderKL
 
 
 def check_latents(
-    dataset: datasets.Dataset, source: str, vae: AutoencoderKL | None, latent_shape: tuple[int, ...]
+    dataset: datasets.Dataset,
+    source: str,
+    vae: AutoencoderKL | None,
+    latent_shape: tuple[int, ...],
+    fitting: dict[str, str] | None = None,
 ) -> None:
     """
     Check that a data set's latents, if it has any, are those that a training expects.
@@ -169,6 +174,8 @@ def check_latents(
         source (`str`): The folder or Hub id that it is from.
         vae ([`AutoencoderKL`], *optional*): The VAE of the training.
         latent_shape (`tuple[int, ...]`): The shape that training expects, (C, S, S).
+        fitting (`dict[str, str]`, *optional*): Arguments that decide what an image is before it is encoded, by name. Latents
+            cannot be changed by them any more.
 
     Raises:
         ValueError: if the training has no VAE to decode the latents, if they are another VAE's or of another shape, or if
@@ -184,9 +191,16 @@ def check_latents(
             f"Expected the latents in `dataset` to have the shape {latent_shape} of `vae` and `image_size`, but got {shape}."
         )
     record = Path(source, ENCODING_NAME)
-    if not record.exists():  # as for a data set on the Hub
+    encoding = read_json(record) if record.exists() else {}  # none for a data set on the Hub
+    for name, choice in (fitting or {}).items():
+        default = getattr(DataArguments, name)
+        if choice not in (default, encoding.get(name, default)):
+            raise ValueError(
+                f"Expected `{name}` to be given to encode_latents.py, as latents cannot be changed by it, but got "
+                f"{choice!r} for latents of {encoding.get(name, default)!r}."
+            )
+    if not encoding:
         return
-    encoding = read_json(record)
     for name, value in {"num_images": len(dataset), **vae_fingerprint(vae)}.items():
         if encoding.get(name) != value:
             raise ValueError(

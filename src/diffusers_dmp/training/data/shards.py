@@ -92,22 +92,6 @@ def write_shards(
                 made.to_parquet(unfinished)
 
 
-def expect_whole_shards(source: str) -> None:
-    """
-    Check that a parquet file, or those in a folder, are whole. Only their last bytes are read, which tell the number of rows.
-
-    Args:
-        source (`str`): The file or folder; anything else, such as the id of a data set on the Hub, is not looked at.
-
-    Raises:
-        ValueError: if a file is cut off or no parquet; it is named.
-    """
-    path = Path(source)
-    for file in sorted(path.glob("**/*.parquet")) if path.is_dir() else [path] if path.suffix == ".parquet" else []:
-        if file.is_file():
-            expect_parquet(file)
-
-
 def expect_parquet(path: Path) -> int:
     """
     Return the number of rows of a parquet file.

@@ -10,8 +10,10 @@ from diffusers import AutoencoderKL
 
 from ...diffusion.latents import vae_downsampling
 from ..arguments import SharedTrainingArguments, TrainingArguments
-from .images import class_names, load_images
+from .images import LATENTS, load_checked
+from .labels import class_names
 from .latents import check_latents, load_vae
+from .listing import shorten
 
 
 @dataclass(kw_only=True)
@@ -62,22 +64,57 @@ def load_training_data(accelerator: Accelerator, args: SharedTrainingArguments) 
     if args.vae is not None:
         vae = load_vae(args.vae)
     validation = None
+    is_quiet = not accelerator.is_main_process
     with accelerator.main_process_first():  # the other processes then read its cache
-        dataset = load_images(args.dataset, args.image_column, args.dataset_split)
+        dataset = load_checked(args, args.dataset, args.dataset_split, is_quiet)
         if args.validation_dataset is not None:
-            validation = load_images(args.validation_dataset, args.image_column, args.validation_split)
+            validation = load_checked(args, args.validation_dataset, args.validation_split, is_quiet)
     label_names = class_names(dataset, args.label_column)
     channels = args.image_channels if vae is None else vae.config.latent_channels
     sample_size = args.image_size // vae_downsampling(vae)
     sample_shape = (channels, sample_size, sample_size)
-    check_latents(dataset, args.dataset, vae, sample_shape)
+    fitting = {"image_fit": args.image_fit, "background": args.background}
+    check_latents(dataset, args.dataset, vae, sample_shape, fitting)
+    if args.color_jitter and LATENTS in dataset.column_names:
+        raise ValueError(f"Expected `color_jitter` to be 0 for latents, but got {args.color_jitter}.")
     if validation is not None and args.validation_dataset is not None:
-        check_latents(validation, args.validation_dataset, vae, sample_shape)
-        validation_names = class_names(validation, args.label_column)
-        if validation_names != label_names:
-            raise ValueError(
-                f"Expected `validation_dataset` to have the classes {label_names}, but got {validation_names}."
-            )
+        check_latents(validation, args.validation_dataset, vae, sample_shape, fitting)
+        check_validation_classes(validation, args.label_column, label_names)
     return TrainingData(
         dataset=dataset, sample_shape=sample_shape, label_names=label_names, vae=vae, validation=validation
+    )
+
+
+def check_validation_classes(validation: datasets.Dataset, label_column: str, label_names: list[str] | None) -> None:
+    """
+    Check that held-out images have the training's classes, in the same order.
+
+    Args:
+        validation (`datasets.Dataset`): The held-out images. Where their labels are plain integers, some may be missing.
+        label_column (`str`): The column of labels.
+        label_names (`list[str]`, *optional*): The names of the training's classes; None for unconditional training.
+
+    Raises:
+        ValueError: if they have others; those that differ are named.
+    """
+    names = class_names(validation, label_column)
+    if names == label_names:
+        return
+    if names is None or label_names is None:
+        what = ["no labels" if each is None else f"{len(each)} classes" for each in (label_names, names)]
+        raise ValueError(f"Expected `validation_dataset` to have {what[0]}, as `dataset` has, but got {what[1]}.")
+    is_integer = not isinstance(validation.features[label_column], datasets.ClassLabel)
+    if is_integer and names == label_names[: len(names)]:
+        return
+    missing, unknown = (
+        [name for name in one if name not in set(other)] for one, other in ((label_names, names), (names, label_names))
+    )
+    if not missing and not unknown:
+        raise ValueError(
+            f"Expected `validation_dataset` to have the classes in the order of `dataset`, {shorten(label_names)}, but "
+            f"got {shorten(names)}."
+        )
+    raise ValueError(
+        f"Expected `validation_dataset` to have the {len(label_names)} classes of `dataset`, but got {len(names)}; "
+        f"missing: {shorten(missing) or 'none'}; unknown: {shorten(unknown) or 'none'}."
     )

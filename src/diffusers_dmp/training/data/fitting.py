@@ -1,0 +1,64 @@
+"""Images of any size become squares of one size, and tensors."""
+
+from collections.abc import Callable
+
+import numpy as np
+import PIL.Image
+import PIL.ImageColor
+import torch
+
+FITS = ("crop", "pad")
+
+
+def fit_square(image: PIL.Image.Image, size: int, fit: str, background: str) -> PIL.Image.Image:
+    """
+    Make an image a square of `size` x `size` pixels.
+
+    Args:
+        image (`PIL.Image.Image`): Of 8 bits.
+        size (`int`): In pixels.
+        fit (`str`): `crop` for its centre ([`center_crop`]), `pad` for all of it ([`pad_to_square`]).
+        background (`str`): The colour of the padding.
+    """
+    return center_crop(image, size) if fit == "crop" else pad_to_square(image, size, background)
+
+
+def center_crop(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
+    """
+    Crop the centre square of an image and scale it to `size` x `size` pixels, as ADM does (https://arxiv.org/abs/2105.05233).
+
+    The image is halved with a box filter while it is at least twice too large, then scaled bicubically until its shorter
+    side has `size` pixels, then cropped.
+    """
+    image = _scale(image, size, min)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def pad_to_square(image: PIL.Image.Image, size: int, background: str) -> PIL.Image.Image:
+    """
+    Scale an image until its longer side has `size` pixels, and put it in the middle of a square of the background's colour.
+
+    It is scaled as in [`center_crop`].
+    """
+    image = _scale(image, size, max)
+    square = PIL.Image.new(image.mode, (size, size), PIL.ImageColor.getcolor(background, image.mode))
+    square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+    return square
+
+
+def _scale(image: PIL.Image.Image, size: int, side: Callable[[tuple[int, int]], int]) -> PIL.Image.Image:
+    """Scale an image until its shorter side (`min`) or its longer one (`max`) has `size` pixels."""
+    while side(image.size) >= 2 * size:
+        image = image.resize((max(image.width // 2, 1), max(image.height // 2, 1)), PIL.Image.Resampling.BOX)
+    if side(image.size) != size:
+        scale = size / side(image.size)
+        shape = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
+        image = image.resize(shape, PIL.Image.Resampling.BICUBIC)
+    return image
+
+
+def to_tensor(image: PIL.Image.Image) -> torch.Tensor:
+    """8-bit image → float32 tensor (C, H, W) in [-1, 1]."""
+    pixels = np.atleast_3d(np.asarray(image, dtype=np.float32))  # (H, W, C)
+    return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
