@@ -88,7 +88,7 @@ def sampling() -> None:
                 SamplingArguments(
                     pipeline=folder,
                     output_dir=output_dir,
-                    num_samples=number,
+                    num_images=number,
                     batch_size=batch_size,
                     num_inference_steps=num_inference_steps,
                 )

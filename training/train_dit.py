@@ -3,9 +3,11 @@
 accelerate launch training/train_dit.py --config training/presets/dit_digits.yaml [--any_field value]
 """
 
+from functools import partial
+
 from diffusers_dmp import DiTModel
-from diffusers_dmp.training.arguments import DiTTrainingArguments, parse_arguments
+from diffusers_dmp.training.arguments import DiTTrainingArguments, run_entry_point
 from diffusers_dmp.training.dit_family import train_dit
 
 if __name__ == "__main__":
-    train_dit(DiTModel, parse_arguments(DiTTrainingArguments))
+    run_entry_point(DiTTrainingArguments, partial(train_dit, DiTModel))

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers_dmp import PromptPatch
-from diffusers_dmp.training.arguments import TrainingArguments, option, parse_arguments
+from diffusers_dmp.saving.sources import check_source
+from diffusers_dmp.training.arguments import TrainingArguments, option, run_entry_point
 from diffusers_dmp.training.data.training_data import load_training_data
 from diffusers_dmp.training.dit_family import check_config, load_dit_family
 from diffusers_dmp.training.objectives.from_arguments import make_objective
@@ -46,6 +47,7 @@ class DMPTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        check_source("pretrained_model_name_or_path", self.pretrained_model_name_or_path, "file or folder")
         if self.pretrained_model_name_or_path is None:
             raise ValueError(
                 "Expected `pretrained_model_name_or_path` to name the model that gets prompts, but got None."
@@ -101,4 +103,4 @@ def loss_weights(args: DMPTrainingArguments) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    train_dmp(parse_arguments(DMPTrainingArguments))
+    run_entry_point(DMPTrainingArguments, train_dmp)

@@ -4,9 +4,10 @@ accelerate launch training/train_dtr.py --config training/presets/dtr_digits.yam
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from diffusers_dmp import DTRTransformer2DModel
-from diffusers_dmp.training.arguments import DiTTrainingArguments, option, parse_arguments
+from diffusers_dmp.training.arguments import DiTTrainingArguments, option, run_entry_point
 from diffusers_dmp.training.dit_family import train_dit
 
 
@@ -20,4 +21,4 @@ class DTRTrainingArguments(DiTTrainingArguments):
 
 
 if __name__ == "__main__":
-    train_dit(DTRTransformer2DModel, parse_arguments(DTRTrainingArguments))
+    run_entry_point(DTRTrainingArguments, partial(train_dit, DTRTransformer2DModel))

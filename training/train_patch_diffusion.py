@@ -14,7 +14,7 @@ from diffusers_dmp.training.arguments import (
     TrainingArguments,
     model_arguments,
     option,
-    parse_arguments,
+    run_entry_point,
 )
 from diffusers_dmp.training.data.training_data import TrainingData, load_training_data
 from diffusers_dmp.training.experts import ExpertTraining, train_experts
@@ -84,4 +84,4 @@ def new_unet(args: PatchDiffusionTrainingArguments, data: TrainingData, expert: 
 
 
 if __name__ == "__main__":
-    train_patch_diffusion(parse_arguments(PatchDiffusionTrainingArguments))
+    run_entry_point(PatchDiffusionTrainingArguments, train_patch_diffusion)

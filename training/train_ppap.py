@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from diffusers_dmp import GuidanceExperts
 from diffusers_dmp.guidance.experts import METHODS
 from diffusers_dmp.saving.whole import written_whole
-from diffusers_dmp.training.arguments import ExpertArguments, SharedTrainingArguments, option, parse_arguments
+from diffusers_dmp.training.arguments import ExpertArguments, SharedTrainingArguments, option, run_entry_point
 from diffusers_dmp.training.conditions import no_conditions
 from diffusers_dmp.training.data.training_data import load_training_data
 from diffusers_dmp.training.experts import ExpertTraining, train_experts
@@ -151,4 +151,4 @@ def bundle(experts: GuidanceExperts, folders: list[Path], output_dir: Path) -> N
 
 
 if __name__ == "__main__":
-    train_ppap(parse_arguments(PPAPTrainingArguments))
+    run_entry_point(PPAPTrainingArguments, train_ppap)

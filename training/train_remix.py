@@ -6,7 +6,7 @@ accelerate launch training/train_remix.py --config training/presets/remix_digits
 from dataclasses import dataclass
 
 from diffusers_dmp import RemixDiTModel
-from diffusers_dmp.training.arguments import DiTTrainingArguments, option, parse_arguments
+from diffusers_dmp.training.arguments import DiTTrainingArguments, option, run_entry_point
 from diffusers_dmp.training.dit_family import train_dit
 from diffusers_dmp.training.recipe import TrainingRecipe
 
@@ -43,4 +43,4 @@ def train_remix(args: RemixTrainingArguments) -> None:
 
 
 if __name__ == "__main__":
-    train_remix(parse_arguments(RemixTrainingArguments))
+    run_entry_point(RemixTrainingArguments, train_remix)

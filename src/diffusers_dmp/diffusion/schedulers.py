@@ -16,6 +16,23 @@ SCHEDULERS = {
 _BEGIN_AT_PURE_NOISE = ("DDIMScheduler", "DDPMScheduler")
 
 
+def scheduler_class(name: str) -> str:
+    """
+    The class of Diffusers that a name stands for.
+
+    Args:
+        name (`str`): A key of `SCHEDULERS` in any case, or the name of the class itself.
+
+    Raises:
+        ValueError: if it is none of them.
+    """
+    classes = {short.lower(): class_name for short, class_name in SCHEDULERS.items()}
+    classes |= {class_name.lower(): class_name for class_name in SCHEDULERS.values()}
+    if name.lower() not in classes:
+        raise ValueError(f"Expected `scheduler` to be one of {', '.join(SCHEDULERS)}, but got {name!r}.")
+    return classes[name.lower()]
+
+
 def make_like(scheduler: "SchedulerMixin", class_name: str) -> "SchedulerMixin":
     """
     Make a scheduler of another class with the configuration of a given one.
