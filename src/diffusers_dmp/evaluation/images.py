@@ -21,15 +21,16 @@ class DatasetImages:
     Args:
         source (`str`): A folder, a parquet file or a Hub id; see [`load_images`].
         split (`str`): Which split of the data set.
+        image_column (`str`): Which column of the data set.
 
     Raises:
-        ValueError: if the data set has no column `image`.
+        ValueError: if the data set has no such column.
     """
 
-    def __init__(self, source: str, split: str = "train"):
-        self.source = source
-        self.dataset = load_images(source, split=split)
-        if "image" not in self.dataset.column_names:
+    def __init__(self, source: str, split: str = "train", image_column: str = "image"):
+        self.source, self.image_column = source, image_column
+        self.dataset = load_images(source, image_column, split)
+        if image_column not in self.dataset.column_names:
             raise ValueError(f"Expected {source!r} to hold images, but got {self.dataset.column_names}.")
 
     def __len__(self) -> int:
@@ -47,7 +48,7 @@ class DatasetImages:
         """
         size = None
         for batch in self.dataset.iter(batch_size):
-            images = [self._as_rgb(open_image(encoded)) for encoded in batch["image"]]
+            images = [self._as_rgb(open_image(encoded)) for encoded in batch[self.image_column]]
             size = size or images[0].size
             for image in images:
                 if image.size != size:
@@ -66,14 +67,16 @@ class DatasetImages:
         return image.convert("RGB")
 
 
-def open_images(source: "str | os.PathLike", split: str = "train") -> "NpzImages | DatasetImages":
+def open_images(
+    source: "str | os.PathLike", split: str = "train", image_column: str = "image"
+) -> "NpzImages | DatasetImages":
     """
     Open images of any supported source.
 
     Args:
         source: An `.npz` file (see [`NpzImages`]), or what [`load_images`] accepts: a folder of images or of parquet files, one
             parquet file, or the id of a data set on the Hub.
-        split (`str`): Which split of a data set.
+        split (`str`), image_column (`str`): Which split and column of a data set.
 
     Returns:
         An object with `len(images)` and `images.batches(batch_size)`.
@@ -85,4 +88,4 @@ def open_images(source: "str | os.PathLike", split: str = "train") -> "NpzImages
         if not Path(source).is_file():
             raise ValueError(f"Expected {str(source)!r} to be a file, but there is none.")
         return NpzImages(source)
-    return DatasetImages(str(source), split)
+    return DatasetImages(str(source), split, image_column)

@@ -334,15 +334,13 @@ def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None = N
     config = config_parser.parse_known_args(argv)[0].config
     if config is not None:
         parser.set_defaults(**_read_preset(find_preset(config), arguments_class))
-    *parsed, unknown = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
-    )
+    _, unknown = parser.parse_known_args(argv)
     if unknown:
         options = [f"--{field.name}" for field in dataclasses.fields(arguments_class)]  # type: ignore[arg-type]
         similar = difflib.get_close_matches(unknown[0].partition("=")[0], options, 1)
-        hint = f"did you mean {similar[0]}?" if similar else "`--help` lists the arguments."
+        hint = f"did you mean {similar[0]}?" if similar else "`--help` lists them."
         raise ValueError(f"Expected known arguments, but got {' '.join(unknown)}; {hint}")
-    return parsed[0]
+    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
 
 
 def _read_preset(path: Path, arguments_class: type) -> dict[str, Any]:
