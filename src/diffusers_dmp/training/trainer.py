@@ -19,6 +19,7 @@ from .determinism import deterministic_algorithms, prepare_determinism
 from .loss_log import trackable
 from .objectives.objective import Objective
 from .optimisation import averaged_weights
+from .pipeline_output import save_configurations, trained_pipeline
 from .recipe import TrainingRecipe
 from .run import prepare_run
 from .summary import TrainingSummary
@@ -97,6 +98,8 @@ def train(
             os.makedirs(args.output_dir, exist_ok=True)
             resolved = yaml.safe_dump(dataclasses.asdict(args), sort_keys=False)
             Path(args.output_dir, "training_arguments.yaml").write_text(resolved)
+            if run.parts.recipe.save is None:
+                save_configurations(trained_pipeline(run.parts, data), args.output_dir)
         if args.report_to != "none":
             accelerator.init_trackers(Path(args.output_dir).name, config=trackable(args))
 
