@@ -45,7 +45,7 @@ def test_help(command):
 def test_sample(folder, tmp_path, scheduler):
     chosen = [] if scheduler is None else ["--scheduler", scheduler]
     picture = tmp_path / "grid.png"
-    run("sample", folder, "--output", picture, "--label", "three", "--label", 8, "--per-class", 3, "--steps", 2,
+    run("sample", folder, "--output", picture, "--label", "three", "--label", 8, "--num-images-per-label", 3, "--num_inference_steps", 2,
         "--guidance-scale", 1.5, "--pixel-size", 2, "--device", "cpu", *chosen)  # fmt: skip
     image = Image.open(picture)
     assert image.size == (2 * (16 + 2) + 2, 3 * (16 + 2) + 2)
@@ -55,7 +55,18 @@ def test_sample(folder, tmp_path, scheduler):
 def test_the_seed_determines_the_images(folder, tmp_path):
     pictures = []
     for index, seed in enumerate((0, 0, 1)):
-        run("sample", folder, "--output", tmp_path / f"{index}.png", "--steps", 2, "--seed", seed, "--device", "cpu")
+        run(
+            "sample",
+            folder,
+            "--output",
+            tmp_path / f"{index}.png",
+            "--num_inference_steps",
+            2,
+            "--seed",
+            seed,
+            "--device",
+            "cpu",
+        )
         pictures.append(Image.open(tmp_path / f"{index}.png").tobytes())
     assert pictures[0] == pictures[1] != pictures[2]
 
@@ -64,7 +75,7 @@ def test_convert(tmp_path):
     published = Vectors("dtr_tiny")
     torch.save({"ema": published.state_dict}, tmp_path / "checkpoint.pt")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(published.config))
-    command = ["convert", "dtr", tmp_path / "checkpoint.pt", "--output", tmp_path / "model"]
+    command = ["convert", "dtr", tmp_path / "checkpoint.pt", "--output_dir", tmp_path / "model"]
     run(*command, "--config", tmp_path / "config.yaml")
     assert DTRTransformer2DModel.from_pretrained(tmp_path / "model").num_parameters() > 0
 
@@ -74,7 +85,7 @@ def test_convert_prompts(tmp_path):
     published = Vectors("dmp_tiny")
     torch.save(published.state_dict, tmp_path / "checkpoint.pt")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(published.config))
-    run("convert", "dmp", tmp_path / "checkpoint.pt", "--output", tmp_path, "--config", tmp_path / "config.yaml")
+    run("convert", "dmp", tmp_path / "checkpoint.pt", "--output_dir", tmp_path, "--config", tmp_path / "config.yaml")
     assert PromptPatch.from_pretrained(tmp_path / "patch").config.depth > 0
     assert (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").is_file()
 
@@ -82,7 +93,7 @@ def test_convert_prompts(tmp_path):
 def test_convert_pickled_weights(tmp_path):
     model = randomised(RemixDiTModel(**GREY, num_bases=2, num_experts=4))
     model.save_pretrained(tmp_path / "pickled", safe_serialization=False)
-    run("convert", "remix", tmp_path / "pickled", "--output", tmp_path / "safe")
+    run("convert", "remix", tmp_path / "pickled", "--output_dir", tmp_path / "safe")
     again = RemixDiTModel.from_pretrained(tmp_path / "safe")
     assert all(map(torch.equal, again.parameters(), model.parameters()))
 
@@ -94,7 +105,7 @@ def test_publish_shows_what_would_be_uploaded(folder):
 
 
 def test_plot(folder, tmp_path):
-    run("plot", folder, "--output", tmp_path / "plots", "--timestep", 300)
+    run("plot", folder, "--output_dir", tmp_path / "plots", "--timestep", 300)
     assert Image.open(tmp_path / "plots" / "routing.png").size[0] > 500
 
 
@@ -115,14 +126,17 @@ def test_errors_are_reported_in_one_line(folder, tmp_path, capsys, monkeypatch):
         (["sample", folder, "--label", "seven", "--device", "cpu"], "`class_labels` to be among ['three', 'five']"),
         (["sample", folder, "--device", "gpu"], "`--device` to be a device of this computer, but got 'gpu'"),
         (["sample", folder, "--output", "grid.mp4"], "to be an image file in an existing folder, but got 'grid.mp4'"),
-        (["sample", folder, "--scheduler", "PNDM"], "`--scheduler` to be one of DDIM, DDPM, "),
-        (["convert", "gan", garbage, "--output", "x"], "`system` to be one of dit, dtr, remix, "),
-        (["convert", "dit", garbage, "--output", "x", "--config", listing], "to hold a YAML mapping, but got list"),
-        (["plot", folder, "--timestep", 1000], "`--timestep` to be at most 999, but got 1000"),
-        (["convert", "dit", garbage, "--output", "x"], "to hold tensors and nothing that runs"),
-        (["convert", "dit", garbage, garbage, "--output", "x"], "one checkpoint of dit, but got 2"),
+        (["sample", folder, "--scheduler", "PNDM"], "`scheduler` to be one of DDIM, DDPM, "),
+        (["convert", "gan", garbage, "--output_dir", "x"], "`system` to be one of dit, dtr, remix, "),
         (
-            ["convert", "dit", folder, "--output", "x"],
+            ["convert", "dit", garbage, "--output_dir", "x", "--config", listing],
+            "to hold a YAML mapping, but got list",
+        ),
+        (["plot", folder, "--timestep", 1000], "`--timestep` to be at most 999, but got 1000"),
+        (["convert", "dit", garbage, "--output_dir", "x"], "to hold tensors and nothing that runs"),
+        (["convert", "dit", garbage, garbage, "--output_dir", "x"], "one checkpoint of dit, but got 2"),
+        (
+            ["convert", "dit", folder, "--output_dir", "x"],
             "the folder of a model of dit, but got that of a ClassConditional",
         ),
         (["sample", stock], "to hold a ClassConditionalPipeline or SNRSplitPipeline, but got a DDPMPipeline"),

@@ -49,7 +49,8 @@ class PPAPTrainingArguments(ExpertArguments, SharedTrainingArguments):
         "preprocessor_config.json.",
     )
     image_mean: list[float] = option(
-        [], "Mean of each channel of the network's training images, in [0, 1]; by default as in its preprocessor_config.json."
+        [],
+        "Mean of each channel of the network's training images, in [0, 1]; by default as in its preprocessor_config.json.",
     )
     image_std: list[float] = option([], "Standard deviation of each channel, likewise.")
 
@@ -67,8 +68,6 @@ class PPAPTrainingArguments(ExpertArguments, SharedTrainingArguments):
         self.check_at_least_one("num_experts", "rank")
         if self.image_processor_size is not None:
             self.check_at_least_one("image_processor_size")
-        if not self.base_model:
-            raise ValueError("Expected `base_model` to be the folder or Hub id of a network, but got nothing.")
         check_source("base_model", self.base_model)
         self.check_expert(self.num_experts)
         for name in ("sample_steps", "pipeline_steps"):
@@ -89,6 +88,8 @@ class PPAPTrainingArguments(ExpertArguments, SharedTrainingArguments):
 
 def train_ppap(args: PPAPTrainingArguments) -> None:
     """Train one expert, or all in turn; when all are there, put them together."""
+    if not args.base_model:
+        raise ValueError("Expected `base_model` to be the folder or Hub id of a network, but got nothing.")
     accelerator = make_accelerator(args)
     data = load_training_data(accelerator, args)
     experts = make_experts(vars(args))

@@ -29,7 +29,7 @@ RENAMED = {  # options, by their names up to 0.2
         "steps": "num_inference_steps",
     },
 }  # fmt: skip
-_UsageError = typer.BadParameter.__mro__[1]  # click's, of which Typer may have a copy
+_UsageError: Any = typer.BadParameter.__mro__[1]  # click's, of which Typer may have a copy
 
 
 class Command(TyperCommand):
@@ -82,7 +82,9 @@ def train(
     system: Annotated[str, typer.Argument(help=f"What to train: {', '.join(SYSTEMS)}.")],
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(help="The arguments of the training; options of `accelerate launch` come first, and end with `--`."),
+        typer.Argument(
+            help="The arguments of the training; options of `accelerate launch` come first, and end with `--`."
+        ),
     ] = None,
 ) -> None:
     """
@@ -431,7 +433,9 @@ def _run(argv: list[str]) -> None:
     except _UsageError as error:
         context: Any = getattr(error, "ctx", None)
         command = NAME if context is None else context.command_path
-        raise ValueError(f"{error.format_message()} `{command} --help` explains.") from error  # type: ignore[attr-defined]
+        message = error.format_message()
+        message += "" if message.endswith((".", "?")) else "."
+        raise ValueError(f"{message} `{command} --help` explains.") from error
     if status == INTERRUPTED:  # what Typer makes of it
         raise KeyboardInterrupt
     raise SystemExit(status or 0)

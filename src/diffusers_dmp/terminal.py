@@ -1,11 +1,13 @@
 """How a command ends: a user's error is one line and the exit status 2, and `--debug` shows the traceback."""
 
+import argparse
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, NoReturn
 
 import yaml
 
@@ -47,10 +49,23 @@ def run_command(
         raise SystemExit(USER_ERROR) from error
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are exceptions, for [`run_command`], and whose options are not abbreviated."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **{"allow_abbrev": False} | kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a `ValueError`, where argparse would write several lines and end the process."""
+        raise ValueError(message)
+
+
 def is_users_error(error: BaseException) -> bool:
     """Whether an error is about what a user gave, or about files and the network, rather than about this package."""
     # the Hub's client does not wrap all errors of the connection in an OSError
-    is_connection_error = any(f"{base.__module__}.{base.__name__}" == "httpx.TransportError" for base in type(error).__mro__)
+    is_connection_error = any(
+        f"{base.__module__}.{base.__name__}" == "httpx.TransportError" for base in type(error).__mro__
+    )
     return is_connection_error or isinstance(error, (ValueError, OSError, ImportError, yaml.YAMLError))
 
 
@@ -83,6 +98,4 @@ def with_new_names(argv: list[str], new_names: Mapping[str, str]) -> list[str]:
 
 def warn_of_old_name(old: str, new: str) -> None:
     """Warn that an argument has another name now."""
-    warnings.warn(
-        f"`{old}` is now `{new}`; the old name works until {OLD_NAMES_UNTIL}.", FutureWarning, stacklevel=3
-    )
+    warnings.warn(f"`{old}` is now `{new}`; the old name works until {OLD_NAMES_UNTIL}.", FutureWarning, stacklevel=3)

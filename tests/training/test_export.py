@@ -72,7 +72,11 @@ def run(few_digits, monkeypatch):
 def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a pipeline's models, by folder and name."""
     files = sorted(folder.rglob("*.safetensors"))
-    return {f"{file.parent.relative_to(folder)}.{name}": tensor for file in files for name, tensor in load_file(file).items()}
+    return {
+        f"{file.parent.relative_to(folder)}.{name}": tensor
+        for file in files
+        for name, tensor in load_file(file).items()
+    }
 
 
 def differing(first: Path, second: Path) -> list[str]:
@@ -87,7 +91,8 @@ def test_the_last_checkpoint_is_the_trained_pipeline(run, tmp_path, system):
     export_checkpoint(tmp_path / "run" / "checkpoint-2", tmp_path / "last")
     assert not differing(tmp_path / "last", tmp_path / "run" / "pipeline")
     index, trained = (
-        json.loads((folder / "model_index.json").read_text()) for folder in (tmp_path / "last", tmp_path / "run" / "pipeline")
+        json.loads((folder / "model_index.json").read_text())
+        for folder in (tmp_path / "last", tmp_path / "run" / "pipeline")
     )
     assert index == trained and index["id2label"]["7"] == "7"
     assert DiffusionPipeline.from_pretrained(tmp_path / "last")(["7"], num_inference_steps=2).images[0].size == (8, 8)

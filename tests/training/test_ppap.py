@@ -309,7 +309,7 @@ def test_arguments_that_do_not_fit(train_ppap_here, tmp_path, arguments, message
     ("arguments", "message"),
     [
         ({"num_images": 0}, "`num_images` to be at least 1"),
-        ({"scheduler": "Euler"}, "one of DDIM, .*, but got 'Euler'"),
+        ({"scheduler": "Heun"}, "one of DDIM, .*, but got 'Heun'"),
     ],
 )
 def test_generation_arguments_out_of_range(pipeline, tmp_path, arguments, message):

@@ -2,7 +2,6 @@
 
 import os
 import re
-from pathlib import Path
 
 # of files; a Hub id may end in others, as in stable-diffusion-v1.5
 _FILE_SUFFIXES = (
@@ -39,7 +38,7 @@ def is_local(name: str) -> bool:
 
     It is not `name` or `user/name`, ends as a file does, or names something in a folder that exists.
     """
-    if not _HUB_ID.fullmatch(name) or name.endswith(_FILE_SUFFIXES) or name in (".", ".."):
+    owner, slash, _ = name.partition("/")
+    if not _HUB_ID.fullmatch(name) or name.endswith(_FILE_SUFFIXES) or owner in (".", ".."):
         return True
-    first, *rest = Path(name).parts
-    return first in (".", "..") or (bool(rest) and os.path.isdir(first))
+    return bool(slash) and os.path.isdir(owner)

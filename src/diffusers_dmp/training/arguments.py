@@ -15,13 +15,13 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from transformers import HfArgumentParser
 
 from ..saving.sources import check_source
-from ..terminal import DEBUG, DEBUG_HELP, run_command, warn_of_old_name, with_new_names
+from ..terminal import DEBUG, DEBUG_HELP, OneLineParser, run_command, warn_of_old_name, with_new_names
 from .scripts import find_preset
 
 TRACKERS = ("tensorboard", "wandb", "none")
@@ -299,14 +299,15 @@ def run_entry_point(arguments_class: type[Arguments], run: Callable[[Arguments],
         arguments_class (`type`): The dataclass of its arguments.
         run (`Callable`): What is called with them.
     """
-    run_command(lambda argv: run(parse_arguments(arguments_class, argv)))
+
+    def command(argv: list[str]) -> None:
+        run(parse_arguments(arguments_class, argv))
+
+    run_command(command)
 
 
-class _Parser(HfArgumentParser):
-    """A parser whose errors are exceptions."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+class _Parser(OneLineParser, HfArgumentParser):
+    """A parser of a dataclass's fields."""
 
 
 def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None = None) -> Arguments:
@@ -324,8 +325,8 @@ def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None = N
         ValueError: if the preset or the command line has an unknown argument, for which the valid ones are listed, or a
             value of another type.
     """
-    # no abbreviations: one of `--config` would be no preset, and others change their meaning with the next argument
-    parser = _Parser(arguments_class, allow_abbrev=False)
+    # without abbreviations: one of `--config` would be no preset, and others change their meaning with the next argument
+    parser = _Parser(arguments_class)
     parser.add_argument("--config", help="A YAML preset of the arguments above, which the command line overrides.")
     parser.add_argument(DEBUG, action="store_true", help=DEBUG_HELP)
     argv = with_new_names(sys.argv[1:] if argv is None else argv, getattr(arguments_class, "renamed", {}))

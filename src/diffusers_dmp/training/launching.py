@@ -29,7 +29,9 @@ def launch(script: Path, arguments: list[str], accelerate_options: list[str]) ->
         ValueError: if an option of Accelerate is unknown, or does not fit the others.
     """
     if DEBUG not in arguments:
-        os.environ.setdefault("LOGLEVEL", "CRITICAL")  # of torch's launcher, which tells at length of processes that fail
+        os.environ.setdefault(
+            "LOGLEVEL", "CRITICAL"
+        )  # of torch's launcher, which tells at length of processes that fail
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 

@@ -29,7 +29,8 @@ class SeededSamplingArguments:
     seed: int = option(0, "An image depends on this and its index alone.")
     num_inference_steps: int = option(25, "Denoising steps.")
     scheduler: str = option(
-        "", "The scheduler to sample with, such as DDIM or DDIMScheduler, in the pipeline's settings; empty for the pipeline's own."
+        "",
+        "The scheduler to sample with, such as DDIM or DDIMScheduler, in the pipeline's settings; empty for the pipeline's own.",
     )
     dtype: str = option("float32", "Precision of the pipeline: float32, float16 or bfloat16.")
 
