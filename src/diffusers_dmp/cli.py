@@ -207,8 +207,8 @@ def sample(
     ).images
     columns = [images[i : i + num_images_per_label] for i in range(0, len(images), num_images_per_label)]
     sample_grid(columns, pixel_size).save(output)
-    of_classes = f" of {', '.join(_class_name(pipe, index) for index in labels)}" if labels else ""
-    typer.echo(f"{len(images)} images{of_classes} in {output}")
+    of_classes = f": {', '.join(_class_name(pipe, index) for index in labels)}" if labels else ""
+    typer.echo(f"{len(images)} images in {output}{of_classes}")
 
 
 @app.command(cls=Command)

@@ -1,5 +1,6 @@
 """Whether a name that a user gave can be found: a local file or folder that is missing is said to be missing at once."""
 
+import logging
 import os
 import re
 
@@ -9,10 +10,13 @@ _FILE_SUFFIXES = (
 )  # fmt: skip
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
+logger = logging.getLogger(__name__)
+
 
 def check_source(argument: str, name_or_path: "str | os.PathLike | None", kind: str = "folder") -> None:
     """
-    Check that a file or folder exists, where a name cannot be the id of a repository on the Hub.
+    Check that a file or folder exists, where a name cannot be the id of a repository on the Hub; where it can, say that the
+    Hub is asked, which may take a while without a connection.
 
     Args:
         argument (`str`): The argument that the user gave it in, for the message.
@@ -30,6 +34,8 @@ def check_source(argument: str, name_or_path: "str | os.PathLike | None", kind: 
         raise ValueError(
             f"Expected `{argument}` to be an existing {kind} or a Hub id, but got {name!r}: there is no such {kind}{hint}."
         )
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning("There is no %s %r here: looking for it on the Hub.", kind, name)
 
 
 def is_local(name: str) -> bool:

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import operator
 import sys
 import typing
 import warnings
@@ -285,7 +286,7 @@ def renamed(**new_names: str) -> Callable[[type[Arguments]], type[Arguments]]:
         cls.__init__ = __init__  # type: ignore[method-assign]
         cls.renamed = new_names  # type: ignore[attr-defined]
         for old, new in new_names.items():
-            setattr(cls, old, property(lambda self, new=new: getattr(self, new)))
+            setattr(cls, old, property(operator.attrgetter(new)))
         return cls
 
     return decorate

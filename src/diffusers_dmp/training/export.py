@@ -17,7 +17,7 @@ from ..guidance import GuidanceExperts
 from ..pipelines import ClassConditionalPipeline
 from ..saving.mixins import is_component
 from ..saving.whole import written_whole
-from .checkpoints import PREFIX, checkpoint_step
+from .checkpoints import PREFIX, checkpoint_step, checkpoints
 from .dit_family import load_dit_family
 from .guidance_experts import WEIGHTS_NAME, make_experts
 from .objectives.distillation import ExpertStudent
@@ -60,7 +60,11 @@ def export_checkpoint(checkpoint: Path, folder: Path, use_ema: bool = True) -> N
 
 def _check(checkpoint: Path, folder: Path) -> None:
     if not checkpoint.is_dir() or not checkpoint.name.removeprefix(PREFIX).isdigit():
-        raise ValueError(f"Expected `checkpoint` to be a folder {PREFIX}<step>, but got {str(checkpoint)!r}.")
+        present = ", ".join(path.name for path in checkpoints(checkpoint.parent)) or "none"
+        raise ValueError(
+            f"Expected `checkpoint` to be a folder {PREFIX}<step>, but got {str(checkpoint)!r}; in {str(checkpoint.parent)!r} "
+            f"there are {present}."
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"Expected `folder` to be new or empty, but got {str(folder)!r}, which is not.")
 
