@@ -118,3 +118,19 @@ def test_at_the_command_line(digits, tmp_path):
     found = json.loads((tmp_path / "found" / "diagnosis.json").read_text())
     assert found["training_samples"] == [5, 6, 7] and len(found["swap_losses"]) == 3
     assert Image.open(tmp_path / "found" / "diagnosis.png").size[0] > 500
+
+
+def test_columns_by_other_names(digits, tmp_path):
+    dataset = load_images(str(digits)).select(range(20)).rename_columns({"image": "picture", "label": "digit"})
+    dataset.to_parquet(tmp_path / "train.parquet")
+    ClassConditionalPipeline(randomised(DiTModel(**DIT, num_classes=10)), DDIMScheduler()).save_pretrained(
+        tmp_path / "pipeline"
+    )
+    asked = ["diagnose", tmp_path / "pipeline", "--dataset", tmp_path / "train.parquet", "--output_dir", tmp_path / "found",
+             "--num_images", 8, "--image_column", "picture"]  # fmt: skip
+    with pytest.raises(
+        ValueError, match="labels in the column 'label' for a model of 10 classes, but got the columns"
+    ):
+        CliRunner().invoke(app, [str(each) for each in asked], catch_exceptions=False)
+    CliRunner().invoke(app, [*(str(each) for each in asked), "--label_column", "digit"], catch_exceptions=False)
+    assert len(json.loads((tmp_path / "found" / "diagnosis.json").read_text())["swap_losses"]) == 1

@@ -98,10 +98,10 @@ def train(
             os.makedirs(args.output_dir, exist_ok=True)
             resolved = yaml.safe_dump(dataclasses.asdict(args), sort_keys=False)
             Path(args.output_dir, "training_arguments.yaml").write_text(resolved)
-            if run.parts.recipe.save is None:
-                save_configurations(trained_pipeline(run.parts, data), args.output_dir)
         if args.report_to != "none":
             accelerator.init_trackers(Path(args.output_dir).name, config=trackable(args))
+        if accelerator.is_main_process and run.parts.recipe.save is None:
+            save_configurations(trained_pipeline(run.parts, data), args.output_dir)
 
         train_seconds = run.train_from(first_step)
 
