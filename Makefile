@@ -8,7 +8,7 @@ PRESET ?= cpu
 SITE_PACKAGES = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 DIFFUSERS_VERSIONS ?= 0.40.0 0.41.0 0.42.1
 DIFFUSERS_TESTS ?= tests/hub/test_loading.py tests/hub/test_registration.py tests/saving tests/pipelines tests/models tests/plugins tests/guidance
-TRAIN = $(BIN)/accelerate launch --num_machines 1 --num_processes 1 --dynamo_backend no --mixed_precision no \
+TRAIN = $(BIN)/accelerate launch --quiet --num_machines 1 --num_processes 1 --dynamo_backend no --mixed_precision no \
   --num_cpu_threads_per_process $(CPU_THREADS)
 # The tests of numbers, which start no processes; what is missing of these folders is left out.
 NUMERIC_TESTS = $(wildcard tests/test_intervals.py tests/diffusion tests/models tests/plugins tests/guidance tests/pipelines \

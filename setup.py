@@ -20,9 +20,13 @@ setup(
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    package_dir={"": "src", "diffusers_dmp.cards": "pipelines"},
-    packages=[*find_packages("src"), "diffusers_dmp.cards"],
-    package_data={"diffusers_dmp": ["py.typed"], "diffusers_dmp.cards": ["*.md", "*/*.md"]},
+    package_dir={"": "src", "diffusers_dmp.cards": "pipelines", "diffusers_dmp.entry_points": "training"},
+    packages=[*find_packages("src"), "diffusers_dmp.cards", "diffusers_dmp.entry_points"],
+    package_data={
+        "diffusers_dmp": ["py.typed"],
+        "diffusers_dmp.cards": ["*.md", "*/*.md"],
+        "diffusers_dmp.entry_points": ["presets/*.yaml"],
+    },
     entry_points={"console_scripts": ["diffusers-dmp = diffusers_dmp.cli:main"]},
     python_requires=">=3.11",
     install_requires=[

@@ -1,12 +1,12 @@
 """`python -m benchmarks dtr|remix|dmp|patch|ppap [--preset DiT-S/2] [--device cuda] [--compile]`"""
 
-import argparse
 from importlib import import_module
 from pathlib import Path
 
 import torch
 
 from diffusers_dmp.systems import SYSTEMS
+from diffusers_dmp.terminal import OneLineParser, run_command
 
 from .timing import HEADER, Settings, hardware, keep_freed_memory
 
@@ -16,8 +16,8 @@ BENCHMARKS = [
 ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: list[str]) -> None:
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("system", choices=BENCHMARKS)
     parser.add_argument("--preset", default="DiT-S/2")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--seconds", type=float, default=40.0, help="per comparison")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     torch.manual_seed(0)
     keep_freed_memory()
@@ -43,4 +43,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, name="benchmarks")

@@ -3,7 +3,6 @@
 Each part is a process of its own, because its peak memory is measured.
 """
 
-import argparse
 import itertools
 import resource
 import tempfile
@@ -17,6 +16,7 @@ from diffusers_dmp import ClassConditionalPipeline, DiTModel
 from diffusers_dmp.evaluation.metrics import GaussianStatistics, frechet_distance, precision_and_recall
 from diffusers_dmp.evaluation.npz import write_npz
 from diffusers_dmp.evaluation.sample import SamplingArguments, sample_images
+from diffusers_dmp.terminal import OneLineParser, run_command
 from diffusers_dmp.training.arguments import TrainingArguments
 from diffusers_dmp.training.objectives.from_arguments import make_scheduler
 
@@ -88,7 +88,7 @@ def sampling() -> None:
                 SamplingArguments(
                     pipeline=folder,
                     output_dir=output_dir,
-                    num_samples=number,
+                    num_images=number,
                     batch_size=batch_size,
                     num_inference_steps=num_inference_steps,
                 )
@@ -99,10 +99,15 @@ def sampling() -> None:
         print(compare(name, evaluator, bare_loop, CPU, SECONDS, target=1.03).row())
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: list[str]) -> None:
+    """Measure the part that the command line asks for."""
+    parser = OneLineParser(description=__doc__)
     parts = {"fid": fid, "neighbours": neighbours, "sampling": sampling}
     parser.add_argument("part", choices=parts)
-    part = parser.parse_args().part
+    part = parser.parse_args(argv).part
     print(hardware(CPU))
     parts[part]()
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -6,7 +6,6 @@
 The reports run in processes of their own, which share nothing but folders with the training.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from diffusers_dmp.plots import (
     sample_grid,
     specialisation_figures,
 )
+from diffusers_dmp.terminal import OneLineParser, run_command
 
 OUTPUT = Path("outputs/demo")
 UNCONDITIONAL = Path("outputs/dit_digits_unconditional")
@@ -129,13 +129,14 @@ def write_results(folder: Path, summary: dict, results: list[dict]) -> None:
     print(json.dumps(summary, indent=2))
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: list[str]) -> None:
+    """Do the part that the command line asks for."""
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("part", choices=("data", "report", "classifier", "guidance"))
     parser.add_argument(
         "folder", type=Path, nargs="?", default=OUTPUT, help="a training's output_dir, or the classifier's"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.part == "data":
         write_image_folder(OUTPUT / "digits")
         write_image_folder(OUTPUT / "digits_train", TRAINING_IMAGES)
@@ -144,3 +145,7 @@ if __name__ == "__main__":
         fit_classifier(args.folder)
     else:
         {"report": report, "guidance": guidance_report}[args.part](args.folder)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -33,7 +33,9 @@ def run(*arguments) -> str:
     return result.output
 
 
-@pytest.mark.parametrize("command", [[], ["sample"], ["convert"], ["publish"], ["plot"], ["diagnose"], ["info"]])
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["export"], ["sample"], ["convert"], ["publish"], ["plot"], ["diagnose"], ["info"]]
+)
 def test_help(command):
     output = run(*command, "--help")
     assert "Usage" in output
@@ -45,7 +47,7 @@ def test_help(command):
 def test_sample(folder, tmp_path, scheduler):
     chosen = [] if scheduler is None else ["--scheduler", scheduler]
     picture = tmp_path / "grid.png"
-    run("sample", folder, "--output", picture, "--label", "three", "--label", 8, "--per-class", 3, "--steps", 2,
+    run("sample", folder, "--output", picture, "--label", "three", "--label", 8, "--num-images-per-label", 3, "--num_inference_steps", 2,
         "--guidance-scale", 1.5, "--pixel-size", 2, "--device", "cpu", *chosen)  # fmt: skip
     image = Image.open(picture)
     assert image.size == (2 * (16 + 2) + 2, 3 * (16 + 2) + 2)
@@ -55,16 +57,59 @@ def test_sample(folder, tmp_path, scheduler):
 def test_the_seed_determines_the_images(folder, tmp_path):
     pictures = []
     for index, seed in enumerate((0, 0, 1)):
-        run("sample", folder, "--output", tmp_path / f"{index}.png", "--steps", 2, "--seed", seed, "--device", "cpu")
+        run(
+            "sample",
+            folder,
+            "--output",
+            tmp_path / f"{index}.png",
+            "--num_inference_steps",
+            2,
+            "--seed",
+            seed,
+            "--device",
+            "cpu",
+        )
         pictures.append(Image.open(tmp_path / f"{index}.png").tobytes())
     assert pictures[0] == pictures[1] != pictures[2]
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    """A pipeline whose classes are called 1 to 10, in the order in which their folders are sorted by name: 1, 10, 2, …"""
+    names = sorted(map(str, range(1, 11)))
+    pipeline = ClassConditionalPipeline(
+        randomised(DTRTransformer2DModel(**GREY)), DDIMScheduler(), id2label=dict(zip(map(str, range(10)), names))
+    )
+    pipeline.save_pretrained(tmp_path / "numbered")
+    return tmp_path / "numbered"
+
+
+def sampled(folder, tmp_path, *classes) -> tuple[bytes, str]:
+    """The pixels of one image of each class, and which classes the command says they are."""
+    picture = tmp_path / "sampled.png"
+    output = run("sample", folder, "--output", picture, "--num_images_per_label", 1, "--num_inference_steps", 2,
+                 "--device", "cpu", *classes)  # fmt: skip
+    return Image.open(picture).tobytes(), output.strip().rpartition(": ")[2]
+
+
+def test_a_label_is_a_name_before_it_is_an_index(numbered, folder, tmp_path):
+    image, said = sampled(numbered, tmp_path, "--label", "10")
+    assert said == "10" and image == sampled(numbered, tmp_path, "--class_index", "1")[0]
+    assert image != sampled(numbered, tmp_path, "--label", "2")[0]
+    null_class, said = sampled(numbered, tmp_path, "--class_index", "10")
+    assert said == "no class" and null_class != image
+    assert sampled(numbered, tmp_path, "--label", "0")[1] == "1"  # no class is called 0
+    assert (
+        sampled(folder, tmp_path, "--label", "three", "--label", "8", "--class_index", "5")[1]
+        == "three, class 8, five"
+    )
 
 
 def test_convert(tmp_path):
     published = Vectors("dtr_tiny")
     torch.save({"ema": published.state_dict}, tmp_path / "checkpoint.pt")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(published.config))
-    command = ["convert", "dtr", tmp_path / "checkpoint.pt", "--output", tmp_path / "model"]
+    command = ["convert", "dtr", tmp_path / "checkpoint.pt", "--output_dir", tmp_path / "model"]
     run(*command, "--config", tmp_path / "config.yaml")
     assert DTRTransformer2DModel.from_pretrained(tmp_path / "model").num_parameters() > 0
 
@@ -74,7 +119,7 @@ def test_convert_prompts(tmp_path):
     published = Vectors("dmp_tiny")
     torch.save(published.state_dict, tmp_path / "checkpoint.pt")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(published.config))
-    run("convert", "dmp", tmp_path / "checkpoint.pt", "--output", tmp_path, "--config", tmp_path / "config.yaml")
+    run("convert", "dmp", tmp_path / "checkpoint.pt", "--output_dir", tmp_path, "--config", tmp_path / "config.yaml")
     assert PromptPatch.from_pretrained(tmp_path / "patch").config.depth > 0
     assert (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").is_file()
 
@@ -82,7 +127,7 @@ def test_convert_prompts(tmp_path):
 def test_convert_pickled_weights(tmp_path):
     model = randomised(RemixDiTModel(**GREY, num_bases=2, num_experts=4))
     model.save_pretrained(tmp_path / "pickled", safe_serialization=False)
-    run("convert", "remix", tmp_path / "pickled", "--output", tmp_path / "safe")
+    run("convert", "remix", tmp_path / "pickled", "--output_dir", tmp_path / "safe")
     again = RemixDiTModel.from_pretrained(tmp_path / "safe")
     assert all(map(torch.equal, again.parameters(), model.parameters()))
 
@@ -93,8 +138,14 @@ def test_publish_shows_what_would_be_uploaded(folder):
     assert "license: mit" in output
 
 
+def test_old_options_warn(folder, tmp_path):
+    with pytest.warns(FutureWarning, match="`--output` is now `--output_dir`; the old name works until 0.4"):
+        run("plot", folder, "--output", tmp_path / "plots")
+    assert (tmp_path / "plots" / "routing.png").is_file()
+
+
 def test_plot(folder, tmp_path):
-    run("plot", folder, "--output", tmp_path / "plots", "--timestep", 300)
+    run("plot", folder, "--output_dir", tmp_path / "plots", "--timestep", 300)
     assert Image.open(tmp_path / "plots" / "routing.png").size[0] > 500
 
 
@@ -110,22 +161,33 @@ def test_errors_are_reported_in_one_line(folder, tmp_path, capsys, monkeypatch):
     DDPMPipeline(UNet2DModel(8, block_out_channels=(32,), down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"]),
                  DDPMScheduler()).save_pretrained(stock)  # fmt: skip
     for arguments, message in [
-        (["info", "/nowhere/at/all"], "nowhere/at/all"),
+        (["info", "/nowhere/at/all"], "'/nowhere/at/all': there is no such folder"),
+        (["plot", "nowhere/at/all"], "'nowhere/at/all': there is no such folder"),
+        (["sample", "./nowhere"], "'./nowhere': there is no such folder"),
+        (["diagnose", folder, "--dataset", tmp_path / "nowhere"], "nowhere': there is no such file or folder"),
+        (["publish", tmp_path / "nowhere", "user/dtr", "--license", "mit"], "nowhere': there is none"),
+        (["convert", "dit", tmp_path / "nowhere.pt", "--output_dir", "x"], "nowhere.pt': there is none"),
+        (["convert", "dit", garbage, "--output_dir", "x", "--config", "no.yaml"], "'no.yaml': there is none"),
+        (["export", tmp_path / "nowhere", tmp_path / "x"], "to be a folder checkpoint-<step>, but got"),
+        (["sample", folder, "--class_index", 11, "--device", "cpu"], "`class_labels` to be in [0, 10]"),
         (["info", folder.parent], "to hold a model_index.json"),
         (["sample", folder, "--label", "seven", "--device", "cpu"], "`class_labels` to be among ['three', 'five']"),
         (["sample", folder, "--device", "gpu"], "`--device` to be a device of this computer, but got 'gpu'"),
         (["sample", folder, "--output", "grid.mp4"], "to be an image file in an existing folder, but got 'grid.mp4'"),
-        (["sample", folder, "--scheduler", "PNDM"], "`--scheduler` to be one of DDIM, DDPM, "),
-        (["convert", "gan", garbage, "--output", "x"], "`system` to be one of dit, dtr, remix, "),
-        (["convert", "dit", garbage, "--output", "x", "--config", listing], "to hold a YAML mapping, but got list"),
+        (["sample", folder, "--scheduler", "PNDM"], "`scheduler` to be one of DDIM, DDPM, "),
+        (["convert", "gan", garbage, "--output_dir", "x"], "`system` to be one of dit, dtr, remix, "),
+        (
+            ["convert", "dit", garbage, "--output_dir", "x", "--config", listing],
+            "to hold a YAML mapping, but got list",
+        ),
         (["plot", folder, "--timestep", 1000], "`--timestep` to be at most 999, but got 1000"),
         (
-            ["convert", "dit", garbage, "--output", "x"],
+            ["convert", "dit", garbage, "--output_dir", "x"],
             "to be a file of weights, but got text that begins with 'garbage'",
         ),
-        (["convert", "dit", garbage, garbage, "--output", "x"], "one checkpoint of dit, but got 2"),
+        (["convert", "dit", garbage, garbage, "--output_dir", "x"], "one checkpoint of dit, but got 2"),
         (
-            ["convert", "dit", folder, "--output", "x"],
+            ["convert", "dit", folder, "--output_dir", "x"],
             "the folder of a model of dit, but got that of a ClassConditional",
         ),
         (["sample", stock], "to hold a ClassConditionalPipeline or SNRSplitPipeline, but got a DDPMPipeline"),

@@ -8,6 +8,8 @@ import pytest
 from conftest import REPOSITORY
 from small_pipelines import PIPELINES
 
+from diffusers_dmp.evaluation.digits import write_image_folder
+
 CHECK = """
 import importlib.metadata, importlib.resources, pathlib, sys
 import diffusers_dmp
@@ -51,6 +53,7 @@ def test_the_wheel_alone(tmp_path, monkeypatch):
         "LICENSE",
         "src",
         "pipelines",
+        "training",
     ).split("\0")
     for name in filter(None, files):
         if (REPOSITORY / name).is_file():
@@ -72,4 +75,17 @@ def test_the_wheel_alone(tmp_path, monkeypatch):
 
     PIPELINES["dit"]().save_pretrained(tmp_path / "saved")
     run(environment / "bin" / "python", "-c", CHECK, cwd=tmp_path)
-    assert "publish" in run(environment / "bin" / "diffusers-dmp", "--help", cwd=tmp_path)
+    command = environment / "bin" / "diffusers-dmp"
+    assert "publish" in run(command, "--help", cwd=tmp_path)
+    train_and_export(command, tmp_path)
+
+
+def train_and_export(command: Path, folder: Path) -> None:
+    """As who has the wheel alone does it: a preset by its name, and a pipeline of a checkpoint."""
+    write_image_folder(folder / "digits", range(0, 300, 9))
+    tiny = {"max_train_steps": 2, "checkpointing_steps": 1, "batch_size": 8, "num_layers": 1, "report_to": "none"}
+    options = [part for name, value in tiny.items() for part in (f"--{name}", value)]
+    run(command, "train", "dtr", "--config", "dtr_digits", "--dataset", "digits", "--output_dir", "run",
+        "--sample_steps", 0, *options, cwd=folder)  # fmt: skip
+    run(command, "export", "run/checkpoint-1", "exported", cwd=folder)
+    assert "system: dtr" in run(command, "info", "exported", cwd=folder)

@@ -7,8 +7,8 @@ from functools import partial
 
 from diffusers_dmp import DiTModel
 from diffusers_dmp.hub.pushing import with_hub
-from diffusers_dmp.training.arguments import DiTTrainingArguments, parse_arguments
+from diffusers_dmp.training.arguments import DiTTrainingArguments, run_entry_point
 from diffusers_dmp.training.dit_family import train_dit
 
 if __name__ == "__main__":
-    with_hub(partial(train_dit, DiTModel))(parse_arguments(DiTTrainingArguments))
+    run_entry_point(DiTTrainingArguments, with_hub(partial(train_dit, DiTModel)))

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from diffusers_dmp import PromptPatch
 from diffusers_dmp.hub.pushing import with_hub
+from diffusers_dmp.saving.sources import check_source
 from diffusers_dmp.saving.whole import written_whole
-from diffusers_dmp.training.arguments import TrainingArguments, option, parse_arguments
+from diffusers_dmp.training.arguments import TrainingArguments, option, run_entry_point
 from diffusers_dmp.training.base_schedule import check_base_schedule
 from diffusers_dmp.training.data.training_data import load_training_data
 from diffusers_dmp.training.dit_family import check_config, load_dit_family
@@ -50,6 +51,7 @@ class DMPTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        check_source("pretrained_model_name_or_path", self.pretrained_model_name_or_path, "file or folder")
         if self.pretrained_model_name_or_path is None:
             raise ValueError(
                 "Expected `pretrained_model_name_or_path` to name the model that gets prompts, but got None."
@@ -106,4 +108,4 @@ def loss_weights(args: DMPTrainingArguments) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    with_hub(train_dmp)(parse_arguments(DMPTrainingArguments))
+    run_entry_point(DMPTrainingArguments, with_hub(train_dmp))

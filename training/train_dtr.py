@@ -8,7 +8,7 @@ from functools import partial
 
 from diffusers_dmp import DTRTransformer2DModel
 from diffusers_dmp.hub.pushing import with_hub
-from diffusers_dmp.training.arguments import DiTTrainingArguments, option, parse_arguments
+from diffusers_dmp.training.arguments import DiTTrainingArguments, option, run_entry_point
 from diffusers_dmp.training.dit_family import train_dit
 
 
@@ -22,4 +22,4 @@ class DTRTrainingArguments(DiTTrainingArguments):
 
 
 if __name__ == "__main__":
-    with_hub(partial(train_dit, DTRTransformer2DModel))(parse_arguments(DTRTrainingArguments))
+    run_entry_point(DTRTrainingArguments, with_hub(partial(train_dit, DTRTransformer2DModel)))

@@ -15,7 +15,7 @@ from diffusers_dmp.training.arguments import (
     TrainingArguments,
     model_arguments,
     option,
-    parse_arguments,
+    run_entry_point,
 )
 from diffusers_dmp.training.data.training_data import TrainingData, load_training_data
 from diffusers_dmp.training.experts import ExpertTraining, train_experts
@@ -86,4 +86,4 @@ def new_unet(args: PatchDiffusionTrainingArguments, data: TrainingData, expert: 
 
 
 if __name__ == "__main__":
-    with_hub(train_patch_diffusion, along_the_way=False)(parse_arguments(PatchDiffusionTrainingArguments))
+    run_entry_point(PatchDiffusionTrainingArguments, with_hub(train_patch_diffusion, along_the_way=False))

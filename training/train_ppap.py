@@ -9,28 +9,24 @@ from pathlib import Path
 from typing import ClassVar
 
 from diffusers import DDPMScheduler
-from safetensors.torch import save_file
 
 from diffusers_dmp import GuidanceExperts
 from diffusers_dmp.guidance.experts import METHODS
 from diffusers_dmp.hub.pushing import with_hub
-from diffusers_dmp.saving.weight_files import read_safetensors
-from diffusers_dmp.saving.whole import written_whole
-from diffusers_dmp.training.arguments import ExpertArguments, SharedTrainingArguments, option, parse_arguments
+from diffusers_dmp.saving.sources import check_source
+from diffusers_dmp.training.arguments import ExpertArguments, SharedTrainingArguments, option, renamed, run_entry_point
 from diffusers_dmp.training.conditions import no_conditions
 from diffusers_dmp.training.data.training_data import load_training_data
 from diffusers_dmp.training.experts import ExpertTraining, train_experts
+from diffusers_dmp.training.guidance_experts import WEIGHTS_NAME, make_experts, save_expert, save_together
 from diffusers_dmp.training.objectives import distillation
 from diffusers_dmp.training.objectives.from_arguments import noise_schedule
 from diffusers_dmp.training.objectives.objective import Objective
 from diffusers_dmp.training.recipe import TrainingRecipe
-from diffusers_dmp.training.resources import explained_disk_errors
-from diffusers_dmp.training.summary import TrainingSummary
 from diffusers_dmp.training.trainer import make_accelerator
 
-WEIGHTS_NAME = "expert.safetensors"
 
-
+@renamed(network_image_size="image_processor_size")
 @dataclass(kw_only=True)
 class PPAPTrainingArguments(ExpertArguments, SharedTrainingArguments):
     """The experts of a vision model that guide."""
@@ -48,9 +44,16 @@ class PPAPTrainingArguments(ExpertArguments, SharedTrainingArguments):
     rank: int = option(16, "Rank of LoRA.")
     lora_alpha: float = option(8.0, "LoRA is scaled by this over its rank.")
     target_modules: list[str] = option([], "Endings of the names of layers that get LoRA; the paper's by default.")
-    network_image_size: int | None = option(
-        None, "Scale images to this many pixels for the network; by default to what its image processor says."
+    image_processor_size: int | None = option(
+        None,
+        "Scale images to this many pixels, the shorter side, for the network; by default as its image processor does, its "
+        "preprocessor_config.json.",
     )
+    image_mean: list[float] = option(
+        [],
+        "Mean of each channel of the network's training images, in [0, 1]; by default as in its preprocessor_config.json.",
+    )
+    image_std: list[float] = option([], "Standard deviation of each channel, likewise.")
 
     # other defaults, the paper's
     weight_decay: float = option(0.05, "Weight decay of AdamW.")
@@ -64,6 +67,9 @@ class PPAPTrainingArguments(ExpertArguments, SharedTrainingArguments):
         if self.method == "finetune":
             self.num_experts = 1
         self.check_at_least_one("num_experts", "rank")
+        if self.image_processor_size is not None:
+            self.check_at_least_one("image_processor_size")
+        check_source("base_model", self.base_model)
         self.check_expert(self.num_experts)
         for name in ("sample_steps", "pipeline_steps"):
             if getattr(self, name):
@@ -83,9 +89,11 @@ class PPAPTrainingArguments(ExpertArguments, SharedTrainingArguments):
 
 def train_ppap(args: PPAPTrainingArguments) -> None:
     """Train one expert, or all in turn; when all are there, put them together."""
+    if not args.base_model:
+        raise ValueError("Expected `base_model` to be the folder or Hub id of a network, but got nothing.")
     accelerator = make_accelerator(args)
     data = load_training_data(accelerator, args)
-    experts = make_experts(args)
+    experts = make_experts(vars(args))
     objective = make_objective(args, experts, has_labels=data.label_names is not None)
     experts.to(accelerator.device)
     folders = [Path(args.output_dir, f"expert_{expert}") for expert in range(args.num_experts)]
@@ -104,7 +112,7 @@ def train_ppap(args: PPAPTrainingArguments) -> None:
     chosen = args.chosen_experts(args.num_experts)
     train_experts(args, data, folders, chosen, prepare, find_unused_parameters=True)
     if accelerator.is_main_process and all((folder / WEIGHTS_NAME).exists() for folder in folders):
-        bundle(experts, folders, Path(args.output_dir))
+        save_together(experts, folders, Path(args.output_dir))
     accelerator.end_training()
 
 
@@ -118,44 +126,5 @@ def make_objective(args: PPAPTrainingArguments, experts: GuidanceExperts, has_la
     return distillation.DistillationObjective(scheduler, copy.deepcopy(experts), has_teacher_images)
 
 
-def make_experts(args: PPAPTrainingArguments) -> GuidanceExperts:
-    """Untrained experts, which are still equal to the network itself."""
-    settings = {
-        "num_experts": args.num_experts,
-        "num_train_timesteps": args.num_train_timesteps,
-        "method": args.method,
-        "rank": args.rank,
-        "lora_alpha": args.lora_alpha,
-        "target_modules": args.target_modules or None,
-        "noise_schedule": noise_schedule(args),
-    }
-    if args.network_image_size is not None:
-        settings["image_size"] = args.network_image_size
-    return GuidanceExperts.from_base(args.base_model, **settings)
-
-
-def save_expert(experts: GuidanceExperts, expert: int, folder: Path) -> None:
-    """Write the tensors of one expert."""
-    tensors = {name: tensor.detach().contiguous() for name, tensor in experts.expert_tensors(expert).items()}
-    path = folder / WEIGHTS_NAME
-    with explained_disk_errors(path), written_whole(path) as unfinished:
-        save_file(tensors, unfinished)
-
-
-def bundle(experts: GuidanceExperts, folders: list[Path], output_dir: Path) -> None:
-    """Save all experts together, and a summary of their trainings, which may have been separate runs."""
-    experts.load_expert_tensors(
-        {
-            f"expert_{expert}.{name}": tensor
-            for expert, folder in enumerate(folders)
-            for name, tensor in read_safetensors(folder / WEIGHTS_NAME).items()
-        }
-    )
-    path = output_dir / "experts"
-    with explained_disk_errors(path), written_whole(path) as unfinished:
-        experts.save_pretrained(unfinished)
-    TrainingSummary.of_experts(folders).save(output_dir)
-
-
 if __name__ == "__main__":
-    with_hub(train_ppap, along_the_way=False)(parse_arguments(PPAPTrainingArguments))
+    run_entry_point(PPAPTrainingArguments, with_hub(train_ppap, along_the_way=False))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from diffusers_dmp import RemixDiTModel
 from diffusers_dmp.hub.pushing import with_hub
-from diffusers_dmp.training.arguments import DiTTrainingArguments, option, parse_arguments
+from diffusers_dmp.training.arguments import DiTTrainingArguments, option, run_entry_point
 from diffusers_dmp.training.dit_family import train_dit
 from diffusers_dmp.training.recipe import TrainingRecipe
 from diffusers_dmp.training.run import Publisher
@@ -45,4 +45,4 @@ def train_remix(args: RemixTrainingArguments, publisher: Publisher | None = None
 
 
 if __name__ == "__main__":
-    with_hub(train_remix)(parse_arguments(RemixTrainingArguments))
+    run_entry_point(RemixTrainingArguments, with_hub(train_remix))

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from diffusers_dmp.saving.whole import written_whole
+from diffusers_dmp.terminal import OneLineParser, run_command
 from diffusers_dmp.training.data.shards import remember_settings
 
 from .data import make_data
@@ -26,8 +27,8 @@ from .run import is_trained, perform
 OWN_PRESET = "cpu"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> None:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default=OWN_PRESET, help="a preset of this folder, or a YAML file")
     parser.add_argument(
         "--results", type=Path, default=Path("docs/results"), help="the folder of all presets' results"
@@ -37,7 +38,7 @@ def main() -> None:
     )
     workers = 1 if torch.cuda.is_available() else os.cpu_count()
     parser.add_argument("--workers", type=int, default=workers, help="how many runs at a time; they share the cores")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f"Expected `workers` to be at least 1, but got {args.workers}.")
     plan = load_plan(args.preset)
@@ -123,4 +124,4 @@ def write_json(path: Path, content: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, name="benchmarks.comparison")

@@ -53,7 +53,7 @@ def sample(plan: Plan, run: Run, source: Path, folder: Path) -> tuple[Path, floa
     arguments = SamplingArguments(
         pipeline=str(source),
         output_dir=str(folder),
-        num_samples=len(DatasetImages(str(plan.data_folder(run.data) / HELD_OUT))),
+        num_images=len(DatasetImages(str(plan.data_folder(run.data) / HELD_OUT))),
         num_inference_steps=plan.num_inference_steps,
         guidance_scale=1.0,
         batch_size=BATCH_SIZE,
@@ -65,14 +65,14 @@ def sample(plan: Plan, run: Run, source: Path, folder: Path) -> tuple[Path, floa
         _sample_guided(plan, run, arguments, path)
     else:
         sample_images(arguments)
-    milliseconds = round(1000 * (time.perf_counter() - started) / arguments.num_samples, 2)
+    milliseconds = round(1000 * (time.perf_counter() - started) / arguments.num_images, 2)
     record.write_text(json.dumps({"milliseconds_per_image": milliseconds}) + "\n")
     return path, milliseconds
 
 
 def _sample_guided(plan: Plan, run: Run, arguments: SamplingArguments, path: Path) -> None:
     """Sample with a classifier's guidance towards each class in turn, otherwise as [`sample_images`] does."""
-    number = arguments.num_samples
+    number = arguments.num_images
     labels = [index % NUM_CLASSES for index in range(number)]
     pipeline, experts = load_sampling_pipeline(arguments.pipeline, arguments, _device()), _experts(plan, run)
     settings = sampling_settings(arguments, pipeline, Path(arguments.pipeline))

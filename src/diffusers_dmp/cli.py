@@ -1,26 +1,146 @@
-"""`diffusers-dmp`: sample images, convert published weights, publish, plot, diagnose, and describe a folder."""
+"""`diffusers-dmp`: train, sample images, convert published weights, export checkpoints, publish, plot, diagnose, describe."""
 
+import subprocess
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
+from typer.core import TyperCommand
 
-from .diffusion.schedulers import SCHEDULERS, make_like
+from .diffusion.schedulers import SCHEDULERS, make_like, scheduler_class
+from .saving.sources import check_source
+from .saving.version import __version__
 from .systems import SYSTEMS
+from .terminal import DEBUG, DEBUG_HELP, INTERRUPTED, run_command, with_new_names
+from .training.scripts import find_preset, script_path
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-# Each command imports the rest itself, so that `--help` answers at once.
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=__doc__)
+NAME = "diffusers-dmp"
+RENAMED = {  # options, by their names up to 0.2
+    "sample": {"per_class": "num_images_per_label", "steps": "num_inference_steps"},
+    "convert": {"output": "output_dir"},
+    "plot": {"output": "output_dir", "steps": "num_inference_steps"},
+    "diagnose": {
+        "output": "output_dir", "split": "dataset_split", "images": "num_images", "bands": "num_bands",
+        "steps": "num_inference_steps",
+    },
+}  # fmt: skip
+_UsageError: Any = typer.BadParameter.__mro__[1]  # click's, of which Typer may have a copy
+
+
+class Command(TyperCommand):
+    """A command whose options are spelled as those of the training scripts: with underscores; hyphens are understood."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        for parameter in self.params:
+            parameter.opts = [_with_underscores(option) for option in parameter.opts]
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """See click's `Command.parse_args`."""
+        args = with_new_names([_with_underscores(argument) for argument in args], RENAMED.get(self.name or "", {}))
+        return super().parse_args(ctx, args)
+
+
+class ScriptCommand(TyperCommand):
+    """A command whose whole command line, `--help` too, is that of a script."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """See click's `Command.parse_args`."""
+        return super().parse_args(ctx, ["--", *args])
+
+
+# Each command imports what else it needs itself, so that `--help`, and a typing error, are answered at once.
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
 Folder = Annotated[str, typer.Argument(help="A folder, a training's `output_dir`, or a Hub id such as user/name.")]
+Steps = Annotated[int, typer.Option(min=1, help="Number of denoising steps.")]
 MAX_COLUMNS = 10  # classes in a grid by default
 PUBLISHED = (*SYSTEMS, "adm")  # whose original checkpoints can be converted
+TRAINABLE = {name: system for system in SYSTEMS.values() for name in (system.key, system.short_name)}
 
 
-@app.command()
+@app.callback(invoke_without_command=True, help=__doc__)
+def options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+    debug: Annotated[bool, typer.Option(DEBUG, help=f"{DEBUG_HELP} Anywhere in the command line.")] = False,
+) -> None:
+    """What the program itself can be asked; `--debug` is taken out of the command line by [`run_command`]."""
+    if version:
+        typer.echo(f"{NAME} {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def train(
+    system: Annotated[str, typer.Argument(help=f"What to train: {', '.join(SYSTEMS)}.")],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="The arguments of the training; options of `accelerate launch` come first, and end with `--`."
+        ),
+    ] = None,
+) -> None:
+    """
+    Train a system, through `accelerate launch`. `diffusers-dmp train dtr --help` explains its arguments.
+
+    diffusers-dmp train dtr --config dtr_rgb32 --dataset path/to/images --output_dir outputs/mine
+
+    diffusers-dmp train dtr --multi_gpu --num_processes 2 -- --config dtr_imagenet256
+    """
+    if system not in TRAINABLE:
+        raise ValueError(f"Expected `system` to be one of {', '.join(SYSTEMS)}, but got {system!r}.")
+    _run_script(TRAINABLE[system].training_script, arguments or [])
+
+
+@app.command("encode_latents", cls=ScriptCommand)
+def encode_latents(arguments: Annotated[list[str] | None, typer.Argument(help="As for `train`.")] = None) -> None:
+    """
+    Encode a data set with a VAE, once, for any training in latent space. `--help` explains its arguments.
+
+    diffusers-dmp encode_latents --dataset path/to/images --vae stabilityai/sd-vae-ft-ema --output_dir outputs/latents
+    """
+    _run_script("encode_latents", arguments or [])
+
+
+@app.command("generate_guidance_data", cls=ScriptCommand)
+def generate_guidance_data(
+    arguments: Annotated[list[str] | None, typer.Argument(help="As for `train`.")] = None,
+) -> None:
+    """
+    Generate the images that guidance experts (PPAP) are trained on. `--help` explains its arguments.
+
+    diffusers-dmp generate_guidance_data --pipeline outputs/unconditional/pipeline --output_dir outputs/guidance_data
+    """
+    _run_script("generate_guidance_data", arguments or [])
+
+
+@app.command(cls=Command)
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A training's checkpoint, such as outputs/demo/checkpoint-600.")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write.")],
+    no_ema: Annotated[
+        bool, typer.Option("--no_ema", help="The weights as the optimiser left them, not their average.")
+    ] = False,
+) -> None:
+    """
+    Make a pipeline of a training's checkpoint; for PPAP the experts.
+
+    diffusers-dmp export outputs/demo/checkpoint-600 outputs/demo_600
+    """
+    from .training.export import export_checkpoint
+
+    export_checkpoint(checkpoint, folder, use_ema=not no_ema)
+    typer.echo(f"Written to {folder}")
+
+
+@app.command(cls=Command)
 def sample(
     pipeline: Folder,
     output: Annotated[Path, typer.Option(help="The image file to write: a grid with one class per column.")] = Path(
@@ -29,11 +149,18 @@ def sample(
     label: Annotated[
         list[str] | None,
         typer.Option(
-            help="A class, by index or name; may be repeated. By default all classes, at most the first ten."
+            help="A class, by name, or by index where no class has that name; may be repeated. By default all classes, "
+            "at most the first ten."
         ),
     ] = None,
-    per_class: Annotated[int, typer.Option(min=1, help="Number of images of each class.")] = 4,
-    steps: Annotated[int, typer.Option(min=1, help="Number of denoising steps.")] = 50,
+    class_index: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=0, help="A class by its index; may be repeated. The index after the last class means no class."
+        ),
+    ] = None,
+    num_images_per_label: Annotated[int, typer.Option(min=1, help="Number of images of each class.")] = 4,
+    num_inference_steps: Steps = 50,
     guidance_scale: Annotated[
         float | None,
         typer.Option(help="Scale of classifier-free guidance; 1 means none. By default the pipeline's own."),
@@ -51,43 +178,40 @@ def sample(
     """
     Sample a grid of images.
 
-    diffusers-dmp sample outputs/demo --label 3 --label 8 --guidance-scale 1.5 --pixel-size 6
+    diffusers-dmp sample outputs/demo --label 3 --label 8 --guidance_scale 1.5 --pixel_size 6
     """
     import torch
     from diffusers.utils.torch_utils import get_device
     from PIL import Image
 
-    from .models.inputs import has_classes
     from .plots import sample_grid
 
     if output.suffix.lower() not in Image.registered_extensions() or not output.parent.is_dir():
         raise ValueError(f"Expected `--output` to be an image file in an existing folder, but got {str(output)!r}.")
-    schedulers = {name.lower(): class_name for name, class_name in SCHEDULERS.items()}
-    if scheduler is not None and scheduler.lower() not in schedulers:
-        raise ValueError(f"Expected `--scheduler` to be one of {', '.join(SCHEDULERS)}, but got {scheduler!r}.")
+    chosen = None if scheduler is None else scheduler_class(scheduler)
     pipe = load_pipeline(pipeline)
     try:
         pipe.to(device or get_device())
     except RuntimeError as error:
         raise ValueError(f"Expected `--device` to be a device of this computer, but got {device!r}.") from error
-    if scheduler is not None:
-        pipe.scheduler = make_like(pipe.scheduler, schedulers[scheduler.lower()])
-    labels = [int(each) if each.isdecimal() else pipe.get_label_ids(each)[0] for each in label or []]
-    if not labels and has_classes(pipe.num_classes):
-        labels = list(range(min(pipe.num_classes, MAX_COLUMNS)))
+    if chosen is not None:
+        pipe.scheduler = make_like(pipe.scheduler, chosen)
+    labels = _class_indices(pipe, label or [], class_index or [])
     guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     images = pipe(
-        class_labels=[each for each in labels for _ in range(per_class)] or None,
-        batch_size=per_class,
-        num_inference_steps=steps,
+        class_labels=[each for each in labels for _ in range(num_images_per_label)] or None,
+        batch_size=num_images_per_label,
+        num_inference_steps=num_inference_steps,
         generator=torch.Generator(pipe.device).manual_seed(seed),
         **guidance,
     ).images
-    sample_grid([images[i : i + per_class] for i in range(0, len(images), per_class)], pixel_size).save(output)
-    typer.echo(f"{len(images)} images in {output}")
+    columns = [images[i : i + num_images_per_label] for i in range(0, len(images), num_images_per_label)]
+    sample_grid(columns, pixel_size).save(output)
+    of_classes = f": {', '.join(_class_name(pipe, index) for index in labels)}" if labels else ""
+    typer.echo(f"{len(images)} images in {output}{of_classes}")
 
 
-@app.command()
+@app.command(cls=Command)
 def convert(
     system: Annotated[str, typer.Argument(help=f"The code that wrote the checkpoint: {', '.join(PUBLISHED)}.")],
     checkpoints: Annotated[
@@ -97,7 +221,7 @@ def convert(
             "folder of a model of this package with pickled weights."
         ),
     ],
-    output: Annotated[Path, typer.Option(help="The folder to write.")],
+    output_dir: Annotated[Path, typer.Option(help="The folder to write.")],
     config: Annotated[
         Path | None,
         typer.Option(help="YAML file with settings that the weights do not show, such as the number of heads."),
@@ -106,7 +230,7 @@ def convert(
     """
     Convert a published checkpoint to safetensors. Pickles are read with `weights_only=True`: tensors, no code.
 
-    diffusers-dmp convert dit DiT-XL-2-256x256.pt --output dit-xl-2
+    diffusers-dmp convert dit DiT-XL-2-256x256.pt --output_dir dit-xl-2
     """
     from .conversion.original import convert_file
     from .plugins.attachment import patch_of
@@ -118,23 +242,26 @@ def convert(
     is_guidance = system in SYSTEMS and SYSTEMS[system].is_guidance
     if len(checkpoints) > 1 and not is_guidance:
         raise ValueError(f"Expected one checkpoint of {system}, but got {len(checkpoints)}.")
+    for path in checkpoints:
+        if not path.exists():
+            raise ValueError(f"Expected a checkpoint's file or folder, but got {str(path)!r}: there is none.")
     if checkpoints[0].is_dir():
-        _convert_folder(system, checkpoints[0], output)
+        _convert_folder(system, checkpoints[0], output_dir)
     elif is_guidance:
-        settings = {"base_model_folder": output / "base_model"} | settings
-        convert_file(system, checkpoints, settings).save_pretrained(output)
+        settings = {"base_model_folder": output_dir / "base_model"} | settings
+        convert_file(system, checkpoints, settings).save_pretrained(output_dir)
     else:
         model = convert_file(system, checkpoints[0], settings)
         patch = patch_of(model)
         if patch is None:
-            model.save_pretrained(output)
+            model.save_pretrained(output_dir)
         else:
-            patch.detach().save_pretrained(output / "patch")
-            model.save_pretrained(output / "transformer")
-    typer.echo(f"Written to {output}")
+            patch.detach().save_pretrained(output_dir / "patch")
+            model.save_pretrained(output_dir / "transformer")
+    typer.echo(f"Written to {output_dir}")
 
 
-@app.command()
+@app.command(cls=Command)
 def publish(
     folder: Annotated[
         Path,
@@ -148,17 +275,19 @@ def publish(
     update: Annotated[
         bool, typer.Option("--update", help="Replace everything in an existing repository, its card too.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be uploaded.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry_run", help="Show what would be uploaded.")] = False,
     base_model: Annotated[str | None, typer.Option(help="Hub id of the model that it was made from.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Hub id of the data set that it was trained on.")] = None,
 ) -> None:
     """
     Upload to the Hugging Face Hub: weights, code for users without this package, and a model card.
 
-    diffusers-dmp publish outputs/demo user/dtr-digits --license apache-2.0 --dry-run
+    diffusers-dmp publish outputs/demo user/dtr-digits --license apache-2.0 --dry_run
     """
     from .hub.publishing import publish
 
+    if not folder.is_dir():
+        raise ValueError(f"Expected `folder` to be an existing folder, but got {str(folder)!r}: there is none.")
     published = publish(
         folder,
         repo_id,
@@ -174,12 +303,14 @@ def publish(
     typer.echo(f"\n{published.card}" if dry_run else f"Published at {published.url}")
 
 
-@app.command()
+@app.command(cls=Command)
 def plot(
     pipeline: Folder,
-    output: Annotated[Path, typer.Option(help="The folder for the figures.")] = Path("."),
+    output_dir: Annotated[Path, typer.Option(help="The folder for the figures.")] = Path("."),
     timestep: Annotated[int | None, typer.Option(min=0, help="A timestep to mark.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Number of denoising steps of the sampling that is counted.")] = 50,
+    num_inference_steps: Annotated[
+        int, typer.Option(min=1, help="Number of denoising steps of the sampling that is counted.")
+    ] = 50,
 ) -> None:
     """
     Plot how a pipeline's parts divide the noise levels: routing windows, mixing coefficients, gates, or the SNR split.
@@ -192,26 +323,30 @@ def plot(
     last = pipe.scheduler.config.num_train_timesteps - 1
     if timestep is not None and timestep > last:
         raise ValueError(f"Expected `--timestep` to be at most {last}, but got {timestep}.")
-    figures = specialisation_figures(pipe, timestep, steps)
-    output.mkdir(parents=True, exist_ok=True)
+    figures = specialisation_figures(pipe, timestep, num_inference_steps)
+    output_dir.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        figure.savefig(output / f"{name}.png", dpi=120)
-        typer.echo(output / f"{name}.png")
+        figure.savefig(output_dir / f"{name}.png", dpi=120)
+        typer.echo(output_dir / f"{name}.png")
     if not figures:
         typer.echo("The whole model of this pipeline handles every noise level: there is nothing to plot.")
 
 
-@app.command()
+@app.command(cls=Command)
 def diagnose(
     pipeline: Folder,
     dataset: Annotated[
         str, typer.Option(help="Images to denoise: a folder, parquet files, or the Hub id of a data set.")
     ],
-    output: Annotated[Path, typer.Option(help="The folder for diagnosis.json and diagnosis.png.")] = Path("."),
-    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
-    images: Annotated[int, typer.Option(min=1, help="Number of images to use.")] = 256,
-    bands: Annotated[int, typer.Option(min=1, help="Number of bands that the timesteps are divided into.")] = 8,
-    steps: Annotated[int, typer.Option(min=1, help="Number of denoising steps of the sampling that is counted.")] = 50,
+    output_dir: Annotated[Path, typer.Option(help="The folder for diagnosis.json and diagnosis.png.")] = Path("."),
+    dataset_split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
+    image_column: Annotated[str, typer.Option(help="Column of images in the data set.")] = "image",
+    label_column: Annotated[str, typer.Option(help="Column of class labels in the data set.")] = "label",
+    num_images: Annotated[int, typer.Option(min=1, help="Number of images to use.")] = 256,
+    num_bands: Annotated[int, typer.Option(min=1, help="Number of bands that the timesteps are divided into.")] = 8,
+    num_inference_steps: Annotated[
+        int, typer.Option(min=1, help="Number of denoising steps of the sampling that is counted.")
+    ] = 50,
 ) -> None:
     """
     Measure what each expert is good at: its loss at every noise level, the loss if another takes its place, its use.
@@ -227,21 +362,31 @@ def diagnose(
     from .saving.reading import read_json
     from .training.data.images import load_images
 
+    check_source("--dataset", dataset, "file or folder")
     pipe = load_pipeline(pipeline).to(get_device())
     summary = Path(pipeline, "training_summary.json")
     training = read_json(summary) if summary.is_file() else None
-    diagnosis = diagnose(pipe, load_images(dataset, split=split), images, bands, steps, training)
-    output.mkdir(parents=True, exist_ok=True)
-    diagnosis_figure(diagnosis).savefig(output / "diagnosis.png", dpi=120)
-    (output / "diagnosis.json").write_text(json.dumps(diagnosis.as_dict(), indent=2) + "\n", encoding="utf-8")
+    diagnosis = diagnose(
+        pipe,
+        load_images(dataset, image_column, dataset_split, label_column),
+        num_images,
+        num_bands,
+        num_inference_steps,
+        training,
+        image_column=image_column,
+        label_column=label_column,
+    )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    diagnosis_figure(diagnosis).savefig(output_dir / "diagnosis.png", dpi=120)
+    (output_dir / "diagnosis.json").write_text(json.dumps(diagnosis.as_dict(), indent=2) + "\n", encoding="utf-8")
     for owner, row in enumerate(diagnosis.swap_losses):
         typer.echo(
             f"interval of expert {owner}: " + ", ".join(f"{loss:.4f} by {other}" for other, loss in enumerate(row))
         )
-    typer.echo(f"{output / 'diagnosis.json'}, {output / 'diagnosis.png'}")
+    typer.echo(f"{output_dir / 'diagnosis.json'}, {output_dir / 'diagnosis.png'}")
 
 
-@app.command()
+@app.command(cls=Command)
 def info(folder: Folder) -> None:
     """
     Describe a folder: system, intervals, training, evaluation. Weights are neither loaded nor downloaded.
@@ -267,6 +412,7 @@ def load_pipeline(name: str) -> "DiffusionPipeline":
     from .saving.finite import expect_finite_pipeline
     from .saving.weight_files import check_saved_folder
 
+    check_source("pipeline", name)
     nested = Path(name, "pipeline")
     folder = nested if nested.is_dir() else Path(name)
     check_saved_folder(folder)
@@ -281,17 +427,80 @@ def load_pipeline(name: str) -> "DiffusionPipeline":
 
 def main() -> None:
     """Run the command line; a user's error is reported in one line."""
+    run_command(_run, name=NAME)
+
+
+def _run(argv: list[str]) -> None:
     try:
-        app()
-    except (ValueError, OSError, ImportError, yaml.YAMLError) as error:
-        typer.secho(f"diffusers-dmp: {' '.join(str(error).split())}", fg="red", err=True)
-        raise SystemExit(2) from error
+        status = app(args=argv, prog_name=NAME, standalone_mode=False)
+    except _UsageError as error:
+        context: Any = getattr(error, "ctx", None)
+        command = NAME if context is None else context.command_path
+        message = error.format_message()
+        message += "" if message.endswith((".", "?")) else "."
+        raise ValueError(f"{message} `{command} --help` explains.") from error
+    if status == INTERRUPTED:  # what Typer makes of it
+        raise KeyboardInterrupt
+    raise SystemExit(status or 0)
+
+
+def _run_script(name: str, arguments: list[str]) -> None:
+    """Run a training script; what comes before `--` are options of `accelerate launch`."""
+    from .training.launching import launch
+
+    end = arguments.index("--") if "--" in arguments else 0
+    options, arguments = arguments[:end], [each for each in arguments[end:] if each != "--"]
+    for option, value in zip(arguments, [*arguments[1:], None]):
+        name_or_path = option.partition("=")[2] if option.startswith("--config=") else value
+        if option.partition("=")[0] == "--config" and name_or_path is not None:
+            find_preset(name_or_path)  # raises before anything is started
+    if {"-h", "--help"} & set(arguments):  # without a launcher, which takes seconds
+        raise SystemExit(subprocess.run([sys.executable, script_path(name), "--help"]).returncode)
+    debug = [DEBUG] if DEBUG in sys.argv else []
+    status = launch(script_path(name), [*arguments, *debug], options)
+    if status:
+        raise SystemExit(status)
+
+
+def _with_underscores(option: str) -> str:
+    """An option as it is spelled here, with underscores; any other argument as it is."""
+    name, equals, value = option.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else option
+
+
+def _class_indices(pipe: Any, names: list[str], indices: list[int]) -> list[int]:
+    """
+    The classes to sample: those named, which may be indices where no class has that name, and those given by index.
+
+    Without any, the first classes of the model; none for a model without classes.
+    """
+    from .models.inputs import has_classes
+
+    found = []
+    for name in names:
+        try:
+            found += pipe.get_label_ids(name)
+        except ValueError:
+            if not name.isdecimal():
+                raise
+            found.append(int(name))
+    if not found and not indices and has_classes(pipe.num_classes):
+        return list(range(min(pipe.num_classes, MAX_COLUMNS)))
+    return [*found, *indices]
+
+
+def _class_name(pipe: Any, index: int) -> str:
+    """A class in words."""
+    if index == pipe.num_classes:
+        return "no class"
+    return (pipe.config.get("id2label") or {}).get(str(index)) or f"class {index}"
 
 
 def _local(name: str) -> Path:
     """The folder itself, or a download of a repository's configurations and records."""
     from huggingface_hub import snapshot_download
 
+    check_source("folder", name)
     patterns = ["*.json", "*.yaml"]
     return Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=patterns))
 

@@ -1,7 +1,8 @@
 """One record per system: its paper, its classes, and how it divides the noise levels.
 
 Figures, the Space, diagnostics, folders, model cards, the command line and benchmarks read these records, so that a new
-system is one record more. Classes and figures are named, not imported: this module loads no models and no matplotlib.
+system is one record more. Classes and figures are named, not imported, and functions import what they need: the module itself
+is read at once, without PyTorch and Diffusers.
 
 Legend: E experts, K bases, L blocks, M prompts, T training timesteps.
 """
@@ -11,19 +12,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from .diffusion.noise import signal_to_noise_ratio
-from .diffusion.predictions import prediction_type_of
-from .intervals import NoiseIntervals
-
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
+
+    from .intervals import NoiseIntervals
 
 EDGES_KEY = "interval_edges"  # in the configurations of models and guidance experts
 
 
 def _whole_denoiser(pipeline: "DiffusionPipeline", _: Any) -> "list[tuple[ModelMixin, str]]":
+    from .diffusion.predictions import prediction_type_of
+
     model = pipeline.denoisers[0]
     return [(model, prediction_type_of(model, pipeline.scheduler))]
 
@@ -64,9 +63,9 @@ class System:
     sentence: "Callable[[DiffusionPipeline, Any, int], str]"
     figures: str | None = None
     pictures: tuple[str, ...] = ()
-    intervals: Callable[[Any], NoiseIntervals] | None = None
+    intervals: "Callable[[Any], NoiseIntervals] | None" = None
     experts: "Callable[[DiffusionPipeline, Any], list[tuple[ModelMixin, str]]]" = _whole_denoiser
-    derived_intervals: Callable[[int, int], NoiseIntervals] | None = None
+    derived_intervals: "Callable[[int, int], NoiseIntervals] | None" = None
     short_name: str = ""
     is_guidance: bool = False
 
@@ -103,7 +102,7 @@ def responsibility(pipeline: "DiffusionPipeline", timestep: int) -> str:
     return system.sentence(pipeline, part, timestep)
 
 
-def saved_intervals(config: Mapping[str, Any]) -> NoiseIntervals | None:
+def saved_intervals(config: Mapping[str, Any]) -> "NoiseIntervals | None":
     """
     Read the intervals from a saved configuration.
 
@@ -113,6 +112,8 @@ def saved_intervals(config: Mapping[str, Any]) -> NoiseIntervals | None:
     Returns:
         [`NoiseIntervals`], or None for a configuration without experts.
     """
+    from .intervals import NoiseIntervals
+
     if config.get(EDGES_KEY):
         return NoiseIntervals(tuple(config[EDGES_KEY]))
     class_name = config.get("_class_name")  # a pipeline's is a pair of file and class
@@ -144,8 +145,10 @@ def _gated_prompts(pipeline: "DiffusionPipeline") -> Any:
     return None if prompts is None or prompts.config.gate == "none" else prompts
 
 
-def _owner(intervals: NoiseIntervals, timestep: int) -> tuple[int, str]:
+def _owner(intervals: "NoiseIntervals", timestep: int) -> tuple[int, str]:
     """The expert that owns a timestep, and in words which timesteps it owns."""
+    import torch
+
     owner = int(intervals.index(torch.tensor(timestep)))
     return owner, f"it owns the timesteps {intervals.edges[owner]:g} to {intervals.edges[owner + 1] - 1:g}"
 
@@ -171,6 +174,8 @@ def _remix_sentence(pipeline: Any, model: Any, timestep: int) -> str:
 
 
 def _dmp_sentence(pipeline: Any, prompts: Any, timestep: int) -> str:
+    import torch
+
     gates = prompts.gate_weights(torch.tensor([timestep]))[0]  # (L, M)
     num_prompts = gates.shape[1]
     block, prompt = divmod(int(gates.argmax()), num_prompts)
@@ -182,6 +187,8 @@ def _dmp_sentence(pipeline: Any, prompts: Any, timestep: int) -> str:
 
 
 def _snr_split_sentence(pipeline: Any, _: Any, timestep: int) -> str:
+    from .diffusion.noise import signal_to_noise_ratio
+
     denoiser, owns = _owner(pipeline.intervals(), timestep)
     snr = float(signal_to_noise_ratio(pipeline.scheduler.alphas_cumprod[timestep]))
     return f"At timestep {timestep} the signal-to-noise ratio is {snr:.3g}, and denoiser {denoiser} denoises; {owns}."
@@ -193,8 +200,16 @@ def _ppap_sentence(pipeline: Any, experts: Any, timestep: int) -> str:
 
 
 def _baked_experts(pipeline: Any, model: Any) -> "list[tuple[ModelMixin, str]]":
+    from .diffusion.predictions import prediction_type_of
+
     prediction_type = prediction_type_of(model, pipeline.scheduler)
     return [(model.bake_expert(expert), prediction_type) for expert in range(model.intervals.num_experts)]
+
+
+def _uniform_intervals(num_experts: int, num_train_timesteps: int, last_takes_rest: bool = False) -> "NoiseIntervals":
+    from .intervals import NoiseIntervals
+
+    return NoiseIntervals.uniform(num_experts, num_train_timesteps, last_takes_rest=last_takes_rest)
 
 
 SYSTEMS: dict[str, System] = {
@@ -235,7 +250,7 @@ SYSTEMS: dict[str, System] = {
             pictures=("mixing", "training_share"),
             intervals=lambda model: model.intervals,
             experts=_baked_experts,
-            derived_intervals=partial(NoiseIntervals.uniform, last_takes_rest=True),
+            derived_intervals=partial(_uniform_intervals, last_takes_rest=True),
         ),
         System(
             key="patch_diffusion",
@@ -276,7 +291,7 @@ SYSTEMS: dict[str, System] = {
             figures="guidance_figures",
             pictures=("ddim25", "ddpm50"),
             intervals=lambda experts: experts.intervals,
-            derived_intervals=NoiseIntervals.uniform,
+            derived_intervals=_uniform_intervals,
             is_guidance=True,
         ),
     )

@@ -85,7 +85,9 @@ def test_a_model_without_experts(digits):
 
 def test_labels_are_needed_for_classes(grey):
     pipeline = ClassConditionalPipeline(randomised(DiTModel(**DIT, num_classes=10)), DDIMScheduler())
-    with pytest.raises(ValueError, match="to have labels for a model of 10 classes"):
+    with pytest.raises(
+        ValueError, match="labels in the column 'label' for a model of 10 classes, but got the columns \\['image'"
+    ):
         diagnose(pipeline, grey)
 
 
@@ -101,9 +103,34 @@ def test_at_the_command_line(digits, tmp_path):
     model = randomised(RemixDiTModel(**DIT, num_classes=10, num_bases=2, num_experts=3))
     ClassConditionalPipeline(model, DDIMScheduler()).save_pretrained(tmp_path / "output" / "pipeline")
     (tmp_path / "output" / "training_summary.json").write_text('{"samples_per_expert": [5, 6, 7]}')
-    asked = ["diagnose", tmp_path / "output", "--dataset", digits, "--output", tmp_path / "found", "--images", 8]
+    asked = [
+        "diagnose",
+        tmp_path / "output",
+        "--dataset",
+        digits,
+        "--output_dir",
+        tmp_path / "found",
+        "--num_images",
+        8,
+    ]
     result = CliRunner().invoke(app, [str(each) for each in asked], catch_exceptions=False)
     assert "interval of expert 2: " in result.output
     found = json.loads((tmp_path / "found" / "diagnosis.json").read_text())
     assert found["training_samples"] == [5, 6, 7] and len(found["swap_losses"]) == 3
     assert Image.open(tmp_path / "found" / "diagnosis.png").size[0] > 500
+
+
+def test_columns_by_other_names(digits, tmp_path):
+    dataset = load_images(str(digits)).select(range(20)).rename_columns({"image": "picture", "label": "digit"})
+    dataset.to_parquet(tmp_path / "train.parquet")
+    ClassConditionalPipeline(randomised(DiTModel(**DIT, num_classes=10)), DDIMScheduler()).save_pretrained(
+        tmp_path / "pipeline"
+    )
+    asked = ["diagnose", tmp_path / "pipeline", "--dataset", tmp_path / "train.parquet", "--output_dir", tmp_path / "found",
+             "--num_images", 8, "--image_column", "picture"]  # fmt: skip
+    with pytest.raises(
+        ValueError, match="labels in the column 'label' for a model of 10 classes, but got the columns"
+    ):
+        CliRunner().invoke(app, [str(each) for each in asked], catch_exceptions=False)
+    CliRunner().invoke(app, [*(str(each) for each in asked), "--label_column", "digit"], catch_exceptions=False)
+    assert len(json.loads((tmp_path / "found" / "diagnosis.json").read_text())["swap_losses"]) == 1

@@ -130,7 +130,7 @@ def test_images_that_cannot_be_evaluated(real, extractor, tmp_path):
     blank = write(tmp_path / "blank.npz", np.zeros((20, 8, 8, 3), dtype=np.uint8))
     with pytest.raises(ValueError, match="`features` to differ between images, but got 20 times the same"):
         metrics_of(blank, real, extractor, tmp_path)
-    with pytest.raises(ValueError, match="missing.npz' to be a file, but there is none"):
+    with pytest.raises(ValueError, match="`generated` to be .* but got '.*missing.npz': there is no such file"):
         metrics_of(str(tmp_path / "missing.npz"), real, extractor, tmp_path)
     with pytest.raises(ValueError, match="`reference` to be given, but got nothing"):
         EvaluationArguments(generated="x", extractor="y")

@@ -31,7 +31,7 @@ def pipeline(tmp_path_factory) -> str:
 
 
 def arguments(pipeline, folder, **others) -> SamplingArguments:
-    small = {"num_samples": 14, "batch_size": 4, "shard_size": 5, "num_inference_steps": 3, "guidance_scale": 1.5}
+    small = {"num_images": 14, "batch_size": 4, "shard_size": 5, "num_inference_steps": 3, "guidance_scale": 1.5}
     return SamplingArguments(pipeline=pipeline, output_dir=str(folder), **small | others)
 
 
@@ -69,7 +69,7 @@ def test_the_file_has_adms_format(pipeline, tmp_path):
 def test_a_model_of_one_class_has_no_labels(tmp_path):
     transformer = randomised(DiTModel(**TINY, num_classes=1))
     ClassConditionalPipeline(transformer, DDPMScheduler()).save_pretrained(tmp_path / "pipeline")
-    sample_images(arguments(str(tmp_path / "pipeline"), tmp_path, num_samples=3, guidance_scale=1.0))
+    sample_images(arguments(str(tmp_path / "pipeline"), tmp_path, num_images=3, guidance_scale=1.0))
     with np.load(tmp_path / "samples.npz") as file:
         assert file.files == ["arr_0"] and len(file["arr_0"]) == 3
 
@@ -92,8 +92,8 @@ def test_the_batch_size_changes_images_by_rounding_only(pipeline, tmp_path):
 
 
 def test_more_images_begin_with_the_same(pipeline, tmp_path):
-    sample_images(arguments(pipeline, tmp_path / "more", num_samples=20))
-    sample_images(arguments(pipeline, tmp_path / "fewer", num_samples=10))
+    sample_images(arguments(pipeline, tmp_path / "more", num_images=20))
+    sample_images(arguments(pipeline, tmp_path / "fewer", num_images=10))
     assert np.array_equal(read(tmp_path / "more")[0][:10], read(tmp_path / "fewer")[0])
 
 
@@ -101,7 +101,7 @@ def test_any_pipeline(tmp_path):
     """A pipeline of Diffusers without classes gives images without labels."""
     unet = UNet2DModel(8, block_out_channels=(32,), down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"])
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
-    settings = {"num_samples": 3, "guidance_scale": None}
+    settings = {"num_images": 3, "guidance_scale": None}
     sample_images(arguments(str(tmp_path / "ddpm"), tmp_path / "samples", **settings))
     with np.load(tmp_path / "samples" / "samples.npz") as file:
         assert file.files == ["arr_0"] and file["arr_0"].shape == (3, 8, 8, 3)
@@ -122,7 +122,7 @@ def test_another_model_in_the_same_place_is_refused(tmp_path):
     for seed in range(2):
         transformer = randomised(DiTModel(**TINY, num_classes=3), seed)
         ClassConditionalPipeline(transformer, DDPMScheduler()).save_pretrained(tmp_path / "pipeline")
-        settings = arguments(str(tmp_path / "pipeline"), tmp_path / "samples", num_samples=2)
+        settings = arguments(str(tmp_path / "pipeline"), tmp_path / "samples", num_images=2)
         if seed == 0:
             sample_images(settings)
     with pytest.raises(ValueError, match="Expected `pipeline_sha256` to be"):
@@ -130,16 +130,16 @@ def test_another_model_in_the_same_place_is_refused(tmp_path):
 
 
 def test_images_of_other_settings_are_refused(pipeline, tmp_path):
-    sample_images(arguments(pipeline, tmp_path, num_samples=2))
+    sample_images(arguments(pipeline, tmp_path, num_images=2))
     with pytest.raises(ValueError, match="`guidance_scale` to be 1.5, .* but got 3.0"):
-        sample_images(arguments(pipeline, tmp_path, num_samples=2, guidance_scale=3.0))
+        sample_images(arguments(pipeline, tmp_path, num_images=2, guidance_scale=3.0))
 
 
 @pytest.mark.parametrize(
     "wrong, said",
     [
-        ({"num_samples": 0}, "`num_samples` to be at least 1, but got 0"),
-        ({"scheduler": "utils"}, "`scheduler` to be one of DDIMScheduler, .*, but got 'utils'"),
+        ({"num_images": 0}, "`num_images` to be at least 1, but got 0"),
+        ({"scheduler": "utils"}, "`scheduler` to be one of DDIM, .*, but got 'utils'"),
         ({"seed": -1}, "`seed` to be at least 0, but got -1"),
         ({"dtype": "float8"}, "`dtype` to be one of float32, float16, bfloat16, but got 'float8'"),
     ],
@@ -172,7 +172,7 @@ def test_two_processes_write_the_images_of_one(pipeline, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_run_continues(pipeline, tmp_path):
-    many = {"num_samples": 60, "num_inference_steps": 60}
+    many = {"num_images": 60, "num_inference_steps": 60}
     process = subprocess.Popen(launch(pipeline, tmp_path / "killed", 1, **many), start_new_session=True)
     shards = tmp_path / "killed" / "shards"
     while not list(shards.glob("*.parquet")) and process.poll() is None:

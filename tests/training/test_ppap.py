@@ -14,6 +14,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from networks import make_dpt, make_resnet
 from runs import launch_script
 from torch.nn import functional as F
+from transformers import BertConfig, BertForSequenceClassification
 
 from diffusers_dmp import ClassConditionalPipeline, DiTModel, GuidanceExperts
 from diffusers_dmp.evaluation.digits import fit_classifier
@@ -287,6 +288,27 @@ def test_the_digits_experts_guide_best(digits, tmp_path, monkeypatch):
 # Bad input
 
 
+def test_the_network_is_said_to_be_the_trouble(train_ppap_here, base, tmp_path):
+    text_model, body = tmp_path / "text", tmp_path / "body"
+    BertForSequenceClassification(
+        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    ).save_pretrained(text_model)
+    make_resnet(num_channels=1).resnet.save_pretrained(body)
+    for name, message in [
+        (text_model, "a BertForSequenceClassification does not predict anything of images"),
+        (body, "a ResNetModel does not predict anything of images"),
+        (tmp_path / "nowhere", "nowhere': there is no such folder"),
+        (tmp_path, "config.json"),
+    ]:
+        with pytest.raises(ValueError, match=rf"Expected `base_model` to be .*{message}"):
+            train_ppap_here(tmp_path / "run", base_model=str(name))
+    (base / "preprocessor_config.json").unlink()
+    with pytest.raises(ValueError, match="`base_model` .*give `image_mean`, `image_std` and `image_processor_size`"):
+        train_ppap_here(tmp_path / "run", image_processor_size=32)
+    train_ppap_here(tmp_path / "run", image_mean=[0.5], image_std=[0.5], image_processor_size=32, max_train_steps=1)
+    assert GuidanceExperts.from_pretrained(tmp_path / "run" / "experts").config.image_size == 32
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -309,7 +331,7 @@ def test_arguments_that_do_not_fit(train_ppap_here, tmp_path, arguments, message
     ("arguments", "message"),
     [
         ({"num_images": 0}, "`num_images` to be at least 1"),
-        ({"scheduler": "Euler"}, "one of DDIMScheduler, .*, but got 'Euler'"),
+        ({"scheduler": "Heun"}, "one of DDIM, .*, but got 'Heun'"),
     ],
 )
 def test_generation_arguments_out_of_range(pipeline, tmp_path, arguments, message):

@@ -62,6 +62,8 @@ def diagnose(
     num_bands: int = 8,
     num_inference_steps: int = 50,
     training_summary: dict[str, Any] | None = None,
+    image_column: str = "image",
+    label_column: str = "label",
 ) -> Diagnosis:
     """
     Measure the loss of every expert at all noise levels. A model without experts counts as one expert.
@@ -74,12 +76,13 @@ def diagnose(
         num_bands (`int`): K.
         num_inference_steps (`int`): The length of the sampling whose steps are counted.
         training_summary (`dict`, *optional*): The content of `training_summary.json`.
+        image_column (`str`), label_column (`str`): The data set's columns of images and of class labels.
 
     Raises:
         ValueError: if the data set has no images, or no labels although the pipeline needs them.
     """
     intervals, experts = _experts(pipeline)
-    samples = _clean_samples(pipeline, dataset, num_images)
+    samples = _clean_samples(pipeline, dataset, num_images, image_column=image_column, label_column=label_column)
     num_train_timesteps = pipeline.scheduler.config.num_train_timesteps
     bands = NoiseIntervals.uniform(num_bands, num_train_timesteps).edges
 
@@ -127,7 +130,7 @@ def _experts(pipeline: Any) -> tuple[NoiseIntervals, list[tuple[ModelMixin, str]
 
 
 @torch.no_grad()
-def _clean_samples(pipeline: Any, dataset: datasets.Dataset, num_images: int) -> _Samples:
+def _clean_samples(pipeline: Any, dataset: datasets.Dataset, num_images: int, **columns: str) -> _Samples:
     model = pipeline.denoisers[0]
     sample_size = model.config.sample_size
     sample_size = sample_size if isinstance(sample_size, int) else sample_size[0]
@@ -138,13 +141,14 @@ def _clean_samples(pipeline: Any, dataset: datasets.Dataset, num_images: int) ->
         raise ValueError("Expected `dataset` to hold images, but got none.")
     # shuffled, because most data sets are sorted by class
     subset = dataset.shuffle(seed=SEED).select(range(min(num_images, len(dataset))))
-    items = to_tensors(subset, size, channels)
+    items = to_tensors(subset, size, channels, **columns)
     x0 = torch.stack([item["images"] for item in items])
     labels = None
     if has_classes(pipeline.num_classes):
         if "class_labels" not in items[0]:
             raise ValueError(
-                f"Expected `dataset` to have labels for a model of {pipeline.num_classes} classes, but got none."
+                f"Expected `dataset` to have labels in the column {columns['label_column']!r} for a model of "
+                f"{pipeline.num_classes} classes, but got the columns {dataset.column_names}."
             )
         labels = torch.tensor([item["class_labels"] for item in items])
     if pipeline.vae is None:

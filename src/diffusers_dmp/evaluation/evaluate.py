@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..training.arguments import option, parse_arguments
-from .features import FeatureExtractor, Features, extract_features
+from ..saving.sources import check_source
+from ..training.arguments import option, run_entry_point
+from .features import DIGITS, INCEPTION, FeatureExtractor, Features, extract_features
 from .fingerprint import make_fingerprint, read_settings
 from .images import DatasetImages, open_images
 from .metrics import GaussianStatistics, frechet_distance, inception_score, kernel_distance, precision_and_recall
@@ -39,6 +40,8 @@ class EvaluationArguments:
         "", "The real images, in the same formats; the statistics in ADM's reference batches are used."
     )
     reference_split: str = option("train", "Which split of the reference, if it is a data set.")
+    image_column: str = option("image", "Column of images in the reference, if it is a data set.")
+    generated_image_column: str = option("image", "The same for the generated images.")
     background: str = option("white", "Colour behind transparent pixels: a name or #rrggbb.")
     skip_unreadable: bool = option(False, "Leave out the images that cannot be read, and list them.")
     extractor: str = option("", "inception (or its file), digits, or a vision model's folder or Hub id.")
@@ -49,6 +52,8 @@ class EvaluationArguments:
         for name in ("generated", "reference", "extractor"):
             if not getattr(self, name):
                 raise ValueError(f"Expected `{name}` to be given, but got nothing.")
+            if getattr(self, name) not in (INCEPTION, DIGITS):
+                check_source(name, getattr(self, name), "file or folder")
         if self.batch_size < 1:
             raise ValueError(f"Expected `batch_size` to be at least 1, but got {self.batch_size}.")
 
@@ -70,9 +75,10 @@ def evaluate(args: EvaluationArguments) -> list[dict[str, Any]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sampling = read_settings(Path(args.generated).parent, SETTINGS_NAME)
     extractor = FeatureExtractor(args.extractor).to(device)
-    generated = open_images(args.generated, background=args.background, skip_unreadable=args.skip_unreadable)
-    reference = open_images(
-        args.reference, args.reference_split, background=args.background, skip_unreadable=args.skip_unreadable
+    reading: dict[str, Any] = {"background": args.background, "skip_unreadable": args.skip_unreadable}
+    generated, reference = (
+        open_images(args.generated, image_column=args.generated_image_column, **reading),
+        open_images(args.reference, args.reference_split, args.image_column, **reading),
     )
     statistics = _stored_statistics(args.reference) if extractor.is_inception else {}
     size = _check_images(extractor, generated, reference, bool(statistics), device)
@@ -98,6 +104,12 @@ def evaluate(args: EvaluationArguments) -> list[dict[str, Any]]:
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     Path(args.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return results
+
+
+def print_metrics(args: EvaluationArguments) -> None:
+    """Evaluate, and print each metric in a line."""
+    for result in evaluate(args):
+        print(f"{result['metric']}: {result['value']}")
 
 
 def _compute_metrics(
@@ -207,5 +219,4 @@ def _stored_statistics(reference: str) -> dict[str, GaussianStatistics]:
 
 
 if __name__ == "__main__":
-    for result in evaluate(parse_arguments(EvaluationArguments)):
-        print(f"{result['metric']}: {result['value']}")
+    run_entry_point(EvaluationArguments, print_metrics)

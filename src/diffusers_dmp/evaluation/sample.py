@@ -1,6 +1,6 @@
 """Sample many images with a pipeline, for evaluation:
 
-accelerate launch -m diffusers_dmp.evaluation.sample --pipeline outputs/demo/pipeline --num_samples 50000 --output_dir outputs/demo/samples
+accelerate launch -m diffusers_dmp.evaluation.sample --pipeline outputs/demo/pipeline --num_images 50000 --output_dir outputs/demo/samples
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..models.inputs import has_classes
 from ..models.vision import network_sha256
-from ..training.arguments import option, parse_arguments
+from ..training.arguments import option, renamed, run_entry_point
 from ..training.data.seeded_sampling import SeededSamplingArguments, load_sampling_pipeline, sample_seeded
 from ..training.data.shards import make_shard_accelerator, remember_settings, write_shards
 from .images import DatasetImages
@@ -29,19 +29,20 @@ NPZ_NAME, SETTINGS_NAME = "samples.npz", "sampling.json"
 SHARDS, PNG_FOLDER = "shards", "png"
 
 
+@renamed(num_samples="num_images")
 @dataclass(kw_only=True)
 class SamplingArguments(SeededSamplingArguments):
     """Arguments of [`sample_images`]."""
 
     output_dir: str = option("outputs/samples", f"Folder for {NPZ_NAME} and the shards that it is made of.")
-    num_samples: int = option(50_000, "How many images.")
+    num_images: int = option(50_000, "How many images.")
     num_inference_steps: int = option(250, "Denoising steps.")
     guidance_scale: float | None = option(None, "Scale of classifier-free guidance; by default the pipeline's own.")
     guidance_channels: int | None = option(None, "How many channels are guided; all by default.")
     tf32: bool = option(False, "Allow TF32 in float32 products, on a GPU that has it.")
     png: bool = option(False, f"Write {PNG_FOLDER}/<index>.png as well.")
 
-    number_field: ClassVar[str] = "num_samples"
+    number_field: ClassVar[str] = "num_images"
 
 
 def sample_images(args: SamplingArguments) -> Path | None:
@@ -75,7 +76,7 @@ def sample_images(args: SamplingArguments) -> Path | None:
     def make_shard(rows: range, progress: tqdm) -> datasets.Dataset:
         return _sample_shard(pipeline, args, rows, num_classes, progress)
 
-    write_shards(accelerator, folder / SHARDS, args.num_samples, args.shard_size, make_shard, "Sampling")
+    write_shards(accelerator, folder / SHARDS, args.num_images, args.shard_size, make_shard, "Sampling")
     accelerator.wait_for_everyone()
     path = _join_shards(folder, args, num_classes) if accelerator.is_main_process else None
     accelerator.end_training()
@@ -112,7 +113,7 @@ def _sample_shard(
 
 def _join_shards(folder: Path, args: SamplingArguments, num_classes: int | None) -> Path:
     """Write one `.npz` file from all shards, with one batch in memory at a time."""
-    labels = None if num_classes is None else np.array(_labels(range(args.num_samples), num_classes))
+    labels = None if num_classes is None else np.array(_labels(range(args.num_images), num_classes))
     images = DatasetImages(str(folder / SHARDS))
     first = next(images.batches(1))
     path = folder / NPZ_NAME
@@ -138,6 +139,7 @@ def sampling_settings(args: SamplingArguments, pipeline: DiffusionPipeline, fold
     """
     free = ("output_dir", "batch_size", "png")
     settings = {name: value for name, value in vars(args).items() if name not in free}
+    settings["num_samples"] = settings.pop("num_images")  # its name in older folders and in fingerprints
     scheduler, vae = pipeline.scheduler, getattr(pipeline, "vae", None)
     config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     settings["scheduler"] = f"{type(scheduler).__name__}, {config.get('timestep_spacing')}"
@@ -162,4 +164,4 @@ def _folder_sha256(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    sample_images(parse_arguments(SamplingArguments))
+    run_entry_point(SamplingArguments, sample_images)

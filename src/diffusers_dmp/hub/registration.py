@@ -2,7 +2,8 @@
 
 A pipeline's `model_index.json` names its components as `["diffusers_dmp", "DiTModel"]` and itself as `"SNRSplitPipeline"`, or as
 `["pipeline", "SNRSplitPipeline"]` where a code file `pipeline.py` lies beside it. Three things are added to Diffusers, and
-nothing in it is replaced:
+nothing in it is replaced. It happens when Diffusers is imported, before this package or after it, so that the import of
+this package alone takes no time:
 
 - a library is an attribute of `diffusers.pipelines`, where Diffusers looks before it looks for code files;
 - a class without a library is an attribute of `diffusers`;
@@ -13,22 +14,22 @@ import sys
 import warnings
 from collections.abc import Callable
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-import diffusers
 from packaging.version import Version
 
 from ..saving.naming import PACKAGE
 
 SUPPORTED_MINORS = ("0.40", "0.41", "0.42")  # oldest first; `make test-diffusers` runs the tests with each
 _PIPELINE_MODULE = "diffusers.pipelines.pipeline_utils"
+_Extend = Callable[[Any], None]  # adds something to a module
 
 
 def register(package: ModuleType, class_names: list[str]) -> None:
     """
-    Make Diffusers' loaders find classes. They are imported when they are first used.
+    Make Diffusers' loaders find classes, now or when Diffusers is imported. They are imported when they are first used.
 
     Args:
         package: The module whose attributes they are.
@@ -37,13 +38,18 @@ def register(package: ModuleType, class_names: list[str]) -> None:
     Raises:
         ImportError: if Diffusers is older than the oldest supported version.
     """
+    _when_imported("diffusers", lambda diffusers: _extend_diffusers(diffusers, package, class_names))
+
+
+def _extend_diffusers(diffusers: Any, package: ModuleType, class_names: list[str]) -> None:
+    """Add the library and its classes to Diffusers."""
     check_diffusers_version(diffusers.__version__)
     setattr(diffusers.pipelines, PACKAGE, package)
     # Diffusers' own classes come first, should it ever have one of these names
     new_names = set(class_names) - set(getattr(diffusers, "__all__", ()))
     diffusers.__getattr__ = _lookup(package, new_names, vars(diffusers).get("__getattr__"))
-    _when_pipelines_are_imported(
-        lambda module: _read_plain_class_name(vars(module).get("DiffusionPipeline"), new_names)
+    _when_imported(
+        _PIPELINE_MODULE, lambda module: _read_plain_class_name(vars(module).get("DiffusionPipeline"), new_names)
     )
 
 
@@ -64,7 +70,7 @@ def check_diffusers_version(installed: str) -> None:
     if ".".join(map(str, release[:2])) not in SUPPORTED_MINORS:
         warnings.warn(
             f"Expected diffusers {oldest} to {newest}, with which diffusers_dmp is tested, but got {installed}. It may work.",
-            stacklevel=4,  # where this package is imported
+            stacklevel=2,
         )
 
 
@@ -111,25 +117,28 @@ def _read_plain_class_name(pipeline_class: Any, names: set[str]) -> None:
         pipeline_class._dict_from_json_file = classmethod(_dict_from_json_file)
 
 
-def _when_pipelines_are_imported(extend: Callable[[ModuleType], None]) -> None:
-    """Call a function with the module of `DiffusionPipeline`: now, or after its first import, which takes seconds."""
-    if _PIPELINE_MODULE in sys.modules:
-        extend(sys.modules[_PIPELINE_MODULE])
+def _when_imported(name: str, extend: _Extend) -> None:
+    """Call a function with a module: now, or after its first import."""
+    if name in sys.modules:
+        extend(sys.modules[name])
         return
 
-    class Loader(SourceFileLoader):
-        def exec_module(self, module: ModuleType) -> None:
-            super().exec_module(module)
-            if finder in sys.meta_path:
-                sys.meta_path.remove(finder)
-            extend(module)
-
     class Finder(MetaPathFinder):
-        def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-            spec = PathFinder.find_spec(name, path) if name == _PIPELINE_MODULE else None
-            if spec is not None and isinstance(spec.loader, SourceFileLoader):
-                spec.loader = Loader(spec.loader.name, spec.loader.path)
+        def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+            if fullname != name:
+                return None
+            others = (each for each in sys.meta_path if each is not self and hasattr(each, "find_spec"))
+            spec = next(filter(None, (each.find_spec(fullname, path, target) for each in others)), None)
+            if spec is not None and spec.loader is not None:
+                execute = spec.loader.exec_module
+
+                def exec_module(module: ModuleType) -> None:
+                    execute(module)
+                    if self in sys.meta_path:
+                        sys.meta_path.remove(self)
+                        extend(sys.modules[name])  # Diffusers puts another object there than `module`
+
+                spec.loader.exec_module = exec_module  # type: ignore[method-assign]
             return spec
 
-    finder = Finder()
-    sys.meta_path.insert(0, finder)
+    sys.meta_path.insert(0, Finder())

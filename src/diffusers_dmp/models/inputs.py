@@ -90,7 +90,10 @@ def checked_labels(
     # reading values on an accelerator would make the CPU wait for it
     readable = class_labels.is_cpu and not torch.compiler.is_compiling()
     if readable and (class_labels.min() < 0 or class_labels.max() >= num_rows):
-        raise ValueError(f"Expected `class_labels` to be in [0, {num_rows}), but got {class_labels.tolist()}.")
+        null_class = f" The index {num_classes} is the null class: no class." if num_rows > num_classes else ""
+        raise ValueError(
+            f"Expected `class_labels` to be in [0, {num_rows}), but got {class_labels.tolist()}.{null_class}"
+        )
     return class_labels.to(sample.device, non_blocking=True)
 
 

@@ -1,5 +1,6 @@
 """The pipeline of a trained model, and samples that it generates during the training."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from .data.training_data import TrainingData
 from .loop import TrainingParts
 from .resources import explained_disk_errors
 
+CONFIGURATIONS = "pipeline_config"  # the folder in `output_dir`
 NUM_ROWS, MAX_COLUMNS = 4, 10  # of the grid of samples
 
 
@@ -35,6 +37,15 @@ def save_whole(pipeline: DiffusionPipeline, path: Path) -> None:
     """Save a pipeline; the folder gets its name when it is complete, and replaces what an earlier run left there."""
     with explained_disk_errors(path), written_whole(path) as unfinished:
         pipeline.save_pretrained(unfinished)
+
+
+def save_configurations(pipeline: ClassConditionalPipeline, output_dir: "str | os.PathLike") -> None:
+    """Write what saving a pipeline writes but the weights, so that one can be made of any checkpoint beside it."""
+    with written_whole(Path(output_dir, CONFIGURATIONS)) as unfinished:
+        pipeline.save_config(unfinished)
+        for name, component in pipeline.components.items():
+            if component is not None:
+                component.save_config(unfinished / name)
 
 
 def save_samples(

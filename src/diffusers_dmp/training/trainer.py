@@ -22,6 +22,7 @@ from .loss_log import trackable
 from .objectives.objective import Objective
 from .optimisation import averaged_weights
 from .overview import describe_run
+from .pipeline_output import save_configurations, trained_pipeline
 from .recipe import TrainingRecipe
 from .resources import check_output_dir, explained_memory_errors
 from .resuming import ARGUMENTS_NAME, expect_same_run
@@ -115,6 +116,8 @@ def train(
             prepare_output_dir(args)
         if args.report_to != "none":
             accelerator.init_trackers(Path(args.output_dir).name, config=trackable(args))
+        if accelerator.is_main_process and run.parts.recipe.save is None:
+            save_configurations(trained_pipeline(run.parts, data), args.output_dir)
 
         if accelerator.is_main_process:
             print(describe_run(run, first_step), flush=True)

@@ -10,6 +10,7 @@ import PIL.Image
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
+from ...saving.sources import check_source
 from ..arguments import option
 from .seeded_sampling import SeededSamplingArguments, load_sampling_pipeline, sample_seeded
 from .shards import make_shard_accelerator, remember_settings, write_shards
@@ -29,13 +30,17 @@ class GenerationArguments(SeededSamplingArguments):
     num_images: int = option(500_000, "Number of images.")
     scheduler: str = option(
         "DDIMScheduler",
-        "Diffusers' scheduler to sample with, in the pipelines' settings; empty for the pipelines' own.",
+        "The scheduler to sample with, such as DDIM or DDIMScheduler, in the pipelines' settings; empty for the pipelines' own.",
     )
     pipeline_arguments: str = option(
         "{}", 'Further arguments of the pipelines\' calls, as JSON; for example {"prompt": ""}.'
     )
 
     number_field: ClassVar[str] = "num_images"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_source("super_resolution_pipeline", self.super_resolution_pipeline)
 
 
 def generate_images(args: GenerationArguments) -> None:

@@ -12,8 +12,9 @@ import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 
-from ...diffusion.schedulers import SCHEDULERS, make_like
+from ...diffusion.schedulers import make_like, scheduler_class
 from ...saving.finite import expect_finite_pipeline
+from ...saving.sources import check_source
 from ...saving.weight_files import check_saved_folder
 from ..arguments import option
 
@@ -30,7 +31,8 @@ class SeededSamplingArguments:
     seed: int = option(0, "An image depends on this and its index alone.")
     num_inference_steps: int = option(25, "Denoising steps.")
     scheduler: str = option(
-        "", "Diffusers' scheduler to sample with, in the pipeline's settings; empty for the pipeline's own."
+        "",
+        "The scheduler to sample with, such as DDIM or DDIMScheduler, in the pipeline's settings; empty for the pipeline's own.",
     )
     dtype: str = option("float32", "Precision of the pipeline: float32, float16 or bfloat16.")
 
@@ -42,10 +44,9 @@ class SeededSamplingArguments:
                 raise ValueError(f"Expected `{name}` to be at least 1, but got {getattr(self, name)}.")
         if not self.pipeline:
             raise ValueError("Expected `pipeline` to be a folder or Hub id, but got nothing.")
-        if self.scheduler and self.scheduler not in SCHEDULERS.values():
-            raise ValueError(
-                f"Expected `scheduler` to be one of {', '.join(SCHEDULERS.values())}, but got {self.scheduler!r}."
-            )
+        check_source("pipeline", self.pipeline)
+        if self.scheduler:
+            self.scheduler = scheduler_class(self.scheduler)
         if self.seed < 0:
             raise ValueError(f"Expected `seed` to be at least 0, but got {self.seed}.")
         if self.dtype not in DTYPES:

@@ -1,0 +1,50 @@
+"""Whether a name that a user gave can be found: a local file or folder that is missing is said to be missing at once."""
+
+import logging
+import os
+import re
+
+# of files; a Hub id may end in others, as in stable-diffusion-v1.5
+_FILE_SUFFIXES = (
+    ".bin", ".ckpt", ".json", ".npz", ".parquet", ".pkl", ".png", ".pt", ".pth", ".safetensors", ".tar", ".yaml", ".zip",
+)  # fmt: skip
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+
+logger = logging.getLogger(__name__)
+
+
+def check_source(argument: str, name_or_path: "str | os.PathLike | None", kind: str = "folder") -> None:
+    """
+    Check that a file or folder exists, where a name cannot be the id of a repository on the Hub; where it can, say that the
+    Hub is asked, which may take a while without a connection.
+
+    Args:
+        argument (`str`): The argument that the user gave it in, for the message.
+        name_or_path (`str`, *optional*): The name; nothing is checked without one.
+        kind (`str`): What else than a Hub id it may be: 'folder', or 'file or folder'.
+
+    Raises:
+        ValueError: if it can be neither.
+    """
+    if not name_or_path or os.path.exists(name_or_path):
+        return
+    name = os.fspath(name_or_path)
+    if is_local(name):
+        hint = " (a shell replaces ~ only outside of quotes)" if name.startswith("~") else ""
+        raise ValueError(
+            f"Expected `{argument}` to be an existing {kind} or a Hub id, but got {name!r}: there is no such {kind}{hint}."
+        )
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning("There is no %s %r here: looking for it on the Hub.", kind, name)
+
+
+def is_local(name: str) -> bool:
+    """
+    Whether a name is that of a local file or folder, as it cannot be a repository's on the Hub.
+
+    It is not `name` or `user/name`, ends as a file does, or names something in a folder that exists.
+    """
+    owner, slash, _ = name.partition("/")
+    if not _HUB_ID.fullmatch(name) or name.endswith(_FILE_SUFFIXES) or owner in (".", ".."):
+        return True
+    return bool(slash) and os.path.isdir(owner)

@@ -1,0 +1,95 @@
+"""Start a training script as `accelerate launch` does, from another process of this package."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from ..terminal import DEBUG, INTERRUPTED
+
+
+def launch(script: Path, arguments: list[str], accelerate_options: list[str]) -> int:
+    """
+    Run a script in processes of its own, on all GPUs, or else on the CPU with all cores.
+
+    Where there is a configuration that `accelerate config` wrote, it decides instead.
+
+    Args:
+        script (`Path`): The file.
+        arguments (`list[str]`): Its command line.
+        accelerate_options (`list[str]`): Options of `accelerate launch`, which come first.
+
+    Returns:
+        `int`: The exit status of the script; of several processes, of the first that failed.
+
+    Raises:
+        ValueError: if an option of Accelerate is unknown, or does not fit the others.
+    """
+    if DEBUG not in arguments:
+        os.environ.setdefault(
+            "LOGLEVEL", "CRITICAL"
+        )  # of torch's launcher, which tells at length of processes that fail
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    parser = launch_command_parser()
+    parser.error = _refuse
+    options = parser.parse_args([*_defaults(accelerate_options), *accelerate_options, str(script), *arguments])
+    handlers = {number: signal.signal(number, _pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        launch_command(options)
+    except subprocess.CalledProcessError as error:
+        return _status(error.returncode)
+    except ChildFailedError as error:
+        return _status(error.get_first_failure()[1].exitcode)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return 0
+
+
+def _defaults(given: list[str]) -> list[str]:
+    """What Accelerate would otherwise warn about, and take one CPU core for; nothing where the user has configured it."""
+    import torch
+    from accelerate.commands.config.config_args import default_config_file
+
+    if os.path.isfile(default_config_file) or any(option.startswith("--config_file") for option in given):
+        return []
+    defaults = ["--num_machines", "1", "--dynamo_backend", "no", "--mixed_precision", "no"]
+    num_devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    if not num_devices:
+        defaults += ["--num_cpu_threads_per_process", os.environ.get("OMP_NUM_THREADS") or str(_num_cores())]
+    if not given:
+        defaults += ["--num_processes", str(max(1, num_devices)), *["--multi_gpu"] * (num_devices > 1)]
+    elif not any(option.startswith(("--num_processes", "--num-processes")) for option in given):
+        defaults += ["--num_processes", "1"]
+    return defaults
+
+
+def _num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(f"Expected options of `accelerate launch` before `--`, but got others: {message}")
+
+
+def _pass_on(number: int, frame: FrameType | None) -> Any:
+    """Leave it to the script to end in order. A terminal sends its interrupt to the script itself, others send it here alone."""
+    import psutil
+
+    has_terminal = any(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr))
+    if number != signal.SIGINT or not has_terminal:
+        for child in psutil.Process().children():
+            child.send_signal(number)
+
+
+def _status(returncode: int) -> int:
+    """The exit status, as shells have it: an interrupt is 130."""
+    if returncode == -signal.SIGINT:
+        return INTERRUPTED
+    return 128 - returncode if returncode < 0 else returncode
