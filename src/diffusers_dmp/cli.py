@@ -78,7 +78,7 @@ def sample(
     guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     images = pipe(
         class_labels=[each for each in labels for _ in range(per_class)] or None,
-        batch_size=per_class,
+        batch_size=None if labels else per_class,
         num_inference_steps=steps,
         generator=torch.Generator(pipe.device).manual_seed(seed),
         **guidance,

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from diffusers.image_processor import PipelineImageInput
@@ -25,7 +26,7 @@ from ..saving.naming import PACKAGE
 from .denoiser_checks import check_denoisers, untrained_intervals
 from .denoising import DenoisingMixin
 from .scheduling import owners_of_steps, set_timesteps
-from .settings import DenoiserSettings, GenerationSettings
+from .settings import DenoiserSettings, GenerationSettings, checked_steps
 
 MAX_DENOISERS = 32
 DENOISER_NAMES = tuple(f"denoiser_{index}" for index in range(MAX_DENOISERS))
@@ -206,6 +207,7 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
 
         A second-order scheduler calls a denoiser twice for one step.
         """
+        num_inference_steps, timesteps = checked_steps(num_inference_steps, timesteps)
         set_timesteps(self.scheduler, self.denoisers, num_inference_steps, timesteps, "cpu")
         owners = owners_of_steps(self.scheduler, self.intervals(snr_boundaries))
         return [owners.count(index) for index in range(self.num_denoisers)]
@@ -214,7 +216,7 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
     def __call__(
         self,
         class_labels: int | str | list[int] | list[str] | torch.Tensor | None = None,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         guidance_scale: float | list[float] | None = None,
         guidance_channels: int | None = None,
         snr_boundaries: list[float] | None = None,
@@ -230,6 +232,7 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
         callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006  Diffusers' own default
         image: PipelineImageInput | None = None,
+        num_images_per_label: int = 1,
     ) -> ImagePipelineOutput | tuple:
         """
         Generate images; see [`ClassConditionalPipeline.__call__`] for the other arguments.
@@ -245,6 +248,8 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
             If a denoiser gets none of the steps, or, with these boundaries, noise that it was not trained on.
         """
         scales = self.config.guidance_scales if guidance_scale is None else guidance_scale
+        if isinstance(scales, (np.ndarray, torch.Tensor)):
+            scales = scales.tolist()
         scales = list(scales) if isinstance(scales, (list, tuple)) else [scales] * self.num_denoisers
         if len(scales) != self.num_denoisers:
             raise ValueError(
@@ -256,6 +261,7 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
         settings = GenerationSettings(
             class_labels=class_labels,
             batch_size=batch_size,
+            num_images_per_label=num_images_per_label,
             image=image,
             guidance_channels=guidance_channels,
             num_inference_steps=num_inference_steps,
