@@ -18,7 +18,7 @@ from ..diffusion.latents import decode_latents, vae_downsampling
 from ..intervals import NoiseIntervals
 from ..models.class_names import checked_class_names, find_class, label_list
 from ..models.inputs import class_count
-from ..saving.mixins import StandalonePipelineMixin
+from ..saving.pipeline_mixin import StandalonePipelineMixin
 from .denoiser_inputs import Conversion, DenoiserInputs, prepare_guidance
 from .image_inputs import prepare_latents, prepare_low_res
 from .labels import is_for_all, prepare_labels

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DiTPipeline, UNet2DModel
 from diffusers.image_processor import PipelineImageInput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
@@ -16,6 +16,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..diffusion.predictions import prediction_type_of
 from ..plugins.attachment import patch_of
+from ..saving.adapters import check_component
 from ..saving.naming import PACKAGE
 from .denoising import DenoisingMixin
 from .settings import DenoiserSettings, GenerationSettings
@@ -55,8 +56,33 @@ class ClassConditionalPipeline(DenoisingMixin, DiffusionPipeline):
         prompt_patch: ModelMixin | None = None,
     ):
         super().__init__()
+        check_component("transformer", transformer)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, prompt_patch=prompt_patch)
         self._set_up_images(vae, id2label)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "ClassConditionalPipeline":
+        """
+        Make a pipeline of the components of another one, which are shared; see [`~StandalonePipelineMixin.from_pipe`].
+
+        A `UNet2DModel`, as a [`DDPMPipeline`] has it, becomes the transformer, and the labels of a [`DiTPipeline`] become
+        `id2label`.
+
+        Raises:
+            ValueError: if a component is missing, or `prompt_patch` is not the one that is attached to the transformer.
+        """
+        unet = pipeline.components.get("unet")
+        if isinstance(unet, UNet2DModel):
+            kwargs.setdefault("transformer", unet)
+        if isinstance(pipeline, DiTPipeline) and pipeline.labels:
+            kwargs.setdefault("id2label", _names_by_index(pipeline.labels))
+        made = super().from_pipe(pipeline, **kwargs)
+        if kwargs.get("prompt_patch", made.prompt_patch) is not made.prompt_patch:
+            raise ValueError(
+                "Expected `prompt_patch` to be the one that is attached to the transformer that the pipelines share, but got "
+                f"{kwargs['prompt_patch']}; `detach()` the other one first."
+            )
+        return made
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """Save all components; see [`DiffusionPipeline.save_pretrained`]."""
@@ -166,3 +192,11 @@ class ClassConditionalPipeline(DenoisingMixin, DiffusionPipeline):
         )
         prediction_type = prediction_type_of(self.transformer, self.scheduler)
         return self._generate(settings, [DenoiserSettings(self.transformer, prediction_type, guidance_scale)])
+
+
+def _names_by_index(indices: dict[str, int]) -> dict[str, str]:
+    """Turn the labels of a [`DiTPipeline`], an index for each synonym, into names by index."""
+    names: dict[str, str] = {}
+    for name, index in indices.items():
+        names[str(index)] = f"{names[str(index)]}, {name}" if str(index) in names else name
+    return names

@@ -21,6 +21,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from ..diffusion.predictions import prediction_type_of
 from ..intervals import NoiseIntervals
 from ..plugins.attachment import patch_of
+from ..saving.adapters import check_component
 from ..saving.mixins import listed
 from ..saving.naming import PACKAGE
 from .denoiser_checks import check_denoisers, untrained_intervals
@@ -91,10 +92,16 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
         unknown = sorted(denoisers_by_name.keys() - set(DENOISER_NAMES))
         if unknown:
             raise TypeError(f"Expected `denoiser_0` to `{DENOISER_NAMES[-1]}`, but got the arguments {unknown}.")
-        if denoisers is None:
-            denoisers = [each for each in map(denoisers_by_name.get, DENOISER_NAMES) if each is not None]
+        by_name = [each for each in map(denoisers_by_name.get, DENOISER_NAMES) if each is not None]
+        if denoisers is not None and by_name:
+            raise ValueError("Expected `denoisers`, or `denoiser_0`, `denoiser_1`, … by name, but got both.")
+        denoisers = by_name if denoisers is None else denoisers
         if not 1 <= len(denoisers) <= MAX_DENOISERS:
             raise ValueError(f"Expected 1 to {MAX_DENOISERS} `denoisers`, but got {len(denoisers)}.")
+        if scheduler is None:
+            raise ValueError("Expected a `scheduler`, whose signal-to-noise ratios choose the denoiser, but got None.")
+        for name, denoiser in zip(DENOISER_NAMES, denoisers):
+            check_component(name, denoiser)
         self.register_modules(scheduler=scheduler, vae=vae, **dict(zip(DENOISER_NAMES, denoisers)))
         self.num_denoisers = len(denoisers)
         self.model_cpu_offload_seq = "->".join([*DENOISER_NAMES[: len(denoisers)][::-1], "vae"])
@@ -112,6 +119,23 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
         self._set_up_images(vae, id2label)
         self.intervals()  # raises if the boundaries do not fit
         check_denoisers(denoisers, **settings)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "SNRSplitPipeline":
+        """
+        Make a pipeline of the components of another SNR-split pipeline; see [`~StandalonePipelineMixin.from_pipe`].
+
+        Raises:
+            ValueError: if the other pipeline has a single denoiser, and no `denoisers` are given.
+        """
+        if kwargs.get("denoisers") is not None:
+            kwargs = {name: None for name in pipeline.components if name in DENOISER_NAMES} | kwargs
+        elif not set(DENOISER_NAMES) & {*pipeline.components, *kwargs}:
+            raise ValueError(
+                f"Expected a pipeline of several denoisers, but got a {type(pipeline).__name__}; "
+                "`SNRSplitPipeline.from_pipelines` combines those of several pipelines."
+            )
+        return super().from_pipe(pipeline, **kwargs)
 
     @classmethod
     def from_pipelines(

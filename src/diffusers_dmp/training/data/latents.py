@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ...diffusion.latents import vae_downsampling
+from ...diffusion.latents import upcast, vae_downsampling
 from ..arguments import DataArguments, option
 from .images import LATENTS, class_names, load_images, to_tensors
 from .shards import make_shard_accelerator, remember_settings, write_shards
@@ -44,7 +44,8 @@ class EncodingArguments(DataArguments):
 
 def latent_distribution(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation (b, C, S, S) of the latents, not yet scaled, of images (b, 3, H, W) in [-1, 1]."""
-    posterior = vae.encode(images.to(vae.dtype)).latent_dist
+    with upcast(vae):
+        posterior = vae.encode(images.to(vae.dtype)).latent_dist
     return posterior.mean, posterior.std
 
 
