@@ -45,7 +45,6 @@ def run(model: torch.nn.Module) -> torch.Tensor:
         return torch.cat([model(sample, t, labels).sample for t in (torch.tensor(300), torch.tensor([100, 900]))])
 
 
-
 @pytest.mark.parametrize("system", MAKE)
 def test_save_load_switch_and_fuse(system, tmp_path):
     model = randomised(MAKE[system]())
@@ -85,7 +84,9 @@ def test_hotswap(system, tmp_path):
     model = randomised(MAKE[system]())
     model.load_lora_adapter(tmp_path / "first", prefix=None, use_safetensors=True, adapter_name="default")
     torch.testing.assert_close(run(model), outputs[0])
-    model.load_lora_adapter(tmp_path / "second", prefix=None, use_safetensors=True, adapter_name="default", hotswap=True)
+    model.load_lora_adapter(
+        tmp_path / "second", prefix=None, use_safetensors=True, adapter_name="default", hotswap=True
+    )
     torch.testing.assert_close(run(model), outputs[1])
 
 

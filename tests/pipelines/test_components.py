@@ -23,7 +23,9 @@ NAMES = {str(index): f"class {index}, {index}" for index in range(10)}
 def make_vae() -> AutoencoderKL:
     blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
     return randomised(
-        AutoencoderKL(1, 1, block_out_channels=(4,), norm_num_groups=2, latent_channels=1, layers_per_block=1, **blocks)
+        AutoencoderKL(
+            1, 1, block_out_channels=(4,), norm_num_groups=2, latent_channels=1, layers_per_block=1, **blocks
+        )
     )
 
 
@@ -35,9 +37,7 @@ def make_class_conditional() -> ClassConditionalPipeline:
 
 def make_split() -> SNRSplitPipeline:
     denoisers = [randomised(DiTModel(**DIT)), randomised(DTRTransformer2DModel(**DIT))]
-    return SNRSplitPipeline(
-        denoisers, DDIMScheduler(), [2.0], make_vae(), id2label=NAMES, guidance_scales=[1.0, 3.0]
-    )
+    return SNRSplitPipeline(denoisers, DDIMScheduler(), [2.0], make_vae(), id2label=NAMES, guidance_scales=[1.0, 3.0])
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,10 @@ def test_a_given_component_replaces_the_saved_one(folders, make, name, component
 
 
 def test_other_numbers_of_denoisers(folders):
-    third, settings = DiTModel(**DIT), {"snr_boundaries": [4.0, 1.0], "guidance_scales": None, "prediction_types": None}
+    third, settings = (
+        DiTModel(**DIT),
+        {"snr_boundaries": [4.0, 1.0], "guidance_scales": None, "prediction_types": None},
+    )
     loaded = DiffusionPipeline.from_pretrained(folders[make_split], denoiser_2=third, **settings)
     assert loaded.num_denoisers == 3 and loaded.denoisers[2] is third
     settings["snr_boundaries"] = []

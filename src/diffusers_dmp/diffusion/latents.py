@@ -67,11 +67,11 @@ def upcast(vae: AutoencoderKL) -> Iterator[None]:
     if not (_needs_upcast(vae) and _can_be_cast(vae)):
         yield
         return
-    vae.to(torch.float32)
+    vae.float()  # `to` would warn at every call
     try:
         yield
     finally:
-        vae.to(torch.float16)
+        vae.half()
 
 
 def _needs_upcast(vae: AutoencoderKL) -> bool:
