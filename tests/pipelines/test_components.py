@@ -4,7 +4,6 @@ import pytest
 import torch
 from conftest import randomised
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
@@ -13,20 +12,11 @@ from diffusers import (
     DiTTransformer2DModel,
     UNet2DModel,
 )
-from small_pipelines import DIT
+from small_pipelines import DIT, make_vae
 
 from diffusers_dmp import ClassConditionalPipeline, DiTModel, DTRTransformer2DModel, PromptPatch, SNRSplitPipeline
 
 NAMES = {str(index): f"class {index}, {index}" for index in range(10)}
-
-
-def make_vae() -> AutoencoderKL:
-    blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
-    return randomised(
-        AutoencoderKL(
-            1, 1, block_out_channels=(4,), norm_num_groups=2, latent_channels=1, layers_per_block=1, **blocks
-        )
-    )
 
 
 def make_class_conditional() -> ClassConditionalPipeline:

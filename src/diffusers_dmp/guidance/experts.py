@@ -44,6 +44,7 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
         adapt_head_bias (`bool`): Let each expert own the bias of the classification head as well, as the published code does for
             DeiT. The paper leaves the head as it is.
         base_model_name_or_path (`str`, *optional*): The folder or Hub id that the network was loaded from.
+        base_model_revision (`str`, *optional*): The branch, tag or commit of the Hub that the network was loaded from.
         interval_edges (`list[float]` of length E + 1, *optional*): In timesteps, ascending from 0 to T: expert e owns
             `interval_edges[e] <= t < interval_edges[e + 1]`. By default the intervals are of equal length,
             [⌊e·T/E⌋, ⌊(e+1)·T/E⌋).
@@ -72,6 +73,7 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
         adapt_head_bias: bool = False,
         base_model_name_or_path: str | None = None,
         interval_edges: list[float] | None = None,
+        base_model_revision: str | None = None,
     ):
         super().__init__()
         if method not in METHODS:
@@ -97,6 +99,7 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
             alpha_pattern=alpha_pattern,
             adapt_head_bias=adapt_head_bias,
             base_model_name_or_path=base_model_name_or_path or network.name_or_path,
+            base_model_revision=base_model_revision,
             base_model_class=type(network).__name__,
             base_model_sha256=network_sha256(network),
         )
