@@ -80,6 +80,7 @@ def test_images_per_label(pipeline, split):
         ({"class_labels": [0, 1], "latents": torch.zeros(3, 4, 8, 8)}, r"shape \(2, 4, 8, 8\).*\(3, 4, 8, 8\)"),
         ({"class_labels": [0], "latents": np.zeros((1, 4, 8, 8))}, "`latents` to be a tensor.*ndarray"),
         ({"class_labels": [0, 1], "guidance_scale": [1.0, 2.0, 3.0]}, "`guidance_scale`.*2 of them, but got 3"),
+        ({"class_labels": [0], "guidance_scale": float("nan")}, "`guidance_scale` to be finite"),
         ({"class_labels": 0, "num_images_per_label": 2, "generator": generators(1)}, "list of 2, but got 1"),
         ({"num_images_per_label": 2}, "`class_labels` for `num_images_per_label` 2, but got none"),
         ({"class_labels": 0, "num_images_per_label": 0}, "`num_images_per_label` to be an integer of at least 1"),
