@@ -200,7 +200,7 @@ def sample(
     guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     images = pipe(
         class_labels=[each for each in labels for _ in range(num_images_per_label)] or None,
-        batch_size=num_images_per_label,
+        batch_size=None if labels else num_images_per_label,
         num_inference_steps=num_inference_steps,
         generator=torch.Generator(pipe.device).manual_seed(seed),
         **guidance,

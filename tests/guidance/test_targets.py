@@ -1,5 +1,6 @@
 """Guidance targets."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ def test_classes(labels, indices):
 
 
 def test_unknown_classes():
-    with pytest.raises(ValueError, match=r"such as \['zebra'.*\], but got 'zebras'"):
+    with pytest.raises(ValueError, match=r"among \['tench', .*'zebra'.*\], but got 'zebras'"):
         ClassTarget("zebras").prepare(CONFIG)
     with pytest.raises(ValueError, match=r"in \[0, 2\], but got 3"):
         ClassTarget([0, 3]).prepare(CONFIG)
@@ -109,3 +110,26 @@ def test_each_kind_of_network_guides(make_network, target):
     plain.set_timesteps(10)
     shift = scheduler.step(x_t, t, x_t).prev_sample - plain.step(x_t, t, x_t).prev_sample
     assert (shift.flatten(1).norm(dim=1) > 0).all()
+
+
+def test_targets_may_be_numpy_or_single_maps():
+    for labels in (np.int64(2), np.array(["zebra"]), np.str_("zebra"), torch.tensor(2), np.array([2])):
+        target = ClassTarget(labels)
+        target.prepare(CONFIG)
+        assert target.indices.tolist() == [1 if "zebra" in str(labels) else 2]
+    assert DepthTarget(np.ones((4, 5))).depth.shape == SegmentationTarget(np.ones((4, 5))).classes.shape == (1, 4, 5)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: ClassTarget(True).prepare(CONFIG), "`labels` to be integers or names"),
+        (lambda: ClassTarget([1.0]).prepare(CONFIG), "`labels` to be integers or names"),
+        (lambda: DepthTarget(torch.full((2, 2), torch.nan)), "`depth` to be finite"),
+        (lambda: DepthTarget(torch.ones(1, 1, 2, 2)), r"`depth` to have the shape \(B, h, w\)"),
+        (lambda: SegmentationTarget(torch.full((2, 2), 0.5)), "`classes` to be integers"),
+    ],
+)
+def test_refuses_targets_of_other_kinds(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

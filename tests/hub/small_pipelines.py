@@ -1,7 +1,7 @@
 """A small pipeline of each system, with random weights."""
 
 from conftest import randomised
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
 from torch import nn
 
 from diffusers_dmp import (
@@ -33,6 +33,15 @@ UNET = {
     "attention_levels": [],
     "attention_head_dim": 32,
 }
+
+
+def make_vae() -> AutoencoderKL:
+    blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    return randomised(
+        AutoencoderKL(
+            1, 1, block_out_channels=(4,), norm_num_groups=2, latent_channels=1, layers_per_block=1, **blocks
+        )
+    )
 
 
 def with_one(denoiser: nn.Module, **components) -> ClassConditionalPipeline:

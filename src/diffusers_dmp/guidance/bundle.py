@@ -12,6 +12,7 @@ from diffusers.utils import PushToHubMixin
 from huggingface_hub import create_repo, snapshot_download, upload_folder
 from safetensors.torch import save_file
 
+from ..models.loading import HUB_ARGUMENTS
 from ..models.vision import load_network, network_sha256, processor_settings
 from ..saving.mixins import check_version
 from ..saving.reading import read_json
@@ -36,22 +37,27 @@ class ExpertsBundleMixin(ConfigMixin, PushToHubMixin):
         Args:
             pretrained_model_name_or_path (`str`): The folder or Hub id of a transformers model.
             kwargs: The other arguments of [`GuidanceExperts`]. `image_mean`, `image_std` and `image_size` are by default those of
-                the image processor in the same folder.
+                the image processor in the same folder. And `revision` (which is saved), `token`, `cache_dir`, `force_download`
+                and `local_files_only`, for the Hub.
 
         Raises:
             ValueError: see [`GuidanceExperts`] and [`processor_settings`].
         """
+        hub_arguments = {name: kwargs.pop(name) for name in (*HUB_ARGUMENTS, "revision") if name in kwargs}
         if not {"image_mean", "image_std", "image_size"} <= set(kwargs):
-            kwargs = processor_settings(pretrained_model_name_or_path) | kwargs
+            kwargs = processor_settings(pretrained_model_name_or_path, **hub_arguments) | kwargs
         kwargs.setdefault("base_model_name_or_path", pretrained_model_name_or_path)
-        return cls(load_network(pretrained_model_name_or_path), **kwargs)
+        kwargs.setdefault("base_model_revision", hub_arguments.get("revision"))
+        return cls(load_network(pretrained_model_name_or_path, **hub_arguments), **kwargs)
 
     @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: "str | os.PathLike",
         base_model: "str | os.PathLike | None" = None,
-        **kwargs,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        **hub_arguments,
     ) -> "GuidanceExperts":
         """
         Load experts that [`save_pretrained`] wrote.
@@ -59,7 +65,10 @@ class ExpertsBundleMixin(ConfigMixin, PushToHubMixin):
         Args:
             pretrained_model_name_or_path: A folder, or a Hub id.
             base_model (*optional*): The folder or Hub id of the network, if it has moved since the experts were saved.
-            kwargs: `revision`, `token`, `cache_dir` and `local_files_only`, for the Hub.
+            revision (`str`, *optional*): The branch, tag or commit of the experts' repository. That of the network is saved.
+            subfolder (`str`, *optional*): Where the experts lie in the folder or repository.
+            hub_arguments: `token`, `cache_dir`, `force_download` and `local_files_only`, for the Hub: for the experts and for
+                their network.
 
         Raises:
             ValueError: if `base_model` is another model than the experts were made for, or tensors are missing, unknown or
@@ -67,8 +76,10 @@ class ExpertsBundleMixin(ConfigMixin, PushToHubMixin):
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
-            patterns = [cls.config_name, WEIGHTS_NAME]
-            folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=patterns, **kwargs))
+            patterns = [(Path(subfolder or "") / name).as_posix() for name in (cls.config_name, WEIGHTS_NAME)]
+            name = str(pretrained_model_name_or_path)
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **hub_arguments))
+        folder = folder / (subfolder or "")
         saved = read_json(folder / cls.config_name)
         check_version(saved)
         config = {name: value for name, value in saved.items() if not name.startswith("_")}
@@ -78,8 +89,9 @@ class ExpertsBundleMixin(ConfigMixin, PushToHubMixin):
                     f"Expected {str(folder / cls.config_name)!r} to be that of guidance experts, but {name!r} is missing."
                 )
         base_model_class, fingerprint = config.pop("base_model_class"), config.pop("base_model_sha256")
+        base_revision = None if base_model else config.get("base_model_revision")
         base_model = str(base_model or config["base_model_name_or_path"])
-        network = load_network(base_model)
+        network = load_network(base_model, revision=base_revision, **hub_arguments)
         if (type(network).__name__, network_sha256(network)) != (base_model_class, fingerprint):
             raise ValueError(
                 f"Expected `base_model` to be the {base_model_class} that the experts in {str(folder)!r} were made for "

@@ -48,6 +48,7 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
         base_model_name_or_path (`str`, *optional*): The folder or Hub id that the network was loaded from.
         noise_schedule (`dict`, *optional*): The arguments of the Diffusers scheduler by whose noise levels the experts are
             trained, such as `{"beta_schedule": "linear", "beta_end": 0.02}`; a guided scheduler with others is warned of.
+        base_model_revision (`str`, *optional*): The branch, tag or commit of the Hub that the network was loaded from.
         interval_edges (`list[float]` of length E + 1, *optional*): In timesteps, ascending from 0 to T: expert e owns
             `interval_edges[e] <= t < interval_edges[e + 1]`. By default the intervals are of equal length,
             [⌊e·T/E⌋, ⌊(e+1)·T/E⌋).
@@ -77,6 +78,7 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
         base_model_name_or_path: str | None = None,
         interval_edges: list[float] | None = None,
         noise_schedule: dict[str, Any] | None = None,
+        base_model_revision: str | None = None,
     ):
         super().__init__()
         if method not in METHODS:
@@ -103,6 +105,7 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
             adapt_head_bias=adapt_head_bias,
             noise_schedule=noise_schedule,
             base_model_name_or_path=base_model_name_or_path or network.name_or_path,
+            base_model_revision=base_model_revision,
             base_model_class=type(network).__name__,
             base_model_sha256=network_sha256(network),
         )

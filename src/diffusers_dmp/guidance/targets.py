@@ -5,13 +5,15 @@ To ask for something else, derive from [`GuidanceTarget`].
 Legend: B batch, K classes, h and w height and width of a map.
 """
 
-import difflib
 from abc import ABC, abstractmethod
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
+
+from ..models.class_names import find_class, label_list
 
 
 class GuidanceTarget(ABC):
@@ -48,34 +50,26 @@ class ClassTarget(GuidanceTarget):
     Ask for classes of an image classification network.
 
     Args:
-        labels (`int`, `str`, a list of B of either, or `torch.LongTensor` of shape (B,)): One class for all images, or one for
-            each image, by index or by name. Of a name with synonyms, "tench, Tinca tinca", one of them is enough.
+        labels (`int`, `str`, or a list, array or tensor of shape (B,) of either): One class for all images, or one for each
+            image, by index or by name. Of a name with synonyms, "tench, Tinca tinca", one of them is enough.
 
     Raises:
-        ValueError: from `prepare`, if a class is unknown; the message lists similar names.
+        ValueError: from `prepare`, if a class is unknown (the message lists similar names), or several have the name.
     """
 
-    def __init__(self, labels: "int | str | list[int] | list[str] | torch.Tensor"):
+    def __init__(self, labels: "int | str | list[int] | list[str] | np.ndarray | torch.Tensor"):
         self.labels = labels
 
     def prepare(self, network_config: PreTrainedConfig) -> None:
-        labels = self.labels.tolist() if isinstance(self.labels, torch.Tensor) else self.labels
-        labels = labels if isinstance(labels, (list, tuple)) else [labels]
-        self.indices = torch.tensor([self._index(label, network_config.id2label) for label in labels])
-
-    @staticmethod
-    def _index(label: "int | str", id2label: dict[int, str]) -> int:
-        """The index of a class that is given by index or by name."""
-        if not isinstance(label, str):
-            if label not in id2label:
-                raise ValueError(f"Expected `labels` to be in [0, {len(id2label) - 1}], but got {label}.")
-            return int(label)
-        indices = {name.strip(): index for index, names in id2label.items() for name in names.split(",")}
-        indices |= {names: index for index, names in id2label.items()}
-        if label not in indices:
-            close = difflib.get_close_matches(label, indices, n=5) or list(indices)[:5]
-            raise ValueError(f"Expected `labels` to be classes of the network such as {close}, but got {label!r}.")
-        return indices[label]
+        names, last = network_config.id2label, network_config.num_labels - 1
+        labels = [
+            find_class(label, names, "labels") if isinstance(label, str) else label
+            for label in label_list(self.labels, "labels")
+        ]
+        for label in labels:
+            if not 0 <= label <= last:
+                raise ValueError(f"Expected `labels` to be in [0, {last}], but got {label}.")
+        self.indices = torch.tensor(labels)
 
     def log_likelihood(self, output: ModelOutput) -> torch.Tensor:
         log_probs = F.log_softmax(output.logits, dim=-1)  # (B, K)
@@ -89,15 +83,17 @@ class DepthTarget(GuidanceTarget):
     Ask for a depth map, as a depth estimation network predicts it: log p = -mean (d - d*)².
 
     Args:
-        depth (`torch.Tensor` of shape (B or 1, h, w)): d*, in the units and size of the network's predictions, for example its
-            prediction for a clean image.
+        depth (`torch.Tensor` or `np.ndarray` of shape (B or 1, h, w) or (h, w)): d*, in the units and size of the network's
+            predictions, for example its prediction for a clean image.
 
     Raises:
-        ValueError: from `log_likelihood`, if the network predicts depth maps of another size.
+        ValueError: if `depth` is not finite or of another shape; from `log_likelihood`, if the network predicts depth maps of another size.
     """
 
-    def __init__(self, depth: torch.Tensor):
-        self.depth = depth.float()
+    def __init__(self, depth: "torch.Tensor | np.ndarray"):
+        self.depth = _as_maps("depth", depth).float()
+        if not self.depth.isfinite().all():
+            raise ValueError("Expected `depth` to be finite, but got values that are infinite or not a number.")
 
     def log_likelihood(self, output: ModelOutput) -> torch.Tensor:
         predicted = output.predicted_depth  # (B, h, w)
@@ -111,15 +107,19 @@ class SegmentationTarget(GuidanceTarget):
     Ask for a map of classes of a segmentation network: log p is the mean of log p(class) over the pixels.
 
     Args:
-        classes (`torch.LongTensor` of shape (B or 1, h, w)): The class of each pixel, in the size of the network's logits.
+        classes (`torch.LongTensor` or `np.ndarray` of shape (B or 1, h, w) or (h, w)): The class of each pixel, in the size of
+            the network's logits.
         ignore_index (`int`): Pixels with this value are left free.
 
     Raises:
-        ValueError: from `prepare`, if the network has no such class; from `log_likelihood`, if its logits are of another size.
+        ValueError: if `classes` are no integers; from `prepare`, if the network has no such class; from `log_likelihood`, if its logits are of another size.
     """
 
-    def __init__(self, classes: torch.Tensor, ignore_index: int = -100):
-        self.classes = classes.long()
+    def __init__(self, classes: "torch.Tensor | np.ndarray", ignore_index: int = -100):
+        given = _as_maps("classes", classes)
+        self.classes = given.long()
+        if (self.classes != given).any():
+            raise ValueError("Expected `classes` to be integers, but got fractions.")
         self.ignore_index = ignore_index
 
     def prepare(self, network_config: PreTrainedConfig) -> None:
@@ -159,6 +159,14 @@ class WeightedTargets(GuidanceTarget):
 
     def log_likelihood(self, output: ModelOutput) -> torch.Tensor:
         return torch.stack([weight * target.log_likelihood(output) for target, weight in self.targets]).sum(0)
+
+
+def _as_maps(name: str, maps: "torch.Tensor | np.ndarray") -> torch.Tensor:
+    """A map (h, w), or one for each image (B, h, w), as (B or 1, h, w)."""
+    maps = torch.as_tensor(maps)
+    if maps.ndim not in (2, 3):
+        raise ValueError(f"Expected `{name}` to have the shape (B, h, w) or (h, w), but got {tuple(maps.shape)}.")
+    return maps if maps.ndim == 3 else maps[None]
 
 
 def _check_batch(name: str, number: int, batch_size: int) -> None:

@@ -165,7 +165,9 @@ def _publication(
     if contents.evaluation:
         texts[EVALUATION] = json.dumps(published_evaluation(contents), indent=2) + "\n"
     if SYSTEMS[contents.system].is_guidance:
-        texts[MODEL_CONFIG] = dumped(contents.config | {"base_model_name_or_path": base_model})
+        is_moved = base_model != contents.config["base_model_name_or_path"]
+        moved = {"base_model_name_or_path": base_model, "base_model_revision": None} if is_moved else {}
+        texts[MODEL_CONFIG] = dumped(contents.config | moved)
     else:  # the folder holds no code, or that of an older version
         for name, class_name in contents.own_classes.items():
             cls = getattr(diffusers_dmp, class_name)

@@ -77,8 +77,8 @@ def checked_labels(
         `torch.LongTensor` of shape (B,).
 
     Raises:
-        ValueError: if a label is out of range (checked on the CPU only), or labels are missing for a model without a null
-            class.
+        ValueError: if a label is out of range (checked on the CPU only), there are not B of them, or labels are missing for a
+            model without a null class.
     """
     if class_labels is None:
         if num_rows == num_classes > 1:
@@ -87,6 +87,10 @@ def checked_labels(
             )
         # the last row is the null class, or the only class
         return torch.full((len(sample),), num_rows - 1, device=sample.device)
+    if class_labels.shape != (len(sample),):
+        raise ValueError(
+            f"Expected `class_labels` to be one for each of {len(sample)} samples, but got the shape {tuple(class_labels.shape)}."
+        )
     # reading values on an accelerator would make the CPU wait for it
     readable = class_labels.is_cpu and not torch.compiler.is_compiling()
     if readable and (class_labels.min() < 0 or class_labels.max() >= num_rows):

@@ -6,6 +6,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+# What `from_pretrained` passes to every download of a call; `revision` and `subfolder` are those of one repository.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token")
+
 Model = TypeVar("Model", bound=nn.Module)
 
 

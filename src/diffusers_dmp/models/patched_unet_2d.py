@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -24,7 +25,7 @@ from .patched_unet_config import check_patched_unet_config
 from .patched_unet_layers import NORM_GROUPS, PatchedResBlock, PatchedUNetLayer, position_table, variance_head
 
 
-class PatchedUNet2DModel(StandaloneModelMixin, ModelMixin, ConfigMixin):
+class PatchedUNet2DModel(StandaloneModelMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     The UNet of Patch Diffusion (https://arxiv.org/abs/2207.04316): ADM's UNet on patches of p x p pixels.
 

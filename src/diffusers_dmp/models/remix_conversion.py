@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from diffusers import DiTTransformer2DModel
 
+from ..saving.adapters import check_no_adapters
 from .configuration import argument_names
 from .dit.model import DiTModel
 from .loading import check_weights, in_dtype
@@ -49,6 +50,7 @@ class RemixConversionMixin(DiTModel):
             model = DiTModel.from_diffusers(model)
         if type(model) is not DiTModel:
             raise ValueError(f"Expected `model` to be a plain DiT, but got a {type(model).__name__}.")
+        check_no_adapters(model, "make a Remix-DiT of it")
         config = _dit_config(model) | config
         weights = model.state_dict()
         with torch.device("meta"):
@@ -60,9 +62,18 @@ class RemixConversionMixin(DiTModel):
         return in_dtype(remix, model.dtype).to(model.device).eval()
 
     @classmethod
-    def from_diffusers(cls, stock_model_or_path: Any, num_bases: int = 4, num_experts: int = 8, **kwargs: Any) -> Self:
+    def from_diffusers(
+        cls,
+        stock_model_or_path: Any,
+        num_bases: int = 4,
+        num_experts: int = 8,
+        interval_edges: "list[float] | None" = None,
+        **kwargs: Any,
+    ) -> Self:
         """Copy Diffusers' own DiT into every basis; see [`DiTModel.from_diffusers`] and [`~RemixDiTModel.from_dit`]."""
-        return cls.from_dit(DiTModel.from_diffusers(stock_model_or_path, **kwargs), num_bases, num_experts)
+        return cls.from_dit(
+            DiTModel.from_diffusers(stock_model_or_path, **kwargs), num_bases, num_experts, interval_edges
+        )
 
     def to_diffusers(self, approximate: bool = False) -> DiTTransformer2DModel:
         """
@@ -87,9 +98,10 @@ class RemixConversionMixin(DiTModel):
             [`DiTModel`]: In eval mode, with this model's dtype and device.
 
         Raises:
-            ValueError: if there is no such expert.
+            ValueError: if there is no such expert, or there are adapters (LoRA).
         """
         self._check_expert(expert)
+        check_no_adapters(self, "bake an expert")
         coefficients = self.mixing_coefficients[expert : expert + 1].detach()
         weights = self.state_dict()
         del weights["mixing_logits"]

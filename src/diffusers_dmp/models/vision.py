@@ -63,12 +63,13 @@ class ImagePreprocessor(nn.Module):
         return ((images + 1) / 2 - self.mean) / self.std
 
 
-def processor_settings(name_or_path: str) -> dict[str, Any]:
+def processor_settings(name_or_path: str, **hub_arguments: Any) -> dict[str, Any]:
     """
     Read the image processor's settings from a transformers model.
 
     Args:
         name_or_path (`str`): The folder or Hub id of the model.
+        hub_arguments: `revision` and those in `HUB_ARGUMENTS`, for the Hub.
 
     Returns:
         `dict`: `image_mean`, `image_std` and `image_size`, the arguments of [`ImagePreprocessor`].
@@ -78,7 +79,7 @@ def processor_settings(name_or_path: str) -> dict[str, Any]:
             edge.
     """
     try:
-        settings, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path, **hub_arguments)
     except OSError as error:
         raise ValueError(
             f"Expected {name_or_path!r} to have a preprocessor_config.json, or `image_mean`, `image_std` and `image_size` to "
@@ -106,25 +107,26 @@ def _output_size(settings: dict[str, Any]) -> "int | list[int]":
     )
 
 
-def load_network(name_or_path: str) -> PreTrainedModel:
+def load_network(name_or_path: str, **hub_arguments: Any) -> PreTrainedModel:
     """
     Load a transformers model of the class that it was saved as, in float32 and eval mode.
 
     Args:
         name_or_path (`str`): The folder or Hub id of the model.
+        hub_arguments: `revision` and those in `HUB_ARGUMENTS`, for the Hub.
 
     Raises:
         ValueError: if transformers has no such class, or a file of a local folder is damaged; it is named.
     """
     check_saved_folder(name_or_path, components=False)
-    config = AutoConfig.from_pretrained(name_or_path)
+    config = AutoConfig.from_pretrained(name_or_path, **hub_arguments)
     network_class = getattr(transformers, (config.architectures or ["none"])[0], None)
     if network_class is None:
         raise ValueError(
             f"Expected {name_or_path!r} to be a model of a class of transformers, but got the architectures "
             f"{config.architectures}."
         )
-    return network_class.from_pretrained(name_or_path, dtype=torch.float32).eval()
+    return network_class.from_pretrained(name_or_path, dtype=torch.float32, **hub_arguments).eval()
 
 
 def network_sha256(network: nn.Module, settings: "dict[str, Any] | None" = None) -> str:

@@ -70,6 +70,8 @@ def prepare_guidance(
     scales = torch.as_tensor(guidance_scale, dtype=torch.float32, device="cpu").reshape(-1)
     if len(scales) not in (1, batch_size):
         raise ValueError(f"Expected `guidance_scale` to be a number or {batch_size} of them, but got {len(scales)}.")
+    if not scales.isfinite().all():
+        raise ValueError(f"Expected `guidance_scale` to be finite, but got {guidance_scale}.")
     if (scales == 1).all():
         return None
     if not has_null_class:

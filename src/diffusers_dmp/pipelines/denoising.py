@@ -16,11 +16,12 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..diffusion.latents import decode_latents, vae_downsampling
 from ..intervals import NoiseIntervals
+from ..models.class_names import checked_class_names, find_class, label_list
 from ..models.inputs import class_count
-from ..saving.mixins import StandalonePipelineMixin
+from ..saving.pipeline_mixin import StandalonePipelineMixin
 from .denoiser_inputs import Conversion, DenoiserInputs, prepare_guidance
 from .image_inputs import prepare_latents, prepare_low_res
-from .labels import label_ids, prepare_labels
+from .labels import is_for_all, prepare_labels
 from .scheduling import owners_of_steps, prepare_scheduler, set_timesteps, step_arguments
 from .settings import DenoiserSettings, GenerationSettings
 
@@ -74,12 +75,13 @@ class DenoisingMixin(StandalonePipelineMixin):
         Return the class indices of names in `id2label` (an entry may list synonyms, separated by commas).
 
         Raises:
-            ValueError: if a name is unknown; the message lists the known ones.
+            ValueError: if a name is unknown (the message lists similar ones), or several classes have it.
         """
-        return label_ids(labels, self.config.id2label)
+        return [find_class(str(label), self.config.id2label) for label in label_list(labels)]
 
     def _set_up_images(self, vae: AutoencoderKL | None, id2label: dict[str, str] | None) -> None:
-        self.register_to_config(id2label=id2label and {str(index): name for index, name in id2label.items()})
+        names = checked_class_names(id2label)
+        self.register_to_config(id2label=id2label and {str(index): name for index, name in names.items()})
         self.vae_scale_factor = vae_downsampling(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
@@ -161,8 +163,9 @@ class DenoisingMixin(StandalonePipelineMixin):
         """Check labels, images and guidance; return the batch size and the inputs of each denoiser."""
         low_res = prepare_low_res(settings.image, self.denoisers)
         num_images = next((len(images) for images in low_res if images is not None), 1)
-        # without labels, one image for each of those to enlarge
-        batch_size = num_images if settings.batch_size == 1 else settings.batch_size
+        batch_size = settings.batch_size
+        if batch_size is None and num_images > 1 and is_for_all(settings.class_labels):
+            batch_size = num_images  # one for each image to enlarge
         class_labels = prepare_labels(
             settings.class_labels,
             batch_size,
@@ -170,12 +173,21 @@ class DenoisingMixin(StandalonePipelineMixin):
             has_null_class=self.has_null_class,
             id2label=self.config.id2label,
         )
-        if class_labels is not None:
-            batch_size = len(class_labels)
-        if batch_size < 1:
-            raise ValueError(f"Expected `batch_size` to be at least 1, but got {batch_size}.")
+        batch_size = batch_size or (1 if class_labels is None else len(class_labels))
         if num_images not in (1, batch_size):
             raise ValueError(f"Expected `image` to be one image or {batch_size} of them, but got {num_images}.")
+        repeats = settings.num_images_per_label
+        if repeats > 1:
+            if settings.class_labels is None or class_labels is None:
+                raise ValueError(
+                    f"Expected `class_labels` for `num_images_per_label` {repeats}, but got none; without labels, `batch_size` "
+                    "is the number of images."
+                )
+            class_labels = class_labels.repeat_interleave(repeats)
+            low_res = [
+                each if each is None or num_images == 1 else each.repeat_interleave(repeats, 0) for each in low_res
+            ]
+            batch_size *= repeats
         device = self._execution_device
         inputs = [
             DenoiserInputs(

@@ -51,8 +51,11 @@ def prepare_latents(
     shape = (batch_size, config.in_channels, *(size // vae_scale_factor for size in sizes))
     if latents is None:
         return randn_tensor(shape, generator=generator, device=device, dtype=denoiser.dtype)
-    if latents.shape != shape:
-        raise ValueError(f"Expected `latents` to have the shape {shape}, but got {tuple(latents.shape)}.")
+    if not isinstance(latents, torch.Tensor) or latents.shape != shape:
+        got = tuple(latents.shape) if hasattr(latents, "shape") else latents
+        raise ValueError(
+            f"Expected `latents` to be a tensor of shape {shape}, but got a {type(latents).__name__} of {got}."
+        )
     return latents.to(device, denoiser.dtype)
 
 

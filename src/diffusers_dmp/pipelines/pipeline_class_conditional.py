@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DiTPipeline, UNet2DModel
 from diffusers.image_processor import PipelineImageInput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
@@ -16,6 +16,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..diffusion.predictions import prediction_type_of
 from ..plugins.attachment import patch_of
+from ..saving.adapters import check_component
 from ..saving.naming import PACKAGE
 from .denoising import DenoisingMixin
 from .settings import DenoiserSettings, GenerationSettings
@@ -55,8 +56,33 @@ class ClassConditionalPipeline(DenoisingMixin, DiffusionPipeline):
         prompt_patch: ModelMixin | None = None,
     ):
         super().__init__()
+        check_component("transformer", transformer)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, prompt_patch=prompt_patch)
         self._set_up_images(vae, id2label)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "ClassConditionalPipeline":
+        """
+        Make a pipeline of the components of another one, which are shared; see [`~StandalonePipelineMixin.from_pipe`].
+
+        A `UNet2DModel`, as a [`DDPMPipeline`] has it, becomes the transformer, and the labels of a [`DiTPipeline`] become
+        `id2label`.
+
+        Raises:
+            ValueError: if a component is missing, or `prompt_patch` is not the one that is attached to the transformer.
+        """
+        unet = pipeline.components.get("unet")
+        if isinstance(unet, UNet2DModel):
+            kwargs.setdefault("transformer", unet)
+        if isinstance(pipeline, DiTPipeline) and pipeline.labels:
+            kwargs.setdefault("id2label", _names_by_index(pipeline.labels))
+        made = super().from_pipe(pipeline, **kwargs)
+        if kwargs.get("prompt_patch", made.prompt_patch) is not made.prompt_patch:
+            raise ValueError(
+                "Expected `prompt_patch` to be the one that is attached to the transformer that the pipelines share, but got "
+                f"{kwargs['prompt_patch']}; `detach()` the other one first."
+            )
+        return made
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """Save all components; see [`DiffusionPipeline.save_pretrained`]."""
@@ -92,7 +118,7 @@ class ClassConditionalPipeline(DenoisingMixin, DiffusionPipeline):
     def __call__(
         self,
         class_labels: int | str | list[int] | list[str] | torch.Tensor | None = None,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         guidance_scale: float | list[float] = 1.0,
         guidance_channels: int | None = None,
         num_inference_steps: int = 50,
@@ -107,15 +133,16 @@ class ClassConditionalPipeline(DenoisingMixin, DiffusionPipeline):
         callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006  Diffusers' own default
         image: PipelineImageInput | None = None,
+        num_images_per_label: int = 1,
     ) -> ImagePipelineOutput | tuple:
         """
         Generate images.
 
         Args:
-            class_labels (`int`, `str`, a list of either, or `torch.LongTensor` of shape (B,), *optional*):
-                What to generate, as indices or as names of `id2label`; one image for each. If None, `batch_size`
-                unconditional images.
-            batch_size (`int`): B, if there are no `class_labels`.
+            class_labels (`int`, `str`, or a list, array or tensor of shape (B,) of either, *optional*):
+                What to generate, as indices or as names of `id2label` (a name is never read as an index); one image for each.
+                A single label that is no list is for all `batch_size` images. If None, unconditional images.
+            batch_size (`int`, *optional*): B. By default the number of labels, or of images to enlarge, or else 1.
             guidance_scale (`float` or list of B `float`): w of classifier-free guidance; 1 is no guidance.
             guidance_channels (`int`, *optional*): Guide only the first channels; see [`classifier_free_guidance`].
             num_inference_steps (`int`): The number of denoising steps.
@@ -134,17 +161,21 @@ class ClassConditionalPipeline(DenoisingMixin, DiffusionPipeline):
                 super-resolution model (`low_res_channels` in its configuration): the image to enlarge, or B of them, all
                 of one size. Arrays (h, w, C) and tensors (C, h, w), with or without a batch dimension, have values in
                 [0, 1], or in [-1, 1] if some are negative. Without `class_labels`, B is the number of these images.
+            num_images_per_label (`int`): As `num_images_per_prompt` of other pipelines: generate so many images for each label
+                (and image to enlarge), one after the other. There are then that many times B images, and as many scales,
+                generators and latents, where these are given one by one.
 
         Returns:
             [`ImagePipelineOutput`] with `images`, or a tuple.
 
         Raises:
-            ValueError: if a label, name, size, scale, image or timestep does not fit the model, or the scheduler was
-                made for another number of training timesteps.
+            ValueError: if a label, name, size, scale, image or timestep does not fit the model, numbers of labels, images,
+                scales, generators or latents disagree, or the scheduler was made for another number of training timesteps.
         """
         settings = GenerationSettings(
             class_labels=class_labels,
             batch_size=batch_size,
+            num_images_per_label=num_images_per_label,
             image=image,
             guidance_channels=guidance_channels,
             num_inference_steps=num_inference_steps,
@@ -161,3 +192,11 @@ class ClassConditionalPipeline(DenoisingMixin, DiffusionPipeline):
         )
         prediction_type = prediction_type_of(self.transformer, self.scheduler)
         return self._generate(settings, [DenoiserSettings(self.transformer, prediction_type, guidance_scale)])
+
+
+def _names_by_index(indices: dict[str, int]) -> dict[str, str]:
+    """Turn the labels of a [`DiTPipeline`], an index for each synonym, into names by index."""
+    names: dict[str, str] = {}
+    for name, index in indices.items():
+        names[str(index)] = f"{names[str(index)]}, {name}" if str(index) in names else name
+    return names

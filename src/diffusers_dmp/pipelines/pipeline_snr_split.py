@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from diffusers.image_processor import PipelineImageInput
@@ -20,12 +21,13 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from ..diffusion.predictions import prediction_type_of
 from ..intervals import NoiseIntervals
 from ..plugins.attachment import patch_of
+from ..saving.adapters import check_component
 from ..saving.mixins import listed
 from ..saving.naming import PACKAGE
 from .denoiser_checks import check_denoisers, untrained_intervals
 from .denoising import DenoisingMixin
 from .scheduling import owners_of_steps, set_timesteps
-from .settings import DenoiserSettings, GenerationSettings
+from .settings import DenoiserSettings, GenerationSettings, checked_steps
 
 MAX_DENOISERS = 32
 DENOISER_NAMES = tuple(f"denoiser_{index}" for index in range(MAX_DENOISERS))
@@ -90,10 +92,16 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
         unknown = sorted(denoisers_by_name.keys() - set(DENOISER_NAMES))
         if unknown:
             raise TypeError(f"Expected `denoiser_0` to `{DENOISER_NAMES[-1]}`, but got the arguments {unknown}.")
-        if denoisers is None:
-            denoisers = [each for each in map(denoisers_by_name.get, DENOISER_NAMES) if each is not None]
+        by_name = [each for each in map(denoisers_by_name.get, DENOISER_NAMES) if each is not None]
+        if denoisers is not None and by_name:
+            raise ValueError("Expected `denoisers`, or `denoiser_0`, `denoiser_1`, … by name, but got both.")
+        denoisers = by_name if denoisers is None else denoisers
         if not 1 <= len(denoisers) <= MAX_DENOISERS:
             raise ValueError(f"Expected 1 to {MAX_DENOISERS} `denoisers`, but got {len(denoisers)}.")
+        if scheduler is None:
+            raise ValueError("Expected a `scheduler`, whose signal-to-noise ratios choose the denoiser, but got None.")
+        for name, denoiser in zip(DENOISER_NAMES, denoisers):
+            check_component(name, denoiser)
         self.register_modules(scheduler=scheduler, vae=vae, **dict(zip(DENOISER_NAMES, denoisers)))
         self.num_denoisers = len(denoisers)
         self.model_cpu_offload_seq = "->".join([*DENOISER_NAMES[: len(denoisers)][::-1], "vae"])
@@ -111,6 +119,23 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
         self._set_up_images(vae, id2label)
         self.intervals()  # raises if the boundaries do not fit
         check_denoisers(denoisers, **settings)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "SNRSplitPipeline":
+        """
+        Make a pipeline of the components of another SNR-split pipeline; see [`~StandalonePipelineMixin.from_pipe`].
+
+        Raises:
+            ValueError: if the other pipeline has a single denoiser, and no `denoisers` are given.
+        """
+        if kwargs.get("denoisers") is not None:
+            kwargs = {name: None for name in pipeline.components if name in DENOISER_NAMES} | kwargs
+        elif not set(DENOISER_NAMES) & {*pipeline.components, *kwargs}:
+            raise ValueError(
+                f"Expected a pipeline of several denoisers, but got a {type(pipeline).__name__}; "
+                "`SNRSplitPipeline.from_pipelines` combines those of several pipelines."
+            )
+        return super().from_pipe(pipeline, **kwargs)
 
     @classmethod
     def from_pipelines(
@@ -206,6 +231,7 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
 
         A second-order scheduler calls a denoiser twice for one step.
         """
+        num_inference_steps, timesteps = checked_steps(num_inference_steps, timesteps)
         set_timesteps(self.scheduler, self.denoisers, num_inference_steps, timesteps, "cpu")
         owners = owners_of_steps(self.scheduler, self.intervals(snr_boundaries))
         return [owners.count(index) for index in range(self.num_denoisers)]
@@ -214,7 +240,7 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
     def __call__(
         self,
         class_labels: int | str | list[int] | list[str] | torch.Tensor | None = None,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         guidance_scale: float | list[float] | None = None,
         guidance_channels: int | None = None,
         snr_boundaries: list[float] | None = None,
@@ -230,6 +256,7 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
         callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006  Diffusers' own default
         image: PipelineImageInput | None = None,
+        num_images_per_label: int = 1,
     ) -> ImagePipelineOutput | tuple:
         """
         Generate images; see [`ClassConditionalPipeline.__call__`] for the other arguments.
@@ -245,6 +272,8 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
             If a denoiser gets none of the steps, or, with these boundaries, noise that it was not trained on.
         """
         scales = self.config.guidance_scales if guidance_scale is None else guidance_scale
+        if isinstance(scales, (np.ndarray, torch.Tensor)):
+            scales = scales.tolist()
         scales = list(scales) if isinstance(scales, (list, tuple)) else [scales] * self.num_denoisers
         if len(scales) != self.num_denoisers:
             raise ValueError(
@@ -256,6 +285,7 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
         settings = GenerationSettings(
             class_labels=class_labels,
             batch_size=batch_size,
+            num_images_per_label=num_images_per_label,
             image=image,
             guidance_channels=guidance_channels,
             num_inference_steps=num_inference_steps,

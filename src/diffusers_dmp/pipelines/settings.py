@@ -1,9 +1,11 @@
 """What a call of a pipeline asks for, as two small objects: once for the call, and once for each denoiser."""
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.image_processor import PipelineImageInput
 from diffusers.models.modeling_utils import ModelMixin
@@ -11,10 +13,16 @@ from diffusers.models.modeling_utils import ModelMixin
 
 @dataclass(kw_only=True)
 class GenerationSettings:
-    """The arguments of a pipeline's call that all denoisers share; see [`ClassConditionalPipeline.__call__`]."""
+    """
+    The arguments of a pipeline's call that all denoisers share; see [`ClassConditionalPipeline.__call__`].
+
+    Raises:
+        ValueError: if a number of images or steps is no integer from 1, or the timesteps do not descend.
+    """
 
     class_labels: Any
-    batch_size: int
+    batch_size: int | None
+    num_images_per_label: int
     image: PipelineImageInput | None
     guidance_channels: int | None
     num_inference_steps: int
@@ -28,6 +36,12 @@ class GenerationSettings:
     return_dict: bool
     callback_on_step_end: Callable | None
     callback_on_step_end_tensor_inputs: list[str]
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None:
+            self.batch_size = checked_count("batch_size", self.batch_size)
+        self.num_images_per_label = checked_count("num_images_per_label", self.num_images_per_label)
+        self.num_inference_steps, self.timesteps = checked_steps(self.num_inference_steps, self.timesteps)
 
 
 @dataclass
@@ -44,3 +58,48 @@ class DenoiserSettings:
     denoiser: ModelMixin
     prediction_type: str
     guidance_scale: Any
+
+
+def checked_count(name: str, value: Any) -> int:
+    """
+    Read a number of things.
+
+    Args:
+        name (`str`): The user's argument, for messages.
+        value (`int`, or an integer of NumPy or PyTorch): The number.
+
+    Raises:
+        ValueError: if it is no integer, or less than 1.
+    """
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1 or isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"Expected `{name}` to be an integer of at least 1, but got {value!r}.")
+    return count
+
+
+def checked_steps(num_inference_steps: int, timesteps: Any = None) -> tuple[int, list[int] | None]:
+    """
+    Check how many steps, or which ones, a call is to make.
+
+    Args:
+        num_inference_steps (`int`): The number of steps, if `timesteps` is None.
+        timesteps (`list[int]`, or an array or tensor of shape (S,), *optional*): Descending timesteps.
+
+    Returns:
+        The number, and the timesteps as a list, or None.
+
+    Raises:
+        ValueError: if the number is no integer from 1, or the timesteps are none, no numbers, or do not descend.
+    """
+    if timesteps is None:
+        return checked_count("num_inference_steps", num_inference_steps), None
+    values = np.asarray(timesteps.cpu() if isinstance(timesteps, torch.Tensor) else timesteps)
+    is_descending = (
+        values.ndim == 1 and len(values) > 0 and values.dtype.kind in "iuf" and (values[1:] < values[:-1]).all()
+    )
+    if not is_descending:
+        raise ValueError(f"Expected `timesteps` to be one or more descending numbers, but got {timesteps}.")
+    return len(values), values.tolist()

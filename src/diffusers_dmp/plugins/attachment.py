@@ -14,6 +14,7 @@ from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..saving.adapters import has_adapters
 from .blocks import TransformerLayout, blocks_of, check_argument, forward_argument_names, layout_of, submodule_of
 from .gate_cache import GateCache
 from .gating import PromptGates
@@ -132,7 +133,8 @@ class Attachment:
         self._move_patch_to(conditioning.device)
         # embedders in training mode drop labels at random
         changing = self.patch.training or self.embedder.training or torch.is_grad_enabled()
-        if changing or torch.compiler.is_compiling():
+        # adapters can be switched and scaled without a change of any weight
+        if changing or torch.compiler.is_compiling() or has_adapters(self.embedder):
             self.gates = self.patch(conditioning)
         else:
             self.gates = self.gate_cache.get(

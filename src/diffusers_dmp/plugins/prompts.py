@@ -42,8 +42,8 @@ class PromptPatch(StandaloneModelMixin, ModelMixin, ConfigMixin):
 
     A transformer can be compiled before or after attaching. Attaching and detaching compile it again where necessary, and
     no other model. While sampling, gates are cached by timestep and label if the timesteps lie on the CPU (and the labels
-    do, or are the same tensor). Call `eval()` after changes that PyTorch does not count: of weights through
-    `parameter.data`, or of adapters of the timestep's embedder.
+    do, or are the same tensor), unless there are adapters (LoRA) in the timestep's embedder. Call `eval()` after changes of
+    weights that PyTorch does not count: through `parameter.data`.
 
     Args:
         hidden_size (`int`): D.

@@ -1,14 +1,14 @@
-"""Mixins for models and pipelines: they save the package's version, and on request the code that loads them without the package."""
+"""Mixins for models (and pipelines): they save the package's version, and on request the code that loads them without the package."""
 
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-import diffusers
 from diffusers.models.modeling_utils import ModelMixin
 from packaging.version import Version
 
+from .adapters import check_no_adapters
 from .bundling import BUNDLE_CODE, source_of
 from .naming import PACKAGE
 from .version import __version__
@@ -98,7 +98,11 @@ class StandaloneModelMixin(StandaloneMixin):
 
         Args:
             bundle_code (`bool`): Add the code file with which the model is loaded without this package.
+
+        Raises:
+            ValueError: if there are adapters (LoRA) in the model: nobody could load what would be saved.
         """
+        check_no_adapters(self, "save it")
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if bundle_code and is_main_process:
             self.save_code(save_directory)
@@ -131,73 +135,6 @@ class StandaloneModelMixin(StandaloneMixin):
             raise
         expect_all_loaded(info, folder)
         return (model, info) if wants_info else model
-
-
-class StandalonePipelineMixin(StandaloneMixin):
-    """Save a [`DiffusionPipeline`] with or without code, and check that a folder holds the pipeline that is asked for."""
-
-    code_file = PIPELINE_FILE
-
-    def to_json_string(self) -> str:
-        """See [`ConfigMixin.to_json_string`]."""
-        return dumped(lists_as_objects(json.loads(super().to_json_string())))
-
-    def save_pretrained(
-        self, save_directory: "str | os.PathLike", *args, bundle_code: bool = BUNDLE_CODE, **kwargs
-    ) -> None:
-        """
-        See [`DiffusionPipeline.save_pretrained`].
-
-        Args:
-            bundle_code (`bool`): Add the code files with which the pipeline is loaded without this package.
-        """
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if bundle_code:
-            self.save_code(save_directory)
-
-    def save_code(self, save_directory: "str | os.PathLike") -> None:
-        """
-        Add the code files of the pipeline and its components to a folder, and name the pipeline's in `model_index.json`.
-
-        Args:
-            save_directory: The folder that `save_pretrained` wrote.
-        """
-        super().save_code(save_directory)
-        index = Path(save_directory, "model_index.json")
-        config = json.loads(index.read_text(encoding="utf-8"))
-        for name, value in config.items():
-            component = getattr(self, name, None) if is_component(value) and name != "_class_name" else None
-            if component is not None and hasattr(component, "save_code"):
-                component.save_code(Path(save_directory, name))
-        if type(self).__module__ == PACKAGE:
-            index.write_text(dumped(with_code_file(config, type(self).__name__)), encoding="utf-8")
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: "str | os.PathLike", **kwargs
-    ) -> "StandalonePipelineMixin":
-        """
-        See [`DiffusionPipeline.from_pretrained`].
-
-        Raises:
-            ValueError: if a local folder holds no pipeline, or what is loaded is another pipeline.
-        """
-        folder = str(pretrained_model_name_or_path)
-        if os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, cls.config_name)):
-            raise ValueError(
-                f"Expected `pretrained_model_name_or_path` to be a pipeline folder with a {cls.config_name}, "
-                f"but got {folder!r}, which has none."
-            )
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-
-    @classmethod
-    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs) -> Any:
-        """See [`ConfigMixin.extract_init_dict`]. Refuses the folder of another pipeline of this package."""
-        name = config_dict.get("_class_name")
-        saved = getattr(diffusers, name, None) if isinstance(name, str) and VERSION_KEY in config_dict else None
-        if saved is not None and saved.__module__ == PACKAGE and not issubclass(cls, saved):
-            raise ValueError(f"Expected a folder or repository of a {cls.__name__}, but got that of a {name}.")
-        return super().extract_init_dict(config_dict, **kwargs)
 
 
 def lists_as_objects(config: dict[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ MOVED: "dict[str, str | tuple[str, ...]]" = {  # up to 0.1
     "predictions": "diffusion.predictions",
     "registration": "hub.registration",
     "schedulers": "diffusion.schedulers",
-    "standalone": "saving.mixins",
+    "standalone": ("saving.mixins", "saving.pipeline_mixin"),
     "training.data": ("training.data.images", "training.data.batches"),
     "training.dit": ("training.data.training_data", "training.dit_family"),
     "training.distillation": "training.objectives.distillation",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import PatchEmbed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -23,7 +24,7 @@ from .layers import DiTBlock, TimestepLabelEmbedding, unpatchify
 from .stock_layout import StockDiTMixin
 
 
-class DiTModel(StockDiTMixin, ModelMixin, ConfigMixin, AttentionMixin):
+class DiTModel(StockDiTMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
     r"""
     DiT (https://arxiv.org/abs/2212.09748) with one embedder for all blocks, as it was published.
 

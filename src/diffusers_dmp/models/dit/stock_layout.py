@@ -15,9 +15,10 @@ from diffusers import DiTTransformer2DModel
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from ...saving.adapters import check_no_adapters
 from ...saving.mixins import StandaloneModelMixin
 from ...saving.weight_files import check_saved_folder, expect_all_loaded
-from ..loading import in_dtype
+from ..loading import HUB_ARGUMENTS, in_dtype
 
 STOCK_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second one in old checkpoints
 STOCK_FREQ_SHIFT = 1.0  # in the stock class's timestep frequencies, not configurable; the published DiT has 0
@@ -164,6 +165,7 @@ class StockDiTMixin(StandaloneModelMixin, ModelMixin):
                 published checkpoint they are copies.
         """
         stock = load_stock(stock_model_or_path, **kwargs)
+        check_no_adapters(stock, "convert it")
         model = cls(**config_from_stock(stock.config))
         model.load_state_dict(weights_from_stock(stock.state_dict()))
         return in_dtype(model, stock.dtype).eval()
@@ -173,7 +175,7 @@ class StockDiTMixin(StandaloneModelMixin, ModelMixin):
         """
         Load a saved model, or a saved stock model through [`~DiTModel.from_diffusers`]; see [`ModelMixin.from_pretrained`].
         """
-        where = {name: kwargs[name] for name in ("cache_dir", "revision", "subfolder", "token") if name in kwargs}
+        where = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "revision", "subfolder") if name in kwargs}
         if cls.load_config(pretrained_model_name_or_path, **where).get("_class_name") in STOCK_CLASSES:
             return cls.from_diffusers(pretrained_model_name_or_path, **kwargs)
         model: Any = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -200,8 +202,9 @@ class StockDiTMixin(StandaloneModelMixin, ModelMixin):
             [`DiTTransformer2DModel`]: The stock model in eval mode.
 
         Raises:
-            ValueError: if the semantics are not the stock ones and `approximate` is False.
+            ValueError: if the semantics are not the stock ones and `approximate` is False, or there are adapters (LoRA).
         """
+        check_no_adapters(self, "export it")
         config = self.config
         if config.get("sharing_ratio", 1) != 1:
             raise ValueError(
