@@ -21,7 +21,7 @@ from ..saving.mixins import StandalonePipelineMixin
 from .denoiser_inputs import Conversion, DenoiserInputs, prepare_guidance
 from .image_inputs import prepare_latents, prepare_low_res
 from .labels import label_ids, prepare_labels
-from .scheduling import owners_of_steps, prepare_scheduler, set_timesteps, step_arguments
+from .scheduling import owners_of_steps, prepare_scheduler, set_timesteps, step_arguments, with_trained_noise
 from .settings import DenoiserSettings, GenerationSettings
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -78,6 +78,10 @@ class DenoisingMixin(StandalonePipelineMixin):
         """
         return label_ids(labels, self.config.id2label)
 
+    def _set_up_noise(self, scheduler: SchedulerMixin) -> None:
+        """Remember the scheduler that the pipeline is made with: the denoisers were trained with its noise schedule."""
+        self._first_scheduler = scheduler
+
     def _set_up_images(self, vae: AutoencoderKL | None, id2label: dict[str, str] | None) -> None:
         self.register_to_config(id2label=id2label and {str(index): name for index, name in id2label.items()})
         self.vae_scale_factor = vae_downsampling(vae)
@@ -101,15 +105,19 @@ class DenoisingMixin(StandalonePipelineMixin):
         self._check_outputs(settings)
 
         # 1. Steps
-        scheduler, keeps_variance = prepare_scheduler(self.scheduler, self.denoisers)
-        set_timesteps(scheduler, self.denoisers, settings.num_inference_steps, settings.timesteps, device)
+        scheduler = with_trained_noise(self.scheduler, self._first_scheduler)
+        scheduler, keeps_variance = prepare_scheduler(scheduler, self.denoisers)
+        kinds = [each.prediction_type for each in denoisers]
+        scheduler = set_timesteps(
+            scheduler, self.denoisers, kinds, settings.num_inference_steps, settings.timesteps, device
+        )
         owners = owners_of_steps(scheduler, intervals)
         for index in sorted(set(range(len(denoisers))) - set(owners)):
             warnings.warn(
                 f"Denoiser {index} has none of the {len(owners)} steps.", stacklevel=4
             )  # the caller of the pipeline
         step_kwargs = step_arguments(scheduler, settings.generator, settings.eta)
-        conversion = Conversion.between([each.prediction_type for each in denoisers], scheduler, device)
+        conversion = Conversion.between(kinds, scheduler, device)
 
         # 2. Inputs of the denoisers
         batch_size, inputs = self._prepare_inputs(settings, denoisers, scheduler.timesteps)

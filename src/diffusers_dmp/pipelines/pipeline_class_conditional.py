@@ -56,6 +56,7 @@ class ClassConditionalPipeline(DenoisingMixin, DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, prompt_patch=prompt_patch)
+        self._set_up_noise(scheduler)
         self._set_up_images(vae, id2label)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
