@@ -6,8 +6,13 @@ x_t = α·x0 + σ·ε, with α² + σ² = 1 for DDPM (https://arxiv.org/abs/2006
 Legend: B batch.
 """
 
+import inspect
+from typing import Any
+
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+_FLOW_CLASSES = ("FlowMatch", "FlowMapEuler", "EulerAncestralRF")  # parts of their names
 
 
 def alpha_sigma(alphas_cumprod: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,6 +68,25 @@ def are_same_levels(alphas_cumprod: torch.Tensor, others: torch.Tensor) -> bool:
     return torch.allclose(alphas_cumprod.cpu().double(), others.cpu().double(), rtol=1e-3, atol=1e-6)
 
 
+def scheduler_setting(scheduler: SchedulerMixin, name: str) -> Any:
+    """
+    Return a setting that a scheduler has and uses.
+
+    `from_config` keeps the settings of the scheduler that a configuration comes from, also those that the new class does
+    not have: an `EulerDiscreteScheduler` may have `clip_sample` in its configuration, but it clips nothing.
+
+    Args:
+        scheduler ([`SchedulerMixin`]): Any scheduler of Diffusers.
+        name (`str`): An argument of its class.
+
+    Returns:
+        The value in its configuration; None if its class has no such argument.
+    """
+    # a guided scheduler is made with other arguments than the class that it guides
+    scheduler_class = getattr(scheduler, "unguided_class", None) or type(scheduler)
+    return scheduler.config.get(name) if name in inspect.signature(scheduler_class.__init__).parameters else None
+
+
 def is_flow_matching(scheduler: SchedulerMixin) -> bool:
     """
     Tell whether a scheduler's noisy samples are those of flow matching, x_t = (1-σ)·x0 + σ·ε with t = σ·T.
@@ -72,4 +96,5 @@ def is_flow_matching(scheduler: SchedulerMixin) -> bool:
     Args:
         scheduler ([`SchedulerMixin`]): Any scheduler of Diffusers.
     """
-    return "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas"))
+    is_flow_class = any(name in type(scheduler).__name__ for name in _FLOW_CLASSES)
+    return is_flow_class or bool(scheduler_setting(scheduler, "use_flow_sigmas"))

@@ -10,19 +10,24 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .noise import alpha_sigma, is_flow_matching
+from .noise import alpha_sigma, is_flow_matching, scheduler_setting
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 
 def expected_prediction_type(scheduler: SchedulerMixin) -> str:
-    """Return the `prediction_type` that a scheduler expects; "flow_prediction" if it has none in its configuration."""
-    return scheduler.config.get("prediction_type", "flow_prediction")
+    """Return the `prediction_type` that a scheduler expects; "flow_prediction" if its class has no such setting."""
+    return scheduler_setting(scheduler, "prediction_type") or "flow_prediction"
 
 
 def prediction_type_of(denoiser: ModelMixin, scheduler: SchedulerMixin) -> str:
-    """Return what a denoiser predicts: its own `prediction_type`, or what the scheduler expects if it has none."""
-    return denoiser.config.get("prediction_type") or expected_prediction_type(scheduler)
+    """
+    Return what a denoiser predicts: its own `prediction_type`, or what the scheduler's configuration says if it has none.
+
+    A flow-matching scheduler that was made from the configuration of another scheduler still has the `prediction_type` of
+    that one, which says what the denoiser was trained for.
+    """
+    return denoiser.config.get("prediction_type") or scheduler.config.get("prediction_type") or "flow_prediction"
 
 
 def velocity(x0: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

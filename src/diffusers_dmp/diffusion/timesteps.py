@@ -43,7 +43,8 @@ def check_train_timesteps(scheduler: SchedulerMixin, num_train_timesteps: int) -
     Raises:
         ValueError: if the numbers differ.
     """
-    scheduler_timesteps = scheduler.config.get("num_train_timesteps")
+    # a scheduler without the last timesteps, those of pure noise, is one for a model of all of them
+    scheduler_timesteps = scheduler.config.get("model_train_timesteps") or scheduler.config.get("num_train_timesteps")
     if scheduler_timesteps != num_train_timesteps:
         raise ValueError(
             f"Expected the scheduler's `num_train_timesteps` to be the model's {num_train_timesteps}, "

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from ..diffusion.noise import scheduler_setting
+from ..diffusion.noise_schedules import clips
 from ..diffusion.predictions import convert_prediction, posterior_weights
 from .gradient import Guidance, NoisyStep
 
@@ -37,7 +39,7 @@ def guided_prediction(
     levels = noisy.alpha, noisy.sigma
     for guidance in guidances:
         gradient = guidance.gradient(noisy)
-        if _clips(scheduler) and guidance is guidances[0]:
+        if clips(scheduler) and guidance is guidances[0]:
             # Clipped before it is guided, as in the published code: the guided noise is that of the clipped x̂0.
             x0 = _clipped(scheduler, noisy.x0())
             prediction = convert_prediction(x0, noisy.x_t, *levels, "sample", noisy.prediction_type)
@@ -52,13 +54,9 @@ def guided_prediction(
     return torch.cat([noisy.prediction.to(model_output.dtype), rest], dim=1)
 
 
-def _clips(scheduler: SchedulerMixin) -> bool:
-    return bool(scheduler.config.get("thresholding") or scheduler.config.get("clip_sample"))
-
-
 def _clipped(scheduler: SchedulerMixin, x0: torch.Tensor) -> torch.Tensor:
     """x̂0 (B, C, H, W), clipped as the scheduler itself does it."""
-    if scheduler.config.get("thresholding"):
+    if scheduler_setting(scheduler, "thresholding"):
         return scheduler._threshold_sample(x0)
     return x0.clamp(-scheduler.config.clip_sample_range, scheduler.config.clip_sample_range)
 

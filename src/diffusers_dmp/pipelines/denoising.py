@@ -22,7 +22,7 @@ from ..saving.pipeline_mixin import StandalonePipelineMixin
 from .denoiser_inputs import Conversion, DenoiserInputs, prepare_guidance
 from .image_inputs import prepare_latents, prepare_low_res
 from .labels import is_for_all, prepare_labels
-from .scheduling import owners_of_steps, prepare_scheduler, set_timesteps, step_arguments
+from .scheduling import owners_of_steps, prepare_scheduler, set_timesteps, step_arguments, with_trained_noise
 from .settings import DenoiserSettings, GenerationSettings
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -79,6 +79,10 @@ class DenoisingMixin(StandalonePipelineMixin):
         """
         return [find_class(str(label), self.config.id2label) for label in label_list(labels)]
 
+    def _set_up_noise(self, scheduler: SchedulerMixin) -> None:
+        """Remember the scheduler that the pipeline is made with: the denoisers were trained with its noise schedule."""
+        self._first_scheduler = scheduler
+
     def _set_up_images(self, vae: AutoencoderKL | None, id2label: dict[str, str] | None) -> None:
         names = checked_class_names(id2label)
         self.register_to_config(id2label=id2label and {str(index): name for index, name in names.items()})
@@ -103,15 +107,19 @@ class DenoisingMixin(StandalonePipelineMixin):
         self._check_outputs(settings)
 
         # 1. Steps
-        scheduler, keeps_variance = prepare_scheduler(self.scheduler, self.denoisers)
-        set_timesteps(scheduler, self.denoisers, settings.num_inference_steps, settings.timesteps, device)
+        scheduler = with_trained_noise(self.scheduler, self._first_scheduler)
+        scheduler, keeps_variance = prepare_scheduler(scheduler, self.denoisers)
+        kinds = [each.prediction_type for each in denoisers]
+        scheduler = set_timesteps(
+            scheduler, self.denoisers, kinds, settings.num_inference_steps, settings.timesteps, device
+        )
         owners = owners_of_steps(scheduler, intervals)
         for index in sorted(set(range(len(denoisers))) - set(owners)):
             warnings.warn(
                 f"Denoiser {index} has none of the {len(owners)} steps.", stacklevel=4
             )  # the caller of the pipeline
         step_kwargs = step_arguments(scheduler, settings.generator, settings.eta)
-        conversion = Conversion.between([each.prediction_type for each in denoisers], scheduler, device)
+        conversion = Conversion.between(kinds, scheduler, device)
 
         # 2. Inputs of the denoisers
         batch_size, inputs = self._prepare_inputs(settings, denoisers, scheduler.timesteps)

@@ -58,6 +58,7 @@ class ClassConditionalPipeline(DenoisingMixin, DiffusionPipeline):
         super().__init__()
         check_component("transformer", transformer)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, prompt_patch=prompt_patch)
+        self._set_up_noise(scheduler)
         self._set_up_images(vae, id2label)
 
     @classmethod

@@ -26,7 +26,7 @@ from ..saving.mixins import listed
 from ..saving.naming import PACKAGE
 from .denoiser_checks import check_denoisers, untrained_intervals
 from .denoising import DenoisingMixin
-from .scheduling import owners_of_steps, set_timesteps
+from .scheduling import owners_of_steps, set_timesteps, with_trained_noise
 from .settings import DenoiserSettings, GenerationSettings, checked_steps
 
 MAX_DENOISERS = 32
@@ -116,6 +116,7 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
             "guidance_scales": [float(scale) for scale in listed(guidance_scales) or []],
         }
         self.register_to_config(**settings)
+        self._set_up_noise(scheduler)
         self._set_up_images(vae, id2label)
         self.intervals()  # raises if the boundaries do not fit
         check_denoisers(denoisers, **settings)
@@ -218,7 +219,7 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
                 f"Expected as many denoisers as `snr_boundaries` make intervals, {len(boundaries) + 1}, "
                 f"but got {self.num_denoisers}."
             )
-        return NoiseIntervals.from_snr(boundaries, self.scheduler)
+        return NoiseIntervals.from_snr(boundaries, with_trained_noise(self.scheduler, self._first_scheduler))
 
     def steps_per_denoiser(
         self,
@@ -232,8 +233,10 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
         A second-order scheduler calls a denoiser twice for one step.
         """
         num_inference_steps, timesteps = checked_steps(num_inference_steps, timesteps)
-        set_timesteps(self.scheduler, self.denoisers, num_inference_steps, timesteps, "cpu")
-        owners = owners_of_steps(self.scheduler, self.intervals(snr_boundaries))
+        kinds = self.config.prediction_types
+        scheduler = with_trained_noise(self.scheduler, self._first_scheduler)
+        scheduler = set_timesteps(scheduler, self.denoisers, kinds, num_inference_steps, timesteps, "cpu")
+        owners = owners_of_steps(scheduler, self.intervals(snr_boundaries))
         return [owners.count(index) for index in range(self.num_denoisers)]
 
     @torch.no_grad()
