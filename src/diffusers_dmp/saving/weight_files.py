@@ -136,7 +136,7 @@ def check_saved_folder(folder: "str | os.PathLike", components: bool = True) -> 
             read_json(file)
     for file in saved_files(folder, "*.safetensors", components):
         safetensors_header(file)
-    for index in saved_files(folder, "*.safetensors.index*.json", components):
+    for index in saved_files(folder, "*.index*.json", components):
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"Expected {str(index)!r} to have a `weight_map` of files by weight, but got none.")
