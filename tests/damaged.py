@@ -45,7 +45,7 @@ DOCUMENT = conftest.REPOSITORY / "docs" / "reliability.md"
 BEGIN, END = "<!-- damaged inputs: python -m tests.damaged -->", "<!-- end of damaged inputs -->"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 2700000000\n"
 WEB_PAGE = "<!DOCTYPE html>\n<html><head><title>DiT.pt · Hugging Face</title></head><body></body></html>"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS, PICKLED = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
 
 
 @dataclass(frozen=True)
@@ -359,6 +359,43 @@ def folder(what: str, entry: str, name: str, named: str = "") -> Callable:
     return register
 
 
+def pickled_folder(what: str) -> Callable:
+    """A case whose function damages the pickled weights of a model's folder, which is then converted."""
+
+    def register(damage: Callable[[Path], object]) -> Callable:
+        def feed(here: Path) -> None:
+            model = pipeline(here) / "pipeline" / "transformer"
+            torch.save(tensors_in(model / WEIGHTS), model / PICKLED)
+            (model / WEIGHTS).unlink()
+            damage(model / PICKLED)
+            convert(model)
+
+        CASES.append(Damaged(what, "`convert` of a folder", f"output/pipeline/transformer/{PICKLED}", feed))
+        return damage
+
+    return register
+
+
+@pickled_folder("a Git LFS pointer as `.bin`")
+def _(path):
+    path.write_text(LFS)
+
+
+@pickled_folder("a `.bin` that is cut off")
+def _(path):
+    cut(path)
+
+
+@pickled_folder("a `.bin` that runs a program")
+def _(path):
+    torch.save({"model": _RunsSomething()}, path)
+
+
+@pickled_folder("a list as `.bin`")
+def _(path):
+    torch.save([torch.zeros(2)], path)
+
+
 INDEX, CONFIG = "pipeline/model_index.json", "pipeline/transformer/config.json"
 TRANSFORMER = f"pipeline/transformer/{WEIGHTS}"
 
@@ -408,7 +445,7 @@ def _(path):
     path.write_text(LFS)
 
 
-@folder("pickled weights", "`publish`", "pipeline/transformer/diffusion_pytorch_model.bin", "output/pipeline")
+@folder("pickled weights", "`publish`", f"pipeline/transformer/{PICKLED}", "output/pipeline")
 def _(path):
     torch.save({}, path)
 

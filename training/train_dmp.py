@@ -66,7 +66,7 @@ def train_dmp(args: DMPTrainingArguments, publisher: Publisher | None = None) ->
     data = load_training_data(accelerator, args)
     base = load_dit_family(args.pretrained_model_name_or_path)
     check_config(base, args.pretrained_model_name_or_path, data.model_config(args))
-    check_base_schedule(args, base, args.pretrained_model_name_or_path)
+    check_base_schedule(args, base, args.pretrained_model_name_or_path, data.vae)
     objective = make_objective(args, base, in_latents=data.vae is not None)
     expert_intervals = getattr(base, "intervals", None)  # of a Remix-DiT
     if args.method == "full_finetuning":

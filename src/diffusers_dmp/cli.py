@@ -509,11 +509,16 @@ def _convert_folder(system: str, folder: Path, output: Path) -> None:
     """Convert a model's folder with pickled weights into one with safetensors."""
     import diffusers_dmp
 
+    from .conversion import load_original_state_dict
     from .hub.folders import read_folder
+    from .saving.finite import expect_finite_weights
+    from .saving.weight_files import saved_files
 
     contents = read_folder(folder)
     if contents.system != system or contents.is_pipeline or SYSTEMS[system].is_guidance:
         hint = "; convert its components one by one" if contents.is_pipeline else ""
         raise ValueError(f"Expected the folder of a model of {system}, but got that of a {contents.class_name}{hint}.")
+    for file in saved_files(contents.path, "*.bin", components=False):  # Diffusers does not say what is wrong with one
+        expect_finite_weights(load_original_state_dict(file), file)
     model_class = getattr(diffusers_dmp, contents.class_name)
     model_class.from_pretrained(contents.path, use_safetensors=False).save_pretrained(output)

@@ -177,3 +177,15 @@ def test_checkpoints_that_do_not_fit(published):
     other = checkpoints[1] | {"resnet.fc.weight": torch.zeros_like(checkpoints[1]["resnet.fc.weight"])}
     with pytest.raises(ValueError, match="'classifier.1.weight' to be the same for all experts, .* expert 1"):
         convert_checkpoint("ppap", [checkpoints[0], other], {"gamma": RANK})
+
+
+@pytest.mark.parametrize("expert", [0, 1])
+def test_no_part_of_an_experts_lora_is_lost(published, expert):
+    """Where one expert lacks a part, the others' would be left out, too."""
+    checkpoints, _ = published
+    for parts in (["lora_A"], ["lora_B"], ["lora_A", "lora_B"]):
+        broken = [dict(checkpoint) for checkpoint in checkpoints]
+        for part in parts:
+            del broken[expert][f"resnet.layer1.0.conv1.{part}"]
+        with pytest.raises(ValueError, match="lora|LoRA"):
+            convert_checkpoint("ppap", broken, {})

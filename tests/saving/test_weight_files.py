@@ -37,6 +37,15 @@ def test_headers_have_the_shapes(tmp_path):
     assert {name: tuple(tensor["shape"]) for name, tensor in header.items()} == {"a": (2, 3), "b.c": (4,)}
 
 
+@pytest.mark.parametrize("start", [0x80, 0x4B50])
+def test_a_header_whose_length_looks_like_a_pickle_or_an_archive(tmp_path, start):
+    """The length of the header, a multiple of 8, comes first: 0x80… is that of a pickle, 0x4B50 (PK) that of an archive."""
+    path = tmp_path / "x.safetensors"
+    for padding in range(start - 300, start + 300, 8):
+        save_file(TENSORS, path, metadata={"padding": "x" * max(padding, 0)})
+        assert safetensors_header(path).keys() == read_weights(path).keys() == TENSORS.keys()
+
+
 @settings(max_examples=40)
 @given(length=st.integers(0, len(save(TENSORS)) - 1))
 def test_a_safetensors_file_cut_anywhere_is_named(length, tmp_path_factory):

@@ -7,6 +7,7 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import REPOSITORY, TINY_CONFIG, Vectors
 from diffusers import (
+    AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
     EulerDiscreteScheduler,
@@ -146,3 +147,17 @@ def test_a_base_that_diverged_is_refused(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"1 of 4,096 numbers in 'transformer_blocks.1.ff.net.2.weight' are NaN"):
         load_dit_family(str(tmp_path))
+
+
+def test_the_latents_are_those_of_the_bases_vae(tmp_path):
+    def vae(**config) -> AutoencoderKL:
+        return AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, **config)
+
+    model = DiTModel(**DIT | {"in_channels": 4, "out_channels": 8})
+    folder = save(tmp_path, DDPMScheduler(), model, vae=vae())
+    for name in (folder, f"{folder}/transformer"):
+        check_base_schedule(arguments(), model, name, vae())
+        with pytest.raises(
+            ValueError, match="`scaling_factor` 0.13025 for a base of 0.18215. Give the base's own VAE as --vae"
+        ):
+            check_base_schedule(arguments(), model, name, vae(scaling_factor=0.13025))

@@ -84,6 +84,7 @@ def convert_ppap(state_dicts: "Sequence[Weights]", config: dict[str, Any]) -> Gu
     """
     is_deit = any(".attn.qkv." in key for key in state_dicts[0])
     published = [_read_deit(each) if is_deit else _read_resnet(each) for each in state_dicts]
+    _check_lora(state_dicts, published)
     scale = _DEIT_SCALE if is_deit else config.pop("lora_alpha", 8) / config.pop("gamma", 16)
     network = _make_network(published[0].weights, is_deit)
     base_model_folder = config.pop("base_model_folder", None)
@@ -107,6 +108,20 @@ def convert_ppap(state_dicts: "Sequence[Weights]", config: dict[str, Any]) -> Gu
     )
     _load_published(experts, published)
     return experts
+
+
+def _check_lora(state_dicts: "Sequence[Weights]", published: list[_PublishedExpert]) -> None:
+    """Refuse half a LoRA, and a layer that is adapted by some experts alone."""
+    for state_dict in state_dicts:
+        for name in state_dict:
+            if name.endswith(".lora_B") and name.removesuffix("B") + "A" not in state_dict:
+                raise ValueError(f"Expected `state_dict` to hold {name.removesuffix('B') + 'A'!r}, but it is missing.")
+    for index, each in enumerate(published):
+        for name in sorted(each.lora.keys() ^ published[0].lora.keys()):
+            raise ValueError(
+                f"Expected all experts to have LoRA in the same layers, but got it in {name!r} of only one of the experts 0 "
+                f"and {index}."
+            )
 
 
 def _make_network(weights: Weights, is_deit: bool) -> PreTrainedModel:

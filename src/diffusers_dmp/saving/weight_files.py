@@ -83,11 +83,11 @@ def safetensors_header(path: "str | os.PathLike") -> dict[str, dict[str, Any]]:
     kind = "a safetensors file"
     beginning = beginning_of(path, kind)
     wanted = f"Expected {str(path)!r} to be {kind}, but"
-    if beginning.startswith((b"PK", b"\x80")):
-        raise ValueError(f"{wanted} got pickled weights; `diffusers-dmp convert` makes safetensors of them.")
     expect_binary(beginning, path, kind)
     size, length = os.path.getsize(path), int.from_bytes(beginning[:8], "little")
     if len(beginning) > 8 and not _begins_as_safetensors(beginning):
+        if beginning.startswith((b"PK", b"\x80")):  # which the length of a header can begin with, too
+            raise ValueError(f"{wanted} got pickled weights; `diffusers-dmp convert` makes safetensors of them.")
         raise ValueError(f"{wanted} got another kind of file; {_AGAIN}.")
     if 8 + length > size:
         raise ValueError(f"{wanted} it ends after {size:,} bytes, within its header; {_AGAIN}.")
@@ -136,7 +136,7 @@ def check_saved_folder(folder: "str | os.PathLike", components: bool = True) -> 
             read_json(file)
     for file in saved_files(folder, "*.safetensors", components):
         safetensors_header(file)
-    for index in saved_files(folder, "*.safetensors.index*.json", components):
+    for index in saved_files(folder, "*.index*.json", components):
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"Expected {str(index)!r} to have a `weight_map` of files by weight, but got none.")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 
@@ -20,14 +20,16 @@ from ..saving.reading import read_json
 from .arguments import TrainingArguments
 from .objectives.from_arguments import make_scheduler
 
-SCHEDULER_FOLDER, MODEL_CONFIG = "scheduler", "config.json"
+SCHEDULER_FOLDER, VAE_FOLDER, MODEL_CONFIG = "scheduler", "vae", "config.json"
 # of the original DiT (https://github.com/facebookresearch/DiT), whose files hold weights alone
 PUBLISHED_SCHEDULE = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 
 logger = logging.getLogger(__name__)
 
 
-def check_base_schedule(args: TrainingArguments, base: nn.Module, name_or_path: str) -> None:
+def check_base_schedule(
+    args: TrainingArguments, base: nn.Module, name_or_path: str, vae: AutoencoderKL | None = None
+) -> None:
     """
     Check that the arguments ask for the prediction type and the noise schedule that a base was trained with.
 
@@ -38,6 +40,7 @@ def check_base_schedule(args: TrainingArguments, base: nn.Module, name_or_path: 
         args ([`TrainingArguments`]): For the noise schedule, the prediction type and the variance.
         base (`nn.Module`): The base; its configuration may have a `prediction_type` of its own.
         name_or_path (`str`): Where it was loaded from.
+        vae ([`AutoencoderKL`], *optional*): The VAE of the training, which is compared with that in the base's pipeline.
 
     Raises:
         ValueError: if they differ; all differences are listed, and the arguments that match.
@@ -54,10 +57,14 @@ def check_base_schedule(args: TrainingArguments, base: nn.Module, name_or_path: 
         )
         return
     differences = list(_differences(args, base, scheduler))
-    if differences:
+    advice = [_matching(args, base, scheduler)] if differences else []
+    other_vae = [] if vae is None else list(_vae_differences(vae, name_or_path))
+    if other_vae:
+        advice.append("Give the base's own VAE as --vae")
+    if advice:
         raise ValueError(
-            f"Expected the training to continue as {name_or_path!r} was trained, but got {'; '.join(differences)}. "
-            f"{_matching(args, base, scheduler)}."
+            f"Expected the training to continue as {name_or_path!r} was trained, but got "
+            f"{'; '.join(differences + other_vae)}. {'. '.join(advice)}."
         )
 
 
@@ -70,10 +77,8 @@ def base_scheduler(name_or_path: str) -> SchedulerMixin | None:
     """
     if os.path.isfile(name_or_path):
         return DDPMScheduler(**PUBLISHED_SCHEDULE, variance_type="learned_range")
-    pipeline: str | Path = name_or_path
-    if os.path.isdir(name_or_path):
-        folder = Path(name_or_path).resolve()
-        pipeline = folder.parent if (folder / MODEL_CONFIG).is_file() else folder
+    pipeline = _pipeline_of(name_or_path)
+    if isinstance(pipeline, Path):
         config = pipeline / SCHEDULER_FOLDER / SchedulerMixin.config_name
         class_name = read_json(config).get("_class_name") if config.is_file() else None
     else:
@@ -86,6 +91,14 @@ def base_scheduler(name_or_path: str) -> SchedulerMixin | None:
     if scheduler_class is None:
         return None
     return scheduler_class.from_pretrained(pipeline, subfolder=SCHEDULER_FOLDER)
+
+
+def _pipeline_of(name_or_path: str) -> "Path | str":
+    """The folder or Hub id of the pipeline that a model belongs to; a model's folder lies in its pipeline's."""
+    if not os.path.isdir(name_or_path):
+        return name_or_path
+    folder = Path(name_or_path).resolve()
+    return folder.parent if (folder / MODEL_CONFIG).is_file() else folder
 
 
 def _differences(args: TrainingArguments, base: nn.Module, scheduler: SchedulerMixin) -> Iterator[str]:
@@ -110,6 +123,20 @@ def _differences(args: TrainingArguments, base: nn.Module, scheduler: SchedulerM
             f"`beta_schedule` {args.beta_schedule!r} for a base of {scheduler.config.get('beta_schedule')!r} (ᾱ at timestep {t} "
             f"is {alphas[t]:.3g}, not {others[t]:.3g})"
         )
+
+
+def _vae_differences(vae: AutoencoderKL, name_or_path: str) -> Iterator[str]:
+    """Say in words how the latents of a VAE differ from those that a base was trained on, if its pipeline has a VAE."""
+    if os.path.isfile(name_or_path):  # an original file
+        return
+    try:
+        trained = AutoencoderKL.load_config(_pipeline_of(name_or_path), subfolder=VAE_FOLDER)
+    except OSError:  # a base without a VAE
+        return
+    for name, default in (("scaling_factor", 0.18215), ("shift_factor", None), ("latent_channels", 4)):
+        given, of_base = vae.config.get(name, default), trained.get(name, default)
+        if given != of_base:
+            yield f"a `vae` with the `{name}` {given} for a base of {of_base}"
 
 
 def _matching(args: TrainingArguments, base: nn.Module, scheduler: SchedulerMixin) -> str:

@@ -51,7 +51,7 @@ def train_dit(
         sizes = {} if args.preset is None else model_class.preset_config(args.preset)
         own = model_arguments(model_class, args, without=DiTTrainingArguments)
         model = load_pretrained(model_class, args.pretrained_model_name_or_path, own | config | sizes)
-        check_base_schedule(args, model, args.pretrained_model_name_or_path)
+        check_base_schedule(args, model, args.pretrained_model_name_or_path, data.vae)
     objective = make_objective(args, model, in_latents=data.vae is not None)
     train(accelerator, args, model, objective, data, make_recipe(model), publisher)
     accelerator.end_training()
