@@ -88,7 +88,7 @@ def test_the_end_of_the_launcher_is_a_signal(monkeypatch):
 
 @pytest.mark.slow
 def test_processes_end_together(digits, tmp_path):
-    """Two processes under `accelerate launch`, of which one is told to end."""
+    """Two processes under `accelerate launch`, of which one is told to end, with the processes that read its images."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
     command += ["--num_processes", "2", "--num_cpu_threads_per_process", "1", "--mixed_precision", "no"]
     command += ["--dynamo_backend", "no", str(REPOSITORY / "training" / "train_dit.py")]
@@ -102,7 +102,10 @@ def test_processes_end_together(digits, tmp_path):
         time.sleep(0.05)
     trainings = [child for child in process.children() if "train_dit.py" in " ".join(child.cmdline())]
     assert len(trainings) == 2
-    trainings[1].send_signal(signal.SIGTERM)
+    readers = trainings[1].children(recursive=True)  # whose images the present step may need
+    assert readers
+    for told in [*readers, trainings[1]]:
+        told.send_signal(signal.SIGTERM)
     process.wait(120)
     text = (tmp_path / "log").read_text()
     step = int(re.search(r"Ended by SIGTERM after step (\d+)", text).group(1))

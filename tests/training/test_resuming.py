@@ -18,7 +18,13 @@ from diffusers_dmp import DiTModel, DTRTransformer2DModel
 from diffusers_dmp.training import run as training_run
 from diffusers_dmp.training.arguments import DiTTrainingArguments
 from diffusers_dmp.training.checkpoints import RECORD_NAME, checkpoints, expect_readable, latest_checkpoint
-from diffusers_dmp.training.resuming import MAY_CHANGE, differing_arguments, may_change, resolved_arguments
+from diffusers_dmp.training.resuming import (
+    MAY_CHANGE,
+    differing_arguments,
+    expect_same_run,
+    may_change,
+    resolved_arguments,
+)
 
 ARGUMENTS = {"lr_scheduler": "cosine", "ema_decay": 0.9, "weight_decay": 0.1}
 
@@ -109,11 +115,14 @@ def test_every_difference_is_listed(copy, digits, tmp_path):
     file.rename(file.with_name(f"other_{file.name}"))
     with pytest.raises(ValueError, match="other ones: image files: '.*' → '.*'. To train"):
         resume(others, copy)
+    record = {"arguments": {}, "identity": {}, "loss_scaling": True}
+    with pytest.raises(ValueError, match="mixed_precision: without loss scaling → fp16"):
+        expect_same_run(copy / "checkpoint-4", record, DiTTrainingArguments())
     with pytest.raises(ValueError, match="model: 'DiTModel' → 'DTRTransformer2DModel'"):
         resume(digits, copy, DTRTransformer2DModel)
 
 
-def test_an_older_checkpoint_is_compared_with_its_runs_arguments(copy, digits, tmp_path):
+def test_an_older_checkpoint_is_compared_with_its_runs_arguments(copy, digits, tmp_path, caplog):
     for checkpoint in checkpoints(copy):
         (checkpoint / RECORD_NAME).unlink()
     with pytest.raises(ValueError, match="seed: 0 → 1"):
@@ -121,7 +130,9 @@ def test_an_older_checkpoint_is_compared_with_its_runs_arguments(copy, digits, t
     moved = shutil.copytree(digits, tmp_path / "moved")  # nothing says that its contents are the same
     with pytest.raises(ValueError, match="dataset: .*digits.* → .*moved"):
         resume(moved, copy)
-    resume(digits, copy, learning_rate=1e-4)
+    with caplog.at_level(logging.WARNING):
+        resume(digits, copy, learning_rate=1e-4)
+    assert "images and classes: they are not compared" in caplog.text
 
 
 @pytest.mark.parametrize("script", ["dtr", "remix", "dmp", "patch_diffusion", "ppap"])

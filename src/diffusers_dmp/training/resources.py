@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from ..saving.whole import remove, unfinished_path
 from .arguments import SharedTrainingArguments
 
-GIGABYTE = 1e9
+MEGABYTE, GIGABYTE = 1e6, 1e9
 # torch.OutOfMemoryError is the accelerators'; the CPU's allocator raises a RuntimeError with these words
 CPU_OUT_OF_MEMORY = "can't allocate memory"
 
@@ -48,9 +48,14 @@ def check_output_dir(output_dir: "str | os.PathLike", needed: int) -> None:
     free = shutil.disk_usage(output_dir).free
     if free < needed:
         raise ValueError(
-            f"Expected `output_dir` to have room for one checkpoint and the pipeline, about {needed / GIGABYTE:.1f} GB, "
-            f"but got {free / GIGABYTE:.1f} GB of free space in {str(output_dir)!r}."
+            f"Expected `output_dir` to have room for one checkpoint and the pipeline, about {in_words(needed)}, "
+            f"but got {in_words(free)} of free space in {str(output_dir)!r}."
         )
+
+
+def in_words(size: float) -> str:
+    """A number of bytes as people read it."""
+    return f"{size / GIGABYTE:.1f} GB" if size >= GIGABYTE else f"{size / MEGABYTE:.1f} MB"
 
 
 @contextmanager
@@ -71,9 +76,10 @@ def explained_disk_errors(path: Path) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors raise the last two
         remove(unfinished_path(path))
         free = shutil.disk_usage(path.parent).free
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise OSError(
-            f"Could not write {path} ({free / GIGABYTE:.1f} GB are free there): {str(error).splitlines()[0]}. Everything earlier is as it was; "
-            "with enough space, the same command with `--resume_from_checkpoint latest` goes on from the last checkpoint."
+            f"Could not write {path} ({in_words(free)} are free there without it): {reason}. Everything earlier is as it "
+            "was; with enough space, the same command with `--resume_from_checkpoint latest` goes on from the last checkpoint."
         ) from error
 
 
@@ -108,7 +114,7 @@ def _device_memory(device: torch.device) -> str:
     total = torch.cuda.get_device_properties(device).total_memory
     used = torch.cuda.max_memory_allocated(device)
     name = torch.cuda.get_device_name(device)
-    return f"{name} ({total / GIGABYTE:.0f} GB, of which this training had {used / GIGABYTE:.0f} GB)"
+    return f"{name} ({in_words(total)}, of which this training had {in_words(used)})"
 
 
 def _remedies(accelerator: Accelerator, args: SharedTrainingArguments, micro_batch: int) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.compute
 import torch
 import yaml
+from accelerate.utils.constants import SCALER_NAME
 from diffusers import AutoencoderKL
 from torch import nn
 
@@ -130,10 +131,14 @@ def expect_same_run(checkpoint: Path, record: dict[str, Any], args: SharedTraini
     if "identity" in recorded:
         found += differences(recorded["identity"], record["identity"])
     else:
+        logger.warning(
+            "%s is of an older version, which did not record its images and classes: they are not compared.",
+            checkpoint,
+        )
         found += differences(
             *({name: values.get(name) for name in CONTENTS} for values in (arguments, record["arguments"]))
         )
-    if record["loss_scaling"] and not recorded.get("loss_scaling", True):
+    if record["loss_scaling"] and not (checkpoint / SCALER_NAME).is_file():
         found.append("mixed_precision: without loss scaling → fp16")
     if found:
         raise ValueError(
