@@ -197,6 +197,7 @@ def test_a_tree_of_splits(tmp_path, words):
     assert len(load_images(str(tmp_path), split="test")) == 4
     assert len(load_images(str(tmp_path), split="val")) == len(load_images(str(tmp_path), split="validation")) == 3
     assert len(load_images(str(tmp_path), split="train+test")) == 6
+    assert len(load_images(str(tmp_path), split="val[:1]+train")) == 3
     assert len(load_images(str(tmp_path), split="all")) == 9
     assert len(load_images(str(tmp_path), split="test[:50%]")) == 2
     with pytest.raises(ValueError, match="to be one of .*, but got 'nowhere'"):

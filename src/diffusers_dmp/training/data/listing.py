@@ -166,8 +166,8 @@ def choose_rows(split: str, sizes: dict[str, int], source: str) -> list[tuple[st
     Raises:
         ValueError: if there is no such split.
     """
-    name, bracket, rest = split.partition("[")
-    split = "+".join(sizes) if split == "all" else (split_of(name) or name) + bracket + rest
+    parts = [part.partition("[") for part in (list(sizes) if split == "all" else split.split("+"))]
+    split = "+".join((split_of(name.strip()) or name) + bracket + rest for name, bracket, rest in parts)
     try:
         chosen = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
     except (ValueError, AssertionError) as error:

@@ -24,7 +24,6 @@ MAX_THREADS = 16
 LISTED = 10  # unreadable images that an error lists
 POLICY = 1  # to be raised when `decoding` refuses what it did not before
 
-
 logger = logging.getLogger(__name__)
 
 
