@@ -37,6 +37,8 @@ def test_synonyms():
 def test_unknown_names():
     with pytest.raises(ValueError, match="`class_labels` to be indices, as there are no names.*'3'"):
         find_class("3", None)
+    with pytest.raises(ValueError, match=r"among \['cat'\], but got '0'\. An index is an `int`"):
+        find_class("0", {0: "cat"})
     with pytest.raises(ValueError, match=r"among the 1000 classes, such as \['name 777', .*\], but got 'nome 777'"):
         find_class("nome 777", {index: f"name {index}" for index in range(1000)})
 

@@ -171,6 +171,8 @@ def test_a_model_that_peft_has_wrapped_is_refused(tmp_path):
         ClassConditionalPipeline(wrapped, DDIMScheduler())
     with pytest.raises(ValueError, match=r"`denoiser_0` to be a model, but got a PeftModel"):
         SNRSplitPipeline([wrapped], DDIMScheduler())
+    with pytest.raises(ValueError, match=r"`transformer` to be a model, but got a PeftModel"):
+        PromptPatch.for_transformer(model).attach(wrapped)
     pipeline.transformer = wrapped
     with pytest.raises(ValueError, match=r"`transformer` to be a model, but got a PeftModel"):
         pipeline.save_pretrained(tmp_path)

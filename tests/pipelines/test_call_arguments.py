@@ -87,6 +87,12 @@ def test_images_per_label(pipeline, split):
         ({"class_labels": [True]}, "integers or names"),
         ({"class_labels": [[0, 1]]}, "integers or names"),
         ({"class_labels": 11}, r"in \[0, 10\], but got \[11\]\. The index 10 is the null class"),
+        (
+            {"class_labels": [0, 1], "generator": tuple(generators(3))},
+            "`generator` to be one or a list of 2, but got 3",
+        ),
+        ({"height": 8.0}, "`height` to be an integer of at least 1, but got 8.0"),
+        ({"width": 0}, "`width` to be an integer of at least 1, but got 0"),
         *(({"batch_size": value}, "`batch_size` to be an integer of at least 1") for value in (0, -1, 1.0, True, "2")),
         *(
             ({"num_inference_steps": value}, "`num_inference_steps` to be an integer of at least 1")

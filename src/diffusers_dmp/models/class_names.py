@@ -66,10 +66,13 @@ def find_class(name: str, id2label: Mapping[Any, Any] | None, argument: str = "c
     if not names:
         raise ValueError(f"Expected `{argument}` to be indices, as there are no names (`id2label`), but got {name!r}.")
     known = [synonym.strip() for each in names.values() for synonym in each.split(",")]
+    hint = " An index is an `int`, without quotes." if name.isdecimal() else ""
     if len(known) <= MAX_LISTED:
-        raise ValueError(f"Expected `{argument}` to be among {known}, but got {name!r}.")
+        raise ValueError(f"Expected `{argument}` to be among {known}, but got {name!r}.{hint}")
     close = difflib.get_close_matches(name, known, n=5) or known[:5]
-    raise ValueError(f"Expected `{argument}` to be among the {len(names)} classes, such as {close}, but got {name!r}.")
+    raise ValueError(
+        f"Expected `{argument}` to be among the {len(names)} classes, such as {close}, but got {name!r}.{hint}"
+    )
 
 
 def label_list(labels: Any, argument: str = "class_labels") -> list[int | str]:

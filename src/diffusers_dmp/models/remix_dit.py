@@ -5,8 +5,6 @@ Legend: B batch, K bases, E experts (the paper's N), G experts at work in a batc
 """
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +15,13 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from ..intervals import NoiseIntervals, group_by_expert
-from ..saving.adapters import has_adapters
 from ..saving.naming import PACKAGE
 from .caching import TensorSnapshot
 from .configuration import extends_arguments
 from .dit.configuration import DIT_PRESETS
 from .dit.model import DiTModel
 from .inputs import checked_timestep
+from .remix_adapters import RemixAdaptersMixin
 from .remix_conversion import RemixConversionMixin
 from .remix_layers import BasisLinear, RemixBlock
 
@@ -45,7 +43,7 @@ class RemixDiTModelOutput(BaseOutput):
     prior_loss: torch.Tensor | None = None
 
 
-class RemixDiTModel(RemixConversionMixin):
+class RemixDiTModel(RemixAdaptersMixin, RemixConversionMixin):
     """
     Remix-DiT (https://arxiv.org/abs/2412.05628): every expert owns an interval of timesteps and mixes K bases.
 
@@ -192,44 +190,6 @@ class RemixDiTModel(RemixConversionMixin):
         for linear in self.basis_linears:
             linear.unfuse()
         self._fused_expert = self._fused_from = None
-
-    def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
-        """
-        Add an adapter to layers that the experts share; see [`PeftAdapterMixin.add_adapter`].
-
-        Raises:
-            ValueError: if it is to adapt a layer that is a mixture of bases.
-        """
-        with self._refusing_adapted_bases(adapter_name):
-            super().add_adapter(adapter_config, adapter_name)
-
-    def load_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """
-        Load a LoRA of layers that the experts share; see [`PeftAdapterMixin.load_lora_adapter`].
-
-        Raises:
-            ValueError: if it adapts a layer that is a mixture of bases, as the LoRA of a plain DiT does.
-        """
-        with self._refusing_adapted_bases(kwargs.get("adapter_name")):
-            super().load_lora_adapter(*args, **kwargs)
-
-    @contextmanager
-    def _refusing_adapted_bases(self, adapter_name: str | None) -> Iterator[None]:
-        had_adapters = has_adapters(self)
-        try:
-            yield
-        except ValueError as error:
-            if BasisLinear.__name__ not in str(error):
-                raise
-            # PEFT puts adapters in one layer after the other, and stops at the first that it does not know
-            if not had_adapters:
-                self.unload_lora()
-            elif adapter_name is not None:
-                self.delete_adapters(adapter_name)
-            raise ValueError(
-                "Expected an adapter of layers that the experts of a Remix-DiT share, such as 'norm1.linear', but got one of the "
-                "blocks' other linear layers, which are mixtures. `bake_expert(i)` makes a plain DiT, which takes it."
-            ) from error
 
     def forward(
         self,

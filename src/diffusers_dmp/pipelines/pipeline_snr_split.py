@@ -68,7 +68,8 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
         denoisers_by_name ([`ModelMixin`]): `denoiser_0`, `denoiser_1`, … instead of `denoisers`, as they are saved.
 
     Raises:
-        ValueError: if the numbers of denoisers and intervals differ, boundaries are not positive or do not descend, a
+        ValueError: if there is no scheduler, `denoisers` are given in both ways, or one is wrapped by PEFT; the numbers of
+            denoisers and intervals differ, boundaries are not positive or do not descend, a
             denoiser was trained for another interval or prediction type, or the denoisers' channels, sizes or classes
             differ.
     """

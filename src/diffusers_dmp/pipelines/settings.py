@@ -17,7 +17,7 @@ class GenerationSettings:
     The arguments of a pipeline's call that all denoisers share; see [`ClassConditionalPipeline.__call__`].
 
     Raises:
-        ValueError: if a number of images or steps is no integer from 1, or the timesteps do not descend.
+        ValueError: if a number of images, steps or pixels is no integer from 1, or the timesteps do not descend.
     """
 
     class_labels: Any
@@ -41,6 +41,9 @@ class GenerationSettings:
         if self.batch_size is not None:
             self.batch_size = checked_count("batch_size", self.batch_size)
         self.num_images_per_label = checked_count("num_images_per_label", self.num_images_per_label)
+        self.height = self.height if self.height is None else checked_count("height", self.height)
+        self.width = self.width if self.width is None else checked_count("width", self.width)
+        self.generator = list(self.generator) if isinstance(self.generator, tuple) else self.generator
         self.num_inference_steps, self.timesteps = checked_steps(self.num_inference_steps, self.timesteps)
 
 

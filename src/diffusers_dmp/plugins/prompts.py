@@ -11,6 +11,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
+from ..saving.adapters import check_component
 from ..saving.mixins import StandaloneModelMixin
 from ..saving.naming import PACKAGE
 from .attachment import Attachment, patch_of
@@ -134,14 +135,15 @@ class PromptPatch(StandaloneModelMixin, ModelMixin, ConfigMixin):
 
         Raises:
             ValueError: if the transformer's class is not registered, its width, blocks or tokens do not fit the prompts,
-                the prompts are to be prepended and it cannot take extra tokens, it already has prompts, or these are
-                already attached.
+                the prompts are to be prepended and it cannot take extra tokens, it already has prompts or is wrapped by PEFT, or
+                these are already attached.
         """
         if self._attachment is not None:
             raise ValueError(
                 f"Expected the prompts to be attached to nothing, but got some on a {type(self.transformer).__name__}; "
                 "`detach()` them first."
             )
+        check_component("transformer", transformer)
         self._attachment = Attachment(self, unwrap_module(transformer))
         return self
 
