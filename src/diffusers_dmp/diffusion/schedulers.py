@@ -55,7 +55,9 @@ def without_pure_noise(scheduler: SchedulerMixin) -> SchedulerMixin:
     if scheduler_setting(scheduler, "rescale_betas_zero_snr") is not None:
         settings["rescale_betas_zero_snr"] = False  # these betas are rescaled already
     shorter = type(scheduler).from_config(scheduler.config, **settings)
-    shorter.register_to_config(model_train_timesteps=scheduler.config.num_train_timesteps)  # see `check_train_timesteps`
+    shorter.register_to_config(
+        model_train_timesteps=scheduler.config.num_train_timesteps
+    )  # see `check_train_timesteps`
     return shorter
 
 
@@ -87,9 +89,7 @@ def with_noise_schedule(scheduler: SchedulerMixin, trained: SchedulerMixin) -> S
     others = {name: value for name, value in chosen.items() if value not in (None, trained.config.get(name))}
     if others:
         name = type(scheduler).__name__
-        got, right = (
-            ", ".join(f"{key}={each.config.get(key)!r}" for key in others) for each in (scheduler, trained)
-        )
+        got, right = (", ".join(f"{key}={each.config.get(key)!r}" for key in others) for each in (scheduler, trained))
         raise ValueError(
             f"Expected `scheduler` to have the noise schedule that the pipeline was made with, but got a {name} with "
             f"{got:.200}; `{name}.from_config(pipeline.scheduler.config, {right:.200})` works."

@@ -97,7 +97,9 @@ def check_scheduler(scheduler: SchedulerMixin, prediction_types: list[str]) -> N
     name = type(scheduler).__name__
     step, begin = (getattr(scheduler, method, None) for method in ("step", "set_timesteps"))
     if step is None or begin is None:
-        raise ValueError(f"Expected `scheduler` to be one that steps from noise to images, but got a {name}, which has no `step`.")
+        raise ValueError(
+            f"Expected `scheduler` to be one that steps from noise to images, but got a {name}, which has no `step`."
+        )
     inputs = inspect.signature(step).parameters
     needed = {key for key, parameter in inputs.items() if parameter.default is parameter.empty} - _STEP_INPUTS
     needed |= _NEEDED & (inputs.keys() | inspect.signature(begin).parameters.keys())
@@ -107,7 +109,9 @@ def check_scheduler(scheduler: SchedulerMixin, prediction_types: list[str]) -> N
             f"{', '.join(sorted(needed))}."
         )
     flow = is_flow_matching(scheduler)
-    if not flow and (not hasattr(scheduler, "alphas_cumprod") or scheduler_setting(scheduler, "snr_shift_scale") is not None):
+    if not flow and (
+        not hasattr(scheduler, "alphas_cumprod") or scheduler_setting(scheduler, "snr_shift_scale") is not None
+    ):
         raise ValueError(
             f"Expected `scheduler` to have the noise levels that the denoisers were trained with, but got a {name}, which "
             "has noise levels of its own; `DDIMScheduler.from_config(pipeline.scheduler.config)` works."
@@ -115,7 +119,11 @@ def check_scheduler(scheduler: SchedulerMixin, prediction_types: list[str]) -> N
     for prediction_type in prediction_types:
         if flow != (prediction_type == "flow_prediction"):
             kind = "a flow-matching" if not flow else "another than a flow-matching"
-            works = "FlowMatchEulerDiscreteScheduler()" if not flow else "DDIMScheduler.from_config(pipeline.scheduler.config)"
+            works = (
+                "FlowMatchEulerDiscreteScheduler()"
+                if not flow
+                else "DDIMScheduler.from_config(pipeline.scheduler.config)"
+            )
             raise ValueError(
                 f"Expected `scheduler` to be {kind} one for a denoiser that predicts {prediction_type!r}, but got a {name} "
                 f"with other noise levels; `{works}` works."
@@ -215,7 +223,9 @@ def _begins_too_early(scheduler: SchedulerMixin, prediction_types: list[str]) ->
         return False
     # x̂0 = (x_t - σ·ε) / α magnifies what is wrong with ε by σ/α
     predicts_noise = "epsilon" in (*prediction_types, expected_prediction_type(scheduler))
-    return type(scheduler).__name__ in _NEEDS_SIGNAL or scheduler.order > 1 or (predicts_noise and not clips(scheduler))
+    return (
+        type(scheduler).__name__ in _NEEDS_SIGNAL or scheduler.order > 1 or (predicts_noise and not clips(scheduler))
+    )
 
 
 def step_arguments(
