@@ -1,7 +1,8 @@
 """Denoisers whose right answer is known: every pixel of the data is normally distributed, so that E[x0 | x_t] is a formula.
 
 What a scheduler generates with them must have the data's mean and spread. `measure` says in words what each of Diffusers'
-schedulers makes of them; `python tests/pipelines/exact_denoisers.py` writes these words into docs/schedulers.md.
+schedulers makes of them. `PYTHONPATH=tests python tests/pipelines/exact_denoisers.py` writes these words into
+docs/schedulers.md.
 """
 
 import importlib
@@ -16,8 +17,9 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from networks import linear_experts
 
-from diffusers_dmp import ClassConditionalPipeline
+from diffusers_dmp import ClassConditionalPipeline, ClassTarget, GuidedScheduler
 from diffusers_dmp.diffusion.noise import alpha_sigma
 from diffusers_dmp.diffusion.predictions import convert_prediction
 
@@ -32,7 +34,7 @@ REASONS = {  # part of a message: the words of the table
     "has no `step`": "has no `step`",
     "noise levels of its own": "other noise levels",
     "goes back": "from images to noise",
-    "flow-matching": "flow matching only",
+    "flow-matching": "another process",
 }
 DISTILLED = ("LCMScheduler", "FlowMatchLCMScheduler")
 
@@ -62,7 +64,7 @@ class ExactDenoiser(ModelMixin, ConfigMixin):
         alphas, sigmas = alpha_sigma(scheduler.alphas_cumprod.double())
         self.angles = torch.atan2(sigmas, alphas)
         self.mean = torch.full((1, in_channels, sample_size, sample_size), 0.5)
-        self.mean[..., sample_size // 2 :] = -0.3
+        self.mean[..., sample_size // 2 :] = -0.3  # the left half is brighter
         self.error = error * torch.randn(self.mean.shape, generator=torch.Generator().manual_seed(0))
         self.calls: list[float] = []
 
@@ -141,6 +143,23 @@ def measure(scheduler_class: type, denoiser: ExactDenoiser, **settings) -> str:
     return f"wrong: {wrong}" if wrong else "right"
 
 
+def measure_guided(scheduler_class: type, denoiser: ExactDenoiser, **settings) -> str:
+    """Say what guidance by a linear classifier does: 'right' if it makes images brighter, and at scale 0 nothing."""
+    pipeline = pipeline_of(denoiser)
+    if scheduler_class.__name__ == "DPMSolverSDEScheduler":
+        settings["noise_sampler_seed"] = 0  # it takes no generator
+    pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config, **settings)
+    without = generate(pipeline)
+    brightness = torch.zeros(5, without[0].numel())
+    brightness[0] = 0.05  # the logit of class 0 is the mean brightness, the other four are 0
+    pipeline.scheduler = GuidedScheduler(pipeline.scheduler, linear_experts(brightness), ClassTarget(0), scale=0.0)
+    if not torch.allclose(generate(pipeline), without, atol=1e-3, rtol=1e-3):
+        return "wrong: other samples at scale 0"
+    pipeline.scheduler.scale = 5.0
+    brighter = (generate(pipeline) - without).mean().item()
+    return "right" if 0.005 < brighter < 0.5 else f"wrong: brighter by {brighter:.3f}"
+
+
 def scheduler_classes() -> dict[str, type]:
     """All schedulers of Diffusers that can be imported here, by name."""
     found = {}
@@ -157,7 +176,7 @@ def scheduler_classes() -> dict[str, type]:
 
 
 def row(name: str, scheduler_class: type) -> str:
-    """The words of the table about a scheduler: for ε with a linear and a cosine schedule, and for flow velocities."""
+    """A row of the table: for ε with a linear and a cosine schedule, for flow velocities, and under guidance."""
     distilled = name in DISTILLED
     words = [
         measure(scheduler_class, ExactDenoiser(beta_schedule, distilled=distilled))
@@ -172,6 +191,10 @@ def row(name: str, scheduler_class: type) -> str:
     words.append(
         measure(scheduler_class, ExactDenoiser(prediction_type="flow_prediction", distilled=distilled), **flow)
     )
+    is_right = "right" in words[:2]
+    words.append(
+        measure_guided(scheduler_class, ExactDenoiser("squaredcos_cap_v2", distilled=distilled)) if is_right else "–"
+    )
     if distilled:
         words = [each.replace("right", "right if distilled") for each in words]
     return f"| `{name}` | {' | '.join(words)} |"
@@ -181,7 +204,7 @@ def main() -> None:
     """Write the table of docs/schedulers.md anew."""
     rows = [row(name, scheduler_class) for name, scheduler_class in scheduler_classes().items()]
     before = TABLE.read_text().split("| --- ")[0]
-    TABLE.write_text(f"{before}| --- | --- | --- | --- |\n" + "\n".join(rows) + "\n")
+    TABLE.write_text(f"{before}| --- | --- | --- | --- | --- |\n" + "\n".join(rows) + "\n")
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def test_samples_what_the_baked_experts_would(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scheduler_class", SCHEDULERS)
+@pytest.mark.parametrize("scheduler_class", [each for each in SCHEDULERS if "FlowMatch" not in each.__name__])
 def test_any_scheduler(pipeline, scheduler_class, dtype):
     # from the configuration of the saved one, with its learned variance, as users change schedulers
     pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
@@ -424,7 +424,7 @@ def test_refuses_bad_input(pipeline, arguments, message):
 
 def test_refuses_a_scheduler_that_does_not_fit(pipeline):
     pipeline.scheduler = DDIMScheduler(num_train_timesteps=500)
-    with pytest.raises(ValueError, match="num_train_timesteps.*1000.*DDIMScheduler with 500"):
+    with pytest.raises(ValueError, match="DDIMScheduler with num_train_timesteps=500"):
         pipeline([0])
     without_variance = randomised(DiTModel(**TINY_CONFIG | {"out_channels": 4}))
     with pytest.raises(ValueError, match="variance_type.*4 input and 4 output channels"):

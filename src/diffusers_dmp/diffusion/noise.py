@@ -6,6 +6,7 @@ x_t = α·x0 + σ·ε, with α² + σ² = 1 for DDPM (https://arxiv.org/abs/2006
 Legend: B batch.
 """
 
+import functools
 import inspect
 from typing import Any
 
@@ -84,7 +85,13 @@ def scheduler_setting(scheduler: SchedulerMixin, name: str) -> Any:
     """
     # a guided scheduler is made with other arguments than the class that it guides
     scheduler_class = getattr(scheduler, "unguided_class", None) or type(scheduler)
-    return scheduler.config.get(name) if name in inspect.signature(scheduler_class.__init__).parameters else None
+    return scheduler.config.get(name) if name in _settings(scheduler_class) else None
+
+
+@functools.cache
+def _settings(scheduler_class: type) -> set[str]:
+    """The arguments of a class, and of those that it derives from."""
+    return {name for each in scheduler_class.__mro__ for name in inspect.signature(each.__init__).parameters}
 
 
 def is_flow_matching(scheduler: SchedulerMixin) -> bool:

@@ -20,7 +20,8 @@ def without_pure_noise(scheduler: SchedulerMixin) -> SchedulerMixin:
     """
     Make a scheduler like a given one for the first of its training timesteps only: those that still have some signal.
 
-    It visits as many timesteps as the given one, spaced in the same way, and begins where the SNR is above `FIRST_SNR`. Timestep and noise level of a sample belong together as before.
+    It visits as many timesteps as the given one, spaced in the same way, and begins where the SNR is above `FIRST_SNR`.
+    Timestep and noise level of a sample belong together as before.
 
     Args:
         scheduler ([`SchedulerMixin`]): A scheduler whose class takes `trained_betas`.
@@ -30,9 +31,8 @@ def without_pure_noise(scheduler: SchedulerMixin) -> SchedulerMixin:
     if scheduler_setting(scheduler, "rescale_betas_zero_snr") is not None:
         settings["rescale_betas_zero_snr"] = False  # these betas are rescaled already
     shorter = type(scheduler).from_config(scheduler.config, **settings)
-    shorter.register_to_config(
-        model_train_timesteps=scheduler.config.num_train_timesteps
-    )  # see `check_train_timesteps`
+    # read by `check_train_timesteps`
+    shorter.register_to_config(model_train_timesteps=scheduler.config.num_train_timesteps)
     return shorter
 
 
@@ -61,7 +61,9 @@ def with_noise_schedule(scheduler: SchedulerMixin, trained: SchedulerMixin) -> S
         return scheduler
     by_default = scheduler.config.get("_use_default_values", [])
     chosen = {name: scheduler_setting(scheduler, name) for name in _NOISE_SETTINGS if name not in by_default}
-    others = {name: value for name, value in chosen.items() if value not in (None, trained.config.get(name))}
+    others = [
+        name for name, value in chosen.items() if value is not None and str(value) != str(trained.config.get(name))
+    ]
     if others:
         name = type(scheduler).__name__
         got, right = (", ".join(f"{key}={each.config.get(key)!r}" for key in others) for each in (scheduler, trained))

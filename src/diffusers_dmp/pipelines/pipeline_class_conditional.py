@@ -33,7 +33,8 @@ class ClassConditionalPipeline(DenoisingMixin, DiffusionPipeline):
             [`PatchedUNet2DModel`], or Diffusers' `DiTTransformer2DModel` or `UNet2DModel`. Called as
             `transformer(sample, timestep, class_labels=…)`; without labels if its configuration has none of `num_classes`,
             `num_embeds_ada_norm` and `num_class_embeds`.
-        scheduler ([`SchedulerMixin`]): Any scheduler of Diffusers. The DDPM schedulers use a learned variance, the others
+        scheduler ([`SchedulerMixin`]): A scheduler with the noise schedule that the transformer was trained with; see
+            docs/schedulers.md for those of Diffusers that fit. The DDPM schedulers use a learned variance, the others
             ignore it. What the transformer predicts (`prediction_type` in its configuration, or else what the scheduler
             expects) is converted into what the scheduler expects.
         vae ([`AutoencoderKL`], *optional*): For a denoiser of latents.

@@ -109,21 +109,19 @@ def check_scheduler(scheduler: SchedulerMixin, prediction_types: list[str]) -> N
             f"{', '.join(sorted(needed))}."
         )
     flow = is_flow_matching(scheduler)
-    if not flow and (
-        not hasattr(scheduler, "alphas_cumprod") or scheduler_setting(scheduler, "snr_shift_scale") is not None
-    ):
+    has_training_levels = (
+        hasattr(scheduler, "alphas_cumprod") and scheduler_setting(scheduler, "snr_shift_scale") is None
+    )
+    if not flow and not has_training_levels:
         raise ValueError(
             f"Expected `scheduler` to have the noise levels that the denoisers were trained with, but got a {name}, which "
             "has noise levels of its own; `DDIMScheduler.from_config(pipeline.scheduler.config)` works."
         )
     for prediction_type in prediction_types:
         if flow != (prediction_type == "flow_prediction"):
-            kind = "a flow-matching" if not flow else "another than a flow-matching"
-            works = (
-                "FlowMatchEulerDiscreteScheduler()"
-                if not flow
-                else "DDIMScheduler.from_config(pipeline.scheduler.config)"
-            )
+            kind, works = "a flow-matching", "FlowMatchEulerDiscreteScheduler()"
+            if flow:
+                kind, works = "another than a flow-matching", "DDIMScheduler.from_config(pipeline.scheduler.config)"
             raise ValueError(
                 f"Expected `scheduler` to be {kind} one for a denoiser that predicts {prediction_type!r}, but got a {name} "
                 f"with other noise levels; `{works}` works."
@@ -205,7 +203,7 @@ def _set_timesteps(
         raise ValueError(
             f"Expected a scheduler that takes `timesteps`, but got a {type(scheduler).__name__}, which does not."
         )
-    if scheduler.timesteps[0] < scheduler.timesteps[-1]:
+    if len(scheduler.timesteps) > 1 and scheduler.timesteps[0] < scheduler.timesteps[-1]:
         raise ValueError(
             f"Expected `scheduler` to go from noise to images, but got a {type(scheduler).__name__}, which goes back."
         )
@@ -216,7 +214,7 @@ def _set_timesteps(
 
 def _begins_too_early(scheduler: SchedulerMixin, prediction_types: list[str]) -> bool:
     """Whether the first timestep, where there is nothing but noise, is one that the scheduler cannot begin with."""
-    if is_flow_matching(scheduler):
+    if is_flow_matching(scheduler) or len(scheduler.timesteps) == 0:
         return False
     alpha, sigma = (level[0].item() for level in noise_levels(scheduler))
     if alpha**2 >= PURE_NOISE_SNR * sigma**2:
