@@ -121,7 +121,7 @@ def saved_files(folder: "str | os.PathLike", pattern: str, components: bool = Tr
 def check_saved_folder(folder: "str | os.PathLike", components: bool = True) -> None:
     """
     Check that a saved model or pipeline is whole: its configurations are JSON objects, its safetensors files have all their
-    bytes, and no shard of an index is missing. Only headers are read, so that it takes no time.
+    bytes, and no shard of an index is missing. Only headers are read.
 
     Args:
         folder: The folder; without it there is nothing to check.
