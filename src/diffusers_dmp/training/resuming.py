@@ -159,7 +159,8 @@ def differing_arguments(recorded: Mapping[str, Any], now: Mapping[str, Any], arg
         field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         for field in dataclasses.fields(args)
     }
-    without_effect = getattr(args, "without_effect", ())
+    without_effect, renamed = getattr(args, "without_effect", ()), getattr(args, "renamed", {})
+    recorded = {renamed.get(name, name): value for name, value in recorded.items()}
     fixed = {name: value for name, value in recorded.items() if not may_change(name) and name not in without_effect}
     fixed_now = {name: value for name, value in now.items() if not may_change(name)}
     added = {name: defaults[name] for name in fixed_now.keys() - recorded.keys()}

@@ -10,6 +10,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset
 from .arguments import SharedTrainingArguments
 from .data.clean_samples import clean_samples
 from .data.images import training_items
+from .interruption import ignore_signals
 from .loop import TrainingParts
 from .objectives.objective import NoisedBatch
 
@@ -41,6 +42,7 @@ def validation_loss(parts: TrainingParts, args: SharedTrainingArguments, dataset
         Subset(ConcatDataset([items] * args.validation_repeats), own),
         VALIDATION_BATCH_SIZE,
         num_workers=args.dataloader_num_workers,
+        worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # without one, the loader would change the global random state
     )
 
