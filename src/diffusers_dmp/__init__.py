@@ -49,7 +49,7 @@ else:
             value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
             globals()[name] = value
             return value
-        if name in _IMPORT_STRUCTURE or name in MOVED:  # `diffusers_dmp.patches` too, until 0.3
+        if name in _IMPORT_STRUCTURE or name in MOVED:  # `diffusers_dmp.patches` too, until 0.4
             return importlib.import_module(f".{name}", __name__)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from .naming import PACKAGE
 
-REMOVED_IN = "0.3"
+REMOVED_IN = "0.4"
 
 # Old module → where its names are now: one module, or several, of which the first that has a name counts.
 MOVED: "dict[str, str | tuple[str, ...]]" = {  # up to 0.1

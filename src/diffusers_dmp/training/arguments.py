@@ -450,7 +450,7 @@ def _read_preset(path: Path, arguments_class: type) -> dict[str, Any]:
     preset = read_yaml(path)
     for name in preset.keys() & getattr(arguments_class, "without_effect", ()):
         warnings.warn(
-            f"`{name}` in {path} never had an effect, and is refused from 0.3 on.", FutureWarning, stacklevel=3
+            f"`{name}` in {path} never had an effect, and is refused from 0.4 on.", FutureWarning, stacklevel=3
         )
         del preset[name]
     for old, new in getattr(arguments_class, "renamed", {}).items():
