@@ -15,6 +15,7 @@ from diffusers_dmp.evaluation.features import FeatureExtractor
 from diffusers_dmp.evaluation.fingerprint import expect_comparable
 from diffusers_dmp.evaluation.images import open_images
 from diffusers_dmp.evaluation.npz import write_npz
+from diffusers_dmp.training.data.images import load_images
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +137,19 @@ def test_images_that_cannot_be_evaluated(real, extractor, tmp_path):
         EvaluationArguments(generated="x", extractor="y")
     with pytest.raises(ValueError, match="`batch_size` to be at least 1, but got 0"):
         EvaluationArguments(generated="x", extractor="y", reference="z", batch_size=0)
+
+
+def test_columns_by_other_names(real, extractor, tmp_path):
+    """Of the reference, and of generated images."""
+    dataset = load_images(str(real)).select(range(20)).rename_column("image", "picture")
+    for name in ("reference", "generated"):
+        dataset.to_parquet(tmp_path / f"{name}.parquet")
+    found = {"generated": str(tmp_path / "generated.parquet"), "reference": str(tmp_path / "reference.parquet")}
+    found |= {"extractor": str(extractor), "output": str(tmp_path / "evaluation.json"), "image_column": "picture"}
+    with pytest.raises(ValueError, match="`image_column` to be one of .*'picture'.* but got 'image'"):
+        evaluate(EvaluationArguments(**found))
+    fid, *_ = evaluate(EvaluationArguments(**found, generated_image_column="picture"))
+    assert fid["value"] == pytest.approx(0, abs=1e-3)
 
 
 def test_images_that_rgb_would_change(tmp_path):

@@ -12,7 +12,8 @@ import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 
-from ...diffusion.schedulers import make_like, scheduler_class
+from ...diffusion.scheduler_names import scheduler_class
+from ...diffusion.schedulers import make_like
 from ...saving.sources import check_source
 from ..arguments import option
 
