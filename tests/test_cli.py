@@ -162,6 +162,7 @@ def test_errors_are_reported_in_one_line(folder, tmp_path, capsys, monkeypatch):
                  DDPMScheduler()).save_pretrained(stock)  # fmt: skip
     for arguments, message in [
         (["info", "/nowhere/at/all"], "'/nowhere/at/all': there is no such folder"),
+        (["info", listing], "to be a folder or a Hub id, but got the file '"),
         (["plot", "nowhere/at/all"], "'nowhere/at/all': there is no such folder"),
         (["sample", "./nowhere"], "'./nowhere': there is no such folder"),
         (["diagnose", folder, "--dataset", tmp_path / "nowhere"], "nowhere': there is no such file or folder"),

@@ -87,5 +87,5 @@ def train_and_export(command: Path, folder: Path) -> None:
     options = [part for name, value in tiny.items() for part in (f"--{name}", value)]
     run(command, "train", "dtr", "--config", "dtr_digits", "--dataset", "digits", "--output_dir", "run",
         "--sample_steps", 0, *options, cwd=folder)  # fmt: skip
-    run(command, "export", "run/checkpoint-1", "exported", cwd=folder)
+    run(command, "export", "run/checkpoint-2", "exported", cwd=folder)
     assert "system: dtr" in run(command, "info", "exported", cwd=folder)

@@ -93,7 +93,7 @@ def train_ppap(args: PPAPTrainingArguments) -> None:
         raise ValueError("Expected `base_model` to be the folder or Hub id of a network, but got nothing.")
     accelerator = make_accelerator(args)
     data = load_training_data(accelerator, args)
-    experts = make_experts(vars(args))
+    experts = make_experts(args)
     objective = make_objective(args, experts, has_labels=data.label_names is not None)
     experts.to(accelerator.device)
     folders = [Path(args.output_dir, f"expert_{expert}") for expert in range(args.num_experts)]

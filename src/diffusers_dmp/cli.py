@@ -9,7 +9,7 @@ import typer
 import yaml
 from typer.core import TyperCommand
 
-from .diffusion.schedulers import SCHEDULERS, make_like, scheduler_class
+from .diffusion.scheduler_names import SCHEDULERS, scheduler_class
 from .saving.sources import check_source
 from .saving.version import __version__
 from .systems import SYSTEMS
@@ -184,6 +184,7 @@ def sample(
     from diffusers.utils.torch_utils import get_device
     from PIL import Image
 
+    from .diffusion.schedulers import make_like
     from .plots import sample_grid
 
     if output.suffix.lower() not in Image.registered_extensions() or not output.parent.is_dir():

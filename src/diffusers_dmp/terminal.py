@@ -15,7 +15,7 @@ DEBUG = "--debug"
 DEBUG_HELP = "Show the traceback of an error."
 USER_ERROR, INTERRUPTED = 2, 130  # exit statuses
 OLD_NAMES_UNTIL = "0.4"
-_SECONDS_FOR_MAIN = 3.0
+_SECONDS_FOR_MAIN = 10.0
 
 
 def run_command(

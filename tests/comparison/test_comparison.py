@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import Executor, Future
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -50,7 +51,8 @@ def arguments_of(plan: Plan, run: Run):
     module = importlib.import_module(run.script.removesuffix(".py"))
     command = plan.command(run, num_threads=1)
     argv = command[command.index(f"training/{run.script}") + 1 :]
-    return parse_arguments(getattr(module, ARGUMENTS[run.script]), argv)
+    with patch("diffusers_dmp.saving.sources.is_local", return_value=False):  # the folders of data are not made yet
+        return parse_arguments(getattr(module, ARGUMENTS[run.script]), argv)
 
 
 @pytest.fixture

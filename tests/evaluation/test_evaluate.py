@@ -15,6 +15,7 @@ from diffusers_dmp.evaluation.features import FeatureExtractor
 from diffusers_dmp.evaluation.fingerprint import expect_comparable
 from diffusers_dmp.evaluation.images import open_images
 from diffusers_dmp.evaluation.npz import write_npz
+from diffusers_dmp.training.data.images import load_images
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +149,19 @@ def test_images_that_cannot_be_read_are_named_before_anything_is_computed(real, 
     PIL.Image.new("L", (9, 8)).save(tmp_path / "7.png")
     with pytest.raises(ValueError, match="of one size, but got 8 x 8 and 9 x 8 pixels .*7.png"):
         list(open_images(tmp_path).batches(20))
+
+
+def test_columns_by_other_names(real, extractor, tmp_path):
+    """Of the reference, and of generated images."""
+    dataset = load_images(str(real)).select(range(20)).rename_column("image", "picture")
+    for name in ("reference", "generated"):
+        dataset.to_parquet(tmp_path / f"{name}.parquet")
+    found = {"generated": str(tmp_path / "generated.parquet"), "reference": str(tmp_path / "reference.parquet")}
+    found |= {"extractor": str(extractor), "output": str(tmp_path / "evaluation.json"), "image_column": "picture"}
+    with pytest.raises(ValueError, match="`image_column` to be one of .*'picture'.* but got 'image'"):
+        evaluate(EvaluationArguments(**found))
+    fid, *_ = evaluate(EvaluationArguments(**found, generated_image_column="picture"))
+    assert fid["value"] == pytest.approx(0, abs=1e-3)
 
 
 def test_latents_are_no_images(tmp_path):

@@ -93,3 +93,37 @@ def test_the_arguments_that_an_older_ppap_training_saved(tmp_path, monkeypatch):
     ):
         args = parse_arguments(PPAPTrainingArguments, ["--config", str(preset)])
     assert args.num_experts == 3
+
+
+def test_a_preset_by_its_name():
+    named = parse_arguments(DiTTrainingArguments, ["--config", "dit_rgb32", "--dataset", "user/images"])
+    path = str(REPOSITORY / "training" / "presets" / "dit_rgb32.yaml")
+    assert named == parse_arguments(DiTTrainingArguments, ["--config", path, "--dataset", "user/images"])
+    assert (named.image_size, named.image_channels) == (32, 3)
+    with pytest.raises(ValueError, match="a YAML file, or one of .*dit_rgb32, .*, but got 'dit_rgb31'"):
+        parse_arguments(DiTTrainingArguments, ["--config", "dit_rgb31"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- batch_size", "to be a YAML mapping, but got a list"),
+        ("batch_size: [8]", r"`batch_size` in .* to be int, but got \[8\]"),
+        ("random_flip: 3", "`random_flip` in .* to be bool, but got 3"),
+        ("batch_size: some", "argument --batch_size.*: invalid int value: 'some'"),
+    ],
+)
+def test_a_preset_of_other_types(tmp_path, content, message):
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(DiTTrainingArguments, ["--config", str(preset)])
+    preset.write_text("learning_rate: 1e-4")  # a string, for YAML
+    assert parse_arguments(DiTTrainingArguments, ["--config", str(preset)]).learning_rate == 1e-4
+
+
+def test_a_mistyped_argument():
+    with pytest.raises(ValueError, match="Expected known arguments, but got --datset here; did you mean --dataset?"):
+        parse_arguments(DiTTrainingArguments, ["--datset", "here"])
+    with pytest.raises(ValueError, match="got --conf"):  # no abbreviation: it would be no preset
+        parse_arguments(DiTTrainingArguments, ["--conf", "dit_rgb32"])

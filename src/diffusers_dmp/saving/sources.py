@@ -24,9 +24,13 @@ def check_source(argument: str, name_or_path: "str | os.PathLike | None", kind: 
         kind (`str`): What else than a Hub id it may be: 'folder', or 'file or folder'.
 
     Raises:
-        ValueError: if it can be neither.
+        ValueError: if it can be neither, or is a file where a folder is asked for.
     """
-    if not name_or_path or os.path.exists(name_or_path):
+    if not name_or_path:
+        return
+    if os.path.isfile(name_or_path) and kind == "folder":
+        raise ValueError(f"Expected `{argument}` to be a folder or a Hub id, but got the file {str(name_or_path)!r}.")
+    if os.path.exists(name_or_path):
         return
     name = os.fspath(name_or_path)
     if is_local(name):

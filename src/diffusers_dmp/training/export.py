@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -104,7 +105,7 @@ def _pipeline(checkpoint: Path, arguments: Mapping[str, Any], use_ema: bool) -> 
 
 def _experts(checkpoint: Path, arguments: Mapping[str, Any], use_ema: bool) -> GuidanceExperts:
     """All experts: this checkpoint's, and the others' of the same step, or as their trainings left them."""
-    experts = make_experts(arguments)
+    experts = make_experts(SimpleNamespace(**arguments))
     for expert in range(experts.config.num_experts):
         folder = checkpoint.parent.with_name(f"expert_{expert}")
         student = ExpertStudent(experts, expert)

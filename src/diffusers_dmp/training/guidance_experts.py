@@ -1,7 +1,6 @@
 """Guidance experts (PPAP) in training: how they are made from the arguments, and saved one by one and together."""
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from ..guidance import GuidanceExperts
 from ..models.vision import load_network, processor_settings
 from ..saving.weight_files import read_safetensors
 from ..saving.whole import written_whole
-from .arguments import NoiseArguments
 from .objectives.from_arguments import noise_schedule
 from .resources import explained_disk_errors
 from .summary import TrainingSummary
@@ -19,44 +17,48 @@ from .summary import TrainingSummary
 WEIGHTS_NAME = "expert.safetensors"
 
 
-def make_experts(arguments: Mapping[str, Any]) -> GuidanceExperts:
+def make_experts(args: Any) -> GuidanceExperts:
     """
     Make untrained experts, which are still equal to the network itself.
 
     Args:
-        arguments (`Mapping[str, Any]`): The fields of a training's arguments by name.
+        args: The arguments of a training, of this version or an older one.
 
     Raises:
         ValueError: if `base_model` is no network that can guide, or it is not known how it wants its images.
     """
-    own = ("num_experts", "num_train_timesteps", "method", "rank", "lora_alpha")
-    settings = {name: arguments[name] for name in own} | {"target_modules": arguments["target_modules"] or None}
-    noise = NoiseArguments(**{field.name: arguments[field.name] for field in dataclasses.fields(NoiseArguments)})
-    settings["noise_schedule"] = noise_schedule(noise)
-    base_model = arguments["base_model"]
+    settings = {
+        "num_experts": args.num_experts,
+        "num_train_timesteps": args.num_train_timesteps,
+        "method": args.method,
+        "rank": args.rank,
+        "lora_alpha": args.lora_alpha,
+        "target_modules": args.target_modules or None,
+        "noise_schedule": noise_schedule(args),
+    }
     try:
-        network = load_network(base_model)
+        network = load_network(args.base_model)
     except (OSError, ValueError) as error:
-        raise _wrong_network(base_model, str(error)) from error
+        raise _wrong_network(args.base_model, str(error)) from error
     # a classifier, a depth or segmentation model, which transformers calls …For…
     if network.main_input_name != "pixel_values" or "For" not in type(network).__name__:
-        raise _wrong_network(base_model, f"a {type(network).__name__} does not predict anything of images.")
+        raise _wrong_network(args.base_model, f"a {type(network).__name__} does not predict anything of images.")
     try:
-        settings |= _image_settings(arguments)
-        return GuidanceExperts(network, base_model_name_or_path=base_model, **settings)
+        settings |= _image_settings(args)
+        return GuidanceExperts(network, base_model_name_or_path=args.base_model, **settings)
     except ValueError as error:
-        raise _wrong_network(base_model, str(error)) from error
+        raise _wrong_network(args.base_model, str(error)) from error
 
 
-def _image_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _image_settings(args: Any) -> dict[str, Any]:
     """How the network wants its images: as the arguments say, or else its image processor."""
-    size = arguments.get("image_processor_size") or arguments.get("network_image_size")  # its name up to 0.2
-    settings = {"image_size": size, "image_mean": arguments.get("image_mean"), "image_std": arguments.get("image_std")}
+    size = getattr(args, "image_processor_size", None) or getattr(args, "network_image_size", None)  # up to 0.2
+    settings = {"image_size": size} | {name: getattr(args, name, None) for name in ("image_mean", "image_std")}
     given = {name: value for name, value in settings.items() if value}
     if given.keys() == settings.keys():
         return given
     try:
-        return processor_settings(arguments["base_model"]) | given
+        return processor_settings(args.base_model) | given
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             "its preprocessor_config.json is missing or does not say enough; give `image_mean`, `image_std` and "

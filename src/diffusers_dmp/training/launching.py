@@ -1,5 +1,6 @@
 """Start a training script as `accelerate launch` does, from another process of this package."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -28,13 +29,11 @@ def launch(script: Path, arguments: list[str], accelerate_options: list[str]) ->
     Raises:
         ValueError: if an option of Accelerate is unknown, or does not fit the others.
     """
-    if DEBUG not in arguments:
-        os.environ.setdefault(
-            "LOGLEVEL", "CRITICAL"
-        )  # of torch's launcher, which tells at length of processes that fail
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    if DEBUG not in arguments:  # torch's launcher tells at length of processes that fail
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     parser = launch_command_parser()
     parser.error = _refuse
     options = parser.parse_args([*_defaults(accelerate_options), *accelerate_options, str(script), *arguments])

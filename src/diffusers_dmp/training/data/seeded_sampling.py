@@ -12,7 +12,8 @@ import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 
-from ...diffusion.schedulers import make_like, scheduler_class
+from ...diffusion.scheduler_names import scheduler_class
+from ...diffusion.schedulers import make_like
 from ...saving.finite import expect_finite_pipeline
 from ...saving.sources import check_source
 from ...saving.weight_files import check_saved_folder
