@@ -9,7 +9,6 @@ from pathlib import Path
 
 from diffusers_dmp import PromptPatch
 from diffusers_dmp.hub.pushing import with_hub
-from diffusers_dmp.saving.sources import check_source
 from diffusers_dmp.saving.whole import written_whole
 from diffusers_dmp.training.arguments import TrainingArguments, option, run_entry_point
 from diffusers_dmp.training.base_schedule import check_base_schedule
@@ -30,7 +29,7 @@ class DMPTrainingArguments(TrainingArguments):
     """Prompts, or one of the paper's baselines."""
 
     pretrained_model_name_or_path: str | None = option(
-        None, "The frozen model or pipeline (folder or Hub id), or an original DiT's file."
+        None, "The frozen model or pipeline (folder or Hub id), or an original DiT's file.", source="file or folder"
     )
     method: str = option(
         "dmp", "dmp, or the paper's baselines: prompt_tuning (no gate), full_finetuning (no prompts)."
@@ -51,7 +50,6 @@ class DMPTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        check_source("pretrained_model_name_or_path", self.pretrained_model_name_or_path, "file or folder")
         if self.pretrained_model_name_or_path is None:
             raise ValueError(
                 "Expected `pretrained_model_name_or_path` to name the model that gets prompts, but got None."

@@ -13,7 +13,6 @@ from diffusers import DDPMScheduler
 from diffusers_dmp import GuidanceExperts
 from diffusers_dmp.guidance.experts import METHODS
 from diffusers_dmp.hub.pushing import with_hub
-from diffusers_dmp.saving.sources import check_source
 from diffusers_dmp.training.arguments import ExpertArguments, SharedTrainingArguments, option, renamed, run_entry_point
 from diffusers_dmp.training.conditions import no_conditions
 from diffusers_dmp.training.data.training_data import load_training_data
@@ -36,7 +35,9 @@ class PPAPTrainingArguments(ExpertArguments, SharedTrainingArguments):
         "learn_sigma", "prediction_type", "weighting", "uncertainty_learning_rate",
     )  # fmt: skip
 
-    base_model: str = option("", "Folder or Hub id of the transformers model: classifier, depth or segmentation.")
+    base_model: str = option(
+        "", "Folder or Hub id of the transformers model: classifier, depth or segmentation.", source="folder"
+    )
     method: str = option(
         "ppap", "ppap (no labels), or the paper's baselines, on labels: multi_experts (whole copies), finetune (one)."
     )
@@ -69,7 +70,6 @@ class PPAPTrainingArguments(ExpertArguments, SharedTrainingArguments):
         self.check_at_least_one("num_experts", "rank")
         if self.image_processor_size is not None:
             self.check_at_least_one("image_processor_size")
-        check_source("base_model", self.base_model)
         self.check_expert(self.num_experts)
         for name in ("sample_steps", "pipeline_steps"):
             if getattr(self, name):

@@ -33,11 +33,20 @@ TRACKERS = ("tensorboard", "wandb", "none")
 Arguments = TypeVar("Arguments")
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with its default and its help text; a list is copied for each instance."""
+def option(default: Any, help: str, source: str | None = None) -> Any:
+    """
+    A dataclass field with its default and its help text; a list is copied for each instance.
+
+    Args:
+        default: The default.
+        help (`str`): The text of `--help`.
+        source (`str`, *optional*): For the name of something to read, 'folder' or 'file or folder': what it may be besides a
+            Hub id. An entry point checks that it exists; see [`check_source`].
+    """
+    metadata = {"help": help, "source": source}
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(kw_only=True)
@@ -48,6 +57,7 @@ class DataArguments:
         "",
         "Folder of images (one sub-folder per class), parquet folder or file (of images, or of latents from "
         "encode_latents.py), or Hub data set id.",
+        source="file or folder",
     )
     dataset_split: str = option("train", "Split of `dataset`.")
     image_column: str = option("image", "Column of images in the data set.")
@@ -64,15 +74,15 @@ class DataArguments:
     )
     skip_unreadable: bool = option(False, "Leave out the images that cannot be read, and list them.")
     dataloader_num_workers: int = option(0, "Worker processes that read images.")
-    vae: str | None = option(None, "Folder or Hub id of an AutoencoderKL, for training on its latents.")
+    vae: str | None = option(
+        None, "Folder or Hub id of an AutoencoderKL, for training on its latents.", source="folder"
+    )
 
     def __post_init__(self):
         self.check_at_least_one("image_size")
         if self.image_fit not in FITS:
             raise ValueError(f"Expected `image_fit` to be one of {', '.join(FITS)}, but got {self.image_fit!r}.")
         check_background(self.background)
-        check_source("dataset", self.dataset, "file or folder")
-        check_source("vae", self.vae)
 
     def check_at_least_one(self, *names: str) -> None:
         """
@@ -188,7 +198,9 @@ class SharedTrainingArguments(OutputArguments, OptimisationArguments, NoiseArgum
     """The arguments that every training has."""
 
     validation_dataset: str | None = option(
-        None, "Held-out images, in any form that `dataset` can have; the loss on them is reported before and after."
+        None,
+        "Held-out images, in any form that `dataset` can have; the loss on them is reported before and after.",
+        source="file or folder",
     )
     validation_split: str = option("train", "Split of `validation_dataset`.")
     validation_repeats: int = option(1, "How many times each held-out image is noised, each time differently.")
@@ -213,7 +225,6 @@ class SharedTrainingArguments(OutputArguments, OptimisationArguments, NoiseArgum
 
     def __post_init__(self):
         super().__post_init__()
-        check_source("validation_dataset", self.validation_dataset, "file or folder")
         if self.mixed_precision is False:
             self.mixed_precision = "no"  # YAML reads a bare `no` as false
         self.check_at_least_one(
@@ -294,6 +305,7 @@ class DiTTrainingArguments(TrainingArguments):
         None,
         "Start from the weights of this model or pipeline (folder or Hub id), or of an original DiT's file; a Remix-DiT "
         "can start from a DiT, too.",
+        source="file or folder",
     )
     preset: str | None = option(
         None, "A published size, DiT-S/2 to DiT-XL/8 (RemixDiT-S/2 …), instead of the next four arguments."
@@ -303,10 +315,6 @@ class DiTTrainingArguments(TrainingArguments):
     attention_head_dim: int = option(64, "Channels per head.")
     patch_size: int = option(2, "Side of the squares of (latent) pixels that become tokens.")
     class_dropout_prob: float = option(0.1, "How often a label is dropped, for classifier-free guidance.")
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_source("pretrained_model_name_or_path", self.pretrained_model_name_or_path, "file or folder")
 
 
 @dataclass(kw_only=True)
@@ -402,7 +410,11 @@ def run_entry_point(arguments_class: type[Arguments], run: Callable[[Arguments],
     """
 
     def command(argv: list[str]) -> None:
-        run(parse_arguments(arguments_class, argv))
+        args = parse_arguments(arguments_class, argv)
+        for field in dataclasses.fields(args):  # type: ignore[arg-type]
+            if field.metadata.get("source"):
+                check_source(field.name, getattr(args, field.name), field.metadata["source"])
+        run(args)
 
     run_command(command)
 

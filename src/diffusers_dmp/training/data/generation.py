@@ -10,7 +10,6 @@ import PIL.Image
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from ...saving.sources import check_source
 from ..arguments import option
 from .seeded_sampling import SeededSamplingArguments, load_sampling_pipeline, sample_seeded
 from .shards import make_shard_accelerator, remember_settings, write_shards
@@ -24,7 +23,9 @@ class GenerationArguments(SeededSamplingArguments):
     """How the images are generated, and where they are written."""
 
     super_resolution_pipeline: str | None = option(
-        None, "A pipeline that enlarges the first one's images, for the teacher of a low-resolution student."
+        None,
+        "A pipeline that enlarges the first one's images, for the teacher of a low-resolution student.",
+        source="folder",
     )
     output_dir: str = option("outputs/guidance_data", "Where the parquet shards are written.")
     num_images: int = option(500_000, "Number of images.")
@@ -37,10 +38,6 @@ class GenerationArguments(SeededSamplingArguments):
     )
 
     number_field: ClassVar[str] = "num_images"
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_source("super_resolution_pipeline", self.super_resolution_pipeline)
 
 
 def generate_images(args: GenerationArguments) -> None:

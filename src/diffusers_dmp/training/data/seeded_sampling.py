@@ -15,7 +15,6 @@ from diffusers import DiffusionPipeline
 from ...diffusion.scheduler_names import scheduler_class
 from ...diffusion.schedulers import make_like
 from ...saving.finite import expect_finite_pipeline
-from ...saving.sources import check_source
 from ...saving.weight_files import check_saved_folder
 from ..arguments import option
 
@@ -26,7 +25,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 class SeededSamplingArguments:
     """How images are generated. A subclass has a field for their number, and names it in `number_field`."""
 
-    pipeline: str = option("", "Folder or Hub id of the pipeline that generates the images.")
+    pipeline: str = option("", "Folder or Hub id of the pipeline that generates the images.", source="folder")
     batch_size: int = option(100, "Images that are generated at once; guidance doubles the batch that the model sees.")
     shard_size: int = option(1000, "Images per file; an interrupted run keeps its complete files.")
     seed: int = option(0, "An image depends on this and its index alone.")
@@ -45,7 +44,6 @@ class SeededSamplingArguments:
                 raise ValueError(f"Expected `{name}` to be at least 1, but got {getattr(self, name)}.")
         if not self.pipeline:
             raise ValueError("Expected `pipeline` to be a folder or Hub id, but got nothing.")
-        check_source("pipeline", self.pipeline)
         if self.scheduler:
             self.scheduler = scheduler_class(self.scheduler)
         if self.seed < 0:
