@@ -72,12 +72,12 @@ def scheduler_setting(scheduler: SchedulerMixin, name: str) -> Any:
         The value in its configuration; None if its class has no such argument.
     """
     # a guided scheduler is made with other arguments than the class that it guides
-    scheduler_class = getattr(scheduler, "unguided_class", None) or type(scheduler)
+    scheduler_class: Any = getattr(scheduler, "unguided_class", None) or type(scheduler)
     return scheduler.config.get(name) if name in _settings(scheduler_class) else None
 
 
 @functools.cache
-def _settings(scheduler_class: type) -> set[str]:
+def _settings(scheduler_class: Any) -> set[str]:
     """The arguments of a class, and of those that it derives from."""
     return {name for each in scheduler_class.__mro__ for name in inspect.signature(each.__init__).parameters}
 
