@@ -61,6 +61,7 @@ setup(
             "nbclient>=0.10",
             "pytest>=8.0",
             "selenium>=4.20",
+            "torchsde>=0.2.6",  # DPMSolverSDEScheduler needs it
             *LINT,
             *COMPARE,
             *OPTIMISERS,

@@ -79,7 +79,7 @@ def all_settings(name: str) -> list[dict]:
     settings = [{"timestep_spacing": each} for each in ("leading", "linspace", "trailing")]
     settings += [{f"use_{each}": True} for each in ("karras_sigmas", "exponential_sigmas", "lu_lambdas")]
     settings += [{"solver_order": 3}, {"thresholding": True}, {"algorithm_type": "sde-dpmsolver++"}]
-    if name == "DEISMultistepScheduler":
+    if name in ("DEISMultistepScheduler", "SASolverScheduler"):
         settings.pop()  # another kind of algorithm
     return [each for each in settings if takes(name, next(iter(each)))]
 
@@ -159,6 +159,12 @@ def test_solvers_begin_where_they_can():
     assert first_timestep(v_prediction, "v_prediction") == 999
     # a linear schedule ends at an SNR of 4e-5
     assert first_timestep(DPMSolverMultistepScheduler(), "epsilon") == 999
+
+
+def test_settings_that_a_scheduler_does_not_read():
+    """It would begin in pure noise if it was taken to clip."""
+    for setting in ("clip_sample", "thresholding"):
+        assert measure(CLASSES["TCDScheduler"], ExactDenoiser(COSINE), **{setting: True}) == "right"
 
 
 def test_timesteps_that_a_solver_cannot_begin_with():

@@ -89,7 +89,7 @@ def scheduler_setting(scheduler: SchedulerMixin, name: str) -> Any:
 
 
 @functools.cache
-def _settings(scheduler_class: type) -> set[str]:
+def _settings(scheduler_class: Any) -> set[str]:
     """The arguments of a class, and of those that it derives from."""
     bases = (each for each in scheduler_class.__mro__ if "__init__" in vars(each))
     return {name for base in bases for name in inspect.signature(vars(base)["__init__"]).parameters}

@@ -79,4 +79,6 @@ def with_noise_schedule(scheduler: SchedulerMixin, trained: SchedulerMixin) -> S
 
 def clips(scheduler: SchedulerMixin) -> bool:
     """Tell whether a scheduler clips the clean samples that a prediction implies, x̂0."""
+    if "TCD" in type(scheduler).__name__:
+        return False  # it has the settings, but does not read them
     return bool(scheduler_setting(scheduler, "clip_sample") or scheduler_setting(scheduler, "thresholding"))
