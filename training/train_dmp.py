@@ -29,7 +29,7 @@ class DMPTrainingArguments(TrainingArguments):
     """Prompts, or one of the paper's baselines."""
 
     pretrained_model_name_or_path: str | None = option(
-        None, "The frozen model or pipeline (folder or Hub id), or an original DiT's file.", source="file or folder"
+        None, "The frozen model or pipeline (folder or Hub id), or an original DiT's file."
     )
     method: str = option(
         "dmp", "dmp, or the paper's baselines: prompt_tuning (no gate), full_finetuning (no prompts)."

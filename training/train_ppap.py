@@ -35,9 +35,7 @@ class PPAPTrainingArguments(ExpertArguments, SharedTrainingArguments):
         "learn_sigma", "prediction_type", "weighting", "uncertainty_learning_rate",
     )  # fmt: skip
 
-    base_model: str = option(
-        "", "Folder or Hub id of the transformers model: classifier, depth or segmentation.", source="folder"
-    )
+    base_model: str = option("", "Folder or Hub id of the transformers model: classifier, depth or segmentation.")
     method: str = option(
         "ppap", "ppap (no labels), or the paper's baselines, on labels: multi_experts (whole copies), finetune (one)."
     )

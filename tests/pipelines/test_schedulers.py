@@ -31,8 +31,8 @@ from exact_denoisers import (
 from networks import linear_experts
 
 from diffusers_dmp import ClassConditionalPipeline, ClassTarget, GuidedScheduler, SNRSplitPipeline
+from diffusers_dmp.diffusion.noise_schedules import with_noise_schedule, without_pure_noise
 from diffusers_dmp.diffusion.predictions import PREDICTION_TYPES, convert_prediction
-from diffusers_dmp.diffusion.schedulers import with_noise_schedule, without_pure_noise
 
 README = REPOSITORY / "README.md"
 COSINE = "squaredcos_cap_v2"

@@ -28,25 +28,26 @@ from .data.fitting import FITS
 from .optimisers import check_lr_schedule, check_optimiser
 from .scripts import find_preset
 
+# the arguments that name something to read: what it may be, besides a Hub id
+SOURCES = {
+    "dataset": "file or folder",
+    "validation_dataset": "file or folder",
+    "vae": "folder",
+    "pretrained_model_name_or_path": "file or folder",
+    "base_model": "folder",
+    "pipeline": "folder",
+    "super_resolution_pipeline": "folder",
+}
 TRACKERS = ("tensorboard", "wandb", "none")
 
 Arguments = TypeVar("Arguments")
 
 
-def option(default: Any, help: str, source: str | None = None) -> Any:
-    """
-    A dataclass field with its default and its help text; a list is copied for each instance.
-
-    Args:
-        default: The default.
-        help (`str`): The text of `--help`.
-        source (`str`, *optional*): For the name of something to read, 'folder' or 'file or folder': what it may be besides a
-            Hub id. An entry point checks that it exists; see [`check_source`].
-    """
-    metadata = {"help": help, "source": source}
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with its default and its help text; a list is copied for each instance."""
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
 
 
 @dataclass(kw_only=True)
@@ -57,7 +58,6 @@ class DataArguments:
         "",
         "Folder of images (one sub-folder per class), parquet folder or file (of images, or of latents from "
         "encode_latents.py), or Hub data set id.",
-        source="file or folder",
     )
     dataset_split: str = option("train", "Split of `dataset`.")
     image_column: str = option("image", "Column of images in the data set.")
@@ -74,9 +74,7 @@ class DataArguments:
     )
     skip_unreadable: bool = option(False, "Leave out the images that cannot be read, and list them.")
     dataloader_num_workers: int = option(0, "Worker processes that read images.")
-    vae: str | None = option(
-        None, "Folder or Hub id of an AutoencoderKL, for training on its latents.", source="folder"
-    )
+    vae: str | None = option(None, "Folder or Hub id of an AutoencoderKL, for training on its latents.")
 
     def __post_init__(self):
         self.check_at_least_one("image_size")
@@ -200,7 +198,6 @@ class SharedTrainingArguments(OutputArguments, OptimisationArguments, NoiseArgum
     validation_dataset: str | None = option(
         None,
         "Held-out images, in any form that `dataset` can have; the loss on them is reported before and after.",
-        source="file or folder",
     )
     validation_split: str = option("train", "Split of `validation_dataset`.")
     validation_repeats: int = option(1, "How many times each held-out image is noised, each time differently.")
@@ -305,7 +302,6 @@ class DiTTrainingArguments(TrainingArguments):
         None,
         "Start from the weights of this model or pipeline (folder or Hub id), or of an original DiT's file; a Remix-DiT "
         "can start from a DiT, too.",
-        source="file or folder",
     )
     preset: str | None = option(
         None, "A published size, DiT-S/2 to DiT-XL/8 (RemixDiT-S/2 …), instead of the next four arguments."
@@ -411,9 +407,8 @@ def run_entry_point(arguments_class: type[Arguments], run: Callable[[Arguments],
 
     def command(argv: list[str]) -> None:
         args = parse_arguments(arguments_class, argv)
-        for field in dataclasses.fields(args):  # type: ignore[arg-type]
-            if field.metadata.get("source"):
-                check_source(field.name, getattr(args, field.name), field.metadata["source"])
+        for name, kind in SOURCES.items():
+            check_source(name, getattr(args, name, None), kind)
         run(args)
 
     run_command(command)

@@ -25,7 +25,6 @@ class GenerationArguments(SeededSamplingArguments):
     super_resolution_pipeline: str | None = option(
         None,
         "A pipeline that enlarges the first one's images, for the teacher of a low-resolution student.",
-        source="folder",
     )
     output_dir: str = option("outputs/guidance_data", "Where the parquet shards are written.")
     num_images: int = option(500_000, "Number of images.")

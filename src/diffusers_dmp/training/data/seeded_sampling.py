@@ -25,7 +25,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 class SeededSamplingArguments:
     """How images are generated. A subclass has a field for their number, and names it in `number_field`."""
 
-    pipeline: str = option("", "Folder or Hub id of the pipeline that generates the images.", source="folder")
+    pipeline: str = option("", "Folder or Hub id of the pipeline that generates the images.")
     batch_size: int = option(100, "Images that are generated at once; guidance doubles the batch that the model sees.")
     shard_size: int = option(1000, "Images per file; an interrupted run keeps its complete files.")
     seed: int = option(0, "An image depends on this and its index alone.")
