@@ -34,12 +34,13 @@ from diffusers_dmp import DiTModel, DTRTransformer2DModel, GuidanceExperts, Prom
 from diffusers_dmp.cli import app
 from diffusers_dmp.evaluation.evaluate import EvaluationArguments, evaluate
 from diffusers_dmp.evaluation.inception import load_inception
-from diffusers_dmp.training.arguments import DiTTrainingArguments, parse_arguments
+from diffusers_dmp.training.arguments import DiTTrainingArguments
 from diffusers_dmp.training.base_schedule import check_base_schedule
 from diffusers_dmp.training.data.images import load_images
 from diffusers_dmp.training.data.latents import check_latents
 from diffusers_dmp.training.data.training_data import load_vae
 from diffusers_dmp.training.dit_family import load_dit_family
+from diffusers_dmp.training.parsing import parse_arguments
 
 DOCUMENT = conftest.REPOSITORY / "docs" / "reliability.md"
 BEGIN, END = "<!-- damaged inputs: python -m tests.damaged -->", "<!-- end of damaged inputs -->"

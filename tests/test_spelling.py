@@ -11,9 +11,10 @@ from conftest import REPOSITORY
 from diffusers_dmp.cli import RENAMED, app
 from diffusers_dmp.evaluation.evaluate import EvaluationArguments
 from diffusers_dmp.evaluation.sample import SamplingArguments
-from diffusers_dmp.training.arguments import DiTTrainingArguments, parse_arguments
+from diffusers_dmp.training.arguments import DiTTrainingArguments
 from diffusers_dmp.training.data.generation import GenerationArguments
 from diffusers_dmp.training.data.latents import EncodingArguments
+from diffusers_dmp.training.parsing import parse_arguments
 
 # What is meant → how it is spelled, and how others would spell it. A prefix may say whose it is: `validation_dataset`.
 MEANINGS = {

@@ -6,8 +6,8 @@ accelerate launch training/encode_latents.py --dataset path/to/images --vae stab
 Train on them with `--dataset outputs/latents --vae stabilityai/sd-vae-ft-ema --image_size 256`.
 """
 
-from diffusers_dmp.training.arguments import run_entry_point
 from diffusers_dmp.training.data.latents import EncodingArguments, encode_latents
+from diffusers_dmp.training.parsing import run_entry_point
 
 if __name__ == "__main__":
     run_entry_point(EncodingArguments, encode_latents)

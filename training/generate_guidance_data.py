@@ -3,8 +3,8 @@
 accelerate launch training/generate_guidance_data.py --pipeline outputs/unconditional/pipeline --num_images 500000
 """
 
-from diffusers_dmp.training.arguments import run_entry_point
 from diffusers_dmp.training.data.generation import GenerationArguments, generate_images
+from diffusers_dmp.training.parsing import run_entry_point
 
 if __name__ == "__main__":
     run_entry_point(GenerationArguments, generate_images)

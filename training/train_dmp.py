@@ -10,11 +10,12 @@ from pathlib import Path
 from diffusers_dmp import PromptPatch
 from diffusers_dmp.hub.pushing import with_hub
 from diffusers_dmp.saving.whole import written_whole
-from diffusers_dmp.training.arguments import TrainingArguments, option, run_entry_point
+from diffusers_dmp.training.arguments import TrainingArguments, option
 from diffusers_dmp.training.base_schedule import check_base_schedule
 from diffusers_dmp.training.data.training_data import load_training_data
 from diffusers_dmp.training.dit_family import check_config, load_dit_family
 from diffusers_dmp.training.objectives.from_arguments import make_objective
+from diffusers_dmp.training.parsing import run_entry_point
 from diffusers_dmp.training.prompted import PromptedTransformer
 from diffusers_dmp.training.recipe import TrainingRecipe
 from diffusers_dmp.training.run import Publisher

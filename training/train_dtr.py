@@ -8,8 +8,9 @@ from functools import partial
 
 from diffusers_dmp import DTRTransformer2DModel
 from diffusers_dmp.hub.pushing import with_hub
-from diffusers_dmp.training.arguments import DiTTrainingArguments, option, run_entry_point
+from diffusers_dmp.training.arguments import DiTTrainingArguments, option
 from diffusers_dmp.training.dit_family import train_dit
+from diffusers_dmp.training.parsing import run_entry_point
 
 
 @dataclass(kw_only=True)

@@ -10,16 +10,11 @@ from diffusers import DiffusionPipeline
 
 from diffusers_dmp import NoiseIntervals, PatchedUNet2DModel, SNRSplitPipeline
 from diffusers_dmp.hub.pushing import with_hub
-from diffusers_dmp.training.arguments import (
-    ExpertArguments,
-    TrainingArguments,
-    model_arguments,
-    option,
-    run_entry_point,
-)
+from diffusers_dmp.training.arguments import ExpertArguments, TrainingArguments, model_arguments, option
 from diffusers_dmp.training.data.training_data import TrainingData, load_training_data
 from diffusers_dmp.training.experts import ExpertTraining, train_experts
 from diffusers_dmp.training.objectives.from_arguments import make_objective, make_scheduler
+from diffusers_dmp.training.parsing import run_entry_point
 from diffusers_dmp.training.pipeline_output import save_whole
 from diffusers_dmp.training.recipe import TrainingRecipe
 from diffusers_dmp.training.summary import TrainingSummary

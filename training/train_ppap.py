@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler
 from diffusers_dmp import GuidanceExperts
 from diffusers_dmp.guidance.experts import METHODS
 from diffusers_dmp.hub.pushing import with_hub
-from diffusers_dmp.training.arguments import ExpertArguments, SharedTrainingArguments, option, renamed, run_entry_point
+from diffusers_dmp.training.arguments import ExpertArguments, SharedTrainingArguments, option
 from diffusers_dmp.training.conditions import no_conditions
 from diffusers_dmp.training.data.training_data import load_training_data
 from diffusers_dmp.training.experts import ExpertTraining, train_experts
@@ -21,6 +21,7 @@ from diffusers_dmp.training.guidance_experts import WEIGHTS_NAME, make_experts, 
 from diffusers_dmp.training.objectives import distillation
 from diffusers_dmp.training.objectives.from_arguments import noise_schedule
 from diffusers_dmp.training.objectives.objective import Objective
+from diffusers_dmp.training.parsing import renamed, run_entry_point
 from diffusers_dmp.training.recipe import TrainingRecipe
 from diffusers_dmp.training.trainer import make_accelerator
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from diffusers_dmp import RemixDiTModel
 from diffusers_dmp.hub.pushing import with_hub
-from diffusers_dmp.training.arguments import DiTTrainingArguments, option, run_entry_point
+from diffusers_dmp.training.arguments import DiTTrainingArguments, option
 from diffusers_dmp.training.dit_family import train_dit
+from diffusers_dmp.training.parsing import run_entry_point
 from diffusers_dmp.training.recipe import TrainingRecipe
 from diffusers_dmp.training.run import Publisher
 

@@ -26,7 +26,7 @@ from conftest import FIXTURES, REPOSITORY
 
 from diffusers_dmp import DiTModel, DTRTransformer2DModel, PatchedUNet2DModel
 from diffusers_dmp.evaluation.digits import fit_classifier, fit_resnet
-from diffusers_dmp.training.arguments import parse_arguments
+from diffusers_dmp.training.parsing import parse_arguments
 
 RESULTS = REPOSITORY / "docs" / "results"
 ARGUMENTS = {

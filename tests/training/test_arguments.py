@@ -6,7 +6,8 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 
-from diffusers_dmp.training.arguments import DiTTrainingArguments, parse_arguments
+from diffusers_dmp.training.arguments import DiTTrainingArguments
+from diffusers_dmp.training.parsing import parse_arguments
 
 
 def test_the_command_line_overrides_the_preset(tmp_path):

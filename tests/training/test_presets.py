@@ -8,8 +8,9 @@ from conftest import REPOSITORY
 from runs import logged
 
 from diffusers_dmp import DiTModel, DTRTransformer2DModel
-from diffusers_dmp.training.arguments import DiTTrainingArguments, parse_arguments
+from diffusers_dmp.training.arguments import DiTTrainingArguments
 from diffusers_dmp.training.dit_family import train_dit
+from diffusers_dmp.training.parsing import parse_arguments
 
 PRESETS = REPOSITORY / "training" / "presets"
 # Of three steps each, on the images of the fixture `digits`, from version 0.1.0.

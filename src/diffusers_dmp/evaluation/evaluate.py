@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from ..saving.sources import check_source
-from ..training.arguments import option, run_entry_point
+from ..training.arguments import option
+from ..training.parsing import run_entry_point
 from .features import DIGITS, INCEPTION, FeatureExtractor, Features, extract_features
 from .fingerprint import make_fingerprint, read_settings
 from .images import DatasetImages, open_images

@@ -19,9 +19,10 @@ from tqdm.auto import tqdm
 
 from ..models.inputs import has_classes
 from ..models.vision import network_sha256
-from ..training.arguments import option, renamed, run_entry_point
+from ..training.arguments import option
 from ..training.data.seeded_sampling import SeededSamplingArguments, load_sampling_pipeline, sample_seeded
 from ..training.data.shards import make_shard_accelerator, remember_settings, write_shards
+from ..training.parsing import renamed, run_entry_point
 from .images import DatasetImages
 from .npz import write_npz
 
