@@ -108,7 +108,7 @@ def test_a_preset_by_its_name():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("- batch_size", "to be a YAML mapping, but got a list"),
+        ("- batch_size", "to hold a YAML mapping, but got list"),
         ("batch_size: [8]", r"`batch_size` in .* to be int, but got \[8\]"),
         ("random_flip: 3", "`random_flip` in .* to be bool, but got 3"),
         ("batch_size: some", "argument --batch_size.*: invalid int value: 'some'"),

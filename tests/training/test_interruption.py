@@ -80,7 +80,7 @@ def test_the_end_of_the_launcher_is_a_signal(monkeypatch):
     monkeypatch.setenv(interruption.LAUNCHED, "no")
     received = Interruption(Accelerator(cpu=True))
     assert received.signal_received() is None
-    monkeypatch.setattr(interruption.os, "getppid", lambda: 1)
+    monkeypatch.setattr(interruption.os, "getppid", lambda: interruption.PARENT + 1)  # another process
     assert received.signal_received() == signal.SIGTERM
     monkeypatch.delenv(interruption.LAUNCHED)
     assert Interruption(Accelerator(cpu=True)).launcher is None  # a shell that ends is no reason to end

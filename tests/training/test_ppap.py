@@ -297,7 +297,7 @@ def test_the_network_is_said_to_be_the_trouble(train_ppap_here, base, tmp_path):
     for name, message in [
         (text_model, "a BertForSequenceClassification does not predict anything of images"),
         (body, "a ResNetModel does not predict anything of images"),
-        (tmp_path / "nowhere", "nowhere': there is no such folder"),
+        (tmp_path / "nowhere", "nowhere': "),
         (tmp_path, "config.json"),
     ]:
         with pytest.raises(ValueError, match=rf"Expected `base_model` to be .*{message}"):
