@@ -64,8 +64,12 @@ def test_a_kill_between_the_two_renamings_leaves_the_new_folder_complete(tmp_pat
     path = tmp_path / "pipeline"
     make_folder(path, old="1")
 
+    replace = Path.replace
+
     def killed(self: Path, target: Path) -> Path:
-        raise KeyboardInterrupt
+        if target == path:
+            raise KeyboardInterrupt
+        return replace(self, target)
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "replace", killed)

@@ -28,10 +28,11 @@ def written_whole(path: "str | os.PathLike") -> Iterator[Path]:
     remove(unfinished_path(path))  # what a killed process left
     try:
         yield unfinished_path(path)
-        finish(path)
+        _flush_contents(unfinished_path(path))
     except BaseException:
         remove(unfinished_path(path))
         raise
+    _rename(path)
 
 
 def unfinished_path(path: Path) -> Path:
@@ -41,13 +42,21 @@ def unfinished_path(path: Path) -> Path:
 
 def finish(path: Path) -> None:
     """Rename `unfinished_path(path)` to `path`, over what was there before, when all of it is on the disk."""
-    unfinished = unfinished_path(path)
-    for file in [*unfinished.rglob("*"), unfinished]:
+    _flush_contents(unfinished_path(path))
+    _rename(path)
+
+
+def _flush_contents(path: Path) -> None:
+    for file in [*path.rglob("*"), path]:
         flush(file)
+
+
+def _rename(path: Path) -> None:
+    """Give what is complete its final name. Whenever this is interrupted, the old or the new is there, whole."""
     if path.is_dir():  # which cannot be replaced in one step
         remove(_removed_path(path))
         path.replace(_removed_path(path))
-    unfinished.replace(path)
+    unfinished_path(path).replace(path)
     flush(path.parent)
     remove(_removed_path(path))
 

@@ -26,10 +26,14 @@ def find_preset(name_or_path: str) -> Path:
         name_or_path (`str`): A file, or a preset's name with or without `.yaml`.
 
     Raises:
-        ValueError: if there is neither; the message lists the presets.
+        ValueError: if there is neither; for a bare name the message lists the presets.
     """
     shipped = PRESETS / f"{name_or_path.removesuffix(SUFFIX)}{SUFFIX}"
     found = next((path for path in (Path(name_or_path), shipped) if path.is_file()), None)
+    if found is None and (name_or_path.endswith(SUFFIX) or Path(name_or_path).name != name_or_path):
+        raise ValueError(
+            f"Expected `config` to be a YAML file, or the name of a preset, but got {name_or_path!r}: there is no such file."
+        )
     if found is None:
         raise ValueError(
             f"Expected `config` to be a YAML file, or one of {', '.join(preset_names())}, but got {name_or_path!r}."

@@ -308,7 +308,7 @@ def test_what_is_neither_is_named(tmp_path, name):
     if name != "photo.png":
         with pytest.raises(ValueError, match=rf"got none in .*folder', which has {Path(name).suffix}. Archives have"):
             load_images(str(tmp_path / "folder"))
-    with pytest.raises(ValueError, match=f"archives have to be unpacked. Expected '.*{name}' to be a whole parquet"):
+    with pytest.raises(ValueError, match=f"parquet files, but got '.*{name}', which is none"):
         load_images(str(tmp_path / "folder" / name))
 
 

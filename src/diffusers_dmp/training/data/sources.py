@@ -89,8 +89,11 @@ def _load_parquet(source: str, splits: dict[str, list[str]], split: str) -> data
             try:
                 sizes[name] += expect_parquet(Path(file))
             except (OSError, ValueError) as error:
+                if file.endswith(".parquet"):
+                    raise
                 raise ValueError(
-                    f"Expected `dataset` to be a folder of images, or parquet; archives have to be unpacked. {error}"
+                    f"Expected `dataset` to be a folder of images, or parquet files, but got {file!r}, which is none. "
+                    "Archives have to be unpacked."
                 ) from error
     parts = choose_rows(split, sizes, source)
     loaded = _load_dataset(source, "parquet", data_files={name: splits[name] for name, _ in parts})
