@@ -363,7 +363,7 @@ def diagnose(
     from .saving.reading import read_json
     from .training.data.images import load_images
 
-    check_source("--dataset", dataset, "file or folder")
+    check_source("--dataset", dataset, "file or folder", "dataset")
     pipe = load_pipeline(pipeline).to(get_device())
     summary = Path(pipeline, "training_summary.json")
     training = read_json(summary) if summary.is_file() else None
@@ -413,7 +413,7 @@ def load_pipeline(name: str) -> "DiffusionPipeline":
     from .saving.finite import expect_finite_pipeline
     from .saving.weight_files import check_saved_folder
 
-    check_source("pipeline", name)
+    check_source("pipeline", name, repo_type="model")
     nested = Path(name, "pipeline")
     folder = nested if nested.is_dir() else Path(name)
     check_saved_folder(folder)
@@ -517,7 +517,7 @@ def _local(name: str) -> Path:
     """The folder itself, or a download of a repository's configurations and records."""
     from huggingface_hub import snapshot_download
 
-    check_source("folder", name)
+    check_source("folder", name, repo_type="model")
     patterns = ["*.json", "*.yaml"]
     return Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=patterns))
 
