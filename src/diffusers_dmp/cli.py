@@ -491,7 +491,9 @@ def _class_indices(pipe: Any, names: list[str], indices: list[int]) -> list[int]
     known = {synonym.strip() for each in id2label.values() for synonym in (each, *each.split(","))}
     last = pipe.num_classes if pipe.has_null_class else pipe.num_classes - 1
     found = []
-    for option, given in [*(("--label", name) for name in names), *(("--class_index", index) for index in indices)]:
+    given_classes: list[tuple[str, Any]] = [("--label", name) for name in names]
+    given_classes += [("--class_index", index) for index in indices]
+    for option, given in given_classes:
         is_index = isinstance(given, int) or (given.isdecimal() and given not in known)
         index = int(given) if is_index else find_class(given, id2label, option)
         if index > last:
