@@ -168,11 +168,22 @@ def test_errors_are_reported_in_one_line(folder, tmp_path, capsys, monkeypatch):
         (["diagnose", folder, "--dataset", tmp_path / "nowhere"], "nowhere': there is no such file or folder"),
         (["publish", tmp_path / "nowhere", "user/dtr", "--license", "mit"], "nowhere': there is none"),
         (["convert", "dit", tmp_path / "nowhere.pt", "--output_dir", "x"], "nowhere.pt': there is none"),
-        (["convert", "dit", garbage, "--output_dir", "x", "--config", "no.yaml"], "'no.yaml' to be YAML, but there is no such file"),
+        (
+            ["convert", "dit", garbage, "--output_dir", "x", "--config", "no.yaml"],
+            "'no.yaml' to be YAML, but there is no such file",
+        ),
         (["export", tmp_path / "nowhere", tmp_path / "x"], "to be a folder checkpoint-<step>, but got"),
-        (["sample", folder, "--class_index", 11, "--device", "cpu"], "`class_labels` to be in [0, 10]"),
+        (
+            ["sample", folder, "--class_index", 11, "--device", "no"],
+            "`--class_index` to be an index in [0, 10], but got 11. The index 10 is the null class",
+        ),
+        (
+            ["sample", folder, "--label", "three", "--label", 12],
+            "`--label` to be the name of a class, or an index in [0, 10], but got 12. "
+            "The index 10 is the null class: no class. The names are ['three', 'five'].",
+        ),
         (["info", folder.parent], "to hold a model_index.json"),
-        (["sample", folder, "--label", "seven", "--device", "cpu"], "`class_labels` to be among ['three', 'five']"),
+        (["sample", folder, "--label", "seven", "--device", "cpu"], "`--label` to be among ['three', 'five']"),
         (["sample", folder, "--device", "gpu"], "`--device` to be a device of this computer, but got 'gpu'"),
         (["sample", folder, "--output", "grid.mp4"], "to be an image file in an existing folder, but got 'grid.mp4'"),
         (["sample", folder, "--scheduler", "PNDM"], "`scheduler` to be one of DDIM, DDPM, "),

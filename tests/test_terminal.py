@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
 from conftest import REPOSITORY
+from hub_server import HubServer
 
 from diffusers_dmp.saving.sources import check_source, is_local
 from diffusers_dmp.terminal import run_command
@@ -134,3 +136,30 @@ def test_what_may_be_on_the_hub(name, tmp_path, monkeypatch):
     check_source("--dataset", name)
     (tmp_path / "a" / "b" / "c").mkdir(parents=True)
     check_source("--dataset", "a/b/c")  # and a folder that is there
+
+
+@pytest.mark.parametrize("name, repo_type", [("nope", "dataset"), ("user/nope", "model")])
+def test_the_hub_is_asked_once(name, repo_type, tmp_path, monkeypatch):
+    """Where it does not answer, whoever loads a repository would ask again and again; what is in the cache is left to it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    check_source("--dataset", name, repo_type=repo_type)  # offline, as in all tests
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=f"'{name}': there is no such folder, and the Hub does not answer"):
+        check_source("--dataset", name, repo_type=repo_type)
+    assert time.monotonic() - began < 6
+    (tmp_path / "cache" / f"{repo_type}s--{name.replace('/', '--')}").mkdir(parents=True)
+    check_source("--dataset", name, repo_type=repo_type)
+
+
+def test_what_the_hub_does_not_have(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with HubServer({}) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        with pytest.raises(ValueError, match="'user/nope': there is no such folder, and the Hub has no such model"):
+            check_source("pipeline", "user/nope", repo_type="model")
+        assert len(hub.requests) == 1

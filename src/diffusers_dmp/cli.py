@@ -191,13 +191,13 @@ def sample(
         raise ValueError(f"Expected `--output` to be an image file in an existing folder, but got {str(output)!r}.")
     chosen = None if scheduler is None else scheduler_class(scheduler)
     pipe = load_pipeline(pipeline)
+    labels = _class_indices(pipe, label or [], class_index or [])
     try:
         pipe.to(device or get_device())
     except RuntimeError as error:
         raise ValueError(f"Expected `--device` to be a device of this computer, but got {device!r}.") from error
     if chosen is not None:
         pipe.scheduler = make_like(pipe.scheduler, chosen)
-    labels = _class_indices(pipe, label or [], class_index or [])
     guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     images = pipe(
         class_labels=[each for each in labels for _ in range(num_images_per_label)] or None,
@@ -363,7 +363,7 @@ def diagnose(
     from .saving.reading import read_json
     from .training.data.images import load_images
 
-    check_source("--dataset", dataset, "file or folder")
+    check_source("--dataset", dataset, "file or folder", "dataset")
     pipe = load_pipeline(pipeline).to(get_device())
     summary = Path(pipeline, "training_summary.json")
     training = read_json(summary) if summary.is_file() else None
@@ -413,7 +413,7 @@ def load_pipeline(name: str) -> "DiffusionPipeline":
     from .saving.finite import expect_finite_pipeline
     from .saving.weight_files import check_saved_folder
 
-    check_source("pipeline", name)
+    check_source("pipeline", name, repo_type="model")
     nested = Path(name, "pipeline")
     folder = nested if nested.is_dir() else Path(name)
     check_saved_folder(folder)
@@ -474,20 +474,38 @@ def _class_indices(pipe: Any, names: list[str], indices: list[int]) -> list[int]
     The classes to sample: those named, which may be indices where no class has that name, and those given by index.
 
     Without any, the first classes of the model; none for a model without classes.
+
+    Raises:
+        ValueError: if there is no such class.
     """
+    from .models.class_names import checked_class_names, find_class
     from .models.inputs import has_classes
 
+    if not names and not indices:
+        return list(range(min(pipe.num_classes, MAX_COLUMNS))) if has_classes(pipe.num_classes) else []
+    if pipe.num_classes is None:
+        raise ValueError(
+            f"Expected no `--label` and no `--class_index` for a model without classes, but got {[*names, *indices]}."
+        )
+    id2label = checked_class_names(pipe.config.id2label)
+    known = {synonym.strip() for each in id2label.values() for synonym in (each, *each.split(","))}
+    last = pipe.num_classes if pipe.has_null_class else pipe.num_classes - 1
     found = []
-    for name in names:
-        try:
-            found += pipe.get_label_ids(name)
-        except ValueError:
-            if not name.isdecimal():
-                raise
-            found.append(int(name))
-    if not found and not indices and has_classes(pipe.num_classes):
-        return list(range(min(pipe.num_classes, MAX_COLUMNS)))
-    return [*found, *indices]
+    given_classes: list[tuple[str, Any]] = [("--label", name) for name in names]
+    given_classes += [("--class_index", index) for index in indices]
+    for option, given in given_classes:
+        is_index = isinstance(given, int) or (given.isdecimal() and given not in known)
+        index = int(given) if is_index else find_class(given, id2label, option)
+        if index > last:
+            listed = [*id2label.values()][:MAX_COLUMNS]
+            raise ValueError(
+                f"Expected `{option}` to be {'' if option == '--class_index' else 'the name of a class, or '}an index in [0, {last}], "
+                f"but got {given}."
+                + (f" The index {last} is the null class: no class." if pipe.has_null_class else "")
+                + (f" {'Some' if len(id2label) > len(listed) else 'The'} names are {listed}." if listed else "")
+            )
+        found.append(index)
+    return found
 
 
 def _class_name(pipe: Any, index: int) -> str:
@@ -501,7 +519,7 @@ def _local(name: str) -> Path:
     """The folder itself, or a download of a repository's configurations and records."""
     from huggingface_hub import snapshot_download
 
-    check_source("folder", name)
+    check_source("folder", name, repo_type="model")
     patterns = ["*.json", "*.yaml"]
     return Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=patterns))
 

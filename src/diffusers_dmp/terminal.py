@@ -64,7 +64,8 @@ def is_users_error(error: BaseException) -> bool:
     """Whether an error is about what a user gave, or about files and the network, rather than about this package."""
     # the Hub's client does not wrap all errors of the connection in an OSError
     is_connection_error = any(
-        f"{base.__module__}.{base.__name__}" == "httpx.TransportError" for base in type(error).__mro__
+        f"{base.__module__}.{base.__name__}" in ("httpx.TransportError", "httpx2.TransportError")
+        for base in type(error).__mro__
     )
     return is_connection_error or isinstance(error, (ValueError, OSError, ImportError, yaml.YAMLError))
 

@@ -1,5 +1,6 @@
 """Importing the package makes Diffusers find its classes, adds to Diffusers only, and imports nothing else."""
 
+import os
 import subprocess
 import sys
 
@@ -58,14 +59,55 @@ def test_diffusers_is_added_to_only():
     ]
 
 
-def test_diffusers_pipelines_may_be_imported_later():
-    """The test above imports them first."""
-    script = (
-        "import sys, diffusers_dmp; from diffusers.pipelines.pipeline_utils import DiffusionPipeline; "
-        "assert '_dict_from_json_file' in vars(DiffusionPipeline); "
-        "assert not [finder for finder in sys.meta_path if type(finder).__module__ == 'diffusers_dmp.hub.registration']"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True)
+ORDERS = """
+import importlib, importlib.util, sys
+import diffusers_dmp
+assert importlib.util.find_spec("diffusers").loader.get_source("diffusers")
+assert "diffusers" not in sys.modules  # a search imports nothing, and does not keep the import from being noticed
+import diffusers
+assert "diffusers.pipelines" not in sys.modules
+assert type(diffusers.__spec__.loader).__name__ == "SourceFileLoader"  # as without this package
+assert vars(diffusers)["__getattr__"]
+importlib.reload(diffusers)
+assert vars(sys.modules["diffusers"])["__getattr__"]
+importlib.reload(diffusers_dmp)  # a second finder that asks the others
+assert diffusers.pipelines.diffusers_dmp is diffusers_dmp
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+assert "_dict_from_json_file" in vars(DiffusionPipeline)
+import diffusers
+assert diffusers.DiTModel is diffusers_dmp.DiTModel
+"""
+
+
+def test_the_order_of_imports_does_not_matter():
+    """Modules of Diffusers may be imported later, and again; the test above imports them first."""
+    subprocess.run([sys.executable, "-c", ORDERS], check=True)
+
+
+IN_THREADS = """
+import importlib, sys, time
+from concurrent.futures import ThreadPoolExecutor
+import diffusers_dmp
+
+class Slow:  # time for all threads to come while the first one imports
+    def find_spec(self, name, *args):
+        if name == "diffusers.utils":
+            time.sleep(0.3)
+
+def use(name):
+    import diffusers
+    return getattr(diffusers, name).__name__
+
+sys.meta_path.insert(0, Slow())
+names = ["DiTModel", "DDIMScheduler"] * 2
+with ThreadPoolExecutor(4) as threads:
+    assert [*threads.map(use, names)] == names
+"""
+
+
+def test_threads_may_import_diffusers_at_once():
+    """Those that wait for the first one get the module that Diffusers replaces while it is imported."""
+    subprocess.run([sys.executable, "-c", IN_THREADS], check=True)
 
 
 def test_names_of_others(monkeypatch):
@@ -94,3 +136,26 @@ def test_warns_about_a_diffusers_that_nobody_tested(version):
 def test_is_silent_about_a_tested_diffusers(version, recwarn):
     check_diffusers_version(version)
     assert not recwarn
+
+
+def import_beside(version, folder, script="import diffusers_dmp"):
+    """Import the package where the installed Diffusers says that it has some version."""
+    installed = folder / f"diffusers-{version}.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: diffusers\nVersion: {version}\n")
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+
+
+def test_the_import_of_the_package_refuses_an_old_diffusers(tmp_path):
+    """And not a later one of Diffusers, which other packages use without this one."""
+    result = import_beside("0.27.2", tmp_path)
+    assert result.stderr.splitlines()[-1].startswith("ImportError: Expected diffusers >= 0.40, but got 0.27.2")
+
+
+def test_the_warning_names_the_line_that_imports_the_package(tmp_path):
+    (tmp_path / "uses.py").write_text("\nimport diffusers_dmp\n")
+    result = import_beside("0.50.1", tmp_path, "import uses")
+    assert result.returncode == 0
+    assert "uses.py:2: UserWarning: Expected diffusers 0.40 to 0.42" in result.stderr

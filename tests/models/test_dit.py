@@ -86,6 +86,9 @@ def test_from_pretrained_knows_a_stock_checkpoint(stock, batch, tmp_path):
     stock.save_pretrained(tmp_path / "transformer")
     model = DiTModel.from_pretrained(tmp_path, subfolder="transformer")
     torch.testing.assert_close(model(**batch).sample, stock(**batch).sample, atol=2e-5, rtol=1e-4)
+    for load in (DiTModel.from_pretrained, DiTModel.from_diffusers):  # never a model where a pair is asked for
+        with pytest.raises(ValueError, match="no `output_loading_info` for a model of Diffusers' own class"):
+            load(tmp_path, subfolder="transformer", output_loading_info=True)
 
 
 def test_a_stock_model_keeps_its_own_eps(batch):

@@ -18,6 +18,7 @@ from diffusers_dmp import (
     RemixDiTModel,
     SNRSplitPipeline,
 )
+from diffusers_dmp.saving.adapters import adapter_names
 
 MAKE = {
     "dit": lambda: DiTModel(**TINY_CONFIG),
@@ -108,6 +109,10 @@ def test_a_remix_dit_refuses_adapters_of_its_mixtures(tmp_path):
     dit = randomised(MAKE["dit"]())
     dit.add_adapter(make_config("dit"))
     dit.save_lora_adapter(tmp_path)
+    half = tmp_path / "half"  # the first of its layers is no mixture
+    dit.unload_lora()
+    dit.add_adapter(LoraConfig(r=2, target_modules=["norm1.linear", "to_out"], init_lora_weights=False))
+    dit.save_lora_adapter(half)
     remix = randomised(MAKE["remix"]())
     plain = run(remix)
     message = r"layers that the experts of a Remix-DiT share.*`bake_expert\(i\)`"
@@ -122,6 +127,9 @@ def test_a_remix_dit_refuses_adapters_of_its_mixtures(tmp_path):
     adapted = run(remix)
     with pytest.raises(ValueError, match=message):
         remix.add_adapter(LoraConfig(target_modules=["linear", "to_out"]), "mine")
+    with pytest.raises(ValueError, match=message):
+        remix.load_lora_adapter(half, prefix=None, use_safetensors=True)  # without a name: Diffusers chooses one
+    assert adapter_names(remix) == set(remix.peft_config) == {"shared"}
     torch.testing.assert_close(run(remix), adapted)
     expert = remix.fuse_expert(1)
     assert expert and not torch.allclose(run(remix), plain, atol=1e-3)  # fused weights leave the adapters as they are

@@ -2,18 +2,21 @@
 
 A pipeline's `model_index.json` names its components as `["diffusers_dmp", "DiTModel"]` and itself as `"SNRSplitPipeline"`, or as
 `["pipeline", "SNRSplitPipeline"]` where a code file `pipeline.py` lies beside it. Three things are added to Diffusers, and
-nothing in it is replaced. It happens when Diffusers is imported, before this package or after it, so that the import of
-this package alone takes no time:
+nothing in it is replaced. Each is added when the module in question is imported, before this package or after it, so that
+the import of this package alone takes no time:
 
 - a library is an attribute of `diffusers.pipelines`, where Diffusers looks before it looks for code files;
 - a class without a library is an attribute of `diffusers`;
 - `["pipeline", "SNRSplitPipeline"]` is read as `"SNRSplitPipeline"` (see [`_read_plain_class_name`]).
 """
 
+import importlib
+import importlib.metadata
 import sys
 import warnings
-from collections.abc import Callable
-from importlib.abc import MetaPathFinder
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -23,7 +26,6 @@ from packaging.version import Version
 from ..saving.naming import PACKAGE
 
 SUPPORTED_MINORS = ("0.40", "0.41", "0.42")  # oldest first; `make test-diffusers` runs the tests with each
-_PIPELINE_MODULE = "diffusers.pipelines.pipeline_utils"
 _Extend = Callable[[Any], None]  # adds something to a module
 
 
@@ -36,21 +38,30 @@ def register(package: ModuleType, class_names: list[str]) -> None:
         class_names (`list[str]`): Models and pipelines.
 
     Raises:
-        ImportError: if Diffusers is older than the oldest supported version.
+        ImportError: if the installed Diffusers is older than the oldest supported version.
     """
-    _when_imported("diffusers", lambda diffusers: _extend_diffusers(diffusers, package, class_names))
-
-
-def _extend_diffusers(diffusers: Any, package: ModuleType, class_names: list[str]) -> None:
-    """Add the library and its classes to Diffusers."""
-    check_diffusers_version(diffusers.__version__)
-    setattr(diffusers.pipelines, PACKAGE, package)
-    # Diffusers' own classes come first, should it ever have one of these names
-    new_names = set(class_names) - set(getattr(diffusers, "__all__", ()))
-    diffusers.__getattr__ = _lookup(package, new_names, vars(diffusers).get("__getattr__"))
+    with suppress(importlib.metadata.PackageNotFoundError):  # a source tree that is not installed
+        check_diffusers_version(importlib.metadata.version("diffusers"))
+    names = set(class_names)
     _when_imported(
-        _PIPELINE_MODULE, lambda module: _read_plain_class_name(vars(module).get("DiffusionPipeline"), new_names)
+        {
+            "diffusers": lambda module: _add_classes(module, package, names),
+            "diffusers.pipelines": lambda module: setattr(module, PACKAGE, package),
+            "diffusers.pipelines.pipeline_utils": lambda module: _read_plain_class_name(
+                vars(module).get("DiffusionPipeline"), _without_own(names)
+            ),
+        }
     )
+
+
+def _add_classes(diffusers: Any, package: ModuleType, names: set[str]) -> None:
+    """Let `diffusers` have classes as attributes."""
+    diffusers.__getattr__ = _lookup(package, _without_own(names), vars(diffusers).get("__getattr__"))
+
+
+def _without_own(names: set[str]) -> set[str]:
+    """Names without those of Diffusers' own classes, which come first, should it ever have one of them."""
+    return names - set(getattr(sys.modules["diffusers"], "__all__", ()))
 
 
 def check_diffusers_version(installed: str) -> None:
@@ -70,7 +81,7 @@ def check_diffusers_version(installed: str) -> None:
     if ".".join(map(str, release[:2])) not in SUPPORTED_MINORS:
         warnings.warn(
             f"Expected diffusers {oldest} to {newest}, with which diffusers_dmp is tested, but got {installed}. It may work.",
-            stacklevel=2,
+            stacklevel=4,  # the import of this package: its `__init__.py` calls `register`, which calls this function
         )
 
 
@@ -117,28 +128,53 @@ def _read_plain_class_name(pipeline_class: Any, names: set[str]) -> None:
         pipeline_class._dict_from_json_file = classmethod(_dict_from_json_file)
 
 
-def _when_imported(name: str, extend: _Extend) -> None:
-    """Call a function with a module: now, or after its first import."""
-    if name in sys.modules:
-        extend(sys.modules[name])
-        return
+def _when_imported(extensions: Mapping[str, _Extend]) -> None:
+    """Call functions with modules (by their names): now, where they are imported already, and after each import."""
+    sys.meta_path.insert(0, _Finder(extensions))
+    for name, extend in extensions.items():
+        if name in sys.modules:
+            importlib.import_module(name)  # waits, should another thread be importing it
+            extend(sys.modules[name])
 
-    class Finder(MetaPathFinder):
-        def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-            if fullname != name:
-                return None
-            others = (each for each in sys.meta_path if each is not self and hasattr(each, "find_spec"))
-            spec = next(filter(None, (each.find_spec(fullname, path, target) for each in others)), None)
-            if spec is not None and spec.loader is not None:
-                execute = spec.loader.exec_module
 
-                def exec_module(module: ModuleType) -> None:
-                    execute(module)
-                    if self in sys.meta_path:
-                        sys.meta_path.remove(self)
-                        extend(sys.modules[name])  # Diffusers puts another object there than `module`
+class _Finder(MetaPathFinder):
+    """Finds modules as the finders after it do; it stays, as a module may be imported again (`importlib.reload`)."""
 
-                spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-            return spec
+    def __init__(self, extensions: Mapping[str, _Extend]):
+        self.extensions = extensions
 
-    sys.meta_path.insert(0, Finder())
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if fullname not in self.extensions:
+            return None
+        finders = [*sys.meta_path]
+        later = finders[finders.index(self) + 1 :] if self in finders else []
+        specs = (each.find_spec(fullname, path, target) for each in later if hasattr(each, "find_spec"))
+        spec = next(filter(None, specs), None)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, self.extensions[fullname])
+        return spec
+
+
+class _Loader(Loader):
+    """Another loader, after which a function is called with the module."""
+
+    def __init__(self, loader: Any, extend: _Extend):
+        self.loader, self.extend = loader, extend
+
+    def __getattr__(self, name: str) -> Any:  # what else a loader may have: `get_source`, `get_data`
+        return getattr(self.loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        name = module.__name__
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+        self.loader.exec_module(module)
+        imported = sys.modules.get(name, module)
+        self.extend(imported)
+        if imported is not module:
+            # Diffusers has put another object in its place, with which threads that waited for the import do not go on
+            module.__getattr__ = lambda key: getattr(imported, key)  # type: ignore[method-assign]

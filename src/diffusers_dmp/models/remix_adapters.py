@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..saving.adapters import has_adapters
+from ..saving.adapters import adapter_names, has_adapters
 from .dit.model import DiTModel
 from .remix_layers import BasisLinear
 
@@ -19,7 +19,7 @@ class RemixAdaptersMixin(DiTModel):
         Raises:
             ValueError: if it is to adapt a layer that is a mixture of bases.
         """
-        with self._refusing_adapted_bases(adapter_name):
+        with self._refusing_adapted_bases():
             super().add_adapter(adapter_config, adapter_name)
 
     def load_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
@@ -29,12 +29,12 @@ class RemixAdaptersMixin(DiTModel):
         Raises:
             ValueError: if it adapts a layer that is a mixture of bases, as the LoRA of a plain DiT does.
         """
-        with self._refusing_adapted_bases(kwargs.get("adapter_name")):
+        with self._refusing_adapted_bases():
             super().load_lora_adapter(*args, **kwargs)
 
     @contextmanager
-    def _refusing_adapted_bases(self, adapter_name: str | None) -> Iterator[None]:
-        had_adapters = has_adapters(self)
+    def _refusing_adapted_bases(self) -> Iterator[None]:
+        had_adapters, known = has_adapters(self), adapter_names(self)
         try:
             yield
         except ValueError as error:
@@ -43,8 +43,8 @@ class RemixAdaptersMixin(DiTModel):
             # PEFT puts adapters in one layer after the other, and stops at the first that it does not know
             if not had_adapters:
                 self.unload_lora()
-            elif adapter_name is not None:
-                self.delete_adapters(adapter_name)
+            else:  # Diffusers chooses a name where none is given
+                self.delete_adapters(sorted(adapter_names(self) - known))
             raise ValueError(
                 "Expected an adapter of layers that the experts of a Remix-DiT share, such as 'norm1.linear', but got one of the "
                 "blocks' other linear layers, which are mixtures. `bake_expert(i)` makes a plain DiT, which takes it."

@@ -10,6 +10,16 @@ def has_adapters(model: nn.Module) -> bool:
     return any(hasattr(module, "base_layer") for module in model.modules())  # an attribute of all layers of PEFT
 
 
+def adapter_names(model: nn.Module) -> set[str]:
+    """Return the names of the adapters in a model's layers, where those of a refused adapter are too."""
+    return {
+        name
+        for module in model.modules()
+        for layers in getattr(module, "adapter_layer_names", ())  # an attribute of all layers of PEFT
+        for name in getattr(module, layers, {})
+    }
+
+
 def check_no_adapters(model: nn.Module, action: str) -> None:
     """
     Refuse a model with adapters, whose weights have other names and do not hold what it computes.

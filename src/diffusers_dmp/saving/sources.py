@@ -10,10 +10,14 @@ _FILE_SUFFIXES = (
 )  # fmt: skip
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
+_SECONDS_FOR_HUB = 5.0
+
 logger = logging.getLogger(__name__)
 
 
-def check_source(argument: str, name_or_path: "str | os.PathLike | None", kind: str = "folder") -> None:
+def check_source(
+    argument: str, name_or_path: "str | os.PathLike | None", kind: str = "folder", repo_type: str | None = None
+) -> None:
     """
     Check that a file or folder exists, where a name cannot be the id of a repository on the Hub; where it can, say that the
     Hub is asked, which may take a while without a connection.
@@ -22,9 +26,11 @@ def check_source(argument: str, name_or_path: "str | os.PathLike | None", kind: 
         argument (`str`): The argument that the user gave it in, for the message.
         name_or_path (`str`, *optional*): The name; nothing is checked without one.
         kind (`str`): What else than a Hub id it may be: 'folder', or 'file or folder'.
+        repo_type (`str`, *optional*): 'model' or 'dataset', to ask the Hub whether it has it: once, where whoever loads it asks
+            again and again if there is no connection.
 
     Raises:
-        ValueError: if it can be neither, or is a file where a folder is asked for.
+        ValueError: if it can be neither, is not on the Hub although asked for, or is a file where a folder is asked for.
     """
     if not name_or_path:
         return
@@ -40,6 +46,41 @@ def check_source(argument: str, name_or_path: "str | os.PathLike | None", kind: 
         )
     if os.environ.get("RANK", "0") == "0":
         logger.warning("There is no %s %r here: looking for it on the Hub.", kind, name)
+    if repo_type is not None:
+        _expect_on_hub(argument, name, kind, repo_type)
+
+
+def _expect_on_hub(argument: str, name: str, kind: str, repo_type: str) -> None:
+    """Refuse a repository that the Hub does not have, or that is not in a cache while there is no connection to the Hub."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    if constants.HF_HUB_OFFLINE or _is_cached(
+        name, repo_type
+    ):  # the cache answers, or whoever loads it says that it cannot
+        return
+    try:
+        HfApi().repo_info(name, repo_type=repo_type, timeout=_SECONDS_FOR_HUB)
+        return
+    except GatedRepoError:  # it exists, and the Hub says what to do
+        return
+    except RepositoryNotFoundError:
+        reason = f"there is no such {kind}, and the Hub has no such {repo_type} that you may read"
+    except Exception as error:
+        # of the library that the Hub's client talks through, which is another one in other versions
+        if not isinstance(error, OSError) and not any(
+            base.__name__ == "TransportError" for base in type(error).__mro__
+        ):
+            raise
+        reason = f"there is no such {kind}, and the Hub does not answer ({type(error).__name__})"
+    raise ValueError(f"Expected `{argument}` to be an existing {kind} or a Hub id, but got {name!r}: {reason}.")
+
+
+def _is_cached(name: str, repo_type: str) -> bool:
+    from huggingface_hub import constants
+
+    folder = os.path.join(constants.HF_HUB_CACHE, f"{repo_type}s--{name.replace('/', '--')}")
+    return os.path.isdir(folder)
 
 
 def is_local(name: str) -> bool:

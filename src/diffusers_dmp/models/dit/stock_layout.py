@@ -40,8 +40,13 @@ def load_stock(stock_model_or_path: "nn.Module | str | os.PathLike", **kwargs: A
         kwargs: Arguments of `DiTTransformer2DModel.from_pretrained`, if a path is given.
 
     Raises:
-        ValueError: if a model of another class is given, or a file of a local folder is damaged.
+        ValueError: if a model of another class is given, a file of a local folder is damaged, or `output_loading_info` is asked for.
     """
+    if kwargs.pop("output_loading_info", False):
+        raise ValueError(
+            "Expected no `output_loading_info` for a model of Diffusers' own class, whose weights get other names here, but got "
+            "True. `DiTTransformer2DModel.from_pretrained` has it; a missing weight is refused in any case."
+        )
     if isinstance(stock_model_or_path, DiTTransformer2DModel):
         return stock_model_or_path
     if isinstance(stock_model_or_path, nn.Module):
@@ -174,6 +179,9 @@ class StockDiTMixin(StandaloneModelMixin, ModelMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: "str | os.PathLike", **kwargs: Any) -> Self:
         """
         Load a saved model, or a saved stock model through [`~DiTModel.from_diffusers`]; see [`ModelMixin.from_pretrained`].
+
+        Raises:
+            ValueError: if `output_loading_info` is asked for with a stock model, whose weights have other names.
         """
         where = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "revision", "subfolder") if name in kwargs}
         if cls.load_config(pretrained_model_name_or_path, **where).get("_class_name") in STOCK_CLASSES:
