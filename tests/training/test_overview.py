@@ -54,7 +54,7 @@ def test_a_training_says_what_it_will_do(digits, tmp_path, capfd):
     )
     assert said["device"].startswith("cpu (") and said["device"].endswith("), 32 bits")
     assert said["output"] == (
-        f"{tmp_path}: checkpoints every 6 steps (the last 2 and the best kept), metrics.jsonl, the finished pipeline"
+        f"{tmp_path}: checkpoints every 6 steps and at the end (the last 2 and the best kept), metrics.jsonl, the finished pipeline"
     )
     assert lines[-1].startswith("After step 10 of 12: about ") and lines[-1].endswith(" s to go.")
 

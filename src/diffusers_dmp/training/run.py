@@ -174,7 +174,7 @@ class TrainingRun:
             steps > 0 and done.step % steps == 0 for steps in (args.pipeline_steps, args.sample_steps)
         )
         is_best = best.step == done.step
-        checkpoint_is_due = done.step % args.checkpointing_steps == 0 or is_best
+        checkpoint_is_due = self._checkpoint_is_due(done.step) or is_best
         if pipeline_is_due or samples_are_due or checkpoint_is_due:
             self._expect_finite(done.step)
         # before the checkpoint, so that a run that is resumed from it has the pipeline too
@@ -190,6 +190,10 @@ class TrainingRun:
         if samples_are_due and accelerator.is_main_process:
             with averaged_weights(self.parts.plain_model, self.ema):
                 save_samples(accelerator, trained_pipeline(self.parts, self.data), args, done.step)
+
+    def _checkpoint_is_due(self, step: int) -> bool:
+        """Whether a step ends with a checkpoint; the last one does, so that nothing is lost while the model is saved."""
+        return step % self.args.checkpointing_steps == 0 or step == self.args.max_train_steps
 
     def _expect_finite(self, step: int) -> None:
         """Check all losses so far, the weights and their average; every process has to call, before anything is saved."""
@@ -208,7 +212,7 @@ class TrainingRun:
     def _end_early(self, done: TrainingStep, received: int) -> None:
         """Write a checkpoint, say how to go on, and end the process as shells expect it after a signal."""
         accelerator, args = self.parts.accelerator, self.args
-        if done.step % args.checkpointing_steps:
+        if not self._checkpoint_is_due(done.step):
             self._expect_finite(done.step)
             save_checkpoint(accelerator, args, done.step, self.record)
         accelerator.wait_for_everyone()
