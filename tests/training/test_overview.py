@@ -76,6 +76,28 @@ def test_the_best_checkpoint_is_kept(validated_run):
     assert best == {"checkpoint": "checkpoint-8", "step": 8, "validation_loss": 0.0}
 
 
+@pytest.mark.parametrize("moment", ["save_checkpoint", "BestCheckpoint.save"])
+def test_a_kill_while_the_best_is_saved_leaves_a_best(digits, tmp_path, monkeypatch, moment):
+    """Whether the new one is complete by then or not, although only one is kept."""
+    losses = iter([2.0, 1.0, 0.5])  # before, and after steps 4 and 8
+    monkeypatch.setattr(training_run, "validation_loss", lambda *arguments: next(losses))
+    owner, name = (training_run, moment) if "." not in moment else (training_run.BestCheckpoint, "save")
+    save, calls = getattr(owner, name), []
+
+    def killed(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return save(*arguments)
+
+    monkeypatch.setattr(owner, name, killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(digits, tmp_path, validation_dataset=str(digits), validation_steps=4, checkpoints_total_limit=1,
+              checkpointing_steps=100)  # fmt: skip
+    best = json.loads((tmp_path / "best_checkpoint.json").read_text())
+    assert best["checkpoint"] == "checkpoint-4" and (tmp_path / "checkpoint-4").is_dir()
+
+
 def test_validation_changes_nothing_in_the_training(validated_run, digits, tmp_path):
     train(digits, tmp_path)
     expected = weights(tmp_path)

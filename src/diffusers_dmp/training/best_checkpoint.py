@@ -36,7 +36,7 @@ class BestCheckpoint:
             self.step, self.loss = step, loss
 
     def save(self) -> None:
-        """Record the best checkpoint, before it is written and the one that was best until then may be removed."""
+        """Record the best checkpoint, once it is written and before the one that was best until then may be removed."""
         record = {"checkpoint": f"{PREFIX}{self.step}", "step": self.step, "validation_loss": self.loss}
         with written_whole(self.path) as unfinished:
             unfinished.write_text(json.dumps(record) + "\n")

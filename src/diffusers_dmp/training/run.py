@@ -16,7 +16,7 @@ from torch import nn
 
 from .arguments import SharedTrainingArguments
 from .best_checkpoint import BestCheckpoint
-from .checkpoints import PREFIX, checkpoint_step, save_checkpoint
+from .checkpoints import PREFIX, checkpoint_step, remove_surplus_checkpoints, save_checkpoint
 from .conditions import LabelConditions
 from .data.batches import training_batches, with_repeats
 from .data.training_data import TrainingData
@@ -181,10 +181,13 @@ class TrainingRun:
         if pipeline_is_due and accelerator.is_main_process:
             with averaged_weights(self.parts.plain_model, self.ema):
                 save_whole(trained_pipeline(self.parts, self.data), Path(args.output_dir, f"pipeline-{done.step}"))
-        if is_best and accelerator.is_main_process:
-            best.save()
         if checkpoint_is_due:
             save_checkpoint(accelerator, args, done.step, self.record)
+            # in this order, so that the best of a run that is killed in between is there
+            if is_best and accelerator.is_main_process:
+                best.save()
+            if accelerator.is_main_process:
+                remove_surplus_checkpoints(args, done.step)
         if pipeline_is_due or checkpoint_is_due:
             self._publish(done)
         if samples_are_due and accelerator.is_main_process:
@@ -215,6 +218,8 @@ class TrainingRun:
         if not self._checkpoint_is_due(done.step):
             self._expect_finite(done.step)
             save_checkpoint(accelerator, args, done.step, self.record)
+            if accelerator.is_main_process:
+                remove_surplus_checkpoints(args, done.step)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             logger.warning(
