@@ -153,6 +153,13 @@ def recorded_arguments(folder: Path) -> dict[str, Any] | None:
     return _with_absolute_paths(yaml.safe_load(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
+def arguments_of_training(checkpoint: Path, now: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint was trained with, of the arguments there are now but those of output and length."""
+    recorded = read_record(checkpoint).get("arguments") or recorded_arguments(checkpoint.parent) or {}
+    others = {"max_train_steps", *(field.name for field in dataclasses.fields(OutputArguments))}
+    return {name: value for name, value in recorded.items() if name in now and name not in others}
+
+
 def differing_arguments(recorded: Mapping[str, Any], now: Mapping[str, Any], args: Any) -> list[str]:
     """The arguments that may not change, and have changed."""
     defaults = {
