@@ -1,6 +1,7 @@
 """What a training says before its first step, and what it logs and keeps while it runs."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from runs import train_here, weights
 from diffusers_dmp import DiTModel
 from diffusers_dmp.training import run as training_run
 from diffusers_dmp.training.arguments import DiTTrainingArguments
+from diffusers_dmp.training.best_checkpoint import BestCheckpoint
 from diffusers_dmp.training.metrics_file import MetricsFile, read_metrics
 
 LONG = {"max_train_steps": 12, "logging_steps": 5, "checkpointing_steps": 6, "sample_inference_steps": 2}
@@ -73,7 +75,21 @@ def test_the_best_checkpoint_is_kept(validated_run):
     """Beside the last one, although the limit is one."""
     assert sorted(path.name for path in validated_run.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]
     best = json.loads((validated_run / "best_checkpoint.json").read_text())
+    assert best.pop("validation").items() >= {"images": 200, "split": "train", "repeats": 1}.items()
     assert best == {"checkpoint": "checkpoint-8", "step": 8, "validation_loss": 0.0}
+
+
+def test_a_best_of_other_images_is_forgotten(tmp_path, caplog):
+    """Their losses do not compare, and one that is never reached again would stay the best for ever."""
+    (tmp_path / "checkpoint-4").mkdir()
+    best = BestCheckpoint(tmp_path, 0, {"images": 10})
+    best.add(4, 0.1)
+    best.save()
+    with caplog.at_level(logging.WARNING):
+        assert BestCheckpoint(tmp_path, 8, {"images": 10}).step == 4 and not caplog.text
+        assert BestCheckpoint(tmp_path, 8, {"images": 20}).step is None
+    assert "checkpoint-4, was validated otherwise: forgotten" in caplog.text
+    assert not (tmp_path / "best_checkpoint.json").exists()
 
 
 @pytest.mark.parametrize("moment", ["save_checkpoint", "BestCheckpoint.save"])

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow.compute
 import torch
 import yaml
@@ -72,16 +73,36 @@ def run_record(
         data ([`TrainingData`]): What it is trained on.
         uses_loss_scaling (`bool`): Whether it is trained in fp16, whose scaling of the loss is a part of the checkpoint.
     """
-    names = data.dataset.column_names
+    images = images_identity(args, data.dataset)
     identity = {
         "model": type(model).__name__,
-        "images": len(data.dataset),
+        "images": images.pop("images"),
         "classes": data.label_names,
-        "labels": _digest(map(str, data.dataset[args.label_column])) if args.label_column in names else None,
-        "image files": _digest(_file_names(data.dataset, args.image_column)) if args.image_column in names else None,
+        **images,
         "weights of the VAE": None if data.vae is None else _weights_digest(data.vae),
     }
     return {"arguments": resolved_arguments(args), "identity": identity, "loss_scaling": uses_loss_scaling}
+
+
+def images_identity(args: SharedTrainingArguments, dataset: datasets.Dataset) -> dict[str, Any]:
+    """What identifies a data set wherever it lies: its number of images, labels, and files' names."""
+    names = dataset.column_names
+    return {
+        "images": len(dataset),
+        "labels": _digest(map(str, dataset[args.label_column])) if args.label_column in names else None,
+        "image files": _digest(_file_names(dataset, args.image_column)) if args.image_column in names else None,
+    }
+
+
+def validation_identity(args: SharedTrainingArguments, data: TrainingData) -> dict[str, Any]:
+    """What a validation loss depends on, besides the weights and what may not change; empty without validation."""
+    if data.validation is None:
+        return {}
+    return {
+        **images_identity(args, data.validation),
+        "split": args.validation_split,
+        "repeats": args.validation_repeats,
+    }
 
 
 def _digest(texts: Iterable[str]) -> str:

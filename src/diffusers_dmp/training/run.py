@@ -40,7 +40,7 @@ from .optimisation import (
 from .pipeline_output import save_samples, save_whole, trained_pipeline
 from .recipe import TrainingRecipe
 from .resources import num_bytes
-from .resuming import run_record
+from .resuming import run_record, validation_identity
 from .validation import validation_loss
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class TrainingRun:
     publisher: Publisher | None = None
 
     def __post_init__(self):
-        self.finite = FiniteCheck(self.parts.accelerator, self.args.num_train_timesteps)
+        self.finite = FiniteCheck(self.parts.accelerator, self.args)
 
     def describe(self) -> dict[str, Any]:
         """What the summary says of the model with its present weights; every process has to call."""
@@ -136,7 +136,8 @@ class TrainingRun:
         batches = training_batches(self.parts.accelerator, self.args, self.data.dataset, first_step)
         steps = training_steps(self.parts, self.args, batches, first_step)
         log = LossLog(self.parts.accelerator, self.args, first_step)
-        best = BestCheckpoint(self.args.output_dir, first_step, self.parts.accelerator.is_main_process)
+        validation = validation_identity(self.args, self.data)
+        best = BestCheckpoint(self.args.output_dir, first_step, validation, self.parts.accelerator.is_main_process)
         started = time.perf_counter()
         with Interruption(self.parts.accelerator) as interruption, closing(log):
             for done in steps:
@@ -162,6 +163,7 @@ class TrainingRun:
         """The validation loss of the averaged weights, by its name, if it is due after a step."""
         if not self.args.validation_steps or done.step % self.args.validation_steps or self.data.validation is None:
             return {}
+        self._expect_finite(done.step)
         with averaged_weights(self.parts.plain_model, self.ema):
             loss = validation_loss(self.parts, self.args, self.data.validation)
         best.add(done.step, loss)
@@ -199,7 +201,7 @@ class TrainingRun:
         return step % self.args.checkpointing_steps == 0 or step == self.args.max_train_steps
 
     def _expect_finite(self, step: int) -> None:
-        """Check all losses so far, the weights and their average; every process has to call, before anything is saved."""
+        """Check all losses so far, the weights and their average; every process has to call, before they are used."""
         self.finite.expect_finite_losses()
         self.finite.expect_finite_weights(self._saved_weights(), step)
 
