@@ -40,6 +40,9 @@ MAY_CHANGE_PREFIXES, MAY_CHANGE_SUFFIX = ("validation_", "lr_"), "learning_rate"
 PATHS = ("dataset", "vae", "pretrained_model_name_or_path", "base_model")
 CONTENTS = ("dataset", "vae")  # without a record, as version 0.2 wrote checkpoints, their paths must be the same
 
+# left out of `training_arguments.yaml`, which may become the `--config` of another training
+OF_ONE_COMMAND = ("resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_license")
+
 MAX_SHOWN = 80  # characters of a value in an error
 
 logger = logging.getLogger(__name__)

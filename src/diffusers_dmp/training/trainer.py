@@ -25,7 +25,7 @@ from .overview import describe_run
 from .pipeline_output import save_configurations, trained_pipeline
 from .recipe import TrainingRecipe
 from .resources import check_output_dir, explained_memory_errors
-from .resuming import ARGUMENTS_NAME, arguments_of_training, expect_same_run, recorded_arguments
+from .resuming import ARGUMENTS_NAME, OF_ONE_COMMAND, arguments_of_training, expect_same_run, recorded_arguments
 from .run import Publisher, TrainingRun, prepare_run
 from .summary import SUMMARY_NAME, TrainingSummary
 
@@ -158,7 +158,7 @@ def is_complete(run: TrainingRun) -> bool:
 def prepare_output_dir(run: TrainingRun, checkpoint: Path | None, first_step: int) -> None:
     """Write the arguments into `output_dir`, and remove what an earlier run left that does not hold for this one."""
     args = run.args
-    values = dataclasses.asdict(args)
+    values = {name: value for name, value in dataclasses.asdict(args).items() if name not in OF_ONE_COMMAND}
     has_summary = False
     if checkpoint is not None and first_step == args.max_train_steps:  # nothing is trained with the new ones
         values |= arguments_of_training(checkpoint, values)
