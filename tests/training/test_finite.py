@@ -7,9 +7,11 @@ from accelerate.state import AcceleratorState
 from runs import train_here, weights
 
 from diffusers_dmp import DiTModel
+from diffusers_dmp.training.arguments import DiTTrainingArguments
 from diffusers_dmp.training.checkpoints import checkpoints, expect_readable
 from diffusers_dmp.training.finite import FiniteCheck
 from diffusers_dmp.training.loop import TrainingStep
+from diffusers_dmp.training.metrics_file import MetricsFile
 
 
 def step(number: int, losses: list[float], timesteps: list[int], **auxiliary: float) -> TrainingStep:
@@ -21,8 +23,8 @@ def step(number: int, losses: list[float], timesteps: list[int], **auxiliary: fl
 
 
 @pytest.fixture
-def check() -> FiniteCheck:
-    return FiniteCheck(Accelerator(cpu=True), 1000)
+def check(tmp_path) -> FiniteCheck:
+    return FiniteCheck(Accelerator(cpu=True), DiTTrainingArguments(output_dir=str(tmp_path)))
 
 
 def test_the_first_loss_that_is_not_finite_is_named(check):
@@ -37,8 +39,50 @@ def test_the_first_loss_that_is_not_finite_is_named(check):
 
 def test_auxiliary_losses_count(check):
     check.add(step(1, [1.0], [3], importance_loss=float("inf")), 0.1)
-    with pytest.raises(ValueError, match="step 1 "):
+    message = r"Expected the importance loss to be finite, but got inf in step 1 \(learning rate 0.1, float32\);"
+    with pytest.raises(ValueError, match=message):
         check.expect_finite_losses()
+
+
+def test_the_sum_counts_although_each_loss_is_finite(check):
+    done = step(1, [1.0], [3], load_loss=1.0)
+    done.loss = torch.tensor(torch.inf)
+    check.add(done, 0.1)
+    with pytest.raises(ValueError, match=r"Expected the loss to be finite, but got inf in step 1 \(.*float32\);"):
+        check.expect_finite_losses()
+
+
+def test_what_helps_is_not_what_is_done_or_there_already(tmp_path):
+    def message(**arguments) -> str:
+        args = DiTTrainingArguments(output_dir=str(tmp_path), **arguments)
+        check = FiniteCheck(Accelerator(cpu=True), args)
+        with pytest.raises(ValueError) as found:
+            check.expect_finite_weights([("x", torch.tensor(torch.nan))], 5)
+        return str(found.value)
+
+    said = message()
+    assert "no earlier checkpoint" in said and "`--resume" not in said and "--mixed_precision" not in said
+    assert said.endswith("What helps: a lower `--learning_rate`, or `--max_grad_norm 1`.")
+    (tmp_path / "checkpoint-4").mkdir()
+    said = message(max_grad_norm=1.0)
+    assert "`--resume_from_checkpoint latest` goes on from checkpoint-4. " in said
+    assert said.endswith("What helps: a lower `--learning_rate`.")
+    (tmp_path / "checkpoint-6").mkdir()  # of a run that was gone back in
+    assert f"`--resume_from_checkpoint {tmp_path / 'checkpoint-4'}` goes on" in message()
+
+
+def test_weights_that_are_nan_are_not_validated(digits, tmp_path):
+    """The step that makes them has a finite loss."""
+    with pytest.raises(ValueError, match="weights to be finite.*after step 1"):
+        train_here(DiTModel, digits, tmp_path, learning_rate=float("inf"), max_train_steps=4, checkpointing_steps=100,
+                   validation_dataset=str(digits), validation_steps=1)  # fmt: skip
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_metrics_are_json(tmp_path):
+    """The norm of the gradients may be infinite in fp16, where the scale of the loss is then lowered."""
+    MetricsFile(tmp_path / "metrics.jsonl", 0).add(1, {"loss": 1.0, "grad_norm": float("inf")})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.0, "grad_norm": null}\n'
 
 
 def test_weights_are_named(check):

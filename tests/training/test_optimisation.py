@@ -12,7 +12,14 @@ from transformers.trainer_utils import SchedulerType
 
 from diffusers_dmp import DiTModel, RemixDiTModel
 from diffusers_dmp.training.arguments import DiTTrainingArguments
-from diffusers_dmp.training.optimisation import averaged_weights, make_ema, make_lr_scheduler, make_optimizer
+from diffusers_dmp.training.optimisation import (
+    averaged_weights,
+    hyperparameters,
+    make_ema,
+    make_lr_scheduler,
+    make_optimizer,
+    set_hyperparameters,
+)
 from diffusers_dmp.training.optimisers import METRIC_SCHEDULES, OPTIMISERS, SCHEDULES
 
 STEPS = 20
@@ -128,6 +135,43 @@ def test_the_schedule_free_average():
         assert not model.training
     assert torch.equal(model.weight, trained) and model.training
     optimizer.step()  # refused by the package in eval mode
+
+
+@pytest.mark.parametrize("optimizer", ["prodigy", "schedule_free_adamw"])
+def test_a_new_warm_up_and_beta_take_effect_in_a_loaded_optimiser(optimizer):
+    pytest.importorskip(OPTIMISERS[optimizer])
+    shared = {"optimizer": optimizer, "ema_decay": 0.0, "learning_rate": 1.0, "max_train_steps": 9}
+    if optimizer == "prodigy":
+        shared["lr_scheduler"] = "constant_with_warmup"
+
+    def make(**arguments):
+        args = DiTTrainingArguments(**shared | arguments)
+        model = torch.nn.Linear(1, 1, bias=False)
+        made = make_optimizer(args, model, torch.nn.Identity(), {})
+        return model, made, make_lr_scheduler(args, made), make_ema(args, model, made)
+
+    model, first, _, ema = make()
+    for _ in range(3):
+        first.zero_grad()
+        model(torch.ones(1)).backward()
+        first.step()
+    with averaged_weights(model, ema):
+        average = model.weight.detach().clone()
+
+    resumed, second, schedule, ema = make(lr_warmup_steps=6, adam_beta1=0.5)
+    wanted = hyperparameters(second)
+    resumed.load_state_dict(model.state_dict())
+    second.load_state_dict(first.state_dict())
+    set_hyperparameters(second, schedule, wanted)
+    (group,) = second.param_groups
+    assert group["betas"][0] == 0.5
+    assert group["safeguard_warmup"] if optimizer == "prodigy" else group["warmup_steps"] == 6
+    with averaged_weights(resumed, ema):
+        torch.testing.assert_close(resumed.weight, average)  # whatever β1 is from now on
+    resumed(torch.ones(1)).backward()
+    second.step()
+    if optimizer == "schedule_free_adamw":
+        assert group["scheduled_lr"] == pytest.approx(4 / 6)
 
 
 def test_pipeline_and_checkpoint_have_the_schedule_free_average(digits, tmp_path):

@@ -1,6 +1,7 @@
 """What a training says before its first step, and what it logs and keeps while it runs."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from runs import train_here, weights
 from diffusers_dmp import DiTModel
 from diffusers_dmp.training import run as training_run
 from diffusers_dmp.training.arguments import DiTTrainingArguments
+from diffusers_dmp.training.best_checkpoint import BestCheckpoint
 from diffusers_dmp.training.metrics_file import MetricsFile, read_metrics
 
 LONG = {"max_train_steps": 12, "logging_steps": 5, "checkpointing_steps": 6, "sample_inference_steps": 2}
@@ -54,7 +56,7 @@ def test_a_training_says_what_it_will_do(digits, tmp_path, capfd):
     )
     assert said["device"].startswith("cpu (") and said["device"].endswith("), 32 bits")
     assert said["output"] == (
-        f"{tmp_path}: checkpoints every 6 steps (the last 2 and the best kept), metrics.jsonl, the finished pipeline"
+        f"{tmp_path}: checkpoints every 6 steps and at the end (the last 2 and the best kept), metrics.jsonl, the finished pipeline"
     )
     assert lines[-1].startswith("After step 10 of 12: about ") and lines[-1].endswith(" s to go.")
 
@@ -73,7 +75,43 @@ def test_the_best_checkpoint_is_kept(validated_run):
     """Beside the last one, although the limit is one."""
     assert sorted(path.name for path in validated_run.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]
     best = json.loads((validated_run / "best_checkpoint.json").read_text())
+    assert best.pop("validation").items() >= {"images": 200, "split": "train", "repeats": 1}.items()
     assert best == {"checkpoint": "checkpoint-8", "step": 8, "validation_loss": 0.0}
+
+
+def test_a_best_of_other_images_is_forgotten(tmp_path, caplog):
+    """Their losses do not compare, and one that is never reached again would stay the best for ever."""
+    (tmp_path / "checkpoint-4").mkdir()
+    best = BestCheckpoint(tmp_path, 0, {"images": 10})
+    best.add(4, 0.1)
+    best.save()
+    with caplog.at_level(logging.WARNING):
+        assert BestCheckpoint(tmp_path, 8, {"images": 10}).step == 4 and not caplog.text
+        assert BestCheckpoint(tmp_path, 8, {"images": 20}).step is None
+    assert "checkpoint-4, was validated otherwise: forgotten" in caplog.text
+    assert not (tmp_path / "best_checkpoint.json").exists()
+
+
+@pytest.mark.parametrize("moment", ["save_checkpoint", "BestCheckpoint.save"])
+def test_a_kill_while_the_best_is_saved_leaves_a_best(digits, tmp_path, monkeypatch, moment):
+    """Whether the new one is complete by then or not, although only one is kept."""
+    losses = iter([2.0, 1.0, 0.5])  # before, and after steps 4 and 8
+    monkeypatch.setattr(training_run, "validation_loss", lambda *arguments: next(losses))
+    owner, name = (training_run, moment) if "." not in moment else (training_run.BestCheckpoint, "save")
+    save, calls = getattr(owner, name), []
+
+    def killed(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return save(*arguments)
+
+    monkeypatch.setattr(owner, name, killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(digits, tmp_path, validation_dataset=str(digits), validation_steps=4, checkpoints_total_limit=1,
+              checkpointing_steps=100)  # fmt: skip
+    best = json.loads((tmp_path / "best_checkpoint.json").read_text())
+    assert best["checkpoint"] == "checkpoint-4" and (tmp_path / "checkpoint-4").is_dir()
 
 
 def test_validation_changes_nothing_in_the_training(validated_run, digits, tmp_path):

@@ -41,6 +41,8 @@ def test_what_is_uploaded_and_when(user, arguments, tmp_path):
     assert {"README.md", "model_index.json", "transformer/diffusion_pytorch_model.safetensors"} <= repo.files.keys()
     assert not [name for name in repo.files if "checkpoint" in name or "pipeline/" in name]
     settings = yaml.safe_load(repo.files["training_arguments.yaml"])
+    # it may be the `--config` of another training, which is not this repository's
+    assert not [name for name in settings if "hub" in name or name == "resume_from_checkpoint"]
     assert settings["max_train_steps"] == 4 and b"license: mit" in repo.files["README.md"]
     during = list(repo.commits.values())[1]
     assert yaml.safe_load(during["training_arguments.yaml"])["max_train_steps"] == 4
@@ -74,13 +76,29 @@ def test_a_failing_upload_costs_no_training(user, arguments, tmp_path, caplog):
     assert len(failures) == 1 and "after step 1 failed, training goes on" in failures[0]
 
 
-def test_no_upload_after_an_error(user, arguments):
+def test_a_full_disk_costs_no_training(user, arguments, tmp_path, caplog):
+    def save(folder):
+        folder.mkdir(parents=True)
+        raise OSError("No space left on device")
+
+    push = pushing.HubPush(DiTTrainingArguments(**arguments))
+    with caplog.at_level(logging.WARNING, "diffusers_dmp"):
+        push(save, 2)
+        push(save, 4)
+    assert caplog.text.count("after step 2 failed, training goes on: No space left") == 1 and "step 4" not in caplog.text
+    assert not (tmp_path / "my-digits" / pushing.FOLDER).exists()  # which takes room
+
+
+def test_no_upload_after_an_error(user, arguments, tmp_path):
+    (tmp_path / "my-digits" / pushing.FOLDER).mkdir(parents=True)
+
     def fail(args, publisher):
         raise RuntimeError("in the training")
 
     with pytest.raises(RuntimeError, match="in the training"):
         with_hub(fail)(DiTTrainingArguments(**arguments))
     assert len(user.repos["user/my-digits"].commits) == 1  # the empty one
+    assert not (tmp_path / "my-digits" / pushing.FOLDER).exists()
 
 
 def expect_refusal(arguments, message, base_model=None):
@@ -102,11 +120,13 @@ def test_what_is_refused_before_the_first_step(user, arguments, monkeypatch, tmp
     assert user.repos == {}
 
 
-def test_a_repository_of_something_else_is_not_overwritten(user, arguments):
+def test_a_repository_of_something_else_is_not_overwritten(user, arguments, tmp_path):
     train = with_hub(lambda args, publisher: train_dit(DiTModel, args, publisher=publisher))
     train(DiTTrainingArguments(**arguments | {"max_train_steps": 2}))
     expect_refusal(arguments, "`hub_model_id` to be a new or an empty repository.*'user/my-digits' with .* files")
     resumed = arguments | {"resume_from_checkpoint": "latest"}
+    elsewhere = {"output_dir": str(tmp_path / "other"), "hub_model_id": "my-digits"}
+    expect_refusal(resumed | elsewhere, "`hub_model_id` to be a new or an empty repository")  # nothing to resume from
     expect_refusal(resumed | {"hub_private_repo": True}, "'user/my-digits' to be private already")
     before = len(user.repos["user/my-digits"].commits)
     train(DiTTrainingArguments(**resumed))

@@ -46,11 +46,26 @@ def test_a_disk_that_fills_leaves_everything_earlier(digits, tmp_path, request):
     assert not list(tmp_path.glob("*.unfinished"))
 
 
-@pytest.mark.parametrize("due", [{"pipeline_steps": 1}, {}])
-def test_a_pipeline_that_does_not_fit_leaves_nothing(digits, tmp_path, small_files, due):
-    with pytest.raises(OSError, match="Could not write .*pipeline"):
-        train_here(DiTModel, digits, tmp_path, max_train_steps=1, checkpointing_steps=10, **due)
+def test_a_pipeline_that_does_not_fit_leaves_nothing(digits, tmp_path, small_files):
+    with pytest.raises(OSError, match="Could not write .*/pipeline-1 "):
+        train_here(DiTModel, digits, tmp_path, max_train_steps=1, checkpointing_steps=10, pipeline_steps=1)
     assert [path.name for path in tmp_path.glob("pipeline*")] == ["pipeline_config"]
+
+
+@pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()])
+def test_an_end_that_fails_loses_no_step(digits, tmp_path, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        patch.setattr("diffusers_dmp.pipelines.ClassConditionalPipeline.save_pretrained", fail)
+        train_here(DiTModel, digits, tmp_path, max_train_steps=3, checkpointing_steps=2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+    assert [path.name for path in tmp_path.glob("pipeline*")] == ["pipeline_config"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(loop.TrainingParts, "losses", fail)  # no step is done again
+    train_here(DiTModel, digits, tmp_path, max_train_steps=3, checkpointing_steps=2, resume_from_checkpoint="latest")
+    assert (tmp_path / "pipeline" / "model_index.json").is_file()
 
 
 def test_a_folder_that_cannot_be_written_is_met_before_the_first_step(digits, tmp_path):

@@ -88,9 +88,28 @@ def test_a_data_set_may_move(copy, digits, tmp_path):
 def test_a_finished_run_says_so_and_writes_its_pipeline(copy, digits, first_run, caplog):
     shutil.rmtree(copy / "pipeline")
     with caplog.at_level(logging.WARNING):
-        resume(digits, copy)
+        resume(digits, copy, learning_rate=1e-9)
     assert "checkpoint-4 is at `max_train_steps` already" in caplog.text
+    assert json.loads((copy / "training_summary.json").read_text())["steps"] == 4
+    # nothing was trained with the new one
+    assert yaml.safe_load((copy / "training_arguments.yaml").read_text())["learning_rate"] == TINY["learning_rate"]
     assert all(torch.equal(tensor, weights(first_run)[name]) for name, tensor in weights(copy).items())
+
+
+def test_a_finished_run_with_its_pipeline_is_left_as_it_is(copy, digits, caplog):
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+    with caplog.at_level(logging.WARNING):
+        resume(digits, copy, learning_rate=1e-9, report_to="tensorboard")
+    assert "nothing to do" in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
+
+
+def test_the_end_of_a_shorter_run_is_its_own(copy, digits):
+    """Back at an earlier checkpoint: what is there is of the longer run."""
+    resume(digits, copy, max_train_steps=2, resume_from_checkpoint=str(copy / "checkpoint-2"))
+    average = torch.load(copy / "checkpoint-2" / "custom_checkpoint_1.pkl", weights_only=True)["shadow_params"]
+    assert any(torch.equal(average[0], tensor) for tensor in weights(copy).values())
+    assert yaml.safe_load((copy / "training_arguments.yaml").read_text())["max_train_steps"] == 2
 
 
 # What may not

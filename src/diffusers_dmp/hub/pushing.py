@@ -11,9 +11,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi, get_token
 
 from ..training.arguments import SharedTrainingArguments
+from ..training.checkpoints import checkpoints
 from .folders import ARGUMENTS
 from .publishing import publish
 
@@ -81,29 +83,39 @@ class HubPush:
             return
         folder = Path(self.args.output_dir, FOLDER)
         shutil.rmtree(folder, ignore_errors=True)
-        save(folder / "pipeline")
-        shutil.copy(Path(self.args.output_dir, ARGUMENTS), folder)
+        try:
+            save(folder / "pipeline")
+            shutil.copy(Path(self.args.output_dir, ARGUMENTS), folder)
+        except torch.OutOfMemoryError:  # the training's, which says what helps
+            raise
+        except Exception as error:  # a full disk, for one; the training goes on
+            self._warn(error, step)
+            shutil.rmtree(folder, ignore_errors=True)  # half a pipeline takes the room of a checkpoint
+            return
         self.latest = self.uploads.submit(self._upload, folder, step)
 
     def _upload(self, folder: Path, step: int) -> None:
         try:
             publish(folder, self.repo_id, **self.to_hub)
         except Exception as error:  # whatever it is, the training goes on
-            if not self.has_failed:
-                logger.warning(
-                    "The upload to %s after step %d failed, training goes on: %s", self.repo_id, step, error
-                )
-            self.has_failed = True
+            self._warn(error, step)
+
+    def _warn(self, error: Exception, step: int) -> None:
+        if not self.has_failed:
+            logger.warning("The upload to %s after step %d failed, training goes on: %s", self.repo_id, step, error)
+        self.has_failed = True
 
     def __enter__(self) -> "HubPush":
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *error: object) -> None:
-        self.uploads.shutdown(wait=error_type is None)
-        if error_type is not None or not self.is_main_process:
+        self.uploads.shutdown(wait=error_type is None, cancel_futures=True)
+        if not self.is_main_process:
             return
         args = self.args
         shutil.rmtree(Path(args.output_dir, FOLDER), ignore_errors=True)
+        if error_type is not None:
+            return
         try:
             url = publish(args.output_dir, self.repo_id, **self.to_hub).url
         except Exception as failure:
@@ -157,7 +169,8 @@ def prepare_repository(args: SharedTrainingArguments, token: str | None = None, 
 def _check_repository(api: HfApi, repo_id: str, args: SharedTrainingArguments) -> None:
     """Check that a repository may be overwritten, and is private if it is to be."""
     files = sorted(set(api.list_repo_files(repo_id)) - {".gitattributes"})
-    if files and args.resume_from_checkpoint is None:
+    # `latest` without a checkpoint is a new training, too
+    if files and (args.resume_from_checkpoint is None or not _has_checkpoints(Path(args.output_dir))):
         raise ValueError(
             f"Expected `hub_model_id` to be a new or an empty repository, unless a training is resumed, but got {repo_id!r} "
             f"with {len(files)} files."
@@ -167,6 +180,11 @@ def _check_repository(api: HfApi, repo_id: str, args: SharedTrainingArguments) -
             f"Expected {repo_id!r} to be private already, or a new name, but got a public repository; its settings on the "
             "Hub make it private."
         )
+
+
+def _has_checkpoints(output_dir: Path) -> bool:
+    """Whether a training, or one of its experts in a folder of its own, has left a checkpoint."""
+    return bool(checkpoints(output_dir)) or any(checkpoints(folder) for folder in output_dir.glob("*/"))
 
 
 def _one_line(error: BaseException) -> str:

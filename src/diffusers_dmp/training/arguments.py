@@ -147,7 +147,7 @@ class OutputArguments:
         50, "Every n-th step, log the loss, the loss by timestep, learning rate and images per second."
     )
     report_to: str = option("tensorboard", "Where to log: tensorboard, wandb or none.")
-    checkpointing_steps: int = option(10_000, "Write a checkpoint every n-th step.")
+    checkpointing_steps: int = option(10_000, "Write a checkpoint every n-th step, and after the last one.")
     checkpoints_total_limit: int | None = option(2, "How many checkpoints to keep.")
     pipeline_steps: int = option(
         0, "Save the current pipeline every n-th step, in `pipeline-<step>`; 0 to save it at the end only."

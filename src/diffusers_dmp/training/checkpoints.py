@@ -177,13 +177,13 @@ def save_checkpoint(
     accelerator: Accelerator, args: SharedTrainingArguments, step: int, record: dict[str, Any]
 ) -> None:
     """
-    Write a checkpoint with everything that resuming needs, and remove surplus old ones, but never the best.
+    Write a checkpoint with everything that resuming needs.
 
     The folder gets its name when it is complete, so that a run that is killed leaves no incomplete checkpoint.
 
     Args:
         accelerator (`Accelerator`): Of all processes, each of which has to call.
-        args ([`SharedTrainingArguments`]): For the output folder and the number of checkpoints to keep.
+        args ([`SharedTrainingArguments`]): For the output folder.
         step (`int`): The number of steps done.
         record (`dict[str, Any]`): What a run that is resumed from it must have again.
 
@@ -203,10 +203,21 @@ def save_checkpoint(
             text = json.dumps({"files": files, **record}, indent=2)
             (unfinished / RECORD_NAME).write_text(text + "\n", encoding="utf-8")
             finish(path)  # a run that went back to an earlier checkpoint replaces the later ones
-    if accelerator.is_main_process and args.checkpoints_total_limit is not None:
-        # the later ones, which such a run has yet to replace, do not count
-        done = [checkpoint for checkpoint in checkpoints(args.output_dir) if checkpoint_step(checkpoint) <= step]
-        best = recorded_best(args.output_dir)
-        for surplus in done[: -args.checkpoints_total_limit]:
-            if best is None or checkpoint_step(surplus) != best["step"]:
-                remove(surplus)
+
+
+def remove_surplus_checkpoints(args: SharedTrainingArguments, step: int) -> None:
+    """
+    Remove old checkpoints beyond `checkpoints_total_limit`, but never the best.
+
+    Args:
+        args ([`SharedTrainingArguments`]): For the output folder and the number of checkpoints to keep.
+        step (`int`): The number of steps done.
+    """
+    if args.checkpoints_total_limit is None:
+        return
+    # the later ones, which a run that went back to an earlier checkpoint has yet to replace, do not count
+    done = [checkpoint for checkpoint in checkpoints(args.output_dir) if checkpoint_step(checkpoint) <= step]
+    best = recorded_best(args.output_dir)
+    for surplus in done[: -args.checkpoints_total_limit]:
+        if best is None or checkpoint_step(surplus) != best["step"]:
+            remove(surplus)

@@ -5,10 +5,9 @@ from collections.abc import Iterable
 import torch
 from accelerate import Accelerator
 
+from .arguments import SharedTrainingArguments
+from .checkpoints import checkpoint_step, checkpoints
 from .loop import TrainingStep
-
-REMEDIES = "What helps: a lower `--learning_rate`, `--max_grad_norm 1`, or `--mixed_precision no`"
-NOTHING_SAVED = "nothing was saved after that, and `--resume_from_checkpoint latest` goes on from before"
 
 
 class FiniteCheck:
@@ -17,43 +16,49 @@ class FiniteCheck:
 
     Args:
         accelerator (`Accelerator`): Of all processes.
-        num_train_timesteps (`int`): T, to say how noisy the samples of that loss were.
+        args ([`SharedTrainingArguments`]): For T, to say how noisy the samples of that loss were, and for what helps.
     """
 
-    def __init__(self, accelerator: Accelerator, num_train_timesteps: int):
+    def __init__(self, accelerator: Accelerator, args: SharedTrainingArguments):
         self.accelerator = accelerator
-        self.num_train_timesteps = num_train_timesteps
+        self.args = args
         self.learning_rates: dict[int, float] = {}  # of the steps since somebody asked
-        # step, timestep and loss; step -1 as long as all losses are finite
-        self.first = torch.tensor([-1.0, -1.0, 0.0], device=accelerator.device)
+        self.names = ["loss"]  # of the losses of a batch: those added to the samples' loss, and the sum
+        # step, timestep of the sample or -1, loss, and its index in `names`; step -1 as long as all losses are finite
+        self.first = torch.tensor([-1.0, -1.0, 0.0, 0.0], device=accelerator.device)
 
     def add(self, done: TrainingStep, learning_rate: float) -> None:
         """Look at the losses of a step."""
         self.learning_rates[done.step] = learning_rate
-        finite = done.sample_losses.isfinite()
-        others = torch.stack([done.loss, *done.auxiliary_losses.values()]).float()
-        first_sample = finite.logical_not().int().argmax()[None]  # the first one, if all are finite
+        self.names = [*done.auxiliary_losses, "loss"]
+        samples = done.sample_losses.isfinite()
+        others = torch.stack([*done.auxiliary_losses.values(), done.loss]).float()
+        first_sample = samples.logical_not().int().argmax()[None]  # index 0, if all are finite
+        first_other = others.isfinite().logical_not().int().argmax()[None]
         values = [done.timesteps.index_select(0, first_sample), done.sample_losses.index_select(0, first_sample)]
-        found = torch.cat([torch.full_like(self.first[:1], done.step), *(value.float() for value in values)])
-        is_new = (self.first[0] < 0) & ~(finite.all() & others.isfinite().all())
-        self.first = torch.where(is_new, found, self.first)
+        step, total = (torch.full_like(self.first[:1], value) for value in (done.step, len(self.names) - 1))
+        of_sample = torch.cat([step, *(value.float() for value in values), total])
+        of_batch = torch.cat([step, torch.full_like(step, -1), others.index_select(0, first_other), first_other.float()])
+        is_new = (self.first[0] < 0) & ~(samples.all() & others.isfinite().all())
+        self.first = torch.where(is_new, torch.where(samples.all(), of_batch, of_sample), self.first)
 
     def expect_finite_losses(self) -> None:
         """
         Check all losses since the last time; every process has to call.
 
         Raises:
-            ValueError: if one was not finite: with its step, learning rate, precision and noise level.
+            ValueError: if one was not finite: with its name, step, learning rate and precision, and a sample's noise level.
         """
-        firsts = self.accelerator.gather(self.first[None]).tolist()  # (processes, 3)
+        firsts = self.accelerator.gather(self.first[None]).tolist()  # (processes, 4)
         found = [first for first in firsts if first[0] >= 0]
         if found:
-            step, timestep, loss = min(found)
+            step, timestep, loss, index = min(found)
+            name = self.names[int(index)].replace("_", " ")
+            noise_level = "" if timestep < 0 else f", at timestep {timestep:g} of {self.args.num_train_timesteps}"
             precision = self.accelerator.mixed_precision.replace("no", "float32")
             raise ValueError(
-                f"Expected the loss to be finite, but got {loss} in step {int(step)} (learning rate "
-                f"{self.learning_rates[int(step)]:g}, {precision}, at timestep {timestep:g} of {self.num_train_timesteps}); "
-                f"{NOTHING_SAVED}. {REMEDIES}."
+                f"Expected the {name} to be finite, but got {loss} in step {int(step)} (learning rate "
+                f"{self.learning_rates[int(step)]:g}, {precision}{noise_level}); {self._advice(int(step))}"
             )
         self.learning_rates.clear()
 
@@ -73,6 +78,21 @@ class FiniteCheck:
         if not finite.all():
             first = names[finite.tolist().index(False)]
             raise ValueError(
-                f"Expected the weights to be finite, but got others in {first!r} after step {step}; {NOTHING_SAVED}. "
-                f"{REMEDIES}."
+                f"Expected the weights to be finite, but got others in {first!r} after step {step}; {self._advice(step)}"
             )
+
+    def _advice(self, step: int) -> str:
+        """From where to go on after what was met in a step, and what helps and is not done yet."""
+        found = checkpoints(self.args.output_dir)
+        saved = [path for path in found if checkpoint_step(path) < step]
+        if saved:
+            choice = "latest" if saved[-1] == found[-1] else saved[-1]
+            way_on = f"`--resume_from_checkpoint {choice}` goes on from {saved[-1].name}"
+        else:
+            way_on = "there is no earlier checkpoint to go on from: begin again"
+        remedies = ["a lower `--learning_rate`"]
+        if self.args.max_grad_norm is None:
+            remedies.append("`--max_grad_norm 1`")
+        if self.accelerator.mixed_precision != "no":
+            remedies.append("`--mixed_precision no`")
+        return f"nothing was saved after that; {way_on}. What helps: {', or '.join(remedies)}."

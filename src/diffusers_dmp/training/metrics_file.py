@@ -1,6 +1,7 @@
 """`metrics.jsonl`: what a training logs, one JSON object for each step that was logged."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ METRICS_NAME = "metrics.jsonl"
 class MetricsFile:
     """
     Appends to `metrics.jsonl`, of which a resumed run keeps what belongs to the steps before it.
+
+    What is not finite, as the norm of the gradients in fp16 at times, is null, since JSON has no such numbers.
 
     Args:
         path (`Path`): The file.
@@ -27,8 +30,9 @@ class MetricsFile:
 
     def add(self, step: int, values: dict[str, float]) -> None:
         """Add the values of a step."""
+        row = {"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": step} | values) + "\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

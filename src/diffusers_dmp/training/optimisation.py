@@ -13,7 +13,8 @@ from .arguments import OptimisationArguments
 from .objectives.objective import Objective
 from .optimisers import SCHEDULES, WARMUP
 
-HYPERPARAMETERS = ("lr", "initial_lr", "weight_decay", "betas")  # of a parameter group, which the arguments decide
+# of a parameter group, which the arguments decide; the last two are schedule-free's and Prodigy's
+HYPERPARAMETERS = ("lr", "initial_lr", "weight_decay", "betas", "warmup_steps", "safeguard_warmup")
 
 
 def make_optimizer(
@@ -97,8 +98,17 @@ def set_hyperparameters(
         optimizer, lr_scheduler: As they were loaded.
         wanted (`list[dict]`): As [`hyperparameters`] returned it before that.
     """
+    # schedule-free trains weights that lie between its average and z, as β1 says: found with the old β1, left with the new
+    moves = any(
+        "train_mode" in group and group["betas"][0] != values["betas"][0]
+        for group, values in zip(optimizer.param_groups, wanted)
+    )
+    if moves:
+        optimizer.eval()  # type: ignore[attr-defined]
     for group, values in zip(optimizer.param_groups, wanted):
         group.update(values)
+    if moves:
+        optimizer.train()  # type: ignore[attr-defined]
     lr_scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
     # transformers' schedules are factors of the initial rates, by the number of steps done
     factors = [factor(lr_scheduler.last_epoch) for factor in lr_scheduler.lr_lambdas]  # type: ignore[attr-defined]

@@ -74,7 +74,7 @@ def _describe_output(run: TrainingRun) -> str:
     args = run.args
     kept = "all" if args.checkpoints_total_limit is None else f"the last {args.checkpoints_total_limit}"
     best = " and the best" if args.validation_steps else ""
-    parts = [f"checkpoints every {args.checkpointing_steps} steps ({kept}{best} kept)"]
+    parts = [f"checkpoints every {args.checkpointing_steps} steps and at the end ({kept}{best} kept)"]
     if args.pipeline_steps:
         parts.append(f"pipelines every {args.pipeline_steps} steps")
     if args.sample_steps:

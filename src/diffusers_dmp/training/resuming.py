@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow.compute
 import torch
 import yaml
@@ -38,6 +39,9 @@ MAY_CHANGE = {
 MAY_CHANGE_PREFIXES, MAY_CHANGE_SUFFIX = ("validation_", "lr_"), "learning_rate"
 PATHS = ("dataset", "vae", "pretrained_model_name_or_path", "base_model")
 CONTENTS = ("dataset", "vae")  # without a record, as version 0.2 wrote checkpoints, their paths must be the same
+
+# left out of `training_arguments.yaml`, which may become the `--config` of another training
+OF_ONE_COMMAND = ("resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_license")
 
 MAX_SHOWN = 80  # characters of a value in an error
 
@@ -72,16 +76,36 @@ def run_record(
         data ([`TrainingData`]): What it is trained on.
         uses_loss_scaling (`bool`): Whether it is trained in fp16, whose scaling of the loss is a part of the checkpoint.
     """
-    names = data.dataset.column_names
+    images = images_identity(args, data.dataset)
     identity = {
         "model": type(model).__name__,
-        "images": len(data.dataset),
+        "images": images.pop("images"),
         "classes": data.label_names,
-        "labels": _digest(map(str, data.dataset[args.label_column])) if args.label_column in names else None,
-        "image files": _digest(_file_names(data.dataset, args.image_column)) if args.image_column in names else None,
+        **images,
         "weights of the VAE": None if data.vae is None else _weights_digest(data.vae),
     }
     return {"arguments": resolved_arguments(args), "identity": identity, "loss_scaling": uses_loss_scaling}
+
+
+def images_identity(args: SharedTrainingArguments, dataset: datasets.Dataset) -> dict[str, Any]:
+    """What identifies a data set wherever it lies: its number of images, labels, and files' names."""
+    names = dataset.column_names
+    return {
+        "images": len(dataset),
+        "labels": _digest(map(str, dataset[args.label_column])) if args.label_column in names else None,
+        "image files": _digest(_file_names(dataset, args.image_column)) if args.image_column in names else None,
+    }
+
+
+def validation_identity(args: SharedTrainingArguments, data: TrainingData) -> dict[str, Any]:
+    """What a validation loss depends on, besides the weights and what may not change; empty without validation."""
+    if data.validation is None:
+        return {}
+    return {
+        **images_identity(args, data.validation),
+        "split": args.validation_split,
+        "repeats": args.validation_repeats,
+    }
 
 
 def _digest(texts: Iterable[str]) -> str:
@@ -151,6 +175,13 @@ def recorded_arguments(folder: Path) -> dict[str, Any] | None:
     """The arguments in a training's folder; None if there are none."""
     file = folder / ARGUMENTS_NAME
     return _with_absolute_paths(yaml.safe_load(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def arguments_of_training(checkpoint: Path, now: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint was trained with, of the arguments there are now but those of output and length."""
+    recorded = read_record(checkpoint).get("arguments") or recorded_arguments(checkpoint.parent) or {}
+    others = {"max_train_steps", *(field.name for field in dataclasses.fields(OutputArguments))}
+    return {name: value for name, value in recorded.items() if name in now and name not in others}
 
 
 def differing_arguments(recorded: Mapping[str, Any], now: Mapping[str, Any], args: Any) -> list[str]:

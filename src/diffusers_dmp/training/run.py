@@ -16,7 +16,7 @@ from torch import nn
 
 from .arguments import SharedTrainingArguments
 from .best_checkpoint import BestCheckpoint
-from .checkpoints import PREFIX, checkpoint_step, save_checkpoint
+from .checkpoints import PREFIX, checkpoint_step, remove_surplus_checkpoints, save_checkpoint
 from .conditions import LabelConditions
 from .data.batches import training_batches, with_repeats
 from .data.training_data import TrainingData
@@ -40,7 +40,7 @@ from .optimisation import (
 from .pipeline_output import save_samples, save_whole, trained_pipeline
 from .recipe import TrainingRecipe
 from .resources import num_bytes
-from .resuming import run_record
+from .resuming import run_record, validation_identity
 from .validation import validation_loss
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class TrainingRun:
     publisher: Publisher | None = None
 
     def __post_init__(self):
-        self.finite = FiniteCheck(self.parts.accelerator, self.args.num_train_timesteps)
+        self.finite = FiniteCheck(self.parts.accelerator, self.args)
 
     def describe(self) -> dict[str, Any]:
         """What the summary says of the model with its present weights; every process has to call."""
@@ -136,7 +136,8 @@ class TrainingRun:
         batches = training_batches(self.parts.accelerator, self.args, self.data.dataset, first_step)
         steps = training_steps(self.parts, self.args, batches, first_step)
         log = LossLog(self.parts.accelerator, self.args, first_step)
-        best = BestCheckpoint(self.args.output_dir, first_step, self.parts.accelerator.is_main_process)
+        validation = validation_identity(self.args, self.data)
+        best = BestCheckpoint(self.args.output_dir, first_step, validation, self.parts.accelerator.is_main_process)
         started = time.perf_counter()
         with Interruption(self.parts.accelerator) as interruption, closing(log):
             for done in steps:
@@ -162,6 +163,7 @@ class TrainingRun:
         """The validation loss of the averaged weights, by its name, if it is due after a step."""
         if not self.args.validation_steps or done.step % self.args.validation_steps or self.data.validation is None:
             return {}
+        self._expect_finite(done.step)
         with averaged_weights(self.parts.plain_model, self.ema):
             loss = validation_loss(self.parts, self.args, self.data.validation)
         best.add(done.step, loss)
@@ -174,25 +176,32 @@ class TrainingRun:
             steps > 0 and done.step % steps == 0 for steps in (args.pipeline_steps, args.sample_steps)
         )
         is_best = best.step == done.step
-        checkpoint_is_due = done.step % args.checkpointing_steps == 0 or is_best
+        checkpoint_is_due = self._checkpoint_is_due(done.step) or is_best
         if pipeline_is_due or samples_are_due or checkpoint_is_due:
             self._expect_finite(done.step)
         # before the checkpoint, so that a run that is resumed from it has the pipeline too
         if pipeline_is_due and accelerator.is_main_process:
             with averaged_weights(self.parts.plain_model, self.ema):
                 save_whole(trained_pipeline(self.parts, self.data), Path(args.output_dir, f"pipeline-{done.step}"))
-        if is_best and accelerator.is_main_process:
-            best.save()
         if checkpoint_is_due:
             save_checkpoint(accelerator, args, done.step, self.record)
+            # in this order, so that the best of a run that is killed in between is there
+            if is_best and accelerator.is_main_process:
+                best.save()
+            if accelerator.is_main_process:
+                remove_surplus_checkpoints(args, done.step)
         if pipeline_is_due or checkpoint_is_due:
             self._publish(done)
         if samples_are_due and accelerator.is_main_process:
             with averaged_weights(self.parts.plain_model, self.ema):
                 save_samples(accelerator, trained_pipeline(self.parts, self.data), args, done.step)
 
+    def _checkpoint_is_due(self, step: int) -> bool:
+        """Whether a step ends with a checkpoint; the last one does, so that nothing is lost while the model is saved."""
+        return step % self.args.checkpointing_steps == 0 or step == self.args.max_train_steps
+
     def _expect_finite(self, step: int) -> None:
-        """Check all losses so far, the weights and their average; every process has to call, before anything is saved."""
+        """Check all losses so far, the weights and their average; every process has to call, before they are used."""
         self.finite.expect_finite_losses()
         self.finite.expect_finite_weights(self._saved_weights(), step)
 
@@ -208,9 +217,11 @@ class TrainingRun:
     def _end_early(self, done: TrainingStep, received: int) -> None:
         """Write a checkpoint, say how to go on, and end the process as shells expect it after a signal."""
         accelerator, args = self.parts.accelerator, self.args
-        if done.step % args.checkpointing_steps:
+        if not self._checkpoint_is_due(done.step):
             self._expect_finite(done.step)
             save_checkpoint(accelerator, args, done.step, self.record)
+            if accelerator.is_main_process:
+                remove_surplus_checkpoints(args, done.step)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             logger.warning(

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..saving.whole import remove_leftovers, written_whole
 from .arguments import SharedTrainingArguments
-from .checkpoints import PREFIX, checkpoint_to_resume
+from .checkpoints import PREFIX, checkpoint_step, checkpoint_to_resume
 from .data.training_data import TrainingData
 from .determinism import deterministic_algorithms, prepare_determinism
 from .loss_log import trackable
@@ -25,7 +25,7 @@ from .overview import describe_run
 from .pipeline_output import save_configurations, trained_pipeline
 from .recipe import TrainingRecipe
 from .resources import check_output_dir, explained_memory_errors
-from .resuming import ARGUMENTS_NAME, expect_same_run
+from .resuming import ARGUMENTS_NAME, OF_ONE_COMMAND, arguments_of_training, expect_same_run, recorded_arguments
 from .run import Publisher, TrainingRun, prepare_run
 from .summary import SUMMARY_NAME, TrainingSummary
 
@@ -106,6 +106,14 @@ def train(
         run.publisher = publisher
         if checkpoint is not None:
             expect_same_run(checkpoint, run.record, args)
+            if checkpoint_step(checkpoint) == args.max_train_steps and is_complete(run):
+                if accelerator.is_main_process:
+                    logger.warning(
+                        "%s is at `max_train_steps` already, and what it made is in %s: there is nothing to do.",
+                        checkpoint,
+                        args.output_dir,
+                    )
+                return
         check_output_dir(args.output_dir, run.needed_bytes())
         before = run.describe()
         set_seed(args.seed, device_specific=True)  # for the model's own noise
@@ -113,7 +121,7 @@ def train(
         if run.ema is not None:
             run.ema.to(accelerator.device)
         if accelerator.is_main_process:
-            prepare_output_dir(args)
+            prepare_output_dir(run, checkpoint, first_step)
         if args.report_to != "none":
             accelerator.init_trackers(Path(args.output_dir).name, config=trackable(args))
         if accelerator.is_main_process and run.parts.recipe.save is None:
@@ -127,7 +135,7 @@ def train(
         with averaged_weights(run.parts.plain_model, run.ema):
             run.save()
             after = run.describe()
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and not Path(args.output_dir, SUMMARY_NAME).is_file():
             write_summary(run, args.max_train_steps - first_step, train_seconds, before, after)
         # This protects the files, and avoids a deadlock of gloo: a process that ends right after a collective can wait
         # forever for a thread that frees the collective's tensors and itself waits for Python's lock.
@@ -136,13 +144,31 @@ def train(
             tracker.finish()
 
 
-def prepare_output_dir(args: SharedTrainingArguments) -> None:
+def is_complete(run: TrainingRun) -> bool:
+    """Whether a run of as many steps has ended in `output_dir`, and what it made is there."""
+    folder = Path(run.args.output_dir)
+    recorded = recorded_arguments(folder) or {}
+    return (
+        recorded.get("max_train_steps") == run.args.max_train_steps
+        and (folder / SUMMARY_NAME).is_file()  # written last
+        and (run.parts.recipe.save is not None or (folder / "pipeline").is_dir())
+    )
+
+
+def prepare_output_dir(run: TrainingRun, checkpoint: Path | None, first_step: int) -> None:
     """Write the arguments into `output_dir`, and remove what an earlier run left that does not hold for this one."""
+    args = run.args
+    values = {name: value for name, value in dataclasses.asdict(args).items() if name not in OF_ONE_COMMAND}
+    has_summary = False
+    if checkpoint is not None and first_step == args.max_train_steps:  # nothing is trained with the new ones
+        values |= arguments_of_training(checkpoint, values)
+        has_summary = (recorded_arguments(Path(args.output_dir)) or {}).get("max_train_steps") == first_step
     for prefix in (PREFIX, "pipeline"):
         remove_leftovers(Path(args.output_dir), prefix)
-    Path(args.output_dir, SUMMARY_NAME).unlink(missing_ok=True)  # this run is not finished
+    if not has_summary:
+        Path(args.output_dir, SUMMARY_NAME).unlink(missing_ok=True)  # this run is not finished
     with written_whole(Path(args.output_dir, ARGUMENTS_NAME)) as unfinished:
-        unfinished.write_text(yaml.safe_dump(dataclasses.asdict(args), sort_keys=False))
+        unfinished.write_text(yaml.safe_dump(values, sort_keys=False))
 
 
 def write_summary(
