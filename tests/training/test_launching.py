@@ -27,7 +27,8 @@ def launched(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [(), ("--main_process_port", "29501"), ("--mixed_precision", "bf16"), ("--multi_gpu",), ("--gpu_ids=all",)]
+    "options",
+    [(), ("--main_process_port", "29501"), ("--mixed_precision", "bf16"), ("--multi_gpu",), ("--gpu_ids=all",)],
 )
 def test_all_gpus_are_used_whatever_else_is_asked_for(launched, options):
     assert launched(8, *options) == (8, True)

@@ -77,8 +77,8 @@ def readable_images(
     if not skip_unreadable:
         raise ValueError(
             f"Expected `dataset` to hold readable images, but {len(listed)} of {len(dataset)} are not: "
-            f"{'; '.join(listed[:LISTED])}{'; …' if len(listed) > LISTED else ''}. `--skip_unreadable true` goes on "
-            "without them."
+            f"{'; '.join(listed[:LISTED])}{'; …' if len(listed) > LISTED else ''}. `--skip_unreadable` goes on without "
+            "them."
         )
     if len(listed) == len(dataset):
         raise ValueError(f"Expected `dataset` to hold readable images, but none is: {listed[0]}.")
