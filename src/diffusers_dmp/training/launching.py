@@ -12,13 +12,8 @@ from typing import Any, NoReturn
 
 from ..terminal import DEBUG, INTERRUPTED
 
-LAUNCHERS = (
-    "multi_gpu",
-    "tpu",
-    "use_deepspeed",
-    "use_fsdp",
-    "use_megatron_lm",
-)  # options of Accelerate, of which it takes one
+# options of Accelerate, of which it takes one
+LAUNCHERS = ("multi_gpu", "tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm")
 
 
 def launch(script: Path, arguments: list[str], accelerate_options: list[str]) -> int:
