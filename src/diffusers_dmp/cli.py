@@ -380,7 +380,7 @@ def diagnose(
     from .training.data.images import load_checked
 
     check_source("--dataset", dataset, "file or folder")
-    reading = {"image_column": image_column, "label_column": label_column}
+    reading: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
     reading |= reading_of_training(read_folder(_local(pipeline)).training)
     chosen = {"image_fit": image_fit, "background": background}
     reading |= {name: value for name, value in chosen.items() if value is not None}
