@@ -8,6 +8,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 from hub_server import HubServer
+from safetensors import SafetensorError
 
 from diffusers_dmp.saving.sources import check_source, is_local
 from diffusers_dmp.terminal import run_command
@@ -60,6 +61,7 @@ def test_what_is_asked_of_the_program_itself_is_answered_at_once(arguments, stat
         FileNotFoundError(2, "No such file or directory", "here"),
         ImportError("No module named 'sklearn'"),
         yaml.YAMLError("a tab"),
+        SafetensorError("Error while deserializing header"),
     ],
 )
 def test_a_users_error_is_one_line(error, capsys):

@@ -343,6 +343,20 @@ def diagnose(
     dataset_split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
     image_column: Annotated[str, typer.Option(help="Column of images in the data set.")] = "image",
     label_column: Annotated[str, typer.Option(help="Column of class labels in the data set.")] = "label",
+    image_fit: Annotated[
+        str | None,
+        typer.Option(help="How an image becomes a square: crop or pad. By default as in the training, or else crop."),
+    ] = None,
+    background: Annotated[
+        str | None,
+        typer.Option(
+            help="Colour behind transparent pixels, and of padding: a name or #rrggbb. By default as in the training, or else "
+            "white."
+        ),
+    ] = None,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip_unreadable", help="Leave out the images that cannot be read, and list them.")
+    ] = False,
     num_images: Annotated[int, typer.Option(min=1, help="Number of images to use.")] = 256,
     num_bands: Annotated[int, typer.Option(min=1, help="Number of bands that the timesteps are divided into.")] = 8,
     num_inference_steps: Annotated[
@@ -358,24 +372,30 @@ def diagnose(
 
     from diffusers.utils.torch_utils import get_device
 
-    from .evaluation.diagnostics import diagnose
+    from .evaluation.diagnostics import diagnose, reading_of_training
+    from .hub.folders import read_folder
     from .plots import diagnosis_figure
     from .saving.reading import read_json
-    from .training.data.images import load_images
+    from .training.arguments import DataArguments
+    from .training.data.images import load_checked
 
     check_source("--dataset", dataset, "file or folder", "dataset")
+    reading: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
+    reading |= reading_of_training(read_folder(_local(pipeline)).training)
+    chosen = {"image_fit": image_fit, "background": background}
+    reading |= {name: value for name, value in chosen.items() if value is not None}
+    images = load_checked(DataArguments(skip_unreadable=skip_unreadable, **reading), dataset, dataset_split)
     pipe = load_pipeline(pipeline).to(get_device())
     summary = Path(pipeline, "training_summary.json")
     training = read_json(summary) if summary.is_file() else None
     diagnosis = diagnose(
         pipe,
-        load_images(dataset, image_column, dataset_split, label_column),
+        images,
         num_images,
         num_bands,
         num_inference_steps,
         training,
-        image_column=image_column,
-        label_column=label_column,
+        **reading,
     )
     output_dir.mkdir(parents=True, exist_ok=True)
     diagnosis_figure(diagnosis).savefig(output_dir / "diagnosis.png", dpi=120)

@@ -16,6 +16,13 @@ DEBUG_HELP = "Show the traceback of an error."
 USER_ERROR, INTERRUPTED = 2, 130  # exit statuses
 OLD_NAMES_UNTIL = "0.4"
 _SECONDS_FOR_MAIN = 10.0
+# by name, because importing them takes time: the Hub's client does not wrap all errors of the connection in an OSError, and a
+# damaged file of weights has an error of its own
+_USERS_ERRORS = {
+    ("httpx", "TransportError"),
+    ("safetensors", "SafetensorError"),
+    ("safetensors_rust", "SafetensorError"),
+}
 
 
 def run_command(
@@ -24,7 +31,7 @@ def run_command(
     """
     Run a command; a user's error is written as one line, and ends the process with the exit status 2.
 
-    Errors of a user are `ValueError`, `OSError`, `ImportError` and those of YAML. With `--debug` in the command line, and for
+    Errors of a user are `ValueError`, `OSError`, `ImportError` and those of YAML and safetensors. With `--debug` in the command line, and for
     all other errors, there is a traceback. Of several processes the first one writes the line.
 
     Args:
@@ -62,12 +69,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 def is_users_error(error: BaseException) -> bool:
     """Whether an error is about what a user gave, or about files and the network, rather than about this package."""
-    # the Hub's client does not wrap all errors of the connection in an OSError
-    is_connection_error = any(
-        f"{base.__module__}.{base.__name__}" in ("httpx.TransportError", "httpx2.TransportError")
-        for base in type(error).__mro__
-    )
-    return is_connection_error or isinstance(error, (ValueError, OSError, ImportError, yaml.YAMLError))
+    is_known = any((base.__module__.partition(".")[0], base.__name__) in _USERS_ERRORS for base in type(error).__mro__)
+    return is_known or isinstance(error, (ValueError, OSError, ImportError, yaml.YAMLError))
 
 
 def write_line(line: str) -> None:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from diffusers_dmp import ClassConditionalPipeline, DiTModel, RemixDiTModel, SNRSplitPipeline
 from diffusers_dmp.cli import app
-from diffusers_dmp.evaluation.diagnostics import diagnose
+from diffusers_dmp.evaluation.diagnostics import diagnose, reading_of_training
 from diffusers_dmp.evaluation.digits import write_image_folder
 from diffusers_dmp.plots import diagnosis_figure
 from diffusers_dmp.training.data.images import load_images
@@ -134,3 +134,51 @@ def test_columns_by_other_names(digits, tmp_path):
         CliRunner().invoke(app, [str(each) for each in asked], catch_exceptions=False)
     CliRunner().invoke(app, [*(str(each) for each in asked), "--label_column", "digit"], catch_exceptions=False)
     assert len(json.loads((tmp_path / "found" / "diagnosis.json").read_text())["swap_losses"]) == 1
+
+
+def test_images_are_read_as_the_training_read_them(tmp_path):
+    """Grey photos, whose top and bottom alone are cropped, and padded ones have other losses; all is grey on grey."""
+    (tmp_path / "wide").mkdir()
+    for index in range(8):
+        Image.new("L", (16, 8), 127 + index % 2).save(tmp_path / "wide" / f"{index}.png")
+    images = load_images(str(tmp_path / "wide"))
+    assert diagnose(split_pipeline(), images, num_bands=4).band_losses[0][0] < 0.1  # grey is what the expert knows
+    padded = diagnose(split_pipeline(), images, num_bands=4, image_fit="pad", background="black")
+    assert padded.band_losses[0][0] > 10
+    grey = diagnose(split_pipeline(), images, num_bands=4, image_fit="pad", background="#7f7f7f")
+    assert grey.band_losses[0][0] < 0.1
+
+
+def test_the_training_says_how_images_are_read(tmp_path, capsys):
+    assert reading_of_training({}) == {"image_fit": "crop", "background": "white"}
+    (tmp_path / "latents").mkdir()
+    (tmp_path / "latents" / "encoding.json").write_text('{"image_fit": "pad"}')
+    training = {"dataset": str(tmp_path / "latents"), "background": "black"}
+    assert reading_of_training(training) == {"image_fit": "pad", "background": "white"}
+
+    (tmp_path / "wide").mkdir()
+    for index in range(8):
+        Image.new("L", (16, 8), 255).save(tmp_path / "wide" / f"{index}.png")
+    model = randomised(DiTModel(**DIT, num_classes=1))
+    ClassConditionalPipeline(model, DDIMScheduler()).save_pretrained(tmp_path / "run" / "pipeline")
+    (tmp_path / "run" / "training_arguments.yaml").write_text("image_fit: pad\nbackground: black\n")
+
+    def losses(folder: str, *options: str) -> list[list[float]]:
+        asked = ["diagnose", tmp_path / folder, "--dataset", tmp_path / "wide", "--output_dir", tmp_path, *options]
+        CliRunner().invoke(app, [str(each) for each in asked], catch_exceptions=False)
+        return json.loads((tmp_path / "diagnosis.json").read_text())["band_losses"]
+
+    padded, as_white = losses("run"), losses("run", "--background", "white")
+    assert padded == losses("run/pipeline") == losses("run", "--image_fit", "pad", "--background", "black")
+    assert padded != as_white == losses("run", "--image_fit", "crop")  # white on white is all white
+
+    (tmp_path / "wide" / "cut.png").write_bytes((tmp_path / "wide" / "0.png").read_bytes()[:45])
+    with pytest.raises(ValueError, match="1 of 9 are not: .*cut.png.*`--skip_unreadable` goes on without them"):
+        losses("run")
+    assert losses("run", "--skip_unreadable") == padded
+
+
+def test_latents_are_not_images(grey):
+    latents = grey.add_column("latents", [b""] * len(grey))
+    with pytest.raises(ValueError, match="Expected `dataset` to hold images, but got latents"):
+        diagnose(split_pipeline(), latents)

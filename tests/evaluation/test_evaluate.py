@@ -143,7 +143,9 @@ def test_images_that_cannot_be_read_are_named_before_anything_is_computed(real, 
     for number, image in enumerate(digit_images()[0][:20]):
         PIL.Image.fromarray(image).save(tmp_path / f"{number}.png")
     (tmp_path / "7.png").write_bytes((tmp_path / "7.png").read_bytes()[:50])
-    with pytest.raises(ValueError, match="1 of 20 are not: row 7: .*7.png"):
+    with pytest.raises(
+        ValueError, match=f"Expected '{tmp_path}' to hold readable images, but 1 of 20 are not: row 7: .*7.png"
+    ):
         metrics_of(str(tmp_path), real, extractor, tmp_path / "out")
     assert len(open_images(tmp_path, skip_unreadable=True)) == 19
     PIL.Image.new("L", (9, 8)).save(tmp_path / "7.png")

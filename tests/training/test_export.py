@@ -9,10 +9,10 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from conftest import REPOSITORY
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from networks import make_resnet
 from runs import TINY
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from diffusers_dmp import GuidanceExperts
 from diffusers_dmp.evaluation.digits import write_image_folder
@@ -118,6 +118,22 @@ def test_prompts_and_the_model_that_they_are_for(run, tmp_path):
     assert not differing(tmp_path / "exported", tmp_path / "run" / "pipeline")
 
 
+def test_a_damaged_vae_is_named(run, tmp_path):
+    """The pipeline of a training in latent space has the VAE that the arguments name."""
+    run("dit", tmp_path / "run")
+    saved, checkpoint = tmp_path / "run" / "pipeline_config", tmp_path / "run" / "checkpoint-2"
+    index = json.loads((saved / "model_index.json").read_text()) | {"vae": ["diffusers", "AutoencoderKL"]}
+    (saved / "model_index.json").write_text(json.dumps(index))
+    record = json.loads((checkpoint / "checkpoint.json").read_text())
+    AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "vae")
+    record["arguments"]["vae"] = str(tmp_path / "vae")
+    (checkpoint / "checkpoint.json").write_text(json.dumps(record))
+    weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="diffusion_pytorch_model.safetensors' to be a safetensors file, but it has"):
+        export_checkpoint(checkpoint, tmp_path / "exported")
+
+
 def test_an_expert_of_patch_diffusion(run, tmp_path):
     run("patch", tmp_path / "run", SIZES, **UNET)
     export_checkpoint(tmp_path / "run" / "expert_1" / "checkpoint-2", tmp_path / "exported")
@@ -134,7 +150,31 @@ def test_guidance_experts(run, tmp_path):
     experts = GuidanceExperts.from_pretrained(tmp_path / "exported")
     assert (experts.config.image_size, experts.config.image_mean) == (32, [0.5])
 
-    shutil.rmtree(tmp_path / "run" / "expert_1")
+    other = tmp_path / "run" / "expert_1"
+    weights = other / "checkpoint-2" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])  # the checkpoint of the other expert
+    with pytest.raises(ValueError, match="expert_1/checkpoint-2 to be a whole checkpoint, but got model.safetensors"):
+        export_checkpoint(tmp_path / "run" / "expert_0" / "checkpoint-2", tmp_path / "half")
+    shutil.rmtree(other / "checkpoint-2")  # what its finished training left is taken, if it is whole
+    trained = load_file(other / "expert.safetensors")
+    export_checkpoint(tmp_path / "run" / "expert_0" / "checkpoint-2", tmp_path / "finished")
+    assert not differing(tmp_path / "finished", tmp_path / "run" / "experts")
+    for tensors, reason in [
+        ({name: tensor * torch.nan for name, tensor in trained.items()}, "expert.safetensors' to be finite"),
+        (
+            dict(list(trained.items())[1:]),
+            "expert.safetensors' to hold the weights of this expert, but got .*Missing key",
+        ),
+    ]:
+        save_file(tensors, other / "expert.safetensors")
+        with pytest.raises(ValueError, match=reason):
+            export_checkpoint(tmp_path / "run" / "expert_0" / "checkpoint-2", tmp_path / "half")
+    (other / "expert.safetensors").write_bytes((other / "expert.safetensors").read_bytes()[:-1])
+    with pytest.raises(ValueError, match="expert.safetensors' to be a safetensors file, but it has"):
+        export_checkpoint(tmp_path / "run" / "expert_0" / "checkpoint-2", tmp_path / "half")
+    assert not (tmp_path / "half").exists()
+
+    shutil.rmtree(other)
     with pytest.raises(ValueError, match="of every expert, but got neither in '.*expert_1'"):
         export_checkpoint(tmp_path / "run" / "expert_0" / "checkpoint-2", tmp_path / "half")
 
@@ -144,17 +184,24 @@ def test_what_cannot_be_exported(run, tmp_path):
     checkpoint = tmp_path / "run" / "checkpoint-2"
     with pytest.raises(ValueError, match="`checkpoint` to be a folder checkpoint-<step>, but got '.*pipeline'"):
         export_checkpoint(tmp_path / "run" / "pipeline", tmp_path / "exported")
+    shutil.copytree(checkpoint, tmp_path / "run" / "500")
+    with pytest.raises(ValueError, match="`checkpoint` to be a folder checkpoint-<step>, but got '.*500'"):
+        export_checkpoint(tmp_path / "run" / "500", tmp_path / "exported")
     with pytest.raises(ValueError, match="`folder` to be new or empty, but got '.*pipeline'"):
         export_checkpoint(checkpoint, tmp_path / "run" / "pipeline")
+    weights = (checkpoint / "model.safetensors").read_bytes()
     (checkpoint / "model.safetensors").write_bytes(b"half of it")
-    with pytest.raises(ValueError, match="checkpoint-2 to be a whole checkpoint, but got model.safetensors, which has"):
+    with pytest.raises(
+        ValueError, match="checkpoint-2 to be a whole checkpoint, but got model.safetensors, which has"
+    ):
         export_checkpoint(checkpoint, tmp_path / "exported")
+    (checkpoint / "model.safetensors").write_bytes(weights)
     shutil.rmtree(tmp_path / "run" / "pipeline_config")
     shutil.rmtree(tmp_path / "run" / "pipeline")
     with pytest.raises(ValueError, match="which trainings write since 0.3"):
         export_checkpoint(checkpoint, tmp_path / "exported")
-    for folder in (checkpoint, checkpoint.parent):
-        (folder / "training_arguments.yaml").unlink(missing_ok=True)
+    (checkpoint / "checkpoint.json").unlink()  # which has the arguments as well
+    (checkpoint.parent / "training_arguments.yaml").unlink()
     with pytest.raises(ValueError, match="Expected the training_arguments.yaml of its training"):
         export_checkpoint(checkpoint, tmp_path / "exported")
     assert not (tmp_path / "exported").exists()

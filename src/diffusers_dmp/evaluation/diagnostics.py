@@ -5,6 +5,7 @@ Legend: N images, E experts, K bands of timesteps, C channels, H and W height an
 
 import copy
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -16,9 +17,12 @@ from ..diffusion.noise import alpha_sigma, noisy_sample
 from ..diffusion.predictions import convert_prediction
 from ..intervals import NoiseIntervals
 from ..models.inputs import has_classes
+from ..saving.reading import read_json
 from ..systems import systems_in
-from ..training.data.images import to_tensors
-from ..training.data.latents import latent_distribution
+from ..training.arguments import DataArguments
+from ..training.data.folders import LABEL
+from ..training.data.images import LATENTS, to_tensors
+from ..training.data.latents import ENCODING_NAME, latent_distribution
 
 if TYPE_CHECKING:
     from ..pipelines import ClassConditionalPipeline, SNRSplitPipeline
@@ -62,8 +66,7 @@ def diagnose(
     num_bands: int = 8,
     num_inference_steps: int = 50,
     training_summary: dict[str, Any] | None = None,
-    image_column: str = "image",
-    label_column: str = "label",
+    **reading: str,
 ) -> Diagnosis:
     """
     Measure the loss of every expert at all noise levels. A model without experts counts as one expert.
@@ -76,13 +79,14 @@ def diagnose(
         num_bands (`int`): K.
         num_inference_steps (`int`): The length of the sampling whose steps are counted.
         training_summary (`dict`, *optional*): The content of `training_summary.json`.
-        image_column (`str`), label_column (`str`): The data set's columns of images and of class labels.
+        reading (`str`): `image_column`, `label_column`, `image_fit` and `background`: the data set's columns, and how the
+            model's training made an image of a file; see [`ImageReader`].
 
     Raises:
         ValueError: if the data set has no images, or no labels although the pipeline needs them.
     """
     intervals, experts = _experts(pipeline)
-    samples = _clean_samples(pipeline, dataset, num_images, image_column=image_column, label_column=label_column)
+    samples = _clean_samples(pipeline, dataset, num_images, **reading)
     num_train_timesteps = pipeline.scheduler.config.num_train_timesteps
     bands = NoiseIntervals.uniform(num_bands, num_train_timesteps).edges
 
@@ -105,6 +109,18 @@ def diagnose(
         sampling_steps=steps.tolist(),
         training_samples=_training_samples(training_summary or {}),
     )
+
+
+def reading_of_training(training: dict[str, Any]) -> dict[str, str]:
+    """
+    How a training made images of its files: `image_fit` and `background`, of which its latents' encoding decides if it had any.
+
+    Args:
+        training (`dict`): The content of its `training_arguments.yaml`; empty if it is not known.
+    """
+    encoding = Path(training.get("dataset") or "", ENCODING_NAME)
+    decided = read_json(encoding) if encoding.is_file() else training
+    return {name: decided.get(name, getattr(DataArguments, name)) for name in ("image_fit", "background")}
 
 
 @dataclass(frozen=True)
@@ -130,7 +146,7 @@ def _experts(pipeline: Any) -> tuple[NoiseIntervals, list[tuple[ModelMixin, str]
 
 
 @torch.no_grad()
-def _clean_samples(pipeline: Any, dataset: datasets.Dataset, num_images: int, **columns: str) -> _Samples:
+def _clean_samples(pipeline: Any, dataset: datasets.Dataset, num_images: int, **reading: str) -> _Samples:
     model = pipeline.denoisers[0]
     sample_size = model.config.sample_size
     sample_size = sample_size if isinstance(sample_size, int) else sample_size[0]
@@ -139,15 +155,17 @@ def _clean_samples(pipeline: Any, dataset: datasets.Dataset, num_images: int, **
         channels = pipeline.vae.config.in_channels
     if not len(dataset):
         raise ValueError("Expected `dataset` to hold images, but got none.")
+    if LATENTS in dataset.column_names:
+        raise ValueError("Expected `dataset` to hold images, but got latents; give the images that were encoded.")
     # shuffled, because most data sets are sorted by class
     subset = dataset.shuffle(seed=SEED).select(range(min(num_images, len(dataset))))
-    items = to_tensors(subset, size, channels, **columns)
+    items = to_tensors(subset, size, channels, **reading)
     x0 = torch.stack([item["images"] for item in items])
     labels = None
     if has_classes(pipeline.num_classes):
         if "class_labels" not in items[0]:
             raise ValueError(
-                f"Expected `dataset` to have labels in the column {columns['label_column']!r} for a model of "
+                f"Expected `dataset` to have labels in the column {reading.get('label_column', LABEL)!r} for a model of "
                 f"{pipeline.num_classes} classes, but got the columns {dataset.column_names}."
             )
         labels = torch.tensor([item["class_labels"] for item in items])

@@ -91,6 +91,6 @@ def open_images(
             raise ValueError(f"Expected {str(source)!r} to be a file, but there is none.")
         return NpzImages(source)
     images = DatasetImages(str(source), split, image_column, background)
-    images.dataset = readable_images(images.dataset, image_column, skip_unreadable)
+    images.dataset = readable_images(images.dataset, image_column, skip_unreadable, source=str(source))
     print(f"{source}: {describe_images(images.dataset, label_column=None)}", file=sys.stderr)
     return images

@@ -9,16 +9,17 @@ from typing import Any
 import diffusers
 import torch
 import yaml
-from diffusers import AutoencoderKL
-from safetensors.torch import load_file
 from torch import nn
 
 from ..guidance import GuidanceExperts
 from ..pipelines import ClassConditionalPipeline
+from ..saving.finite import expect_finite_weights
 from ..saving.mixins import is_component
 from ..saving.reading import read_json
+from ..saving.weight_files import read_safetensors
 from ..saving.whole import written_whole
-from .checkpoints import PREFIX, checkpoint_step, checkpoints, expect_readable, read_record
+from .checkpoints import PREFIX, checkpoint_step, checkpoints, expect_readable, is_named_like_one, read_record
+from .data.latents import load_vae
 from .dit_family import load_dit_family
 from .guidance_experts import WEIGHTS_NAME, make_experts
 from .objectives.distillation import ExpertStudent
@@ -55,7 +56,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, use_ema: bool = True) -> N
 
 
 def _check(checkpoint: Path, folder: Path) -> None:
-    if not checkpoint.is_dir() or not checkpoint.name.removeprefix(PREFIX).isdigit():
+    if not checkpoint.is_dir() or not is_named_like_one(checkpoint):
         present = ", ".join(path.name for path in checkpoints(checkpoint.parent)) or "none"
         raise ValueError(
             f"Expected `checkpoint` to be a folder {PREFIX}<step>, but got {str(checkpoint)!r}; in {str(checkpoint.parent)!r} "
@@ -88,7 +89,7 @@ def _pipeline(checkpoint: Path, arguments: Mapping[str, Any], use_ema: bool) -> 
     classes.pop("_class_name", None)
     components: dict[str, Any] = {"scheduler": _from_config(classes["scheduler"], saved / "scheduler")}
     if "vae" in classes:
-        components["vae"] = AutoencoderKL.from_pretrained(arguments["vae"])
+        components["vae"] = load_vae(arguments["vae"])
     if "prompt_patch" in classes:
         components["transformer"] = load_dit_family(arguments["pretrained_model_name_or_path"]).eval()
         patch = _from_config(classes["prompt_patch"], saved / "prompt_patch")
@@ -110,15 +111,26 @@ def _experts(checkpoint: Path, arguments: Mapping[str, Any], use_ema: bool) -> G
         folder = checkpoint.parent.with_name(f"expert_{expert}")
         student = ExpertStudent(experts, expert)
         if (folder / checkpoint.name).is_dir():
+            expect_readable(folder / checkpoint.name)
             load_checkpoint_weights(student, folder / checkpoint.name, use_ema)
         elif (folder / WEIGHTS_NAME).is_file():
-            tensors = load_file(folder / WEIGHTS_NAME)
-            student.load_state_dict({name.replace(".", "/"): tensor for name, tensor in tensors.items()})
+            _load_expert(student, folder / WEIGHTS_NAME)
         else:
             raise ValueError(
                 f"Expected {checkpoint.name} or {WEIGHTS_NAME} of every expert, but got neither in {str(folder)!r}."
             )
     return experts.eval()
+
+
+def _load_expert(student: ExpertStudent, path: Path) -> None:
+    """Load what a finished training of one expert left."""
+    tensors = {name.replace(".", "/"): tensor for name, tensor in read_safetensors(path).items()}
+    try:
+        student.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"Expected {str(path)!r} to hold the weights of this expert, but got {reason}") from error
+    expect_finite_weights(tensors, path)
 
 
 def load_checkpoint_weights(module: nn.Module, checkpoint: Path, use_ema: bool) -> None:
@@ -135,7 +147,7 @@ def load_checkpoint_weights(module: nn.Module, checkpoint: Path, use_ema: bool) 
     """
     path = checkpoint / MODEL_NAME
     try:
-        module.load_state_dict({_without_wrappers(name): tensor for name, tensor in load_file(path).items()})
+        module.load_state_dict({_without_wrappers(name): tensor for name, tensor in read_safetensors(path).items()})
         average = _average(checkpoint) if use_ema else None
     except Exception as error:  # of safetensors, pickle and PyTorch, which have no class in common
         reason = " ".join(str(error).split())

@@ -1,5 +1,6 @@
 """Start a training script as `accelerate launch` does, from another process of this package."""
 
+import argparse
 import logging
 import os
 import signal
@@ -10,6 +11,9 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from ..terminal import DEBUG, INTERRUPTED
+
+# options of Accelerate, of which it takes one
+LAUNCHERS = ("multi_gpu", "tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm")
 
 
 def launch(script: Path, arguments: list[str], accelerate_options: list[str]) -> int:
@@ -36,7 +40,8 @@ def launch(script: Path, arguments: list[str], accelerate_options: list[str]) ->
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     parser = launch_command_parser()
     parser.error = _refuse
-    options = parser.parse_args([*_defaults(accelerate_options), *accelerate_options, str(script), *arguments])
+    defaults = _defaults(parser.parse_args([*accelerate_options, str(script)]))
+    options = parser.parse_args([*defaults, *accelerate_options, str(script), *arguments])
     handlers = {number: signal.signal(number, _pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         launch_command(options)
@@ -50,22 +55,37 @@ def launch(script: Path, arguments: list[str], accelerate_options: list[str]) ->
     return 0
 
 
-def _defaults(given: list[str]) -> list[str]:
-    """What Accelerate would otherwise warn about, and take one CPU core for; nothing where the user has configured it."""
-    import torch
+def _defaults(given: argparse.Namespace) -> list[str]:
+    """
+    What Accelerate would otherwise warn about, and take one CPU core for; nothing where the user has configured it.
+
+    All devices are used, unless the user gave a number of processes or chose among the devices.
+    """
     from accelerate.commands.config.config_args import default_config_file
 
-    if os.path.isfile(default_config_file) or any(option.startswith("--config_file") for option in given):
+    if os.path.isfile(default_config_file) or given.config_file is not None:
         return []
     defaults = ["--num_machines", "1", "--dynamo_backend", "no", "--mixed_precision", "no"]
-    num_devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    num_devices = _num_devices(given)
     if not num_devices:
         defaults += ["--num_cpu_threads_per_process", os.environ.get("OMP_NUM_THREADS") or str(_num_cores())]
-    if not given:
-        defaults += ["--num_processes", str(max(1, num_devices)), *["--multi_gpu"] * (num_devices > 1)]
-    elif not any(option.startswith(("--num_processes", "--num-processes")) for option in given):
-        defaults += ["--num_processes", "1"]
+    if given.num_processes is None:
+        num_processes = max(1, num_devices) * (given.num_machines or 1)
+        has_launcher = any(getattr(given, name) for name in LAUNCHERS)
+        defaults += ["--num_processes", str(num_processes), *["--multi_gpu"] * (num_devices > 1 and not has_launcher)]
     return defaults
+
+
+def _num_devices(given: argparse.Namespace) -> int:
+    """The accelerators of this machine that the options leave; 0 for the CPU."""
+    import torch
+
+    if given.cpu:
+        return 0
+    num_devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    if given.gpu_ids in (None, "all"):
+        return num_devices
+    return min(num_devices, len(given.gpu_ids.split(",")))
 
 
 def _num_cores() -> int:

@@ -16,6 +16,7 @@ from accelerate.utils.constants import SCALER_NAME
 from diffusers import AutoencoderKL
 from torch import nn
 
+from ..saving.reading import read_yaml
 from .arguments import OutputArguments, SharedTrainingArguments
 from .checkpoints import read_record
 from .data.training_data import TrainingData
@@ -174,7 +175,7 @@ def expect_same_run(checkpoint: Path, record: dict[str, Any], args: SharedTraini
 def recorded_arguments(folder: Path) -> dict[str, Any] | None:
     """The arguments in a training's folder; None if there are none."""
     file = folder / ARGUMENTS_NAME
-    return _with_absolute_paths(yaml.safe_load(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    return _with_absolute_paths(read_yaml(file)) if file.is_file() else None
 
 
 def arguments_of_training(checkpoint: Path, now: Mapping[str, Any]) -> dict[str, Any]:

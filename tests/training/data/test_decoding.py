@@ -225,7 +225,7 @@ def damaged(folder: Path) -> dict[str, str]:
 def test_what_cannot_be_read_is_named(tmp_path):
     for name, said in damaged(tmp_path).items():
         for read in (open_image, probe_image):
-            with pytest.raises(ValueError, match=f"readable images, but got .*{name}: .*{said}"):
+            with pytest.raises(ValueError, match=f"a readable image, but got .*{name}: .*{said}"):
                 read({"bytes": None, "path": str(tmp_path / name)})
 
 

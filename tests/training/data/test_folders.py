@@ -297,7 +297,7 @@ def test_images_and_parquet(tmp_path):
     make_tree(tmp_path / "images", {"cat": 1, "dog": 1})
     load_images(str(tmp_path / "images")).to_parquet(tmp_path / "part.parquet")
     with pytest.raises(
-        ValueError, match=r"or of parquet files, but got both .*: images/cat/0.png, images/dog/0.png and part.parquet"
+        ValueError, match=r"or of parquet files, but got both: images/cat/0.png, images/dog/0.png and part.parquet"
     ):
         load_images(str(tmp_path))
 
@@ -306,7 +306,7 @@ def test_images_and_parquet(tmp_path):
 def test_what_is_neither_is_named(tmp_path, name):
     make(tmp_path / "folder", name)
     if name != "photo.png":
-        with pytest.raises(ValueError, match=rf"got none in .*folder', which has {Path(name).suffix}. Archives have"):
+        with pytest.raises(ValueError, match=rf"but got none of them: it has {Path(name).suffix}. Archives have"):
             load_images(str(tmp_path / "folder"))
     with pytest.raises(ValueError, match=f"parquet files, but got '.*{name}', which is none"):
         load_images(str(tmp_path / "folder" / name))
@@ -353,7 +353,7 @@ def test_a_copy_of_a_repository_says_itself_what_its_files_are(tmp_path):
 
 def test_a_mistyped_folder_is_not_looked_for_on_the_hub(tmp_path):
     for name in (tmp_path / "nowhere", "./nowhere", "a/b/c"):
-        with pytest.raises(ValueError, match="a folder or file, but there is none at"):
+        with pytest.raises(ValueError, match="a folder or file, but there is none"):
             load_images(str(name))
 
 
@@ -367,3 +367,15 @@ def test_latents_and_images_are_told_apart(tmp_path):
 def test_hidden_files_do_not_count(tmp_path):
     make(tmp_path, ".hidden/a.png", "@eaDir/a.png", "a.png")
     assert list_files(str(tmp_path)).images == ["a.png"]
+
+
+def test_without_labels_a_mixture_of_splits_and_others_is_one_split(tmp_path):
+    """As evaluation reads it, too; folders that are all called like splits stay splits."""
+    mixed = str(make_tree(tmp_path / "mixed", {"bus": 3, "train": 2, "test": 1}))
+    with pytest.raises(ValueError, match="for each of the splits .* or train without classes: `--label_column none`"):
+        load_images(mixed)
+    dataset = load_images(mixed, label_column="none")
+    assert describe_images(dataset, "none") == "6 images, unconditional: no labels asked for"
+    assert len(load_images(mixed, label_column=None)) == 6
+    splits = str(make_tree(tmp_path / "splits", {"train": 2, "test": 1}))
+    assert [len(load_images(splits, split=each, label_column=None)) for each in ("train", "test")] == [2, 1]

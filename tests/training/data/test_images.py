@@ -16,7 +16,7 @@ from diffusers_dmp.evaluation.digits import digit_images, fit_reader, write_imag
 from diffusers_dmp.training.arguments import DataArguments
 from diffusers_dmp.training.data.batches import GlobalBatchSampler, endless_batches
 from diffusers_dmp.training.data.fitting import center_crop, pad_to_square
-from diffusers_dmp.training.data.images import load_images, to_tensors
+from diffusers_dmp.training.data.images import load_checked, load_images, to_tensors
 from diffusers_dmp.training.data.labels import class_names
 
 
@@ -89,7 +89,7 @@ def test_an_unreadable_image_is_named(tmp_path):
     PIL.Image.new("L", (8, 8)).save(tmp_path / "good.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "good.png").read_bytes()[:40])
     items = to_tensors(load_images(str(tmp_path)), 8, 1)
-    with pytest.raises(ValueError, match="readable images.*half.png"):
+    with pytest.raises(ValueError, match="Expected a readable image, but got .*half.png"):
         items[:]
 
 
@@ -106,7 +106,7 @@ def test_worker_processes_of_any_kind_can_read(digits):
 
 
 def test_an_empty_folder_is_named(tmp_path):
-    with pytest.raises(ValueError, match=f"folder with images.*{tmp_path}"):
+    with pytest.raises(ValueError, match=f"{tmp_path}.* to be a folder with images"):
         load_images(str(tmp_path))
     with pytest.raises(ValueError, match="nowhere"):
         load_images(str(tmp_path / "nowhere"))
@@ -115,6 +115,16 @@ def test_an_empty_folder_is_named(tmp_path):
     (tmp_path / "not.parquet").write_text("text")
     with pytest.raises(ValueError, match="not.parquet"):
         load_images(str(tmp_path / "not.parquet"))
+
+
+def test_a_missing_column_is_named_by_its_argument(digits):
+    source = str(digits)
+    with pytest.raises(
+        ValueError, match="`teacher_image_column` to be one of .*, the columns of '.*', but got 'large'"
+    ):
+        load_checked(DataArguments(teacher_image_column="large"), source, "train")
+    with pytest.raises(ValueError, match="`image_column` to be one of .*, the columns of '.*', but got 'picture'"):
+        load_checked(DataArguments(image_column="picture", teacher_image_column="image"), source, "train")
 
 
 def test_an_unknown_column_is_named(digits):

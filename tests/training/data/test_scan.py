@@ -125,8 +125,13 @@ def test_animations_are_said(tmp_path, capsys):
 
 def test_a_training_begins_with_it(photos, tmp_path, capsys):
     """Refused before the first step, in training as in validation; or without those images, and said so."""
-    with pytest.raises(ValueError, match="3 of 12 are not"):
+    with pytest.raises(ValueError, match=f"Expected '{photos}' to hold readable images, but 3 of 12 are not"):
         train_here(DiTModel, photos, tmp_path / "run")
+    good = tmp_path / "good" / "cat"
+    good.mkdir(parents=True)
+    PIL.Image.new("L", (8, 8)).save(good / "a.png")
+    with pytest.raises(ValueError, match=f"Expected '{photos}' to hold readable images, but 3 of 12 are not"):
+        train_here(DiTModel, good.parent, tmp_path / "run", validation_dataset=str(photos))
     assert not (tmp_path / "run").exists()
     train_here(
         DiTModel, photos, tmp_path / "run", skip_unreadable=True, max_train_steps=1, validation_dataset=str(photos)

@@ -20,7 +20,7 @@ import PIL.ImageOps
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 BACKGROUND = "white"
 PROBE_SIZE = (8, 8)  # far below any photo, so that a JPEG is decoded at an eighth of its size
-UNREADABLE = "Expected `dataset` to hold readable images, but got "  # and then which, and why it cannot be read
+UNREADABLE = "Expected a readable image, but got "  # and then which, and why it cannot be read
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value
 
 # what stands where an image should be, by how it begins

@@ -49,11 +49,11 @@ def read_image_folder(
     if not listing.images:
         kinds = sorted({posixpath.splitext(path)[1] or path for path in listing.others}) or ["no files"]
         raise ValueError(
-            f"Expected `dataset` to be a folder with images or parquet files, but got none in {listing.folder!r}, which "
+            f"Expected {listing.folder!r} to be a folder with images or parquet files, but got none of them: it "
             f"has {shorten(kinds)}. Archives have to be unpacked."
         )
     metadata = read_metadata(listing)
-    splits = splits_of_images(listing, are_labelled=label_column in metadata.columns)
+    splits = splits_of_images(listing, are_labelled=label_column is None or label_column in metadata.columns)
     chosen = choose_rows(split, {name: len(paths) for name, (_, paths) in splits.items()}, listing.folder)
     images = [path for name, rows in chosen for path in splits[name][1][rows]]
     columns = {IMAGE: _encoded(listing, images)}

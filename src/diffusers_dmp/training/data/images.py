@@ -91,13 +91,14 @@ def load_checked(args: DataArguments, source: str, split: str, is_quiet: bool = 
         ValueError: as these two do.
     """
     dataset = load_images(source, args.image_column, split, args.label_column)
-    for column in (args.image_column, args.teacher_image_column):
+    for argument in ("image_column", "teacher_image_column"):
+        column = getattr(args, argument)
         if column is not None and LATENTS not in dataset.column_names:
             if column not in dataset.column_names:
                 raise ValueError(
-                    f"Expected `teacher_image_column` to be one of {dataset.column_names}, but got {column!r}."
+                    f"Expected `{argument}` to be one of {dataset.column_names}, the columns of {source!r}, but got {column!r}."
                 )
-            dataset = readable_images(dataset, column, args.skip_unreadable, is_quiet)
+            dataset = readable_images(dataset, column, args.skip_unreadable, is_quiet, source)
     if not is_quiet:
         print(f"{source}: {describe_images(dataset, args.label_column)}", file=sys.stderr)
     return dataset

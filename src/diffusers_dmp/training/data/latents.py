@@ -86,7 +86,7 @@ def encode_latents(args: EncodingArguments) -> None:
     with accelerator.main_process_first():
         dataset = load_checked(args, args.dataset, args.dataset_split, is_quiet=not accelerator.is_main_process)
     if LATENTS in dataset.column_names:
-        raise ValueError(f"Expected `dataset` to hold images, but got latents in {args.dataset!r}.")
+        raise ValueError(f"Expected {args.dataset!r} to hold images, but got latents.")
     vae = load_vae(str(args.vae))
     _check_vae(args, vae)
     vae.to(accelerator.device)
@@ -185,11 +185,11 @@ def check_latents(
     if LATENTS not in dataset.column_names:
         return
     if vae is None:
-        raise ValueError("Expected `vae` to be the one that encoded the latents in `dataset`, but got None.")
+        raise ValueError(f"Expected `vae` to be the one that encoded the latents in {source!r}, but got None.")
     shape = tuple(safetensors.torch.load(dataset[0][LATENTS])["mean"].shape[1:])
     if shape != latent_shape:
         raise ValueError(
-            f"Expected the latents in `dataset` to have the shape {latent_shape} of `vae` and `image_size`, but got {shape}."
+            f"Expected the latents in {source!r} to have the shape {latent_shape} of `vae` and `image_size`, but got {shape}."
         )
     record = Path(source, ENCODING_NAME)
     encoding = read_json(record) if record.exists() else {}  # none for a data set on the Hub
@@ -205,6 +205,6 @@ def check_latents(
     for name, value in {"num_images": len(dataset), **vae_fingerprint(vae)}.items():
         if encoding.get(name) != value:
             raise ValueError(
-                f"Expected the latents in `dataset` to have the `{name}` {encoding.get(name)} of their {record}, "
+                f"Expected the latents in {source!r} to have the `{name}` {encoding.get(name)} of their {record}, "
                 f"but got {value}."
             )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import datasets
 
-from .labels import natural_key
+from .labels import NO_LABELS, natural_key
 
 # photo formats that Pillow reads, and three that it does not read by itself, so that they are refused and not passed over
 IMAGE_SUFFIXES = frozenset(
@@ -125,10 +125,10 @@ def splits_of_images(listing: Listing, are_labelled: bool = False) -> dict[str, 
 
     Args:
         listing ([`Listing`]): The folder's files.
-        are_labelled (`bool`): Whether the classes are known, so that sub-folders are no classes.
+        are_labelled (`bool`): Whether the classes are known, or none are wanted, so that sub-folders are no classes.
 
     Raises:
-        ValueError: if some sub-folders are called like splits, and others not.
+        ValueError: if some sub-folders are called like splits, and others not, and they may be classes.
     """
     prefix = ""
     while True:
@@ -140,7 +140,7 @@ def splits_of_images(listing: Listing, are_labelled: bool = False) -> dict[str, 
             raise ValueError(
                 f"Expected {place(listing, prefix)!r} to have one sub-folder for each class, or for each of the splits "
                 f"train, validation and test, but got {shorten(list(groups) + direct)}. Give the folder of one split, "
-                f"or name the classes in {METADATA_NAMES[0]}."
+                f"or name the classes in {METADATA_NAMES[0]}, or train without classes: `--label_column {NO_LABELS}`."
             )
         if groups and len(splits) == len(groups) and not direct:
             return {split: (f"{prefix}{name}/", groups[name]) for split, name in zip(splits, groups)}

@@ -37,7 +37,11 @@ class _Findings:
 
 
 def readable_images(
-    dataset: datasets.Dataset, column: str = "image", skip_unreadable: bool = False, is_quiet: bool = False
+    dataset: datasets.Dataset,
+    column: str = "image",
+    skip_unreadable: bool = False,
+    is_quiet: bool = False,
+    source: str | None = None,
 ) -> datasets.Dataset:
     """
     Check that all images of a data set can be read: each is decoded once, a JPEG at an eighth of its size.
@@ -50,6 +54,7 @@ def readable_images(
         column (`str`): The column of images.
         skip_unreadable (`bool`): Go on without the images that cannot be read.
         is_quiet (`bool`): Print nothing, as in all processes but one.
+        source (`str`, *optional*): Where they are from, for the error.
 
     Returns:
         `datasets.Dataset`: The rows whose image can be read.
@@ -74,14 +79,15 @@ def readable_images(
     if not findings.unreadable:
         return dataset
     listed = [f"row {row}: {reason}" for row, reason in findings.unreadable.items()]
+    wanted = f"Expected {repr(source) if source else 'the data set'} to hold readable images"
     if not skip_unreadable:
         raise ValueError(
-            f"Expected `dataset` to hold readable images, but {len(listed)} of {len(dataset)} are not: "
-            f"{'; '.join(listed[:LISTED])}{'; …' if len(listed) > LISTED else ''}. `--skip_unreadable true` goes on "
-            "without them."
+            f"{wanted}, but {len(listed)} of {len(dataset)} are not: "
+            f"{'; '.join(listed[:LISTED])}{'; …' if len(listed) > LISTED else ''}. `--skip_unreadable` goes on without "
+            "them."
         )
     if len(listed) == len(dataset):
-        raise ValueError(f"Expected `dataset` to hold readable images, but none is: {listed[0]}.")
+        raise ValueError(f"{wanted}, but none is: {listed[0]}.")
     if not is_quiet:
         print(
             "\n".join([f"Skipped, as they cannot be read: {len(listed)} of {len(dataset)} images", *listed]),

@@ -32,12 +32,12 @@ def open_source(
         return _load_parquet(source, {"train": [source]}, split)
     if not os.path.isdir(source):
         if source.startswith((".", os.sep)) or source.count("/") > 1:
-            raise ValueError(f"Expected `dataset` to be a folder or file, but there is none at {source!r}.")
+            raise ValueError(f"Expected {source!r} to be a folder or file, but there is none.")
         return _load_dataset(source, source, split=split)
     listing = list_files(source)
     if listing.images and listing.parquet:
         raise ValueError(
-            f"Expected `dataset` to be a folder of images or of parquet files, but got both in {source!r}: "
+            f"Expected {source!r} to be a folder of images or of parquet files, but got both: "
             f"{shorten(listing.images, 2)} and {shorten(listing.parquet, 2)}. Give the folder of the one or the other."
         )
     if not listing.images and _has_hub_configuration(source):
@@ -92,7 +92,7 @@ def _load_parquet(source: str, splits: dict[str, list[str]], split: str) -> data
                 if file.endswith(".parquet"):
                     raise
                 raise ValueError(
-                    f"Expected `dataset` to be a folder of images, or parquet files, but got {file!r}, which is none. "
+                    f"Expected {source!r} to be a folder of images, or parquet files, but got {file!r}, which is none. "
                     "Archives have to be unpacked."
                 ) from error
     parts = choose_rows(split, sizes, source)
@@ -107,6 +107,5 @@ def _load_dataset(source: str, *args: Any, **kwargs: Any) -> Any:
         return datasets.load_dataset(*args, **kwargs)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
-            f"Expected `dataset` to be a folder with images, parquet, or a data set on the Hub, but got {source!r}: "
-            f"{error}"
+            f"Expected {source!r} to be a folder with images, parquet, or a data set on the Hub, but got: {error}"
         ) from error
