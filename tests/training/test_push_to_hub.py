@@ -85,7 +85,9 @@ def test_a_full_disk_costs_no_training(user, arguments, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "diffusers_dmp"):
         push(save, 2)
         push(save, 4)
-    assert caplog.text.count("after step 2 failed, training goes on: No space left") == 1 and "step 4" not in caplog.text
+    assert (
+        caplog.text.count("after step 2 failed, training goes on: No space left") == 1 and "step 4" not in caplog.text
+    )
     assert not (tmp_path / "my-digits" / pushing.FOLDER).exists()  # which takes room
 
 

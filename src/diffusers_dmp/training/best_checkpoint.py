@@ -40,7 +40,9 @@ class BestCheckpoint:
         record = recorded_best(output_dir)
         if record is not None and validation and record.get("validation", validation) != validation:
             if is_main_process:
-                logger.warning("The best checkpoint so far, %s, was validated otherwise: forgotten.", record["checkpoint"])
+                logger.warning(
+                    "The best checkpoint so far, %s, was validated otherwise: forgotten.", record["checkpoint"]
+                )
             record = None
         if record is not None and record["step"] <= first_step and self.path.with_name(record["checkpoint"]).is_dir():
             self.step, self.loss = record["step"], record["validation_loss"]

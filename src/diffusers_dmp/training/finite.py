@@ -38,7 +38,9 @@ class FiniteCheck:
         values = [done.timesteps.index_select(0, first_sample), done.sample_losses.index_select(0, first_sample)]
         step, total = (torch.full_like(self.first[:1], value) for value in (done.step, len(self.names) - 1))
         of_sample = torch.cat([step, *(value.float() for value in values), total])
-        of_batch = torch.cat([step, torch.full_like(step, -1), others.index_select(0, first_other), first_other.float()])
+        of_batch = torch.cat(
+            [step, torch.full_like(step, -1), others.index_select(0, first_other), first_other.float()]
+        )
         is_new = (self.first[0] < 0) & ~(samples.all() & others.isfinite().all())
         self.first = torch.where(is_new, torch.where(samples.all(), of_batch, of_sample), self.first)
 
