@@ -25,7 +25,7 @@ from .guidance_experts import WEIGHTS_NAME, make_experts
 from .objectives.distillation import ExpertStudent
 from .pipeline_output import CONFIGURATIONS
 from .prompted import PromptedTransformer
-from .resuming import ARGUMENTS_NAME, recorded_arguments
+from .resuming import ARGUMENTS_NAME, OF_ONE_COMMAND, recorded_arguments
 
 MODEL_NAME = "model.safetensors"  # as Accelerate names the weights of a checkpoint's first model
 INDEX_NAME = "model_index.json"
@@ -52,6 +52,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, use_ema: bool = True) -> N
         made.save_pretrained(unfinished)
         # the steps that were done, for the model card
         arguments |= {"max_train_steps": checkpoint_step(checkpoint)}
+        arguments = {name: value for name, value in arguments.items() if name not in OF_ONE_COMMAND}
         (unfinished / ARGUMENTS_NAME).write_text(yaml.safe_dump(arguments, sort_keys=False), encoding="utf-8")
 
 

@@ -23,7 +23,7 @@ def describe_run(run: TrainingRun, first_step: int) -> str:
     """
     args, data, accelerator = run.args, run.data, run.parts.accelerator
     rows = {
-        "data": f"{args.dataset}: {describe_images(data.dataset, args.label_column)}",
+        "data": f"{args.dataset}: {describe_images(data.dataset, label_column=None)}",  # its classes are said already
         "validation": "none",
         "model": _describe_model(run.parts.plain_model),
         "steps": _describe_steps(args, accelerator, len(with_repeats(data.dataset, args)), first_step),
@@ -34,7 +34,7 @@ def describe_run(run: TrainingRun, first_step: int) -> str:
         when = (
             f"before, every {args.validation_steps} steps and after" if args.validation_steps else "before and after"
         )
-        images = describe_images(data.validation, args.label_column)
+        images = describe_images(data.validation, label_column=None)
         rows["validation"] = f"{args.validation_dataset}: {images}; {when}"
     return "\n".join(f"{name + ':':<12}{text}" for name, text in rows.items())
 

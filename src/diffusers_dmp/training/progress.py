@@ -1,7 +1,7 @@
 """Progress bars of long runs: a bar on a terminal or in a notebook, one line every half a minute in a file."""
 
 import sys
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import autonotebook, std
 from tqdm.auto import tqdm
@@ -31,6 +31,19 @@ class LineFile:
         self.file.flush()
 
 
+class LineProgress(tqdm):
+    """Writes no line twice, as tqdm would at the end of what was interrupted, or had nothing to do."""
+
+    displayed: tuple[Any, Any] | None = None
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Write a line, unless it says what the last one did."""
+        if msg is None and self.displayed == (self.n, self.postfix):
+            return
+        self.displayed = (self.n, self.postfix)
+        super().display(msg, pos)
+
+
 def progress_bar(total: int, description: str, unit: str, initial: int = 0, disable: bool = False) -> tqdm:
     """
     A progress bar on stderr, as tqdm has them; where that is not a terminal, at most two lines a minute.
@@ -44,7 +57,7 @@ def progress_bar(total: int, description: str, unit: str, initial: int = 0, disa
     """
     if sys.stderr.isatty() or autonotebook.tqdm is not std.tqdm:
         return tqdm(total=total, desc=description, unit=unit, initial=initial, disable=disable)
-    return tqdm(
+    return LineProgress(
         total=total,
         desc=description,
         unit=unit,
