@@ -168,7 +168,10 @@ def test_errors_are_reported_in_one_line(folder, tmp_path, capsys, monkeypatch):
         (["diagnose", folder, "--dataset", tmp_path / "nowhere"], "nowhere': there is no such file or folder"),
         (["publish", tmp_path / "nowhere", "user/dtr", "--license", "mit"], "nowhere': there is none"),
         (["convert", "dit", tmp_path / "nowhere.pt", "--output_dir", "x"], "nowhere.pt': there is none"),
-        (["convert", "dit", garbage, "--output_dir", "x", "--config", "no.yaml"], "'no.yaml' to be YAML, but there is no such file"),
+        (
+            ["convert", "dit", garbage, "--output_dir", "x", "--config", "no.yaml"],
+            "'no.yaml' to be YAML, but there is no such file",
+        ),
         (["export", tmp_path / "nowhere", tmp_path / "x"], "to be a folder checkpoint-<step>, but got"),
         (["sample", folder, "--class_index", 11, "--device", "cpu"], "`class_labels` to be in [0, 10]"),
         (["info", folder.parent], "to hold a model_index.json"),

@@ -147,7 +147,9 @@ def test_what_cannot_be_exported(run, tmp_path):
     with pytest.raises(ValueError, match="`folder` to be new or empty, but got '.*pipeline'"):
         export_checkpoint(checkpoint, tmp_path / "run" / "pipeline")
     (checkpoint / "model.safetensors").write_bytes(b"half of it")
-    with pytest.raises(ValueError, match="checkpoint-2 to be a whole checkpoint, but got model.safetensors, which has"):
+    with pytest.raises(
+        ValueError, match="checkpoint-2 to be a whole checkpoint, but got model.safetensors, which has"
+    ):
         export_checkpoint(checkpoint, tmp_path / "exported")
     shutil.rmtree(tmp_path / "run" / "pipeline_config")
     shutil.rmtree(tmp_path / "run" / "pipeline")

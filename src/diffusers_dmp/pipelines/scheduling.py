@@ -34,18 +34,18 @@ _WITHOUT_X0 = (
 
 def with_trained_noise(scheduler: SchedulerMixin, trained: SchedulerMixin) -> SchedulerMixin:
     """
-    Give a scheduler the noise schedule that a pipeline was made with; see [`with_noise_schedule`].
+    Give a scheduler the noise schedule that a pipeline's denoisers were trained with; see [`with_noise_schedule`].
 
     Args:
         scheduler ([`SchedulerMixin`]): The pipeline's scheduler.
-        trained ([`SchedulerMixin`]): The scheduler that the pipeline was made with.
+        trained ([`SchedulerMixin`]): A scheduler with the noise of training; see [`scheduler_of_training`].
 
     Raises:
         ValueError: if the scheduler was given another noise schedule, or only one of them is a flow-matching one.
     """
     if is_flow_matching(scheduler) != is_flow_matching(trained):
         raise ValueError(
-            f"Expected `scheduler` to have the noise levels of the {type(trained).__name__} that the pipeline was made with, "
+            f"Expected `scheduler` to have noise like that of the {type(trained).__name__} that the denoisers were trained with, "
             f"but got a {type(scheduler).__name__}: only one of them is a flow-matching one."
         )
     same = with_noise_schedule(scheduler, trained)
