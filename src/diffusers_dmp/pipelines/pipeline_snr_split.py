@@ -97,7 +97,8 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
         unknown = sorted(denoisers_by_name.keys() - set(DENOISER_NAMES))
         if unknown:
             raise TypeError(f"Expected `denoiser_0` to `{DENOISER_NAMES[-1]}`, but got the arguments {unknown}.")
-        by_name = [each for each in map(denoisers_by_name.get, DENOISER_NAMES) if each is not None]
+        names = [name for name in DENOISER_NAMES if denoisers_by_name.get(name) is not None]
+        by_name = [denoisers_by_name[name] for name in names]
         if denoisers is not None and by_name:
             raise ValueError("Expected `denoisers`, or `denoiser_0`, `denoiser_1`, … by name, but got both.")
         denoisers = by_name if denoisers is None else denoisers
@@ -105,6 +106,12 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
             raise ValueError(f"Expected 1 to {MAX_DENOISERS} `denoisers`, but got {len(denoisers)}.")
         if scheduler is None:
             raise ValueError("Expected a `scheduler`, whose signal-to-noise ratios choose the denoiser, but got None.")
+        expected = len(listed(snr_boundaries) or []) + 1
+        if names and len(names) != expected:
+            raise ValueError(
+                f"Expected as many denoisers as `snr_boundaries` make intervals, {expected}, but got {len(names)}: "
+                f"{', '.join(f'`{name}`' for name in names)}."
+            )
         for name, denoiser in zip(DENOISER_NAMES, denoisers):
             check_component(name, denoiser)
         self.register_modules(scheduler=scheduler, vae=vae, **dict(zip(DENOISER_NAMES, denoisers)))

@@ -196,7 +196,16 @@ def _set_timesteps(
 ) -> None:
     """Set the timesteps in the way that the scheduler takes them."""
     if timesteps is None:
-        scheduler.set_timesteps(num_inference_steps, device=device)
+        try:
+            scheduler.set_timesteps(num_inference_steps, device=device)
+        except ValueError as error:
+            most = scheduler.config.get("num_train_timesteps", num_inference_steps)
+            if num_inference_steps <= most:
+                raise
+            raise ValueError(
+                f"Expected `num_inference_steps` to be at most {most} for a {type(scheduler).__name__}, "
+                f"but got {num_inference_steps}."
+            ) from error
     elif "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
         scheduler.set_timesteps(timesteps=timesteps, device=device)
     else:
