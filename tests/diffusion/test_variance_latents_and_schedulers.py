@@ -65,4 +65,4 @@ def test_a_scheduler_of_another_class_has_the_same_noise(name):
     torch.testing.assert_close(
         scheduler.alphas_cumprod, DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod
     )
-    assert scheduler.config.timestep_spacing == "leading"
+    assert scheduler.config.timestep_spacing == type(scheduler)().config.timestep_spacing  # its own

@@ -100,11 +100,17 @@ def test_refuses_components_that_do_not_fit(folders, arguments, message):
         DiffusionPipeline.from_pretrained(folders[make_split], **arguments)
 
 
-def test_warns_of_an_unknown_component_as_diffusers_does(folders, caplog):
-    for make in folders:
-        DiffusionPipeline.from_pretrained(folders[make], denoiser_99=DiTModel(**DIT))
-        assert "denoiser_99" in caplog.text and "are not expected by" in caplog.text
-        caplog.clear()
+@pytest.mark.parametrize(
+    "make, name, message",
+    [
+        (make_class_conditional, "denoiser_0", "components of a ClassConditionalPipeline, but got `denoiser_0`"),
+        (make_split, "denoiser_99", "components of a SNRSplitPipeline, but got `denoiser_99`"),
+        (make_split, "denoiser_7", "intervals, 2, but got 3: `denoiser_0`, `denoiser_1`, `denoiser_7`"),
+    ],
+)
+def test_refuses_an_unknown_component_by_name(folders, make, name, message):
+    with pytest.raises(ValueError, match=message):
+        DiffusionPipeline.from_pretrained(folders[make], **{name: DiTModel(**DIT)})
 
 
 @pytest.mark.parametrize("make", [make_class_conditional, make_split])

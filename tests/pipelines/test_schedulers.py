@@ -309,6 +309,26 @@ def test_guidance_with_karras_sigmas_on_a_cosine_schedule(name):
     assert measure_guided(CLASSES[name], ExactDenoiser(COSINE), use_karras_sigmas=True) == "right"
 
 
+def test_guidance_of_a_solver_that_begins_later(recwarn):
+    """A callback sees the scheduler that makes the steps, and changes its guidance; the experts' noise levels are the same."""
+    pipeline = pipeline_of(ExactDenoiser(COSINE))
+    experts = linear_experts()
+    experts.register_to_config(noise_schedule={"num_train_timesteps": 1000, "beta_schedule": COSINE})
+    scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    own = pipeline.scheduler = GuidedScheduler(scheduler, experts, ClassTarget(0), scale=5.0)
+    seen = []
+
+    def stop_guiding(pipe, step, timestep, tensors):
+        seen.append((pipe.scheduler.step_index, float(pipe.scheduler.timesteps[step] - timestep), own.scale))
+        pipe.scheduler.scale = 0.0
+        return {}
+
+    pipeline(num_inference_steps=3, output_type="latent", callback_on_step_end=stop_guiding)
+    assert seen == [(1, 0.0, 5.0), (2, 0.0, 0.0), (3, 0.0, 0.0)]
+    assert pipeline.scheduler is own
+    assert not [each for each in recwarn if "noise levels" in str(each.message)]
+
+
 def test_guidance_clips_only_where_the_scheduler_does():
     """`from_config` keeps `clip_sample` in the configuration of schedulers that do not clip."""
     pipeline = pipeline_of(ExactDenoiser())

@@ -173,18 +173,10 @@ class GuidedScheduler(SchedulerMixin):
         return isinstance(self, (DDPMScheduler, DDPMParallelScheduler))
 
     def around(self, scheduler: SchedulerMixin) -> "GuidedScheduler":
-        """The same guidance around another scheduler."""
-        return GuidedScheduler(
-            scheduler,
-            self.experts,
-            self.target,
-            self.scale,
-            rescale_to_mean=self.rescale_to_mean,
-            timestep_range=self.timestep_range,
-            every=self.every,
-            vae=self.vae,
-            on_nonfinite=self.on_nonfinite,
-        )
+        """The same guidance around another scheduler, which shares its settings: a change of one's is one of the other's."""
+        guided = GuidedScheduler(scheduler, self.experts, self.target, rescale_to_mean=self.rescale_to_mean)
+        guided.guidance = self.guidance
+        return guided
 
     def _guidances(self) -> list[Guidance]:
         """Its own guidance, and then that of each guided scheduler inside."""
@@ -290,6 +282,10 @@ def _warn_of_other_levels(experts: GuidanceExperts, scheduler: Any) -> None:
     if trained is None:
         return
     levels = DDPMScheduler(**trained).alphas_cumprod
+    if (
+        scheduler.config.get("model_train_timesteps") is not None
+    ):  # it has only the first of them: see `without_pure_noise`
+        levels = levels[: len(scheduler.alphas_cumprod)]
     if not are_same_levels(levels, scheduler.alphas_cumprod):
         t = len(levels) // 2
         warnings.warn(

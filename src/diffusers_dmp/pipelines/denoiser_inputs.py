@@ -67,7 +67,12 @@ def prepare_guidance(
     Raises:
         ValueError: if there are neither one nor B scales, or the model has no null class.
     """
-    scales = torch.as_tensor(guidance_scale, dtype=torch.float32, device="cpu").reshape(-1)
+    try:
+        scales = torch.as_tensor(guidance_scale, dtype=torch.float32, device="cpu").reshape(-1)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"Expected `guidance_scale` to be a number or {batch_size} of them, but got {guidance_scale!r}."
+        ) from error
     if len(scales) not in (1, batch_size):
         raise ValueError(f"Expected `guidance_scale` to be a number or {batch_size} of them, but got {len(scales)}.")
     if not scales.isfinite().all():

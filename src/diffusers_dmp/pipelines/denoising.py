@@ -12,23 +12,22 @@ from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..diffusion.latents import decode_latents, vae_downsampling
 from ..intervals import NoiseIntervals
 from ..models.class_names import checked_class_names, find_class, label_list
 from ..models.inputs import class_count
-from ..saving.pipeline_mixin import StandalonePipelineMixin
 from .denoiser_inputs import Conversion, DenoiserInputs, prepare_guidance
 from .image_inputs import prepare_latents, prepare_low_res
 from .labels import is_for_all, prepare_labels
 from .scheduling import owners_of_steps, prepare_scheduler, set_timesteps, step_arguments, with_trained_noise
 from .settings import DenoiserSettings, GenerationSettings
+from .trained_noise import TrainedNoiseMixin
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-class DenoisingMixin(StandalonePipelineMixin):
+class DenoisingMixin(TrainedNoiseMixin):
     """
     Generates images with one or more denoisers, for a pipeline that says which denoiser makes which steps.
 
@@ -36,10 +35,7 @@ class DenoisingMixin(StandalonePipelineMixin):
     """
 
     # what `DiffusionPipeline` and the pipeline provide
-    config: Any
-    scheduler: SchedulerMixin
     vae: AutoencoderKL | None
-    register_to_config: Callable[..., None]
     progress_bar: Callable[..., Any]
     maybe_free_model_hooks: Callable[[], None]
     _execution_device: torch.device
@@ -79,10 +75,6 @@ class DenoisingMixin(StandalonePipelineMixin):
         """
         return [find_class(str(label), self.config.id2label) for label in label_list(labels)]
 
-    def _set_up_noise(self, scheduler: SchedulerMixin) -> None:
-        """Remember the scheduler that the pipeline is made with: the denoisers were trained with its noise schedule."""
-        self._first_scheduler = scheduler
-
     def _set_up_images(self, vae: AutoencoderKL | None, id2label: dict[str, str] | None) -> None:
         names = checked_class_names(id2label)
         self.register_to_config(id2label=id2label and {str(index): name for index, name in names.items()})
@@ -107,7 +99,7 @@ class DenoisingMixin(StandalonePipelineMixin):
         self._check_outputs(settings)
 
         # 1. Steps
-        scheduler = with_trained_noise(self.scheduler, self._first_scheduler)
+        scheduler = with_trained_noise(self.scheduler, self._trained_scheduler)
         scheduler, keeps_variance = prepare_scheduler(scheduler, self.denoisers)
         kinds = [each.prediction_type for each in denoisers]
         scheduler = set_timesteps(
@@ -130,19 +122,20 @@ class DenoisingMixin(StandalonePipelineMixin):
 
         # 4. Denoise
         self._num_timesteps = len(scheduler.timesteps)
-        for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
-            if i > 0 and owners[i] != owners[i - 1]:
-                self._offload(self.denoisers[owners[i - 1]])
-            x_t = latents
-            if hasattr(scheduler, "scale_model_input"):  # flow-matching schedulers have none
-                x_t = scheduler.scale_model_input(latents, t)
-            model_output = inputs[owners[i]].predict(i, x_t, settings.guidance_channels, keeps_variance)
-            if conversion is not None:
-                model_output = conversion(i, model_output, x_t, denoisers[owners[i]].prediction_type)
-            latents = scheduler.step(model_output, t, latents, **step_kwargs).prev_sample
+        with self._using(scheduler):  # callbacks see the one that makes the steps
+            for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
+                if i > 0 and owners[i] != owners[i - 1]:
+                    self._offload(self.denoisers[owners[i - 1]])
+                x_t = latents
+                if hasattr(scheduler, "scale_model_input"):  # flow-matching schedulers have none
+                    x_t = scheduler.scale_model_input(latents, t)
+                model_output = inputs[owners[i]].predict(i, x_t, settings.guidance_channels, keeps_variance)
+                if conversion is not None:
+                    model_output = conversion(i, model_output, x_t, denoisers[owners[i]].prediction_type)
+                latents = scheduler.step(model_output, t, latents, **step_kwargs).prev_sample
 
-            if settings.callback_on_step_end is not None:
-                latents = settings.callback_on_step_end(self, i, t, {"latents": latents}).pop("latents", latents)
+                if settings.callback_on_step_end is not None:
+                    latents = settings.callback_on_step_end(self, i, t, {"latents": latents}).pop("latents", latents)
 
         # 5. Images
         self._offload(self.denoisers[owners[-1]])

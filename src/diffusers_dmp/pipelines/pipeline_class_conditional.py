@@ -6,6 +6,7 @@ Legend: B batch, C channels, H and W height and width, in pixels or latent pixel
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiTPipeline, UNet2DModel
@@ -35,12 +36,17 @@ class ClassConditionalPipeline(DenoisingMixin, DiffusionPipeline):
             `num_embeds_ada_norm` and `num_class_embeds`.
         scheduler ([`SchedulerMixin`]): A scheduler with the noise schedule that the transformer was trained with; see
             docs/schedulers.md for those of Diffusers that fit. The DDPM schedulers use a learned variance, the others
-            ignore it. What the transformer predicts (`prediction_type` in its configuration, or else what the scheduler
-            expects) is converted into what the scheduler expects.
+            ignore it. What the transformer predicts (`prediction_type` in its configuration, or else in
+            `noise_schedule`) is converted into what the scheduler expects.
         vae ([`AutoencoderKL`], *optional*): For a denoiser of latents.
         id2label (`dict[str, str]`, *optional*): The names of the classes, by index (a string, as in JSON).
         prompt_patch ([`PromptPatch`], *optional*): Prompts to attach to the transformer, in eval mode. The pipeline's
             `prompt_patch` is always the one that is attached to the transformer; it is saved with the pipeline.
+        noise_schedule (`dict`, *optional*): The noise that the transformer was trained with, whatever the scheduler, as
+            [`noise_schedule_of`] returns it; by default that of the scheduler. It is saved with the pipeline.
+
+    Raises:
+        ValueError: if the transformer is wrapped by PEFT, or the scheduler does not fit a given `noise_schedule`.
     """
 
     __module__ = PACKAGE  # the library that `save_pretrained` names
@@ -55,11 +61,12 @@ class ClassConditionalPipeline(DenoisingMixin, DiffusionPipeline):
         vae: AutoencoderKL | None = None,
         id2label: dict[str, str] | None = None,
         prompt_patch: ModelMixin | None = None,
+        noise_schedule: dict[str, Any] | None = None,
     ):
         super().__init__()
         check_component("transformer", transformer)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, prompt_patch=prompt_patch)
-        self._set_up_noise(scheduler)
+        self._set_up_noise(scheduler, noise_schedule)
         self._set_up_images(vae, id2label)
 
     @classmethod
@@ -192,7 +199,7 @@ class ClassConditionalPipeline(DenoisingMixin, DiffusionPipeline):
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-        prediction_type = prediction_type_of(self.transformer, self.scheduler)
+        prediction_type = prediction_type_of(self.transformer, self._trained_scheduler)
         return self._generate(settings, [DenoiserSettings(self.transformer, prediction_type, guidance_scale)])
 
 

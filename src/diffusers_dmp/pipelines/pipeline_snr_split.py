@@ -28,6 +28,7 @@ from .denoiser_checks import check_denoisers, untrained_intervals
 from .denoising import DenoisingMixin
 from .scheduling import owners_of_steps, set_timesteps, with_trained_noise
 from .settings import DenoiserSettings, GenerationSettings, checked_steps
+from .trained_noise import have_same_noise, trained_noise_of, trained_scheduler_of
 
 MAX_DENOISERS = 32
 DENOISER_NAMES = tuple(f"denoiser_{index}" for index in range(MAX_DENOISERS))
@@ -62,9 +63,11 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
             saved.
         vae ([`AutoencoderKL`], *optional*): For denoisers of latents.
         prediction_types (`list[str]` of length N, *optional*): 'epsilon', 'sample' or 'v_prediction' each; by default what
-            the denoiser's configuration says, or else what the scheduler expects.
+            the denoiser's configuration says, or else `noise_schedule`.
         guidance_scales (`list[float]` of length N, *optional*): w of classifier-free guidance, by default 1 for each.
         id2label (`dict[str, str]`, *optional*): The names of the classes, by index.
+        noise_schedule (`dict`, *optional*): The noise that the denoisers were trained with, whatever the scheduler, as
+            [`noise_schedule_of`] returns it; by default that of the scheduler. It is saved with the pipeline.
         denoisers_by_name ([`ModelMixin`]): `denoiser_0`, `denoiser_1`, … instead of `denoisers`, as they are saved.
 
     Raises:
@@ -87,13 +90,15 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
         prediction_types: list[str] | dict[str, str] | None = None,
         guidance_scales: list[float] | dict[str, float] | None = None,
         id2label: dict[str, str] | None = None,
+        noise_schedule: dict[str, Any] | None = None,
         **denoisers_by_name: ModelMixin | None,
     ):
         super().__init__()
         unknown = sorted(denoisers_by_name.keys() - set(DENOISER_NAMES))
         if unknown:
             raise TypeError(f"Expected `denoiser_0` to `{DENOISER_NAMES[-1]}`, but got the arguments {unknown}.")
-        by_name = [each for each in map(denoisers_by_name.get, DENOISER_NAMES) if each is not None]
+        names = [name for name in DENOISER_NAMES if denoisers_by_name.get(name) is not None]
+        by_name = [denoisers_by_name[name] for name in names]
         if denoisers is not None and by_name:
             raise ValueError("Expected `denoisers`, or `denoiser_0`, `denoiser_1`, … by name, but got both.")
         denoisers = by_name if denoisers is None else denoisers
@@ -101,14 +106,21 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
             raise ValueError(f"Expected 1 to {MAX_DENOISERS} `denoisers`, but got {len(denoisers)}.")
         if scheduler is None:
             raise ValueError("Expected a `scheduler`, whose signal-to-noise ratios choose the denoiser, but got None.")
+        expected = len(listed(snr_boundaries) or []) + 1
+        if names and len(names) != expected:
+            raise ValueError(
+                f"Expected as many denoisers as `snr_boundaries` make intervals, {expected}, but got {len(names)}: "
+                f"{', '.join(f'`{name}`' for name in names)}."
+            )
         for name, denoiser in zip(DENOISER_NAMES, denoisers):
             check_component(name, denoiser)
         self.register_modules(scheduler=scheduler, vae=vae, **dict(zip(DENOISER_NAMES, denoisers)))
         self.num_denoisers = len(denoisers)
         self.model_cpu_offload_seq = "->".join([*DENOISER_NAMES[: len(denoisers)][::-1], "vae"])
 
+        self._set_up_noise(scheduler, noise_schedule)
         if prediction_types is None:
-            prediction_types = [prediction_type_of(denoiser, scheduler) for denoiser in denoisers]
+            prediction_types = [prediction_type_of(denoiser, self._trained_scheduler) for denoiser in denoisers]
         if guidance_scales is None:
             guidance_scales = [1.0] * len(denoisers)
         settings = {
@@ -117,7 +129,6 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
             "guidance_scales": [float(scale) for scale in listed(guidance_scales) or []],
         }
         self.register_to_config(**settings)
-        self._set_up_noise(scheduler)
         self._set_up_images(vae, id2label)
         self.intervals()  # raises if the boundaries do not fit
         check_denoisers(denoisers, **settings)
@@ -144,7 +155,7 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
         cls, pipelines: list[DiffusionPipeline], snr_boundaries: list[float], **kwargs
     ) -> "SNRSplitPipeline":
         """
-        Combine the denoisers of several pipelines; scheduler, VAE and class names are those of the first pipeline.
+        Combine the denoisers of several pipelines; scheduler, noise schedule, VAE and class names are those of the first.
 
         Args:
             pipelines (`list[DiffusionPipeline]`): The pipeline for the least noise first; each with a `transformer` or
@@ -163,18 +174,22 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
                     "Expected each of `pipelines` to have a `transformer` or `unet`, "
                     f"but got a {type(pipeline).__name__}."
                 )
-            if not _same_schedule(pipeline.scheduler, pipelines[0].scheduler):
+            denoisers.append(denoiser)
+        trained = [trained_scheduler_of(pipeline) for pipeline in pipelines]
+        for index, scheduler in enumerate(trained):
+            if not have_same_noise(scheduler, trained[0]):
                 raise ValueError(
                     "Expected `pipelines` to have one noise schedule, but got different ones in "
-                    f"{type(pipelines[0].scheduler).__name__} and {type(pipeline.scheduler).__name__}."
+                    f"{type(pipelines[0].scheduler).__name__} and {type(pipelines[index].scheduler).__name__} (pipelines 0 "
+                    f"and {index})."
                 )
-            denoisers.append(denoiser)
         defaults = {
             "vae": getattr(pipelines[0], "vae", None),
             "id2label": pipelines[0].config.get("id2label"),
             "prediction_types": [
-                prediction_type_of(denoiser, pipeline.scheduler) for pipeline, denoiser in zip(pipelines, denoisers)
+                prediction_type_of(denoiser, scheduler) for scheduler, denoiser in zip(trained, denoisers)
             ],
+            "noise_schedule": trained_noise_of(pipelines[0]),
         }
         return cls(denoisers, pipelines[0].scheduler, snr_boundaries, **defaults | kwargs)
 
@@ -220,7 +235,7 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
                 f"Expected as many denoisers as `snr_boundaries` make intervals, {len(boundaries) + 1}, "
                 f"but got {self.num_denoisers}."
             )
-        return NoiseIntervals.from_snr(boundaries, with_trained_noise(self.scheduler, self._first_scheduler))
+        return NoiseIntervals.from_snr(boundaries, self._trained_scheduler)
 
     def steps_per_denoiser(
         self,
@@ -235,7 +250,7 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
         """
         num_inference_steps, timesteps = checked_steps(num_inference_steps, timesteps)
         kinds = self.config.prediction_types
-        scheduler = with_trained_noise(self.scheduler, self._first_scheduler)
+        scheduler = with_trained_noise(self.scheduler, self._trained_scheduler)
         scheduler = set_timesteps(scheduler, self.denoisers, kinds, num_inference_steps, timesteps, "cpu")
         owners = owners_of_steps(scheduler, self.intervals(snr_boundaries))
         return [owners.count(index) for index in range(self.num_denoisers)]
@@ -309,12 +324,3 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
             for denoiser, prediction_type, scale in zip(self.denoisers, self.config.prediction_types, scales)
         ]
         return self._generate(settings, denoisers, self.intervals(snr_boundaries))
-
-
-def _same_schedule(first: SchedulerMixin, second: SchedulerMixin) -> bool:
-    """Whether two schedulers have the same ᾱ, or both have none."""
-    alphas_cumprod = getattr(first, "alphas_cumprod", None)
-    others = getattr(second, "alphas_cumprod", None)
-    if alphas_cumprod is None or others is None:
-        return alphas_cumprod is others
-    return torch.equal(alphas_cumprod, others)

@@ -34,18 +34,18 @@ _WITHOUT_X0 = (
 
 def with_trained_noise(scheduler: SchedulerMixin, trained: SchedulerMixin) -> SchedulerMixin:
     """
-    Give a scheduler the noise schedule that a pipeline was made with; see [`with_noise_schedule`].
+    Give a scheduler the noise schedule that a pipeline's denoisers were trained with; see [`with_noise_schedule`].
 
     Args:
         scheduler ([`SchedulerMixin`]): The pipeline's scheduler.
-        trained ([`SchedulerMixin`]): The scheduler that the pipeline was made with.
+        trained ([`SchedulerMixin`]): A scheduler with the noise of training; see [`scheduler_of_training`].
 
     Raises:
         ValueError: if the scheduler was given another noise schedule, or only one of them is a flow-matching one.
     """
     if is_flow_matching(scheduler) != is_flow_matching(trained):
         raise ValueError(
-            f"Expected `scheduler` to have the noise levels of the {type(trained).__name__} that the pipeline was made with, "
+            f"Expected `scheduler` to have noise like that of the {type(trained).__name__} that the denoisers were trained with, "
             f"but got a {type(scheduler).__name__}: only one of them is a flow-matching one."
         )
     same = with_noise_schedule(scheduler, trained)
@@ -196,7 +196,16 @@ def _set_timesteps(
 ) -> None:
     """Set the timesteps in the way that the scheduler takes them."""
     if timesteps is None:
-        scheduler.set_timesteps(num_inference_steps, device=device)
+        try:
+            scheduler.set_timesteps(num_inference_steps, device=device)
+        except ValueError as error:
+            most = scheduler.config.get("num_train_timesteps", num_inference_steps)
+            if num_inference_steps <= most:
+                raise
+            raise ValueError(
+                f"Expected `num_inference_steps` to be at most {most} for a {type(scheduler).__name__}, "
+                f"but got {num_inference_steps}."
+            ) from error
     elif "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
         scheduler.set_timesteps(timesteps=timesteps, device=device)
     else:

@@ -17,7 +17,8 @@ class GenerationSettings:
     The arguments of a pipeline's call that all denoisers share; see [`ClassConditionalPipeline.__call__`].
 
     Raises:
-        ValueError: if a number of images, steps or pixels is no integer from 1, or the timesteps do not descend.
+        ValueError: if a number of images, steps or pixels is no integer from 1, the timesteps do not descend, or `generator` is no
+            generator.
     """
 
     class_labels: Any
@@ -44,6 +45,12 @@ class GenerationSettings:
         self.height = self.height if self.height is None else checked_count("height", self.height)
         self.width = self.width if self.width is None else checked_count("width", self.width)
         self.generator = list(self.generator) if isinstance(self.generator, tuple) else self.generator
+        generators = self.generator if isinstance(self.generator, list) else [self.generator]
+        if not all(each is None or isinstance(each, torch.Generator) for each in generators):
+            raise ValueError(
+                f"Expected `generator` to be a `torch.Generator` or a list of them, but got {self.generator!r}; "
+                "`torch.Generator().manual_seed(5)` makes one."
+            )
         self.num_inference_steps, self.timesteps = checked_steps(self.num_inference_steps, self.timesteps)
 
 

@@ -124,13 +124,20 @@ class StandalonePipelineMixin(StandaloneMixin):
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs) -> Any:
-        """See [`ConfigMixin.extract_init_dict`]. Refuses the folder of another pipeline of this package."""
+        """See [`ConfigMixin.extract_init_dict`]. Refuses the folder of another pipeline of this package, and models it has no place for."""
         name = config_dict.get("_class_name")
         saved = getattr(diffusers, name, None) if isinstance(name, str) and VERSION_KEY in config_dict else None
         # by name, as the code that comes with a repository defines other classes: see naming.py
         is_other = saved is not None and full_name(saved) not in map(full_name, cls.__mro__)
         if is_other and saved.__module__ == PACKAGE:
             raise ValueError(f"Expected a folder or repository of a {cls.__name__}, but got that of a {name}.")
+        # those that it has a place for are not among them
+        unknown = [key for key, value in kwargs.items() if isinstance(value, nn.Module)]
+        if unknown:
+            raise ValueError(
+                f"Expected components of a {cls.__name__}, but got {', '.join(f'`{key}`' for key in unknown)}, which it does "
+                "not have."
+            )
         return super().extract_init_dict(config_dict, **kwargs)
 
 

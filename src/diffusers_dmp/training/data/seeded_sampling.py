@@ -11,10 +11,13 @@ import numpy as np
 import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from ...diffusion.noise_schedules import clips, ends_in_pure_noise
 from ...diffusion.scheduler_names import scheduler_class
 from ...diffusion.schedulers import make_like
 from ...saving.finite import expect_finite_pipeline
+from ...saving.naming import descends_from
 from ...saving.weight_files import check_saved_folder
 from ..arguments import option
 
@@ -70,12 +73,26 @@ def load_sampling_pipeline(
     pipeline = DiffusionPipeline.from_pretrained(name_or_path, dtype=getattr(torch, args.dtype)).to(device)
     expect_finite_pipeline(pipeline, name_or_path)
     if args.scheduler:
-        pipeline.scheduler = make_like(pipeline.scheduler, args.scheduler)
+        pipeline.scheduler = _scheduler_for(pipeline, args.scheduler)
     for name in ("watermarker", "safety_checker"):  # they would change images that are only learned from or measured
         if getattr(pipeline, name, None) is not None:
             setattr(pipeline, name, None)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _scheduler_for(pipeline: DiffusionPipeline, class_name: str) -> SchedulerMixin:
+    """
+    Make a scheduler of a class for a pipeline.
+
+    This package's pipelines choose where a solver begins. Diffusers' own begin where the scheduler does, which with a cosine
+    schedule may be in pure noise: with `timestep_spacing="leading"` it is before that.
+    """
+    scheduler = make_like(pipeline.scheduler, class_name)
+    chooses = any(descends_from(pipeline, name) for name in ("ClassConditionalPipeline", "SNRSplitPipeline"))
+    if chooses or clips(scheduler) or not ends_in_pure_noise(scheduler):
+        return scheduler
+    return make_like(pipeline.scheduler, class_name, timestep_spacing="leading")
 
 
 def sample_seeded(
