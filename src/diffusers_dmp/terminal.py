@@ -20,6 +20,7 @@ _SECONDS_FOR_MAIN = 10.0
 # damaged file of weights has an error of its own
 _USERS_ERRORS = {
     ("httpx", "TransportError"),
+    ("httpx2", "TransportError"),
     ("safetensors", "SafetensorError"),
     ("safetensors_rust", "SafetensorError"),
 }
