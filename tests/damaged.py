@@ -24,6 +24,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "hub")] 
 import conftest  # before the libraries, as it hides GPUs and the network
 import datasets
 import numpy as np
+import PIL.Image
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 from networks import make_resnet
@@ -706,7 +707,9 @@ def _(here):
 def _(here):
     output = pipeline(here)
     (output / "training_summary.json").write_text('{"steps": 4')
-    command("diagnose", output, "--dataset", output, "--output", here)
+    (here / "photos").mkdir()
+    PIL.Image.new("L", (8, 8)).save(here / "photos" / "0.png")
+    command("diagnose", output, "--dataset", here / "photos", "--output_dir", here)
 
 
 @damaged("a folder", "`load_original_state_dict`", "DiT.pt")
