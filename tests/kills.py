@@ -25,6 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from diffusers_dmp.evaluation.digits import NUM_IMAGES, write_image_folder
 from diffusers_dmp.training.checkpoints import checkpoint_step, checkpoints, expect_readable
+from diffusers_dmp.training.pipeline_output import CONFIGURATIONS
 
 REPOSITORY = Path(__file__).parent.parent
 ARGUMENTS = {
@@ -140,7 +141,7 @@ class Training:
         for checkpoint in checkpoints(self.folder):
             expect_readable(checkpoint)
         for pipeline in self.folder.glob("pipeline*"):
-            if pipeline not in self.unfinished():
+            if pipeline not in self.unfinished() and pipeline.name != CONFIGURATIONS:
                 DiffusionPipeline.from_pretrained(pipeline)
 
     def finish(self) -> None:
