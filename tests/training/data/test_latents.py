@@ -85,7 +85,7 @@ def test_two_processes_write_what_one_does(encode, images, vae, tmp_path):
     encode(tmp_path / "one")
     arguments = ENCODING | {"dataset": images, "vae": vae}
     progress = launch_script("encode_latents.py", tmp_path / "two", 2, arguments)
-    assert "1 of 2 processes" in progress and "10/10" in progress  # the first and the third shard
+    assert "1 of 2 processes" in progress and "10 of 10 images" in progress  # the first and the third shard
     assert len(shards(tmp_path / "two")) == 3
     for one, two in zip(read(tmp_path / "one"), read(tmp_path / "two")):
         assert one["label"] == two["label"]
@@ -119,7 +119,7 @@ def test_the_rest_is_shared_by_all_processes(encode, images, vae, tmp_path):
     for path in shards(tmp_path)[::2]:  # both of them the first process's, to begin with
         path.unlink()
     progress = launch_script("encode_latents.py", tmp_path, 2, ENCODING | {"dataset": images, "vae": vae})
-    assert "6/6" in progress and "10/10" not in progress
+    assert "6 of 6 images" in progress and "10 of 10" not in progress
     assert len(read(tmp_path)) == 16
 
 
