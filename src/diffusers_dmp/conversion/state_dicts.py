@@ -1,4 +1,4 @@
-"""Find the state dict in what somebody saved, under the names that the model's code gives."""
+"""Find the state dict in a saved object, under the names that the model's own code gives."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

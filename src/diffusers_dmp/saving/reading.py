@@ -1,4 +1,4 @@
-"""Read files that somebody else wrote, and say in one line what is wrong with one, and what to do."""
+"""Read files of any origin; an error says in one line which file is wrong, why, and what to do."""
 
 import json
 import os

@@ -26,8 +26,8 @@ def check_source(
         argument (`str`): The argument that the user gave it in, for the message.
         name_or_path (`str`, *optional*): The name; nothing is checked without one.
         kind (`str`): What else than a Hub id it may be: 'folder', or 'file or folder'.
-        repo_type (`str`, *optional*): 'model' or 'dataset', to ask the Hub whether it has it: once, where whoever loads it asks
-            again and again if there is no connection.
+        repo_type (`str`, *optional*): 'model' or 'dataset', to ask the Hub once whether it has it; the loaders retry several times
+            if there is no connection.
 
     Raises:
         ValueError: if it can be neither, is not on the Hub although asked for, or is a file where a folder is asked for.
@@ -55,9 +55,7 @@ def _expect_on_hub(argument: str, name: str, kind: str, repo_type: str) -> None:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    if constants.HF_HUB_OFFLINE or _is_cached(
-        name, repo_type
-    ):  # the cache answers, or whoever loads it says that it cannot
+    if constants.HF_HUB_OFFLINE or _is_cached(name, repo_type):  # the loader reads the cache, or raises its own error
         return
     try:
         HfApi().repo_info(name, repo_type=repo_type, timeout=_SECONDS_FOR_HUB)

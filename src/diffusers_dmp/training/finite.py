@@ -12,7 +12,7 @@ from .loop import TrainingStep
 
 class FiniteCheck:
     """
-    Remembers the first loss that is not finite, on the device, until somebody asks: no step waits for the device.
+    Remembers the first loss that is not finite, on the device, until it is read: no step waits for the device.
 
     Args:
         accelerator (`Accelerator`): Of all processes.
@@ -22,7 +22,7 @@ class FiniteCheck:
     def __init__(self, accelerator: Accelerator, args: SharedTrainingArguments):
         self.accelerator = accelerator
         self.args = args
-        self.learning_rates: dict[int, float] = {}  # of the steps since somebody asked
+        self.learning_rates: dict[int, float] = {}  # of the steps since the last check
         self.names = ["loss"]  # of the losses of a batch: those added to the samples' loss, and the sum
         # step, timestep of the sample or -1, loss, and its index in `names`; step -1 as long as all losses are finite
         self.first = torch.tensor([-1.0, -1.0, 0.0, 0.0], device=accelerator.device)
