@@ -225,3 +225,22 @@ def test_refuses_to_sample_from_an_interval_without_integers():
     for expert in (5, -1, torch.tensor([0, 5]), torch.tensor([-1, 0])):
         with pytest.raises(ValueError, match="expert"):
             NoiseIntervals.uniform(5).sample(expert, 2)
+
+
+@given(st.lists(st.integers(1, 999), min_size=1, max_size=5, unique=True).map(sorted))
+def test_sigmas_and_timesteps_name_the_same_intervals(boundaries):
+    from_sigmas = NoiseIntervals.from_sigmas([boundary / 1000 for boundary in boundaries])
+    assert from_sigmas == NoiseIntervals.from_timesteps(boundaries)
+    assert from_sigmas.edges == (0, *boundaries, 1000)
+
+
+@pytest.mark.parametrize("sigmas", [[0.0], [1.0], [875], [-0.1], [0.5, 0.5], [0.9, 0.1]])
+def test_sigmas_ascend_between_0_and_1(sigmas):
+    with pytest.raises(ValueError, match="Expected `sigmas` to ascend strictly between 0 and 1, but got"):
+        NoiseIntervals.from_sigmas(sigmas)
+
+
+@pytest.mark.parametrize("boundaries", [[0], [1000], [600, 250]])
+def test_boundary_timesteps_ascend_between_0_and_the_last(boundaries):
+    with pytest.raises(ValueError, match="Expected `boundaries` to ascend strictly between 0 and 1000, but got"):
+        NoiseIntervals.from_timesteps(boundaries)

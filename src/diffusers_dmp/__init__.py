@@ -27,7 +27,7 @@ _IMPORT_STRUCTURE = {
     ],
     "hub": ["publish"],
     "intervals": ["NoiseIntervals"],
-    "models": _MODELS,
+    "models": [*_MODELS, "TimeArgument", "register_time_argument"],
     "plugins": ["Conditioning", "PromptPatch", "TransformerLayout", "register_layout"],
     "pipelines": [*_PIPELINES, "respaced_timesteps"],
 }

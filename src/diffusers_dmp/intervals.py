@@ -84,6 +84,43 @@ class NoiseIntervals:
         return cls(tuple(e * num_train_timesteps // num_experts for e in range(num_experts + 1)))
 
     @classmethod
+    def from_timesteps(cls, boundaries: Sequence[float], num_train_timesteps: int = 1000) -> "NoiseIntervals":
+        """
+        Make intervals from the training timesteps between them.
+
+        Args:
+            boundaries (`list[float]` of length E - 1): Timesteps, ascending, inside (0, T). Each belongs to the interval that
+                it begins.
+            num_train_timesteps (`int`): T.
+
+        Raises:
+            ValueError: if the boundaries are outside (0, T) or do not ascend.
+        """
+        boundaries = tuple(boundaries)
+        _check_ascending("boundaries", boundaries, num_train_timesteps)
+        return cls((0, *boundaries, num_train_timesteps))
+
+    @classmethod
+    def from_sigmas(cls, sigmas: Sequence[float], num_train_timesteps: int = 1000) -> "NoiseIntervals":
+        """
+        Make intervals from the flow-matching noise levels between them, x_t = (1-σ)·x0 + σ·ε with t = σ·T.
+
+        `from_sigmas([0.875])` makes the two intervals of Wan2.2, whose `boundary_ratio` is this σ. A scheduler's shift changes
+        which σ are visited, never who owns them.
+
+        Args:
+            sigmas (`list[float]` of length E - 1): σ, ascending, inside (0, 1).
+            num_train_timesteps (`int`): T.
+
+        Raises:
+            ValueError: if the boundaries are outside (0, 1) or do not ascend.
+        """
+        sigmas = tuple(sigmas)
+        _check_ascending("sigmas", sigmas, 1)
+        # without the last digits, which a product of decimal numbers does not have: 0.07 · 1000 = 70.00000000000001
+        return cls.from_timesteps([round(sigma * num_train_timesteps, 9) for sigma in sigmas], num_train_timesteps)
+
+    @classmethod
     def from_snr(cls, boundaries: Sequence[float], scheduler: SchedulerMixin) -> "NoiseIntervals":
         """
         Make intervals from the signal-to-noise ratios between them (Patch Diffusion, https://arxiv.org/abs/2207.04316).
@@ -205,6 +242,12 @@ class NoiseIntervals:
     def to_config(self) -> list[float]:
         """Return the edges as JSON can store them; `NoiseIntervals(config)` is the inverse."""
         return list(self.edges)
+
+
+def _check_ascending(name: str, boundaries: tuple[float, ...], end: float) -> None:
+    ascending = all(low < high for low, high in zip((0, *boundaries), (*boundaries, end)))
+    if not ascending:
+        raise ValueError(f"Expected `{name}` to ascend strictly between 0 and {end}, but got {list(boundaries)}.")
 
 
 @functools.lru_cache(maxsize=64)

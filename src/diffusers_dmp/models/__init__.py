@@ -4,6 +4,7 @@ from .dit.model import DIT_PRESETS, DiTModel
 from .dtr_transformer_2d import DTRTransformer2DModel, TaskRouting
 from .patched_unet_2d import PatchedUNet2DModel
 from .remix_dit import REMIX_DIT_PRESETS, RemixDiTModel
+from .time_argument import TimeArgument, register_time_argument, time_argument_of
 
 __all__ = [
     "DIT_PRESETS",
@@ -13,4 +14,7 @@ __all__ = [
     "PatchedUNet2DModel",
     "RemixDiTModel",
     "TaskRouting",
+    "TimeArgument",
+    "register_time_argument",
+    "time_argument_of",
 ]

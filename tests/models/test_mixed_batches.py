@@ -1,0 +1,53 @@
+"""Batches of several experts are split and joined again in order."""
+
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffusers_dmp.models.mixed_batches import run_by_expert
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=6))
+def test_each_sample_meets_its_own_expert_and_comes_back_in_its_place(experts):
+    batch_size = len(experts)
+    samples = torch.arange(batch_size * 2.0).view(batch_size, 2)
+    seen = []
+
+    def run(expert, args, kwargs):
+        (hidden_states,) = args
+        seen.append(expert)
+        assert [experts[index] for index in kwargs["names"]] == [expert] * len(hidden_states)
+        assert len(kwargs["added"]["time_ids"]) == len(hidden_states)
+        assert kwargs["img_ids"].shape == (batch_size, 3)  # positions, whatever their number
+        assert kwargs["scale"] == 0.5
+        return Transformer2DModelOutput(sample=hidden_states + 100 * expert)
+
+    output = run_by_expert(
+        experts,
+        (samples,),
+        {
+            "names": list(range(batch_size)),
+            "added": {"time_ids": samples},
+            "img_ids": torch.zeros(batch_size, 3),
+            "scale": 0.5,
+        },
+        run,
+    )
+    torch.testing.assert_close(output.sample, samples + 100 * torch.tensor(experts)[:, None])
+    assert seen == sorted(set(experts))
+
+
+def test_lists_of_samples_are_not_lists_of_layers():
+    lists = {
+        "x": [torch.zeros(2, 1, 4, 4), torch.ones(2, 1, 4, 4)],  # two images of two channels
+        "block_controlnet_hidden_states": [torch.zeros(2, 5, 3), torch.ones(2, 5, 3)],  # two layers of two samples
+    }
+
+    def run(expert, args, kwargs):
+        assert len(kwargs["x"]) == 1
+        assert [len(layer) for layer in kwargs["block_controlnet_hidden_states"]] == [1, 1]
+        return (kwargs["x"],)
+
+    (samples,) = run_by_expert([1, 0], (), lists, run)
+    assert [sample.mean().item() for sample in samples] == [0, 1]
