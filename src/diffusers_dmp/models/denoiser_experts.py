@@ -97,6 +97,7 @@ class DenoiserExperts(StandaloneModelMixin, ModelMixin, ConfigMixin, AttentionMi
     """
 
     __module__ = PACKAGE  # the library that `save_pretrained` names
+    experts: Any  # an `nn.ModuleList` of models
 
     def __init__(self, experts: list[ModelMixin], intervals: NoiseIntervals):
         super().__init__()
@@ -140,7 +141,7 @@ class DenoiserExperts(StandaloneModelMixin, ModelMixin, ConfigMixin, AttentionMi
         return self._find_experts(args, kwargs)
 
     def _run(self, index: int, args: tuple, kwargs: dict[str, Any]) -> Any:
-        expert: Any = self.experts[index]
+        expert = self.experts[index]
         device = self._offloading_device()
         if device is not None:
             for other in self.experts:
@@ -225,9 +226,9 @@ class DenoiserExperts(StandaloneModelMixin, ModelMixin, ConfigMixin, AttentionMi
 
     def _register_experts(self) -> None:
         """Write the configuration: the first expert's, which pipelines read, and the descriptions of all."""
-        experts: Any = self.experts
-        own = {INTERVAL_EDGES: self.intervals.to_config(), EXPERTS_KEY: [description(expert) for expert in experts]}
-        self.register_to_config(**public_config(experts[0]) | own)
+        descriptions = [description(expert) for expert in self.experts]
+        own = {INTERVAL_EDGES: self.intervals.to_config(), EXPERTS_KEY: descriptions}
+        self.register_to_config(**public_config(self.experts[0]) | own)
 
     def to_json_string(self) -> str:
         """See [`ConfigMixin.to_json_string`]."""
@@ -257,9 +258,8 @@ class DenoiserExperts(StandaloneModelMixin, ModelMixin, ConfigMixin, AttentionMi
         classes = [class_of_description(described) for described in descriptions_in(config)]
         in_float32 = sorted({name for each in classes for name in each._keep_in_fp32_modules or ()})
         # Diffusers reads from the class which weights stay in float32. Here it depends on what is loaded.
-        loaded_class = type(
-            cls.__name__, (cls,), {"__module__": cls.__module__, "_keep_in_fp32_modules": in_float32 or None}
-        )
+        own = {"__module__": cls.__module__, "_keep_in_fp32_modules": in_float32 or None}
+        loaded_class: Any = type(cls.__name__, (cls,), own)
         loaded = super(DenoiserExperts, loaded_class).from_pretrained(pretrained_model_name_or_path, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.__class__ = cls

@@ -130,7 +130,7 @@ def shared_quantizer(experts: Sequence[ModelMixin]) -> Any:
     Returns:
         `DiffusersQuantizer`, or None if they are not.
     """
-    quantizers = [getattr(expert, "hf_quantizer", None) for expert in experts]
+    quantizers: list[Any] = [getattr(expert, "hf_quantizer", None) for expert in experts]
     if None in quantizers:
         return None
     first, *others = [quantizer.quantization_config.to_dict() for quantizer in quantizers]
