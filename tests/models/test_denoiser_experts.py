@@ -108,6 +108,12 @@ def test_equal_to_a_switch_by_hand_before_and_after_saving(name, tmp_path):
     assert torch.equal(generate(name, loaded), expected)
 
 
+def test_experts_of_other_depth_and_patch_size():
+    denoisers = [sd3(0), sd3(1, num_layers=1, patch_size=2)]
+    expected = switched_by_hand("sd3", denoisers)
+    assert torch.equal(generate("sd3", RECIPES["sd3"].pipe(DenoiserExperts(denoisers, INTERVALS))), expected)
+
+
 def test_one_time_per_token():
     """Wan's 5B model is told the time of each token, 0 for those of a given image."""
     denoisers = [wan(seed) for seed in range(2)]
@@ -148,20 +154,29 @@ def test_each_sample_of_a_batch_has_its_own_expert(name):
 )
 def test_a_step_on_the_boundary_is_that_of_the_noisier_expert(name, dtype):
     """Some pipelines round the time to the dtype of the latents first, and 0.9 is 0.8984 in bfloat16."""
+    assert owners_of_steps(name, dtype, [1.0, 0.9, 0.5]) == [1, 1, 0]
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen"])
+def test_a_step_near_the_boundary_where_the_scheduler_is_known(name):
+    """In bfloat16, 0.899 and 0.9 are one number."""
+    assert owners_of_steps(name, torch.bfloat16, [1.0, 0.899, 0.5], knows_scheduler=True) == [1, 0, 0]
+
+
+def owners_of_steps(name: str, dtype: torch.dtype, sigmas: list[float], knows_scheduler: bool = False) -> list[int]:
+    """The experts that a pipeline calls, one for each of its steps; the boundary is at 0.9."""
     experts = make_experts(name, NoiseIntervals.from_sigmas([0.9])).to(dtype)
     called = []
     for index, expert in enumerate(experts.experts):
         expert.register_forward_pre_hook(lambda *_, index=index: called.append(index))
-    embeds = {key: cast(value, dtype) for key, value in RECIPES[name].call().items() if key.endswith("embeds")}
+    embeds = {key: value for key, value in RECIPES[name].call().items() if key.endswith("embeds")}
+    for key, value in embeds.items():
+        embeds[key] = [each.to(dtype) for each in value] if isinstance(value, list) else value.to(dtype)
     pipe = RECIPES[name].pipe(experts)
     pipe.scheduler.set_shift(1.0)
-    generate(name, pipe, num_inference_steps=3, sigmas=[1.0, 0.9, 0.5], **embeds)
-    assert pipe.scheduler.timesteps.tolist() == [1000, 900, 500]
-    assert called[:: len(called) // 3] == [1, 1, 0]
-
-
-def cast(value: Any, dtype: torch.dtype) -> Any:
-    return [each.to(dtype) for each in value] if isinstance(value, list) else value.to(dtype)
+    experts.scheduler = pipe.scheduler if knows_scheduler else None
+    generate(name, pipe, num_inference_steps=len(sigmas), sigmas=sigmas, **embeds)
+    return called[:: len(called) // len(sigmas)]
 
 
 # --- saving and loading --------------------------------------------------------------------------------------------------

@@ -80,6 +80,9 @@ class DenoiserExperts(StandaloneModelMixin, ModelMixin, ConfigMixin, AttentionMi
     the `experts`: `experts[0].load_lora_adapter(…)`. The model is saved and loaded as one, with the usual arguments. Under
     `enable_model_cpu_offload` only the expert that is called is on the accelerator.
 
+    In half precision some pipelines (Flux, Qwen-Image) round the time before they call their denoiser, so that a step very near
+    a boundary may go to the neighbour: `experts.scheduler = pipe.scheduler` tells them the exact timesteps.
+
     Args:
         experts (`list[ModelMixin]` of length E): The denoisers, the first for the least noise.
         intervals ([`NoiseIntervals`]): Which of them owns which timesteps.
@@ -106,6 +109,7 @@ class DenoiserExperts(StandaloneModelMixin, ModelMixin, ConfigMixin, AttentionMi
         self.experts = nn.ModuleList(experts)
         self.training = self.experts.training = any(expert.training for expert in experts)
         self.intervals = intervals
+        self.scheduler: Any = None
         self._find_experts = ExpertFinder(experts[0], intervals)
         self._cache_context: tuple[tuple, dict[str, Any]] | None = None
         self._register_experts()
@@ -138,7 +142,8 @@ class DenoiserExperts(StandaloneModelMixin, ModelMixin, ConfigMixin, AttentionMi
 
     @torch.compiler.disable
     def _owners(self, args: tuple, kwargs: dict[str, Any]) -> list[int]:
-        return self._find_experts(args, kwargs)
+        is_sampling = getattr(self.scheduler, "num_inference_steps", None) is not None
+        return self._find_experts(args, kwargs, self.scheduler.timesteps if is_sampling else None)
 
     def _run(self, index: int, args: tuple, kwargs: dict[str, Any]) -> Any:
         expert = self.experts[index]
