@@ -46,7 +46,9 @@ def tiny_transformer(num_layers: int) -> SD3Transformer2DModel:
 def tiny_pipeline() -> StableDiffusion3Pipeline:
     vae = AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=2, shift_factor=0.0)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    texts = dict.fromkeys(["text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"])
+    texts = dict.fromkeys(
+        ["text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"]
+    )
     return StableDiffusion3Pipeline(transformer=tiny_transformer(num_layers=1), scheduler=scheduler, vae=vae, **texts)
 
 
@@ -64,11 +66,15 @@ else:
 pipe.transformer = DenoiserExperts([pipe.transformer, high], NoiseIntervals.from_sigmas([args.boundary]))
 
 pipe.save_pretrained(args.output_dir)  # one model; `diffusers-dmp publish` uploads it with the code that loads it
-absent = {name: None for name, component in pipe.components.items() if component is None}  # a tiny pipeline's text encoders
+absent = {
+    name: None for name, component in pipe.components.items() if component is None
+}  # a tiny pipeline's text encoders
 pipe = DiffusionPipeline.from_pretrained(args.output_dir, dtype=high.dtype, **absent)
 if torch.cuda.is_available():
     pipe.enable_model_cpu_offload()  # only the expert that is working is on the GPU
-image = pipe(**call, num_inference_steps=args.num_inference_steps, generator=torch.Generator().manual_seed(0)).images[0]
+image = pipe(**call, num_inference_steps=args.num_inference_steps, generator=torch.Generator().manual_seed(0)).images[
+    0
+]
 for timestep in pipe.scheduler.timesteps.tolist():
     print(responsibility(pipe, timestep))
 image.save("experts_samples.png")
