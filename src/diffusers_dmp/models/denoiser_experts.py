@@ -31,6 +31,7 @@ from .expert_configs import (
     description,
     descriptions_in,
     expert_from_description,
+    package_classes,
     public_config,
 )
 from .loading import HUB_ARGUMENTS
@@ -224,6 +225,10 @@ class DenoiserExperts(PipelineExpertsMixin, StandaloneModelMixin, ModelMixin, Co
         experts: Any = self.experts
         own = {INTERVAL_EDGES: self.intervals.to_config(), EXPERTS_KEY: [description(expert) for expert in experts]}
         self.register_to_config(**public_config(experts[0]) | own)
+
+    def _parts_with_code(self) -> list[type]:
+        """See [`StandaloneMixin`]: the classes of experts that are this package's."""
+        return package_classes(self.config[EXPERTS_KEY])
 
     def to_json_string(self) -> str:
         """See [`ConfigMixin.to_json_string`]."""
