@@ -58,7 +58,10 @@ for name in names:
 texts = {f"{part}{number}": None for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")}
 stock = DiffusionPipeline.from_pretrained("user/sd3", **texts, **trust)
 stock.save_pretrained(output / "sd3")
-for source, each in {"hub": stock, "again": DiffusionPipeline.from_pretrained(output / "sd3", **texts, **trust)}.items():
+for source, each in {
+    "hub": stock,
+    "again": DiffusionPipeline.from_pretrained(output / "sd3", **texts, **trust),
+}.items():
     size = {"height": 8, "width": 8}
     samples[f"sd3.{source}"] = each(**inputs, **size, num_inference_steps=4, output_type="latent").images
 

@@ -81,7 +81,9 @@ def sd3_experts() -> StableDiffusion3Pipeline:
 
 
 # the tensors of a call, which with the same latents says everything
-SD3_CALL = {name: value for name, value in sd3_call().items() if name.endswith("embeds")} | {"latents": randn(1, 4, 8, 8)}
+SD3_CALL = {name: value for name, value in sd3_call().items() if name.endswith("embeds")} | {
+    "latents": randn(1, 4, 8, 8)
+}
 
 PIPELINES = {
     "dit": lambda: with_one(DiTModel(**DIT)),

@@ -31,7 +31,8 @@ def check_experts(experts: Sequence[nn.Module], intervals: NoiseIntervals) -> No
 
     Raises:
         ValueError: if their number is not that of the intervals, one of them is no model with a configuration, it is not known
-            how one is told the time, or they differ in how they are told the time, in channels or in dtype.
+            how one is told the time, or they differ in how they are told the time, in channels, in what they predict or in
+            dtype.
     """
     if not hasattr(intervals, "num_experts"):
         raise ValueError(
@@ -51,6 +52,11 @@ def check_experts(experts: Sequence[nn.Module], intervals: NoiseIntervals) -> No
             )
     _check_equal(experts, "be told the time in the same way", [time_argument_of(expert) for expert in experts])
     _check_equal(experts, "have the same number of input and output channels", [_channels(each) for each in experts])
+    _check_equal(
+        experts,
+        "have the same `prediction_type` in their configuration, which is read once",
+        [expert.config.get("prediction_type") for expert in experts],
+    )
     if not any(getattr(expert, "is_quantized", False) for expert in experts):
         _check_equal(experts, "have the same dtype (`expert.to(dtype)` casts one)", [each.dtype for each in experts])
 
