@@ -184,12 +184,16 @@ _CONVENTIONS: tuple[tuple[_Convention, str], ...] = (
 )
 _DIFFUSERS = {name: argument for argument, names in _CONVENTIONS for name in names.split()}
 # Their time is no t/T: ln σ or one of σ's other functions, several conventions in one class, or several times in one sample.
-_TIME_OF_ITS_OWN = frozenset(
-    """
-    CosmosTransformer3DModel MiniMaxH3Transformer3DModel RFD4ProteinaTransformer StableAudioDiTModel StableCascadeUNet
-    UNetSpatioTemporalConditionModel UVit2DModel UniDiffuserModel
-    """.split()
-)
+_TIME_OF_ITS_OWN = {
+    "CosmosTransformer3DModel",
+    "MiniMaxH3Transformer3DModel",
+    "RFD4ProteinaTransformer",
+    "StableAudioDiTModel",
+    "StableCascadeUNet",
+    "UNetSpatioTemporalConditionModel",
+    "UVit2DModel",
+    "UniDiffuserModel",
+}
 _REGISTERED: dict[str, TimeArgument] = {}
 
 
