@@ -140,7 +140,7 @@ class DenoiserExperts(PipelineExpertsMixin, StandaloneModelMixin, ModelMixin, Co
         owners = self._owners(args, kwargs)
         if len(owners) == 1:
             return self._run(owners[0], args, kwargs)
-        return run_by_expert(owners, args, kwargs, self._run)
+        return run_by_expert(owners, args, kwargs, self._run, self._find_experts.argument_names)
 
     @torch.compiler.disable
     def _owners(self, args: tuple, kwargs: dict[str, Any]) -> list[int]:
