@@ -203,7 +203,10 @@ def test_the_configuration_is_the_first_experts_with_all_inside(tmp_path):
         ("diffusers", "WanTransformer3DModel", 2),
         ("diffusers", "WanTransformer3DModel", 1),
     ]
+    experts.experts[1].register_to_config(added_later=3)
+    experts.save_pretrained(tmp_path)
     loaded = DenoiserExperts.from_pretrained(tmp_path)
+    assert loaded.experts[1].config.added_later == 3
     assert loaded.state_dict().keys() == experts.state_dict().keys()
     assert type(loaded) is DenoiserExperts and not loaded.training
     assert DenoiserExperts.from_config(experts.config).num_parameters() == experts.num_parameters()
@@ -425,7 +428,14 @@ def test_group_offloading(offload_type):
     pipe = RECIPES["sd3"].pipe(experts)
     expected = generate("sd3", pipe)
     cpu = torch.device("cpu")
-    experts.enable_group_offload(cpu, cpu, offload_type, num_blocks_per_group=1)
+    alone = sd3(1, num_layers=1)
+    for model in (experts, alone):
+        model.enable_group_offload(cpu, cpu, offload_type, num_blocks_per_group=1)
+    hooked = [
+        {name for name, each in model.named_modules() if hasattr(each, "_diffusers_hook")}
+        for model in (experts.experts[1], alone)
+    ]
+    assert hooked[0] == hooked[1]  # the groups are an expert's blocks, not whole experts
     assert torch.equal(generate("sd3", pipe), expected)
 
 

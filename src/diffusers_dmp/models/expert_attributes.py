@@ -44,7 +44,6 @@ class ExpertAttributesMixin:
         return self.experts[0].dtype
 
     compile = _of_every_expert("compile")
-    compile_repeated_blocks = _of_every_expert("compile_repeated_blocks")
     enable_gradient_checkpointing = _of_every_expert("enable_gradient_checkpointing")
     enable_group_offload = _of_every_expert("enable_group_offload")
     enable_layerwise_casting = _of_every_expert("enable_layerwise_casting")
