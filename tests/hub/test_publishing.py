@@ -139,6 +139,15 @@ def test_experts_alone_take_the_place_of_a_pipelines_denoiser(tmp_path, name, co
     assert "diffusers_dmp.py" in publication.files
 
 
+def test_the_code_of_experts_can_be_added_to_a_saved_pipeline(tmp_path):
+    pipeline = sd3_experts()
+    pipeline.save_pretrained(tmp_path)
+    assert not list(tmp_path.rglob("*.py"))
+    pipeline.transformer.save_code(tmp_path / "transformer")
+    code = publish(tmp_path, "user/sd3", **LICENSE, dry_run=True).files["transformer/diffusers_dmp.py"]
+    assert (tmp_path / "transformer" / "diffusers_dmp.py").read_bytes() == code
+
+
 def test_the_code_of_experts_holds_this_packages_classes_among_them(tmp_path):
     PIPELINES["experts"]().save_pretrained(tmp_path)
     code = publish(tmp_path, "user/experts", **LICENSE, dry_run=True).files["transformer/diffusers_dmp.py"].decode()
