@@ -202,7 +202,8 @@ class LoraAttachment:
         self.switch = AdapterSwitch(target.denoiser, target.adapters)
         self.component = target.component
         self._pipeline = None if target.pipeline is None else weakref.ref(target.pipeline)
-        self._remaining: tuple[list, torch.Tensor] | None = None
+        self._remaining: tuple[list, torch.Tensor] | None = None  # of a mixed batch, while its first samples pass
+        self._has_trained = False
         self.hooks = ForwardHooks()
         # before the hooks of others, which then see passes of one expert
         self.hooks.before(target.denoiser, self._before, first=True)
@@ -222,7 +223,7 @@ class LoraAttachment:
                 "were loaded, deleted, activated or fused; call `LoraExperts.attached_to(denoiser).detach()` before."
             )
         if torch.is_grad_enabled():
-            self.switch.bind_checkpoints()
+            self._prepare_backward_pass(denoiser)
         self._remaining = None
         experts = self.finder(args, kwargs, self._schedule(denoiser))
         if len(experts) == 1:
@@ -233,6 +234,17 @@ class LoraAttachment:
         self._remaining = others, order
         self.switch.use(expert)
         return args, kwargs
+
+    def _prepare_backward_pass(self, denoiser: nn.Module) -> None:
+        self.switch.bind_checkpoints()
+        if denoiser.training and not self._has_trained and self.switch.frozen_names:
+            logger.warning(
+                "%s of the %s requires no gradients; `peft.functional.set_requires_grad(denoiser, %s)` trains all adapters.",
+                ", ".join(self.switch.frozen_names),
+                type(denoiser).__name__,
+                self.switch.names,
+            )
+        self._has_trained = self._has_trained or denoiser.training
 
     @torch.compiler.disable
     def _after(self, denoiser: nn.Module, args: tuple, output: Any) -> Any:
