@@ -202,6 +202,7 @@ class LoraAttachment:
         self.switch = AdapterSwitch(target.denoiser, target.adapters)
         self.component = target.component
         self._pipeline = None if target.pipeline is None else weakref.ref(target.pipeline)
+        self._known: tuple[torch.Tensor, torch.Tensor] | None = None
         self._remaining: tuple[list, torch.Tensor] | None = None  # of a mixed batch, while its first samples pass
         self._has_trained = False
         self.hooks = ForwardHooks()
@@ -255,16 +256,23 @@ class LoraAttachment:
         return join_outputs([output, *(denoiser(*args, **kwargs) for _, args, kwargs in others)], order)
 
     def _schedule(self, denoiser: nn.Module) -> torch.Tensor | None:
-        """The exact timesteps of the pipeline that the denoiser is part of, while it has any."""
+        """The exact timesteps that the pipeline has still to visit, while the denoiser is part of it and it samples."""
         pipeline = None if self._pipeline is None else self._pipeline()
         if pipeline is None or unwrap_module(getattr(pipeline, self.component, None)) is not denoiser:
             return None
         scheduler = pipeline.scheduler
-        return None if getattr(scheduler, "num_inference_steps", None) is None else scheduler.timesteps
+        if getattr(scheduler, "num_inference_steps", None) is None:
+            return None
+        timesteps = scheduler.timesteps
+        if self._known is None or self._known[0] is not timesteps:  # on an accelerator, the CPU waits for each copy
+            self._known = timesteps, timesteps.detach().cpu()
+        # of several that are rounded to the same, the next one is meant
+        remaining = self._known[1][getattr(scheduler, "step_index", None) or 0 :]
+        return remaining if len(remaining) else None
 
     def __getstate__(self) -> dict:
         adapters, intervals = self.experts.adapters, self.experts.intervals
-        return self.__dict__ | {"experts": (adapters, intervals), "_pipeline": None, "_remaining": None}
+        return self.__dict__ | {"experts": (adapters, intervals), "_pipeline": None, "_known": None, "_remaining": None}
 
     def __setstate__(self, state: dict) -> None:
         adapters, intervals = state["experts"]
