@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from tiny_pipelines import RECIPES, filled, generate, randn, wan, wan_pipe
 from torch import nn
 
-from diffusers_dmp import DiTModel, DTRTransformer2DModel, LoraExperts, NoiseIntervals, RemixDiTModel
+from diffusers_dmp import DenoiserExperts, DiTModel, DTRTransformer2DModel, LoraExperts, NoiseIntervals, RemixDiTModel
 
 TWO = NoiseIntervals.from_timesteps([500])
 
@@ -82,6 +82,8 @@ def test_other_targets():
     config = LoraConfig(r=2, target_modules=["to_q"])
     with pytest.raises(ValueError, match="to be a model, but got a PeftModel"):
         experts.attach(get_peft_model(RECIPES["sd3"].denoiser(), config))
+    with pytest.raises(ValueError, match="attach to one of its `experts`"):
+        experts.attach(DenoiserExperts([RECIPES["sd3"].denoiser(), RECIPES["sd3"].denoiser()], TWO))
     unknown = object.__new__(UNetSpatioTemporalConditionModel)
     nn.Module.__init__(unknown)
     with pytest.raises(ValueError, match="register_time_argument"):
