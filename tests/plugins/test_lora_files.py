@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from loras import activate, adapters_in_use, add_loras, with_only
+from peft import LoKrConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -272,3 +273,90 @@ def test_two_adapters_of_one_name_are_not_saved_as_one(tmp_path):
     with pytest.raises(ValueError, match="load them under two names"):
         experts.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+# Bad input
+
+
+@pytest.fixture
+def folder(tmp_path):
+    saved("sd3", tmp_path, ["low", None, "high"])
+    return tmp_path
+
+
+def test_a_file_for_another_interval_is_warned_about(folder, caplog):
+    """With both; a file for all noise levels may be used for some of them."""
+    caplog.set_level(logging.WARNING)
+    high = folder / "high.safetensors"
+    LoraExperts.from_files([None, high], NoiseIntervals.from_sigmas([0.9]))
+    said = "timesteps 800 to 1000 of 1000 (σ 0.8 to 1 in flow matching)"
+    assert f"says that it is for the {said}, but it is used for the timesteps 900 to 1000" in caplog.text
+    caplog.clear()
+    tensors = load_file(high)
+    for theirs, warned in (("800,1000", False), ("0,1000", False), ("0,875", True)):  # as kohya's trainers write it
+        save_file(tensors, folder / "theirs.safetensors", metadata={"modelspec.timestep_range": theirs})
+        LoraExperts.from_files([None, None, folder / "theirs.safetensors"], THREE)
+        assert bool(caplog.records) is warned
+    save_file(tensors, folder / "theirs.safetensors", metadata={"modelspec.timestep_range": "high"})
+    with pytest.raises(ValueError, match="to name an interval, but got high"):
+        LoraExperts.from_files([None, None, folder / "theirs.safetensors"], THREE)
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "shape", "foreign", "damaged", "gone"])
+@pytest.mark.parametrize("name", ["sd3", "pixart"])
+def test_a_file_that_does_not_fit_is_refused_and_leaves_nothing(tmp_path, name, change):
+    recipe = RECIPES[name]
+    saved(name, tmp_path, ["low", None, "high"])
+    file = tmp_path / "high.safetensors"
+    tensors, metadata = load_file(file), metadata_of(file)
+    key = sorted(tensors)[0]
+    if change == "missing":
+        del tensors[key]
+    elif change == "unexpected":
+        tensors["transformer.nowhere.to_q.lora_A.weight"] = torch.zeros(3, 4)
+    elif change == "shape":
+        tensors[key] = torch.zeros(3, 5)
+    elif change == "foreign":
+        tensors = {f"unet.{each}": tensor for each, tensor in tensors.items()}
+    save_file(tensors, file, metadata=metadata)
+    if change == "damaged":
+        file.write_bytes(file.read_bytes()[:-10])
+    if change == "gone":
+        file.unlink()
+    denoiser = recipe.denoiser()
+    modules, attributes = dict(denoiser.named_modules()), set(vars(denoiser))
+    required = [parameter.requires_grad for parameter in denoiser.parameters()]
+    messages = {
+        "missing": "high.safetensors' to fit a .* but .*lora_A.weight' is missing",
+        "unexpected": r"but it has no 'nowhere.to_q' \(1 of",
+        "shape": "size mismatch",
+        "foreign": "but got 'unet.transformer",
+        "damaged": "copy or download it again",
+        "gone": "there is no such file",
+    }
+    with pytest.raises((ValueError, OSError), match=messages[change]):
+        LoraExperts.from_pretrained(tmp_path).attach(denoiser)
+    assert dict(denoiser.named_modules()) == modules and set(vars(denoiser)) == attributes
+    assert [parameter.requires_grad for parameter in denoiser.parameters()] == required
+
+
+def test_what_cannot_be_saved_or_loaded_is_said(folder):
+    experts = LoraExperts(["low", "high"], TWO)
+    with pytest.raises(ValueError, match="attached to a denoiser to save them"):
+        experts.save_pretrained(folder)
+    with pytest.raises(ValueError, match="one entry for each interval"):
+        LoraExperts.from_files([folder / "low.safetensors"], TWO)
+    denoiser = add_loras(RECIPES["sd3"].denoiser(), ["high"])
+    with pytest.raises(ValueError, match="to have no adapter 'high' yet"):
+        LoraExperts.from_pretrained(folder).attach(denoiser)
+    assert set(denoiser.peft_config) == {"high"}
+    inject_adapter_in_model(LoKrConfig(target_modules=["to_q"]), denoiser, "low")
+    with pytest.raises(ValueError, match="'low' to be a LoRA and nothing else, but got the weight .*lokr_w1"):
+        LoraExperts(["low", "high"], TWO).attach(denoiser).save_pretrained(folder)
+    assert (folder / "lora_experts.json").is_file()  # as it was
+    for key, value in (("experts", [[], []]), ("files", {"low": "../low.safetensors"}), ("interval_edges", None)):
+        config = json.loads((folder / "lora_experts.json").read_text())
+        (folder / "lora_experts.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(ValueError, match=f"as '{key}'"):
+            LoraExperts.from_pretrained(folder)
+        (folder / "lora_experts.json").write_text(json.dumps(config))

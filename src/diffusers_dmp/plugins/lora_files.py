@@ -185,11 +185,36 @@ def owned_noise(metadata: Mapping[str, str], path: "str | os.PathLike") -> Owned
     return None
 
 
+def check_writable(name: str, tensors: Mapping[str, torch.Tensor], config: Any) -> None:
+    """
+    Check that an adapter is a LoRA that a file can hold.
+
+    Args:
+        name (`str`): The adapter's name, for the error.
+        tensors (`Mapping[str, torch.Tensor]`), config (`peft.LoraConfig`): See [`write_lora_file`].
+
+    Raises:
+        ValueError: if it is no LoRA, has weights besides, changed the model's own weights when it was initialised, or is
+            offloaded.
+    """
+    wanted = f"Expected the adapter {name!r} to"
+    for key, tensor in tensors.items():
+        if not _LORA_KEY.search(f".{key}"):
+            raise ValueError(f"{wanted} be a LoRA and nothing else, but got the weight {key!r}.")
+        if tensor.is_meta:
+            raise ValueError(f"{wanted} be in memory, but {key!r} is offloaded; switch offloading off to save it.")
+    initialised = getattr(config, "init_lora_weights", True)
+    if isinstance(initialised, str) and initialised.startswith(_CHANGE_WEIGHTS):
+        raise ValueError(
+            f"{wanted} leave the model's own weights as they are, but got `init_lora_weights={initialised!r}`, which changes them."
+        )
+
+
 def write_lora_file(
     path: "str | os.PathLike", tensors: Mapping[str, torch.Tensor], config: Any, prefix: str, noise: OwnedNoise
 ) -> None:
     """
-    Write an adapter as a LoRA file that every pipeline's `load_lora_weights` reads.
+    Write an adapter as a LoRA file that every pipeline's `load_lora_weights` reads; see also [`check_writable`].
 
     Args:
         path: The file.
@@ -197,22 +222,7 @@ def write_lora_file(
         config (`peft.LoraConfig`): Its configuration.
         prefix (`str`): The denoiser's name in pipelines, 'transformer' or 'unet'.
         noise ([`OwnedNoise`]): What it is for.
-
-    Raises:
-        ValueError: if the adapter is no LoRA, has weights besides, changed the model's own weights when it was initialised, or is
-            offloaded.
     """
-    wanted = f"Expected the adapter for {Path(path).name!r} to"
-    for name, tensor in tensors.items():
-        if not _LORA_KEY.search(f".{name}"):
-            raise ValueError(f"{wanted} be a LoRA and nothing else, but got the weight {name!r}.")
-        if tensor.is_meta:
-            raise ValueError(f"{wanted} be in memory, but {name!r} is offloaded; switch offloading off to save it.")
-    initialised = getattr(config, "init_lora_weights", True)
-    if isinstance(initialised, str) and initialised.startswith(_CHANGE_WEIGHTS):
-        raise ValueError(
-            f"{wanted} leave the model's own weights as they are, but got `init_lora_weights={initialised!r}`, which changes them."
-        )
     metadata = {
         "format": "pt",
         LORA_ADAPTER_METADATA_KEY: _dumped({f"{prefix}.{name}": value for name, value in _settings(config).items()}),

@@ -14,12 +14,13 @@ import torch
 from huggingface_hub import snapshot_download
 
 from ..intervals import NoiseIntervals
+from ..saving.adapters import LORA_CONFIG
 from ..saving.mixins import VERSION_KEY, check_version, dumped
 from ..saving.reading import read_json
 from ..saving.sources import check_source
 from ..saving.version import __version__
 from ..saving.whole import written_whole
-from .lora_files import OwnedNoise, read_lora_file, write_lora_file
+from .lora_files import OwnedNoise, check_writable, read_lora_file, write_lora_file
 from .lora_loading import LoadedLoras, component_of
 from .lora_targets import LoraTarget
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CONFIG_NAME = "lora_experts.json"
 _FILE_NAME = re.compile(r"[\w.-]+\.safetensors")
 
 File = str | os.PathLike
@@ -119,7 +119,7 @@ class LoraFoldersMixin(_Experts):
             name = str(pretrained_model_name_or_path)
             return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **hub_arguments))
 
-        folder = (folder if is_local else fetch([CONFIG_NAME])) / (subfolder or "")
+        folder = (folder if is_local else fetch([LORA_CONFIG])) / (subfolder or "")
         config = read_lora_config(folder)
         file_names = config["files"]
         if not is_local and file_names:
@@ -190,11 +190,11 @@ class LoraFoldersMixin(_Experts):
             "base_model_name_or_path": self._base_model(),
         }
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_NAME).unlink(missing_ok=True)  # while it is there, all of its files are
+        (folder / LORA_CONFIG).unlink(missing_ok=True)  # while it is there, all of its files are
         for name, (tensors, settings) in found.items():
             noise = self.noise_of(name, type(denoiser).__name__)
             write_lora_file(folder / files[name], tensors, settings, component_of(denoiser), noise)
-        with written_whole(folder / CONFIG_NAME) as unfinished:
+        with written_whole(folder / LORA_CONFIG) as unfinished:
             unfinished.write_text(dumped(config), encoding="utf-8")
 
     def _saved_adapter(self, name: str) -> tuple[dict[str, torch.Tensor], Any]:
@@ -209,6 +209,7 @@ class LoraFoldersMixin(_Experts):
         if not found:
             raise ValueError(f"Expected the denoisers to have the adapter {name!r}, but none of them has it.")
         (tensors, settings), *others = found
+        check_writable(name, tensors, settings)
         for other, _ in others:
             same = tensors.keys() == other.keys() and all(torch.equal(tensors[key], other[key]) for key in tensors)
             if not same:
@@ -255,16 +256,19 @@ def read_lora_config(folder: Path) -> dict[str, Any]:
         OSError: if there is none.
         ValueError: if it is damaged.
     """
-    path = folder / CONFIG_NAME
+    path = folder / LORA_CONFIG
     config = read_json(path)
     check_version(config)
+    edges = config.get("interval_edges")
     wanted: dict[str, Callable[[Any], bool]] = {
-        "interval_edges": lambda value: isinstance(value, list) and all(_is_number(edge) for edge in value),
+        "interval_edges": lambda value: isinstance(value, list) and len(value) > 1 and all(map(_is_number, value)),
         "files": lambda value: (
             isinstance(value, dict) and all(_FILE_NAME.fullmatch(str(file)) for file in value.values())
         ),
         "experts": lambda value: (
-            isinstance(value, list) and all(_is_expert(entry, config["files"]) for entry in value)
+            isinstance(value, list)
+            and len(value) == len(edges) - 1
+            and all(_is_expert(entry, config["files"]) for entry in value)
         ),
     }
     for key, is_right in wanted.items():
