@@ -2,5 +2,16 @@
 
 from .blocks import Conditioning, TransformerLayout, register_layout
 from .prompts import PromptPatch
+from .streams import Block, Stream, blocks_with_streams, observe_streams, register_streams
 
-__all__ = ["Conditioning", "PromptPatch", "TransformerLayout", "register_layout"]
+__all__ = [
+    "Block",
+    "Conditioning",
+    "PromptPatch",
+    "Stream",
+    "TransformerLayout",
+    "blocks_with_streams",
+    "observe_streams",
+    "register_layout",
+    "register_streams",
+]
