@@ -171,6 +171,8 @@ class TaskRouting:
         has_routing = any(isinstance(module, ChannelRouting) for module in denoiser.modules())
         if has_routing or self.attached_to(denoiser) is not None:
             raise ValueError(f"Expected a {name} without routing, but got one that has it; `detach()` that first.")
+        if any(cls.__name__ == "RemixDiTModel" for cls in type(denoiser).__mro__):
+            raise ValueError(f"Expected a denoiser that keeps the order of its samples, but got a {name}.")
         saved = _saved_routing(denoiser)
         if saved is not None and saved != self:
             raise ValueError(
@@ -334,9 +336,11 @@ class _Masks:
         active, inactive = self.masks[width]
         if len(active) not in (1, batch_size):
             raise ValueError(f"Expected one timestep or one for each of {batch_size} samples, but got {len(active)}.")
+        if (active.dtype, active.device) != (hidden_states.dtype, hidden_states.device):
+            active, inactive = self.masks[width] = active.to(hidden_states), inactive.to(hidden_states)
         shape = [1] * hidden_states.ndim
         shape[0], shape[dim] = len(active), width
-        return tuple(mask.to(hidden_states).view(shape) for mask in (active, inactive))  # type: ignore[return-value]
+        return active.view(shape), inactive.view(shape)
 
     def _compute(self, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         table = self.tables[width]
