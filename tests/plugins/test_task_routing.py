@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from conftest import TINY_CONFIG, randomised
-from diffusers import DiffusionPipeline, FirstBlockCacheConfig
+from diffusers import ConfigMixin, DiffusionPipeline, FirstBlockCacheConfig, ModelMixin, SD3Transformer2DModel
 from tiny_denoisers import DENOISERS, call, sample_of, told
 from tiny_pipelines import RECIPES, generate
 from torch import nn
@@ -252,6 +252,26 @@ def test_saved_with_the_pipeline_and_restored(tmp_path):
     routing.detach()
     with pytest.raises(ValueError, match="an entry `task_routing`, but got a StableDiffusion3Pipeline without"):
         TaskRouting.restore(loaded)
+
+
+class TwoDenoisers(ModelMixin, ConfigMixin):
+    """Shows the configuration of its first part as its own."""
+
+    config_name = "config.json"
+
+    def __init__(self, *parts: nn.Module):
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.register_to_config(**parts[0].config)
+
+
+def test_restored_in_the_parts_of_a_model():
+    parts = [DENOISERS["sd3"]()[0] for _ in range(2)]
+    for index, part in enumerate(parts):
+        TaskRouting(sharing_ratio=0.5 + index / 4).attach(part)
+    loaded = TwoDenoisers(*(SD3Transformer2DModel.from_config(part.config) for part in parts))
+    assert [routing.sharing_ratio for routing in TaskRouting.restore(loaded)] == [0.5, 0.75]
+    assert all(TaskRouting.attached_to(part) for part in loaded.parts) and TaskRouting.attached_to(loaded) is None
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

@@ -136,7 +136,8 @@ class TaskRouting:
         Attach the routing that denoisers were saved with, after they were loaded.
 
         Args:
-            pipe ([`DiffusionPipeline`] or `nn.Module`): A pipeline, of which all components are looked at, or one denoiser.
+            pipe ([`DiffusionPipeline`] or `nn.Module`): A pipeline, of which all components are looked at, or one model. A
+                model of several denoisers, such as [`DenoiserExperts`], has the routings of its parts.
 
         Returns:
             `list[TaskRouting]`: The routings, one for each denoiser that was saved with one.
@@ -147,7 +148,9 @@ class TaskRouting:
         components = [pipe] if isinstance(pipe, nn.Module) else list(pipe.components.values())
         models = [unwrap_module(component) for component in components if isinstance(component, nn.Module)]
         found = [
-            cls.attached_to(model) or routing.attach(model) for model in models if (routing := _saved_routing(model))
+            cls.attached_to(denoiser) or routing.attach(denoiser)
+            for model in models
+            for denoiser, routing in _saved_routings(model)
         ]
         if not found:
             raise ValueError(
@@ -361,6 +364,16 @@ def _saved_routing(denoiser: Any) -> TaskRouting | None:
     if not isinstance(saved, dict):
         return None
     return TaskRouting(**{name: value for name, value in saved.items() if name != "note"})
+
+
+def _saved_routings(model: nn.Module) -> list[tuple[nn.Module, TaskRouting]]:
+    """The denoisers in a model that were saved with a routing, without those whose parts were."""
+    found = {module: routing for module in model.modules() if (routing := _saved_routing(module)) is not None}
+    return [
+        (module, routing)
+        for module, routing in found.items()
+        if not any(part in found for part in module.modules() if part is not module)
+    ]
 
 
 def _forget_in_config(denoiser: Any) -> None:
