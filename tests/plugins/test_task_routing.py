@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from accelerate import Accelerator, cpu_offload
 from conftest import TINY_CONFIG, randomised
 from diffusers import ConfigMixin, DiffusionPipeline, FirstBlockCacheConfig, ModelMixin, SD3Transformer2DModel
 from tiny_denoisers import DENOISERS, call, sample_of, told
@@ -319,6 +320,49 @@ def test_refused_under_a_cache():
     denoiser.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     with pytest.raises(ValueError, match="without a cache.*disable_cache"):
         TaskRouting().attach(denoiser)
+
+
+@pytest.mark.parametrize("order", ["routing first", "offloading first"])
+@pytest.mark.parametrize("kind", ["groups", "sequential"])
+@torch.no_grad()
+def test_offloading(kind, order):
+    def offload(denoiser):
+        if kind == "groups":
+            denoiser.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+        else:
+            cpu_offload(denoiser, torch.device("cpu"))  # the weights are on the meta device until they are needed
+
+    denoiser, inputs = DENOISERS["sd3"]()
+    plain = call(denoiser, inputs, MIXED)
+    routing = TaskRouting(sharing_ratio=0.5).attach(denoiser)
+    routed = call(denoiser, inputs, MIXED)
+    if order == "offloading first":
+        routing.detach()
+    offload(denoiser)
+    if order == "offloading first":
+        routing.attach(denoiser)
+    torch.testing.assert_close(call(denoiser, inputs, MIXED), routed)
+    routing.detach()
+    torch.testing.assert_close(call(denoiser, inputs, MIXED), plain)
+    routing.attach(denoiser)
+    torch.testing.assert_close(call(denoiser, inputs, MIXED), routed)
+
+
+def test_mixed_precision_of_accelerate():
+    """It replaces `forward`, and puts the former one back in the end."""
+    denoiser, inputs = DENOISERS["sd3"]()
+    routing = TaskRouting(sharing_ratio=0.5).attach(denoiser)
+    routed = call(denoiser, inputs, MIXED)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    prepared = accelerator.prepare(denoiser)
+    output = call(prepared, inputs, MIXED)
+    output.square().mean().backward()
+    assert (output - routed).norm() / routed.norm() < 0.05
+    assert all(parameter.grad is not None for parameter in denoiser.transformer_blocks[0].attn.to_q.parameters())
+    unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    torch.testing.assert_close(call(unwrapped, inputs, MIXED), routed)
+    routing.detach()
+    assert not torch.allclose(call(unwrapped, inputs, MIXED), routed)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -200,7 +200,7 @@ class TaskRouting:
 
 class _RoutingAttachment:
     """
-    The connection of a [`TaskRouting`] and its denoiser: functions around the `forward` of the denoiser and of each block.
+    The connection of a [`TaskRouting`] and its denoiser: hooks on the denoiser, and functions around its blocks.
 
     Args:
         routing ([`TaskRouting`]): The routing.
@@ -224,16 +224,17 @@ class _RoutingAttachment:
         for width in sorted({block.width for block in routed if block.width is not None}):
             self._add_table(width)
         self.hooks = ForwardHooks()
-        self.hooks.around(denoiser, self._call_denoiser)
-        for block in routed:
+        self.hooks.before(denoiser, self._before_denoiser)
+        # also after an exception, or else the pass would seem to be still running
+        self.hooks.after(denoiser, self._after_denoiser, always_call=True)
+        for block in routed:  # inside of caches, which leave out blocks and add what they have changed before
             self.hooks.around(block.module, partial(self._call_block, block, block.argument_names))
 
-    def _call_denoiser(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    def _before_denoiser(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.passes.begin(_Masks(self.tables, self._timesteps(args, kwargs), _dtype_of(self.first_block)))
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            self.passes.end()
+
+    def _after_denoiser(self, denoiser: nn.Module, args: tuple, output: Any) -> None:
+        self.passes.end()
 
     def _call_block(self, block: Block, names: list[str], forward: Callable, *args: Any, **kwargs: Any) -> Any:
         """Give a block the active channels of its streams, and add the others to what it returns."""
