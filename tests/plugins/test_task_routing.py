@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator, cpu_offload
 from conftest import TINY_CONFIG, randomised
 from diffusers import ConfigMixin, DiffusionPipeline, FirstBlockCacheConfig, ModelMixin, SD3Transformer2DModel
+from diffusers.hooks import apply_first_block_cache
 from tiny_denoisers import DENOISERS, call, sample_of, told
 from tiny_pipelines import RECIPES, generate
 from torch import nn
@@ -316,9 +317,11 @@ def test_with_a_first_block_cache(threshold):
     torch.testing.assert_close(generate("flux", recipe.pipe(routing.denoiser), 4), uncached)
 
 
-def test_refused_under_a_cache():
+@pytest.mark.parametrize("by", ["method", "function"])
+def test_refused_under_a_cache(by):
     denoiser, _ = DENOISERS["flux"]()
-    denoiser.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    config = FirstBlockCacheConfig(threshold=0.1)
+    denoiser.enable_cache(config) if by == "method" else apply_first_block_cache(denoiser, config)
     with pytest.raises(ValueError, match="without a cache.*disable_cache"):
         TaskRouting().attach(denoiser)
 

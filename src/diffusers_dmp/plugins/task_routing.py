@@ -187,10 +187,10 @@ class TaskRouting:
             raise ValueError(
                 f"Expected `num_train_timesteps` to be the {trained} of the {name}, but got {self.num_train_timesteps}."
             )
-        if getattr(denoiser, "is_cache_enabled", False):
+        if getattr(denoiser, "is_cache_enabled", False) or any(map(_is_cached, denoiser.modules())):
             raise ValueError(
                 f"Expected a {name} without a cache, which would miss the channels that bypass a block, but got one with; "
-                "`disable_cache()`, attach, and enable it again."
+                "`disable_cache()` (or load it again), attach, and enable the cache then."
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -356,6 +356,13 @@ class _Masks:
 
 def _dtype_of(block: nn.Module) -> torch.dtype:
     return next((parameter.dtype for parameter in block.parameters() if parameter.is_floating_point()), torch.float32)
+
+
+def _is_cached(module: nn.Module) -> bool:
+    """Whether one of Diffusers' caches is around a module, also where a function such as `apply_first_block_cache` put it."""
+    # private attributes of Diffusers, which has a public one for `enable_cache` alone
+    registry = getattr(module, "_diffusers_hook", None)
+    return any(getattr(hook, "_is_stateful", False) for hook in getattr(registry, "hooks", {}).values())
 
 
 def _saved_routing(denoiser: Any) -> TaskRouting | None:
