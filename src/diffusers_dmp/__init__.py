@@ -32,6 +32,7 @@ _IMPORT_STRUCTURE = {
         "Conditioning",
         "PromptPatch",
         "Stream",
+        "TaskRouting",
         "TransformerLayout",
         "blocks_with_streams",
         "observe_streams",

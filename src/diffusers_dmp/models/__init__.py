@@ -1,7 +1,9 @@
 """Denoisers with `from_pretrained`: DiT, DTR, Remix-DiT, and the patchified UNet of Patch Diffusion."""
 
+from ..saving.moved import old_names
+from .channel_routing import ChannelRouting
 from .dit.model import DIT_PRESETS, DiTModel
-from .dtr_transformer_2d import DTRTransformer2DModel, TaskRouting
+from .dtr_transformer_2d import DTRTransformer2DModel
 from .patched_unet_2d import PatchedUNet2DModel
 from .remix_dit import REMIX_DIT_PRESETS, RemixDiTModel
 from .time_argument import TimeArgument, register_time_argument, time_argument_of
@@ -9,12 +11,14 @@ from .time_argument import TimeArgument, register_time_argument, time_argument_o
 __all__ = [
     "DIT_PRESETS",
     "REMIX_DIT_PRESETS",
+    "ChannelRouting",
     "DTRTransformer2DModel",
     "DiTModel",
     "PatchedUNet2DModel",
     "RemixDiTModel",
-    "TaskRouting",
     "TimeArgument",
     "register_time_argument",
     "time_argument_of",
 ]
+
+__getattr__ = old_names(__name__)

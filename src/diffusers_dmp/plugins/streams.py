@@ -61,18 +61,17 @@ class Stream:
         Raises:
             ValueError: if the block returned several tensors and it is not known which one continues the stream.
         """
-        if isinstance(output, torch.Tensor):
-            return output
-        if self.output is None or not isinstance(output, tuple):
+        expected: Any = torch.Tensor if self.output is None else tuple
+        if not isinstance(output, expected):
             raise ValueError(
-                f"Expected a block to return the tensor that continues its `{self.argument}`, but got a "
-                f"{type(output).__name__}; teach which one it is with `register_streams`."
+                f"Expected a block to return a {expected.__name__} that continues its `{self.argument}`, but got a "
+                f"{type(output).__name__}; teach which output continues it with `register_streams`."
             )
-        return output[self.output]
+        return output if self.output is None else output[self.output]
 
     def with_output(self, output: Any, value: torch.Tensor) -> Any:
         """Return what a block returned with another output for this stream."""
-        if isinstance(output, torch.Tensor):
+        if self.output is None:
             return value
         return (*output[: self.output], value, *output[self.output + 1 :])
 
@@ -86,11 +85,13 @@ class Block:
         name (`str`): The dotted name of the module in the denoiser.
         module (`nn.Module`): The module.
         streams (`dict[str, Stream]`): By name: 'image', and 'text' or 'audio' where the block has them.
+        width (`int`, *optional*): The image's channels D, where they are known without a call.
     """
 
     name: str
     module: nn.Module
     streams: Mapping[str, Stream]
+    width: int | None = None
 
     @property
     def argument_names(self) -> list[str]:
@@ -257,6 +258,7 @@ def observe_streams(denoiser: nn.Module, *args: Any, **kwargs: Any) -> dict[str,
             handle.remove()
 
     found: dict[str, dict[str, Stream]] = {}
+    block: Any
     for (name, block, _, output), (_, _, arguments, _) in zip(calls, calls[1:]):
         outputs = list(enumerate(output)) if isinstance(output, tuple) else [(None, output)]
         for place, tensor in outputs:
@@ -277,7 +279,7 @@ def _registered_blocks(denoiser: nn.Module) -> list[Block] | None:
     for cls in type(denoiser).__mro__:
         if full_name(cls) in _REGISTERED:
             return [
-                Block(f"{blocks}.{index}", block, streams)
+                Block(f"{blocks}.{index}", block, streams, _width_of(denoiser))
                 for blocks, streams in _REGISTERED[full_name(cls)].items()
                 for index, block in enumerate(denoiser.get_submodule(blocks))  # type: ignore[arg-type]
             ]
@@ -286,8 +288,9 @@ def _registered_blocks(denoiser: nn.Module) -> list[Block] | None:
 
 def _listed_blocks(denoiser: nn.Module) -> list[Block]:
     lists = [(name, getattr(denoiser, name, None)) for name in BLOCK_LISTS]
+    width = _width_of(denoiser)
     return [
-        Block(f"{name}.{index}", block, streams)
+        Block(f"{name}.{index}", block, streams, width)
         for name, blocks in lists
         if isinstance(blocks, nn.ModuleList)
         for index, block in enumerate(blocks)
@@ -317,19 +320,28 @@ def _outputs_of(block: nn.Module) -> tuple[str, ...]:
 
 def _unet_blocks(denoiser: nn.Module) -> list[Block]:
     return [
-        Block(name, module, {"image": _UNET_BLOCKS[type(module).__name__]})
+        Block(name, module, {"image": _UNET_BLOCKS[type(module).__name__]}, width)
         for name, module in denoiser.named_modules()
-        if type(module).__name__ in _UNET_BLOCKS and _keeps_shape(module)
+        if type(module).__name__ in _UNET_BLOCKS and (width := _width_kept(module)) is not None
     ]
 
 
-def _keeps_shape(block: Any) -> bool:
-    """Whether a block of a UNet returns features of the same shape as it takes."""
-    if type(block).__name__ == "PatchedUNetLayer":
-        return block.resnet.conv1.in_channels == block.resnet.conv2.out_channels
-    if type(block).__name__ == "ResnetBlock2D":
-        return block.in_channels == block.out_channels and not (block.up or block.down)
-    return True
+def _width_kept(block: Any) -> int | None:
+    """The channels of a UNet's block that returns features of the same shape as it takes; None for another."""
+    if type(block).__name__ == "BasicTransformerBlock":
+        return block.dim
+    convolutions = block.resnet if type(block).__name__ == "PatchedUNetLayer" else block
+    taken, returned = convolutions.conv1.in_channels, convolutions.conv2.out_channels
+    resized = getattr(block, "up", False) or getattr(block, "down", False)
+    return taken if taken == returned and not resized else None
+
+
+def _width_of(denoiser: Any) -> int | None:
+    """The channels of a transformer's image stream, where its configuration says so in one of the usual ways."""
+    config = getattr(denoiser, "config", {})
+    if config.get("num_attention_heads") and config.get("attention_head_dim"):
+        return config["num_attention_heads"] * config["attention_head_dim"]
+    return next((config[name] for name in ("dim", "hidden_size") if isinstance(config.get(name), int)), None)
 
 
 def _argument_names(module: nn.Module) -> list[str]:
