@@ -397,7 +397,7 @@ class Mixer(nn.Module):
 
 @torch.no_grad()
 def test_a_class_that_was_taught(monkeypatch):
-    monkeypatch.setattr(streams, "_REGISTERED", {})
+    monkeypatch.setattr(streams, "_TAUGHT", {})
     model = Mixer()
     with pytest.raises(ValueError, match="but got a Mixer; teach where they are with `register_streams"):
         TaskRouting().attach(model)
@@ -414,7 +414,7 @@ def test_a_class_that_was_taught(monkeypatch):
 
 
 def test_blocks_that_return_what_was_not_taught(monkeypatch):
-    monkeypatch.setattr(streams, "_REGISTERED", {})
+    monkeypatch.setattr(streams, "_TAUGHT", {})
     register_streams(Mixer, {"stages": {"image": Stream("tokens")}})
     model = Mixer()
     TaskRouting().attach(model)
