@@ -110,7 +110,7 @@ def test_blocks_that_a_cache_skips_get_no_prompts(name):
     patch.attach(transformer)
     outputs = []
     for model in (by_hand, transformer):
-        full = generate(name, RECIPES[name].pipe(model), 4)
+        full = generate(name, RECIPES[name].pipe(copy.deepcopy(model)), 4)
         model.enable_cache(FirstBlockCacheConfig(threshold=1e3))  # the first block alone, from the second step on
         outputs.append(generate(name, RECIPES[name].pipe(model), 4))
         assert not torch.allclose(outputs[-1], full, atol=1e-3)
@@ -133,7 +133,8 @@ def test_offloaded(name, offload):
 def test_each_of_wans_two_transformers_has_prompts_of_its_own():
     pipe = wan_pipe(wan(), transformer_2=wan(1), boundary_ratio=0.875)
     gatings = [
-        count_gatings(prompts_for(transformer, 3).attach(transformer)) for transformer in (pipe.transformer, pipe.transformer_2)
+        count_gatings(prompts_for(transformer, 3).attach(transformer))
+        for transformer in (pipe.transformer, pipe.transformer_2)
     ]
     generate("wan", pipe, 6)
     noisy = int((pipe.scheduler.timesteps >= 875).sum())
@@ -201,7 +202,8 @@ def test_gradient_checkpointing(direct):
 
     plain = gradients()
     transformer.enable_gradient_checkpointing()
-    torch.testing.assert_close(gradients(), plain, atol=1e-6, rtol=1e-4)
+    for gradient, expected in zip(gradients(), plain):
+        assert (gradient - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("prompts_dtype", [torch.float32, torch.bfloat16])
@@ -358,7 +360,9 @@ def test_text_and_padding_in_the_images_sequence_get_no_prompts():
 def test_an_image_of_another_size(name):
     pipe = RECIPES[name].pipe(RECIPES[name].denoiser())
     PromptPatch.for_transformer(pipe.transformer, num_prompts=5).attach(pipe.transformer)
-    with pytest.raises(ValueError, match=f"image of 5 tokens, one for each prompt of a block, but got {PIPELINES[name]}"):
+    with pytest.raises(
+        ValueError, match=f"image of 5 tokens, one for each prompt of a block, but got {PIPELINES[name]}"
+    ):
         generate(name, pipe, 1)
 
 
@@ -391,13 +395,13 @@ def test_blocks_with_rotary_embeddings_take_no_extra_tokens(transformer):
 def test_prepended_to_sd3():
     """Its blocks know no positions. Prompts at zero still are attended to."""
     transformer, inputs = DENOISERS["sd3"]()
-    patch = prompts_for(transformer, 4, mode="prepend").attach(transformer)
+    prompts_for(transformer, 4, mode="prepend").attach(transformer)
     together = call(transformer, inputs, TIMESTEPS)
     alone = call(transformer, sample_of(inputs, 1), TIMESTEPS[1:])
     torch.testing.assert_close(alone[0], together[1], atol=2e-5, rtol=1e-4)
     bigger = call(transformer, inputs | {"hidden_states": randn(2, 4, 16, 16)}, TIMESTEPS)
     assert bigger.shape == (2, 4, 16, 16)
-    with pytest.raises(ValueError, match="no call that skips the first block"):
+    with pytest.raises(ValueError, match="the first block to be called, .* but got a call that skips it"):
         call(transformer, inputs | {"skip_layers": [0]}, TIMESTEPS)
 
 
@@ -409,3 +413,14 @@ def test_the_gates_of_prepended_prompts_depend_on_the_timestep_alone():
     computed = count_gatings(prompts_for(transformer, 4, mode="prepend").attach(transformer))
     call(transformer, inputs, TIMESTEPS)
     torch.testing.assert_close(computed[0][0], expected)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_blocks_of_two_classes():
+    torch.compiler.reset()
+    transformer, (_, inputs) = flux(num_layers=6, num_single_layers=6), DENOISERS["flux"]()
+    prompts_for(transformer, 16).attach(transformer)
+    patched = call(transformer, inputs, TIMESTEPS)
+    transformer.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(call(transformer, inputs, TIMESTEPS), patched)

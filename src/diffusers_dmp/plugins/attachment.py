@@ -26,7 +26,6 @@ from .streams import Stream
 if TYPE_CHECKING:
     from .prompts import PromptPatch
 
-
 NUM_TRAIN_TIMESTEPS = 1000  # of all transformers of Diffusers that are told fractions
 
 
@@ -234,7 +233,9 @@ class Attachment:
         if self.patch.config.mode == "prepend":
             self.is_prepended = self.is_prepended or index == 0
             if not self.is_prepended:
-                raise ValueError("Expected no call that skips the first block, to which prompts are prepended, but got one.")
+                raise ValueError(
+                    "Expected the first block to be called, before which prompts are prepended, but got a call that skips it."
+                )
             return
         expected = self.patch.config.num_prompts
         num_tokens = hidden_states.shape[1] if self.num_image_tokens is None else self.num_image_tokens
@@ -306,11 +307,11 @@ def _check_fit(patch: "PromptPatch", transformer: nn.Module, layout: Transformer
     conditioning_width = layout.conditioning_width(transformer, config.mode)
     if config.gate != "none" and (config.conditioning_size or config.hidden_size) != conditioning_width:
         raise ValueError(
-            f"Expected the prompts' `conditioning_size` to be the {conditioning_width} channels of what conditions the blocks of "
-            f"the {name}, but got {config.conditioning_size or config.hidden_size}."
+            f"Expected the prompts' `conditioning_size` to be the {conditioning_width} channels of what conditions the "
+            f"{name}, but got {config.conditioning_size or config.hidden_size}."
         )
-    if config.mode == "add" and not layout.any_size and config.num_prompts != layout.num_tokens(transformer):
+    num_tokens = None if layout.any_size else layout.num_tokens(transformer)
+    if config.mode == "add" and num_tokens not in (None, config.num_prompts):
         raise ValueError(
-            f"Expected `num_prompts` to be the {layout.num_tokens(transformer)} image tokens of the {name}, "
-            f"but got {config.num_prompts}."
+            f"Expected `num_prompts` to be the {num_tokens} image tokens of the {name}, but got {config.num_prompts}."
         )

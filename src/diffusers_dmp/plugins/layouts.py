@@ -28,12 +28,10 @@ def _width(model: ModelMixin) -> int:
     return model.config.num_attention_heads * model.config.attention_head_dim
 
 
-def _num_tokens(model: ModelMixin) -> int:
+def _num_tokens(model: ModelMixin) -> int | None:
+    if "sample_size" not in model.config:  # as in models of many sizes
+        return None
     return (model.config.sample_size // model.config.patch_size) ** 2
-
-
-def _unknown_num_tokens(model: ModelMixin) -> None:
-    return None
 
 
 def _stock_embedding(embedder: nn.Module, hidden_states: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
@@ -70,10 +68,14 @@ def _zimage_num_image_tokens(inputs: dict[str, Any]) -> int:
     if isinstance(images[0], list):
         raise ValueError("Expected one image for each sample, but got lists of images, which prompts do not support.")
     patch, frames_of_patch = inputs.get("patch_size", 2), inputs.get("f_patch_size", 1)
-    sizes = {image.shape[1] // frames_of_patch * (image.shape[2] // patch) * (image.shape[3] // patch) for image in images}
-    if len(sizes) > 1:
-        raise ValueError(f"Expected images of the same number of tokens, but got {', '.join(map(str, sorted(sizes)))}.")
-    return sizes.pop()
+    found = set()
+    for image in images:
+        _, frames, height, width = image.shape
+        found.add(frames // frames_of_patch * (height // patch) * (width // patch))
+    if len(found) > 1:
+        numbers = ", ".join(map(str, sorted(found)))
+        raise ValueError(f"Expected images of the same number of tokens, but got {numbers}.")
+    return found.pop()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +120,8 @@ class TransformerLayout:
             timestep first. Gates are cached by them while sampling.
         width (`Callable[[nn.Module], int]`): Returns the transformer's D.
         num_tokens (`Callable[[nn.Module], int | None]`): Returns the transformer's N at the image size that it was trained
-            on, or None if its configuration does not say.
-        any_size (`bool`): Whether the transformer takes images of other sizes, too, so that prompts may be made for these.
+            on, or None if its configuration does not say, so that prompts are made for any number.
+        any_size (`bool`): Whether prompts may also be made for another number than `num_tokens`.
         num_image_tokens (`Callable[[dict], int]`, *optional*): For blocks that take the tokens of image and text in one
             sequence, the image first: returns N, given the arguments of the transformer's `forward` by name. By default,
             all tokens are the image's.
@@ -158,9 +160,10 @@ class TransformerLayout:
 
 
 _PIXART_TIME = Conditioning(embedder="adaln_single", read=_second_output)
-_STOCK_EMBEDDER = {"embedder": "transformer_blocks.0.norm1.emb", "after": "pos_embed"}  # each block has a copy of it
-
-_ANY_SIZE: dict[str, Any] = {"num_tokens": _unknown_num_tokens, "any_size": True}
+_STOCK_EMBEDDER: dict[str, Any] = {
+    "embedder": "transformer_blocks.0.norm1.emb",
+    "after": "pos_embed",
+}  # each block has a copy of it
 
 # By the names of classes; those of Diffusers are not imported, which takes seconds.
 LAYOUTS: dict[str, TransformerLayout] = {
@@ -188,23 +191,19 @@ LAYOUTS: dict[str, TransformerLayout] = {
     "diffusers.FluxTransformer2DModel": TransformerLayout(
         conditioning=Conditioning(embedder="time_text_embed"),
         depends_on=("timestep", "guidance", "pooled_projections"),
-        **_ANY_SIZE,
     ),
     "diffusers.QwenImageTransformer2DModel": TransformerLayout(
         conditioning=Conditioning(embedder="time_text_embed", read=_of_noisy_image),
         depends_on=("timestep", "additional_t_cond"),
-        **_ANY_SIZE,
     ),
     "diffusers.WanTransformer3DModel": TransformerLayout(
         conditioning=Conditioning(embedder="condition_embedder.time_embedder", read=_of_noisiest_token),
         depends_on=("timestep",),
-        **_ANY_SIZE,
     ),
     "diffusers.ZImageTransformer2DModel": TransformerLayout(
         conditioning=Conditioning(embedder="t_embedder", width=_zimage_embedding_width),
         depends_on=("t",),
         width=_zimage_width,
         num_image_tokens=_zimage_num_image_tokens,
-        **_ANY_SIZE,
     ),
 }

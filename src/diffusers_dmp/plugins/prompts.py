@@ -90,7 +90,12 @@ class PromptPatch(StandaloneModelMixin, ModelMixin, ConfigMixin):
 
     @classmethod
     def for_transformer(
-        cls, transformer: nn.Module, num_prompts: int | None = None, depth: int | None = None, mode: str = "add", **config
+        cls,
+        transformer: nn.Module,
+        num_prompts: int | None = None,
+        depth: int | None = None,
+        mode: str = "add",
+        **config,
     ) -> "PromptPatch":
         """
         Create new prompts that fit a transformer, and do not attach them yet.
@@ -150,7 +155,7 @@ class PromptPatch(StandaloneModelMixin, ModelMixin, ConfigMixin):
             [`PromptPatch`]: the same object.
 
         Raises:
-            ValueError: if the transformer's class is not registered, its width, blocks or tokens do not fit the prompts,
+            ValueError: if the transformer's class is not registered, its width, embedding, blocks or tokens do not fit the prompts,
                 the prompts are to be prepended and it cannot take extra tokens, it already has prompts or is wrapped by PEFT, or
                 these are already attached.
         """
@@ -237,17 +242,19 @@ class PromptPatch(StandaloneModelMixin, ModelMixin, ConfigMixin):
     @torch.no_grad()
     def gate_weights(self, timesteps: torch.Tensor, **inputs) -> torch.Tensor:
         """
-        Return the gates at some timesteps, found by running the transformer on blank images.
+        Return the gates at some timesteps, found by running the transformer.
 
         Args:
-            timesteps (`torch.Tensor` of shape (S,)): Training timesteps.
-            inputs: The other arguments of the transformer's `forward`, for one sample; for example `class_labels`.
+            timesteps (`torch.Tensor` of shape (S,)): Training timesteps, whatever the transformer is told; of 1,000, where
+                it is told a fraction of them.
+            inputs: The other arguments of the transformer's `forward`, for one sample; for example `class_labels`. The image
+                is blank, if it is left out and the transformer's configuration says its size.
 
         Returns:
             `torch.Tensor` of shape (S, L, M).
 
         Raises:
-            ValueError: if the prompts are attached to nothing, or have no gate.
+            ValueError: if the prompts are attached to nothing or have no gate, or the image is needed.
         """
         if self._attachment is None or self.config.gate == "none":
             raise ValueError("Expected prompts with a gate that are attached to a transformer, but got others.")
