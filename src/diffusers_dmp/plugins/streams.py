@@ -237,19 +237,19 @@ def observe_streams(denoiser: nn.Module, *args: Any, **kwargs: Any) -> dict[str,
         `dict[str, dict[str, Stream]]`: The streams by the names of the lists, without lists in which no block continues
         another; see [`register_streams`]. Streams are named after their arguments: 'text', 'audio', and otherwise 'image'.
     """
-    calls: list[tuple[str, nn.Module, dict[str, Any], Any]] = []
-    lists = {
-        name: child for name, child in denoiser.named_modules() if isinstance(child, nn.ModuleList) and "." not in name
-    }
+    calls: list[tuple[str, list[str], dict[str, Any], Any]] = []  # list, argument names, arguments, output
 
-    def watch(name: str, block: nn.Module) -> Any:
+    def watch(blocks: str, block: nn.Module) -> Any:
         names = _arguments_of(block)
         return block.register_forward_hook(
-            lambda module, args, kwargs, output: calls.append((name, module, dict(zip(names, args)) | kwargs, output)),
+            lambda module, args, kwargs, output: calls.append(
+                (blocks, names, dict(zip(names, args)) | kwargs, output)
+            ),
             with_kwargs=True,
         )
 
-    handles = [watch(name, block) for name, blocks in lists.items() for block in blocks]
+    lists = [(name, child) for name, child in denoiser.named_children() if isinstance(child, nn.ModuleList)]
+    handles = [watch(name, block) for name, blocks in lists for block in blocks]
     try:
         with torch.no_grad():
             denoiser(*args, **kwargs)
@@ -258,13 +258,12 @@ def observe_streams(denoiser: nn.Module, *args: Any, **kwargs: Any) -> dict[str,
             handle.remove()
 
     found: dict[str, dict[str, Stream]] = {}
-    block: Any
-    for (name, block, _, output), (_, _, arguments, _) in zip(calls, calls[1:]):
+    for (blocks, names, _, output), (_, _, following, _) in zip(calls, calls[1:]):
         outputs = list(enumerate(output)) if isinstance(output, tuple) else [(None, output)]
         for place, tensor in outputs:
-            for argument, value in arguments.items():
-                if value is tensor and tensor is not None and argument in _arguments_of(block):
-                    found.setdefault(name, {})[_stream_name(argument)] = Stream(argument, place)
+            for argument, value in following.items():
+                if isinstance(tensor, torch.Tensor) and value is tensor and argument in names:
+                    found.setdefault(blocks, {})[_stream_name(argument)] = Stream(argument, place)
     return found
 
 
