@@ -14,7 +14,7 @@ from prompted import count_gatings, gates_of
 from tiny_denoisers import DENOISERS, call, sample_of, told
 from tiny_pipelines import RECIPES, flux, generate, qwen, randn, sd3, wan, wan_pipe, zimage
 
-from diffusers_dmp import PromptPatch
+from diffusers_dmp import PromptPatch, TaskRouting
 
 PIPELINES = {"sd3": 64, "flux": 16, "qwen": 16, "wan": 3, "pixart": 16, "zimage": 64}  # image tokens, of `RECIPES`
 DIRECT = {"sd3": 64, "flux": 16, "qwen": 16, "wan": 8, "pixart": 16, "zimage": 16, "stock_dit": 16}  # of `DENOISERS`
@@ -245,6 +245,29 @@ def test_detaching_leaves_no_trace(direct):
     for name, module in transformer.named_modules():
         assert set(vars(module)) == attributes[name]
         assert not any(value for key, value in vars(module).items() if "hooks" in key), name
+
+
+@pytest.mark.parametrize("detached_first", ["prompts", "routing"])
+@pytest.mark.parametrize("attached_first", ["prompts", "routing"])
+@torch.no_grad()
+def test_beside_another_plugin(attached_first, detached_first):
+    """A block that is routed gets its tokens with the prompts, and both come off in any order."""
+    transformer, inputs = DENOISERS["flux"]()
+    attributes = {name: set(vars(module)) for name, module in transformer.named_modules()}
+    plain = call(transformer, inputs, TIMESTEPS)
+    plugins = {"prompts": prompts_for(transformer, 16), "routing": TaskRouting(sharing_ratio=0.5, routing_alpha=4.0)}
+    by_hand = copy.deepcopy(transformer)
+    copy.copy(plugins["routing"]).attach(by_hand)
+    add_prompts_by_hand(by_hand, plugins["prompts"])
+
+    for name in sorted(plugins, key=lambda name: name != attached_first):
+        plugins[name].attach(transformer)
+    both = call(transformer, inputs, TIMESTEPS)
+    torch.testing.assert_close(both, call(by_hand, inputs, TIMESTEPS), atol=1e-5, rtol=1e-4)
+    for name in sorted(plugins, key=lambda name: name != detached_first):
+        plugins[name].detach()
+    assert torch.equal(call(transformer, inputs, TIMESTEPS), plain)
+    assert {name: set(vars(module)) for name, module in transformer.named_modules()} == attributes
 
 
 @torch.no_grad()
