@@ -1,6 +1,7 @@
 """What attaches to a denoiser, and comes off again without a trace: a LoRA per interval, prompts (DMP), routing (DTR)."""
 
-from .blocks import Conditioning, TransformerLayout, register_layout
+from .blocks import register_layout
+from .layouts import Conditioning, TransformerLayout
 from .lora_experts import LoraExperts
 from .prompts import PromptPatch
 from .streams import Block, Stream, blocks_with_streams, observe_streams, register_streams

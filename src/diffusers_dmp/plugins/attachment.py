@@ -14,14 +14,19 @@ from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..models.time_argument import time_argument_of
 from ..saving.adapters import has_adapters
-from .blocks import TransformerLayout, blocks_of, check_argument, forward_argument_names, layout_of, submodule_of
+from .blocks import blocks_of, check_argument, forward_argument_names, layout_of, submodule_of
 from .gate_cache import GateCache
 from .gating import PromptGates
 from .hooks import ForwardHooks
+from .layouts import TransformerLayout
+from .streams import Stream
 
 if TYPE_CHECKING:
     from .prompts import PromptPatch
+
+NUM_TRAIN_TIMESTEPS = 1000  # of all transformers of Diffusers that are told fractions
 
 
 class Attachment:
@@ -43,16 +48,13 @@ class Attachment:
 
     def __init__(self, patch: "PromptPatch", transformer: nn.Module):
         layout = layout_of(transformer)
-        conditioning = layout.conditioning if patch.config.mode == "add" else layout.time_conditioning
-        if conditioning is None:
-            name = type(transformer).__name__
-            raise ValueError(f"Expected a transformer that can take extra tokens to prepend to, but got a {name}.")
+        conditioning = layout.conditioning_for(transformer, patch.config.mode)
         blocks = blocks_of(transformer)
         _check_fit(patch, transformer, layout, len(blocks))
         observed = submodule_of(transformer, conditioning.observed)
         for name in layout.depends_on:
             check_argument("depends_on", name, transformer)
-        check_argument("image_tokens", layout.image_tokens, blocks[0])
+        check_argument("image_tokens", blocks[0].streams["image"].argument, blocks[0].module)
 
         self.patch = patch
         self.transformer: Any = transformer
@@ -60,7 +62,6 @@ class Attachment:
         self.conditioning = conditioning
         self.embedder = submodule_of(transformer, conditioning.embedder)
         self.argument_names = forward_argument_names(transformer)
-        self.token_position = forward_argument_names(blocks[0]).index(layout.image_tokens)
         self.frozen = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
         self.hooks = ForwardHooks()
         self._forget_passes()
@@ -68,13 +69,17 @@ class Attachment:
         transformer.requires_grad_(False)
         self.hooks.before(transformer, self._before_transformer)
         for index, block in enumerate(blocks[: patch.config.depth]):
-            self.hooks.before(block, partial(self._before_block, index))
+            # not one list of all streams: each block's would be compiled by itself
+            stream, names = block.streams["image"], block.argument_names
+            self.hooks.before(block.module, partial(self._before_block, index, stream, names))
+            if patch.config.mode == "add":
+                self.hooks.after(block.module, self._after_block)
         # also after an exception, or else the pass would seem to be still running
         self.hooks.after(transformer, self._after_transformer, always_call=True)
         if patch.config.gate != "none":
             self.hooks.after(observed, self._after_embedder)
         if patch.config.mode == "prepend":
-            self.hooks.after(blocks[-1], self._after_last_block)
+            self.hooks.after(blocks[-1].module, partial(self._after_last_block, blocks[-1].streams["image"]))
 
     def remove(self) -> None:
         """Restore the transformer as it was before."""
@@ -85,20 +90,21 @@ class Attachment:
 
     def gates_at(self, timesteps: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         """
-        Return the gates at some timesteps, found by running the transformer on a blank image.
+        Return the gates at some timesteps, found by running the transformer.
 
         Args:
             timesteps (`torch.Tensor` of shape (S,)): Training timesteps.
-            inputs (`dict`): The other arguments of the transformer's `forward`, for one sample.
+            inputs (`dict`): The other arguments of the transformer's `forward`, for one sample. By default, the image is blank.
 
         Returns:
             `torch.Tensor` of shape (S, L, M).
         """
-        config, device = self.transformer.config, self.transformer.device
+        device = self.transformer.device
         if device.type == "meta":  # the weights are offloaded, and come back to the device of the inputs
             device = timesteps.device
-        size = (1, config.in_channels, config.sample_size, config.sample_size)
-        blank = torch.zeros(size, device=device, dtype=self.transformer.dtype)
+        image = self.argument_names[0]
+        inputs = inputs if image in inputs else {image: self._blank_image(device)} | inputs
+        time = time_argument_of(self.transformer)
         found = []
 
         def collect(transformer: nn.Module, args: tuple, output: Any) -> None:
@@ -109,11 +115,21 @@ class Attachment:
         try:
             # eagerly, as it is not worth compiling for a batch of one
             with _eval_mode(self.transformer, self.patch), torch.compiler.set_stance("force_eager"):
-                for timestep in timesteps.to(device):
-                    self.transformer(blank, timestep=timestep[None], **inputs)
+                for timestep in time.told(timesteps.to(device), NUM_TRAIN_TIMESTEPS):
+                    self.transformer(**inputs | {time.name: timestep[None]})
         finally:
             handle.remove()
         return torch.stack(found)
+
+    def _blank_image(self, device: torch.device) -> torch.Tensor:
+        config = self.transformer.config
+        if "sample_size" not in config:
+            raise ValueError(
+                f"Expected `{self.argument_names[0]}` among the inputs of a {type(self.transformer).__name__}, whose "
+                f"configuration has no `sample_size`, but got none."
+            )
+        size = (1, config.in_channels, config.sample_size, config.sample_size)
+        return torch.zeros(size, device=device, dtype=self.transformer.dtype)
 
     def _forget_passes(self) -> None:
         self._end_pass()
@@ -123,10 +139,15 @@ class Attachment:
     def _end_pass(self) -> None:
         self.inputs: dict[str, Any] = {}  # the arguments of the running forward pass, by name
         self.gates: PromptGates | None = None  # of the running forward pass
+        self.num_image_tokens: int | None = None  # of the running forward pass, where others follow these
+        self.is_prepended = False  # whether there are prompts in front of the tokens of the running forward pass
+        self.tokens: tuple[torch.Tensor, torch.Tensor] | None = None  # of the running block, without prompts and with
 
     def _before_transformer(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
         self._end_pass()
         self.inputs = dict(zip(self.argument_names, args)) | kwargs
+        if self.layout.num_image_tokens is not None:
+            self.num_image_tokens = self.layout.num_image_tokens(self.inputs)
 
     def _after_embedder(self, observed: nn.Module, args: tuple, output: Any) -> None:
         conditioning = self.conditioning.read(self.embedder, output, self.inputs)
@@ -144,21 +165,29 @@ class Attachment:
                 compute=lambda: self.patch(conditioning),
             )
 
-    def _before_block(self, index: int, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def _before_block(
+        self, index: int, stream: Stream, names: list[str], block: nn.Module, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict]:
         """Insert the prompts of block `index` into its image tokens, which come by position or by name."""
-        by_name = len(args) <= self.token_position
-        hidden_states = kwargs[self.layout.image_tokens] if by_name else args[self.token_position]
+        hidden_states = stream.input_of(names, args, kwargs)
         if index == 0:
             self._move_patch_to(hidden_states.device)
-            self._check_tokens(hidden_states)
+        if self.inputs:  # of a running pass; a block that is computed again for gradients was checked before
+            self._check_tokens(index, hidden_states)
         gates = None if self.patch.config.gate == "none" else self._gates_for(block, hidden_states).gates
-        hidden_states = self.patch.insert(hidden_states, index, gates)
-        if by_name:
-            return args, kwargs | {self.layout.image_tokens: hidden_states}
-        return (*args[: self.token_position], hidden_states, *args[self.token_position + 1 :]), kwargs
+        inserted = self.patch.insert(hidden_states, index, gates)
+        self.tokens = hidden_states, inserted
+        return stream.with_input(names, args, kwargs, inserted)
 
-    def _after_last_block(self, block: nn.Module, args: tuple, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states[:, self.patch.config.num_prompts :]
+    def _after_block(self, block: nn.Module, args: tuple, output: Any) -> Any:
+        """Take the prompts off again where a cache skips the block: it returns the very tokens that it was given."""
+        (hidden_states, inserted), self.tokens = self.tokens, None  # type: ignore[misc]
+        if isinstance(output, tuple):
+            return tuple(hidden_states if each is inserted else each for each in output)
+        return hidden_states if output is inserted else output
+
+    def _after_last_block(self, stream: Stream, block: nn.Module, args: tuple, output: Any) -> Any:
+        return stream.with_output(output, stream.output_of(output)[:, self.patch.config.num_prompts :])
 
     def _after_transformer(self, transformer: nn.Module, args: tuple, output: Any) -> Any:
         gates = self.gates
@@ -200,16 +229,23 @@ class Attachment:
         if self.patch.prompts.device != device:
             self.patch.to(device)
 
-    def _check_tokens(self, hidden_states: torch.Tensor) -> None:
-        config = self.patch.config
-        if config.mode == "add" and hidden_states.shape[1] != config.num_prompts:
+    def _check_tokens(self, index: int, hidden_states: torch.Tensor) -> None:
+        if self.patch.config.mode == "prepend":
+            self.is_prepended = self.is_prepended or index == 0
+            if not self.is_prepended:
+                raise ValueError(
+                    "Expected the first block to be called, before which prompts are prepended, but got a call that skips it."
+                )
+            return
+        expected = self.patch.config.num_prompts
+        num_tokens = hidden_states.shape[1] if self.num_image_tokens is None else self.num_image_tokens
+        if num_tokens != expected:
             raise ValueError(
-                f"Expected an image of {config.num_prompts} tokens, one for each prompt of a block, "
-                f"but got {hidden_states.shape[1]}."
+                f"Expected an image of {expected} tokens, one for each prompt of a block, but got {num_tokens}."
             )
 
     def __getstate__(self) -> dict:
-        passing = ("inputs", "gates", "gates_by_input", "gate_cache")
+        passing = ("inputs", "gates", "num_image_tokens", "is_prepended", "tokens", "gates_by_input", "gate_cache")
         return {name: value for name, value in self.__dict__.items() if name not in passing}
 
     def __setstate__(self, state: dict) -> None:
@@ -268,8 +304,14 @@ def _check_fit(patch: "PromptPatch", transformer: nn.Module, layout: Transformer
         raise ValueError(
             f"Expected the prompts' `depth` to be at most the {num_blocks} blocks of the {name}, but got {config.depth}."
         )
-    if config.mode == "add" and config.num_prompts != layout.num_tokens(transformer):
+    conditioning_width = layout.conditioning_width(transformer, config.mode)
+    if config.gate != "none" and (config.conditioning_size or config.hidden_size) != conditioning_width:
         raise ValueError(
-            f"Expected `num_prompts` to be the {layout.num_tokens(transformer)} image tokens of the {name}, "
-            f"but got {config.num_prompts}."
+            f"Expected the prompts' `conditioning_size` to be the {conditioning_width} channels of what conditions the "
+            f"{name}, but got {config.conditioning_size or config.hidden_size}."
+        )
+    num_tokens = None if layout.any_size else layout.num_tokens(transformer)
+    if config.mode == "add" and num_tokens not in (None, config.num_prompts):
+        raise ValueError(
+            f"Expected `num_prompts` to be the {num_tokens} image tokens of the {name}, but got {config.num_prompts}."
         )

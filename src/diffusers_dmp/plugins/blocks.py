@@ -4,113 +4,15 @@ Legend: B batch, N image tokens, D width.
 """
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from diffusers import DiTTransformer2DModel, ModelMixin, PixArtTransformer2DModel
 from torch import nn
 
-from ..saving.naming import PACKAGE, full_name
+from ..saving.naming import full_name
+from .layouts import LAYOUTS, TransformerLayout
+from .streams import Block, Stream, blocks_with_streams
 
-# The functions below are no lambdas because transformers with prompts must be picklable.
-
-
-def _output(embedder: nn.Module, output: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    return output
-
-
-def _second_output(embedder: nn.Module, output: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    return output[1]
-
-
-def _width(model: ModelMixin) -> int:
-    return model.config.num_attention_heads * model.config.attention_head_dim
-
-
-def _num_tokens(model: ModelMixin) -> int:
-    return (model.config.sample_size // model.config.patch_size) ** 2
-
-
-def _stock_embedding(embedder: nn.Module, hidden_states: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-    return embedder(inputs["timestep"], inputs["class_labels"], hidden_dtype=hidden_states.dtype)
-
-
-def _stock_time_embedding(embedder: Any, hidden_states: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-    return embedder.timestep_embedder(embedder.time_proj(inputs["timestep"]).to(hidden_states.dtype))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conditioning:
-    """
-    Where to find the embedding that conditions the blocks: (B, D), or (1, D) where the whole batch shares it.
-
-    Args:
-        embedder (`str`): Dotted name of the module that computes the embedding.
-        read (`Callable[[nn.Module, Any, dict], torch.Tensor]`): Returns the embedding, given the embedder, its output, and
-            the arguments of the transformer's `forward` by name. By default, the embedding is the embedder's output.
-        after (`str`, *optional*): For transformers whose blocks call the embedder themselves, which is too late: dotted
-            name of a module that runs before the first block. `read` gets the output of that module instead.
-    """
-
-    embedder: str
-    read: Callable[[nn.Module, Any, dict[str, Any]], torch.Tensor] = _output
-    after: str | None = None
-
-    @property
-    def observed(self) -> str:
-        """The dotted name of the module whose output `read` gets."""
-        return self.after or self.embedder
-
-
-@dataclass(frozen=True, kw_only=True)
-class TransformerLayout:
-    """
-    Where one class of transformers, and its subclasses, have what plugins need; see [`register_layout`].
-
-    Args:
-        blocks (`str`): Dotted name of the `nn.ModuleList` of blocks, which a forward pass calls once each, in order.
-        image_tokens (`str`): The argument of a block's `forward` that takes the image tokens (B, N, D).
-        conditioning ([`Conditioning`]): For the gates of added prompts, the embedding of timestep and label.
-        time_conditioning ([`Conditioning`], *optional*): For the gates of prepended prompts, the embedding of the timestep
-            alone. Leave it out if the blocks cannot take extra tokens (because of rotary embeddings, for example) or
-            return anything but the tokens.
-        depends_on (`tuple[str, ...]`): All arguments of the transformer's `forward` that decide the conditioning, the
-            timestep first. Gates are cached by them while sampling.
-        width (`Callable[[nn.Module], int]`): Returns the transformer's D.
-        num_tokens (`Callable[[nn.Module], int]`): Returns the transformer's N at the image size that it was trained on.
-    """
-
-    blocks: str = "transformer_blocks"
-    image_tokens: str = "hidden_states"
-    conditioning: Conditioning
-    time_conditioning: Conditioning | None = None
-    depends_on: tuple[str, ...]
-    width: Callable[[Any], int] = _width
-    num_tokens: Callable[[Any], int] = _num_tokens
-
-
-_PIXART_TIME = Conditioning(embedder="adaln_single", read=_second_output)
-_STOCK_EMBEDDER = {"embedder": "transformer_blocks.0.norm1.emb", "after": "pos_embed"}  # each block has a copy of it
-
-_LAYOUTS: dict[str, TransformerLayout] = {  # by the full names of classes
-    f"{PACKAGE}.DiTModel": TransformerLayout(  # DTR and Remix-DiT as well
-        conditioning=Conditioning(embedder="time_label_embed"),
-        time_conditioning=Conditioning(embedder="time_label_embed.timestep_embedder"),
-        depends_on=("timestep", "class_labels", "force_drop_ids"),
-    ),
-    full_name(DiTTransformer2DModel): TransformerLayout(
-        conditioning=Conditioning(**_STOCK_EMBEDDER, read=_stock_embedding),
-        time_conditioning=Conditioning(**_STOCK_EMBEDDER, read=_stock_time_embedding),
-        depends_on=("timestep", "class_labels"),
-    ),
-    full_name(PixArtTransformer2DModel): TransformerLayout(  # it has a caption instead of a label, and attends to it
-        conditioning=_PIXART_TIME,
-        time_conditioning=_PIXART_TIME,
-        depends_on=("timestep", "added_cond_kwargs"),
-    ),
-}
+_LAYOUTS = dict(LAYOUTS)  # with those that are registered
 
 
 def register_layout(transformer_class: type[nn.Module], layout: TransformerLayout) -> None:
@@ -120,9 +22,7 @@ def register_layout(transformer_class: type[nn.Module], layout: TransformerLayou
     ```py
     register_layout(
         MyTransformer,
-        TransformerLayout(
-            blocks="layers", conditioning=Conditioning(embedder="time_embed"), depends_on=("timestep",)
-        ),
+        TransformerLayout(conditioning=Conditioning(embedder="time_embed"), depends_on=("timestep",)),
     )
     ```
 
@@ -130,7 +30,7 @@ def register_layout(transformer_class: type[nn.Module], layout: TransformerLayou
         transformer_class (`type`): The class. Its subclasses have the same layout unless they are registered themselves.
         layout ([`TransformerLayout`]): Where its transformers have their blocks, conditioning and image tokens.
     """
-    _LAYOUTS[full_name(transformer_class)] = layout
+    _LAYOUTS[_name_of(transformer_class)] = layout
 
 
 def layout_of(transformer: nn.Module) -> TransformerLayout:
@@ -141,23 +41,34 @@ def layout_of(transformer: nn.Module) -> TransformerLayout:
         ValueError: if no layout is registered for any of them.
     """
     for cls in type(transformer).__mro__:
-        if full_name(cls) in _LAYOUTS:
-            return _LAYOUTS[full_name(cls)]
+        if _name_of(cls) in _LAYOUTS:
+            return _LAYOUTS[_name_of(cls)]
     raise ValueError(
         f"Expected `transformer` to be one of {', '.join(name.rpartition('.')[2] for name in _LAYOUTS)}, but got a "
         f"{type(transformer).__name__}; register its layout with `diffusers_dmp.register_layout`."
     )
 
 
-def blocks_of(transformer: nn.Module) -> list[nn.Module]:
+def _name_of(cls: type) -> str:
+    is_of_diffusers = cls.__module__.partition(".")[0] == "diffusers"
+    return f"diffusers.{cls.__name__}" if is_of_diffusers else full_name(cls)
+
+
+def blocks_of(transformer: nn.Module) -> list[Block]:
     """
-    Return a transformer's blocks in order.
+    Return a transformer's blocks in order, with the stream of the image's tokens.
 
     Raises:
-        ValueError: if no layout is registered for the transformer, or it has no blocks where its layout says.
+        ValueError: if no layout is registered for the transformer, it has no blocks where its layout says, or they are not
+            found.
     """
-    blocks: Any = submodule_of(transformer, layout_of(transformer).blocks)
-    return list(blocks)
+    layout = layout_of(transformer)
+    if layout.blocks is None and layout.image_tokens is None:
+        return blocks_with_streams(transformer)
+    name = layout.blocks or "transformer_blocks"
+    blocks: Any = submodule_of(transformer, name)
+    streams = {"image": Stream(layout.image_tokens or "hidden_states")}
+    return [Block(f"{name}.{index}", block, streams) for index, block in enumerate(blocks)]
 
 
 def submodule_of(transformer: nn.Module, name: str) -> nn.Module:

@@ -79,6 +79,8 @@ class ForwardHooks:
             handle.remove()
         for module in self._modules:
             _remove_own_forward(module)
+        for module in [*self._modules, *self._surrounded]:
+            _remove_what_others_left(module)
         self._handles, self._modules, self._surrounded = [], [], []
 
     def _remove_around(self, module: nn.Module) -> None:
@@ -117,6 +119,20 @@ def _remove_own_forward(module: nn.Module) -> None:
     elif getattr(forward, "__func__", None) is type(module).forward:
         del module.forward
     # else others have wrapped it in the meantime, and it stays inside theirs
+
+
+def _remove_what_others_left(module: nn.Module) -> None:
+    """Remove the forwards of plugins that were removed while another plugin's forward was around theirs."""
+    forward = vars(module).get("forward")
+    while isinstance(forward, partial) and forward.func is _call_around and forward.args[0]._removed:
+        _, _, module.forward, was_own = forward.args
+        if not was_own:
+            del module.forward
+        forward = vars(module).get("forward")
+    # one without hooks serves nobody any more
+    is_plain = getattr(forward, "__func__", None) is type(module).forward
+    if is_plain and not module._forward_hooks and not module._forward_pre_hooks:
+        del module.forward
 
 
 def _call_forward(forward: Callable, *args, **kwargs) -> Any:

@@ -1,7 +1,7 @@
 """DMP: prompts and a gate that improve a frozen, converged transformer.
 https://arxiv.org/abs/2405.17825
 
-Legend: B batch, N image tokens, M prompts, D width, L blocks that get prompts, counted by l.
+Legend: B batch, N image tokens, M prompts, D width, C width of the conditioning, L blocks that get prompts, counted by l.
 """
 
 import torch
@@ -47,7 +47,7 @@ class PromptPatch(StandaloneModelMixin, ModelMixin, ConfigMixin):
     weights that PyTorch does not count: through `parameter.data`.
 
     Args:
-        hidden_size (`int`): D.
+        hidden_size (`int`): D, the width of the blocks.
         num_prompts (`int`): M. For `mode="add"` the number of image tokens, as each token gets its own prompt.
         depth (`int`): L. The first L blocks get prompts.
         mode (`str`): 'add' adds the prompts to the image tokens. 'prepend' puts them in front of the image tokens as M more
@@ -56,6 +56,7 @@ class PromptPatch(StandaloneModelMixin, ModelMixin, ConfigMixin):
         gate (`str`): 'linear', or 'none' for the paper's baseline, plain prompt tuning.
         topk (`float`): The share of the prompts that a gate selects, in (0, 1].
         base_model_name_or_path (`str`, *optional*): The model that the prompts were trained on, for information.
+        conditioning_size (`int`, *optional*): C, the width of the embedding that the gates depend on. By default D.
 
     Raises:
         ValueError: if a number is not positive, `mode` or `gate` is unknown, or `topk` is outside (0, 1] or so small that
@@ -74,42 +75,62 @@ class PromptPatch(StandaloneModelMixin, ModelMixin, ConfigMixin):
         gate: str = "linear",
         topk: float = 1.0,
         base_model_name_or_path: str | None = None,
+        conditioning_size: int | None = None,
     ):
         super().__init__()
         _check_config(self.config)
         self.prompts = nn.Parameter(torch.zeros(depth, num_prompts, hidden_size))  # P
         if gate == "linear":
-            self.gate_proj = nn.Linear(hidden_size + 1, num_prompts)
+            width = hidden_size if conditioning_size is None else conditioning_size
+            self.gate_proj = nn.Linear(width + 1, num_prompts)
             nn.init.zeros_(self.gate_proj.weight)
             nn.init.zeros_(self.gate_proj.bias)
-            self.noise_weight = nn.Parameter(torch.zeros(hidden_size, num_prompts))
+            self.noise_weight = nn.Parameter(torch.zeros(width, num_prompts))
         self._attachment: Attachment | None = None
 
     @classmethod
     def for_transformer(
-        cls, transformer: nn.Module, num_prompts: int | None = None, depth: int | None = None, **config
+        cls,
+        transformer: nn.Module,
+        num_prompts: int | None = None,
+        depth: int | None = None,
+        mode: str = "add",
+        **config,
     ) -> "PromptPatch":
         """
         Create new prompts that fit a transformer, and do not attach them yet.
 
         Args:
             transformer (`nn.Module`): A transformer of a registered class; see [`register_layout`].
-            num_prompts (`int`, *optional*): M. By default the number of image tokens.
+            num_prompts (`int`, *optional*): M. By default the number of image tokens, if the transformer's configuration
+                says it.
             depth (`int`, *optional*): L. By default the number of blocks.
+            mode (`str`): 'add' or 'prepend'.
             config: Other arguments of the constructor.
 
         Returns:
             [`PromptPatch`]
 
         Raises:
-            ValueError: if the class of the transformer is not registered.
+            ValueError: if the class of the transformer is not registered, `num_prompts` is needed, or prompts are to be
+                prepended to a transformer that cannot take extra tokens.
         """
         transformer = unwrap_module(transformer)
         layout = layout_of(transformer)
+        num_prompts = layout.num_tokens(transformer) if num_prompts is None else num_prompts
+        if num_prompts is None:
+            raise ValueError(
+                f"Expected `num_prompts` to be given for a {type(transformer).__name__}, as its configuration does not say how "
+                'many tokens an image has, but got None. For mode="add" it is the number of tokens of an image or video of '
+                "the size that the prompts are trained for; see docs/prompts.md."
+            )
+        width, conditioning_size = layout.width(transformer), layout.conditioning_width(transformer, mode)
         return cls(
-            hidden_size=layout.width(transformer),
-            num_prompts=layout.num_tokens(transformer) if num_prompts is None else num_prompts,
+            hidden_size=width,
+            num_prompts=num_prompts,
             depth=len(blocks_of(transformer)) if depth is None else depth,
+            mode=mode,
+            conditioning_size=None if conditioning_size == width else conditioning_size,
             **config,
         )
 
@@ -134,7 +155,7 @@ class PromptPatch(StandaloneModelMixin, ModelMixin, ConfigMixin):
             [`PromptPatch`]: the same object.
 
         Raises:
-            ValueError: if the transformer's class is not registered, its width, blocks or tokens do not fit the prompts,
+            ValueError: if the transformer's class is not registered, its width, embedding, blocks or tokens do not fit the prompts,
                 the prompts are to be prepended and it cannot take extra tokens, it already has prompts or is wrapped by PEFT, or
                 these are already attached.
         """
@@ -168,7 +189,7 @@ class PromptPatch(StandaloneModelMixin, ModelMixin, ConfigMixin):
         Compute the gates of all blocks. In training mode they are noisy, and come with the losses that balance the prompts.
 
         Args:
-            conditioning (`torch.Tensor` of shape (B, D)): The embedding of timestep and label; for prepended prompts, of
+            conditioning (`torch.Tensor` of shape (B, C)): The embedding of timestep and label; for prepended prompts, of
                 the timestep alone.
 
         Returns:
@@ -179,7 +200,7 @@ class PromptPatch(StandaloneModelMixin, ModelMixin, ConfigMixin):
         """
         if self.config.gate == "none":
             raise ValueError("Expected prompts with a `gate`, but got 'none'.")
-        weight = self.gate_proj.weight  # (M, D + 1)
+        weight = self.gate_proj.weight  # (M, C + 1)
         conditioning = conditioning.to(weight.dtype)
         # logits_l = W·[c; l] + b = W_c·c + b + l·w
         logits = F.linear(conditioning, weight[:, :-1], self.gate_proj.bias).float()  # (B, M)
@@ -197,7 +218,8 @@ class PromptPatch(StandaloneModelMixin, ModelMixin, ConfigMixin):
 
         Args:
             hidden_states (`torch.Tensor` of shape (B, N, D)): The image tokens that the block gets. Where prompts are
-                prepended, the prompts of the previous block stand in front of them: (B, M + N, D) for l > 0.
+                prepended, the prompts of the previous block stand in front of them: (B, M + N, D) for l > 0. Where they are
+                added, others may follow: those of the text.
             block (`int`): l, in [0, L).
             gates (`torch.Tensor` of shape (L, B, M) or (L, 1, M), *optional*): None for prompts without a gate.
 
@@ -208,7 +230,10 @@ class PromptPatch(StandaloneModelMixin, ModelMixin, ConfigMixin):
         weights = None if gates is None else gates[block].to(hidden_states)[..., None]  # (B, M, 1)
         if self.config.mode == "add":
             # x ← x + g_l ⊙ P_l
-            return hidden_states + prompts if weights is None else torch.addcmul(hidden_states, weights, prompts)
+            image_tokens = hidden_states[:, : self.config.num_prompts]
+            added = image_tokens + prompts if weights is None else torch.addcmul(image_tokens, weights, prompts)
+            others = hidden_states[:, self.config.num_prompts :]
+            return torch.cat([added, others], dim=1) if others.shape[1] else added
         # x ← [g_l ⊙ P_l; x]
         prompts = prompts if weights is None else weights * prompts
         image_tokens = hidden_states if block == 0 else hidden_states[:, self.config.num_prompts :]
@@ -217,17 +242,19 @@ class PromptPatch(StandaloneModelMixin, ModelMixin, ConfigMixin):
     @torch.no_grad()
     def gate_weights(self, timesteps: torch.Tensor, **inputs) -> torch.Tensor:
         """
-        Return the gates at some timesteps, found by running the transformer on blank images.
+        Return the gates at some timesteps, found by running the transformer.
 
         Args:
-            timesteps (`torch.Tensor` of shape (S,)): Training timesteps.
-            inputs: The other arguments of the transformer's `forward`, for one sample; for example `class_labels`.
+            timesteps (`torch.Tensor` of shape (S,)): Training timesteps, whatever the transformer is told; of 1,000, where
+                it is told a fraction of them.
+            inputs: The other arguments of the transformer's `forward`, for one sample; for example `class_labels`. The image
+                is blank, if it is left out and the transformer's configuration says its size.
 
         Returns:
             `torch.Tensor` of shape (S, L, M).
 
         Raises:
-            ValueError: if the prompts are attached to nothing, or have no gate.
+            ValueError: if the prompts are attached to nothing or have no gate, or the image is needed.
         """
         if self._attachment is None or self.config.gate == "none":
             raise ValueError("Expected prompts with a gate that are attached to a transformer, but got others.")
