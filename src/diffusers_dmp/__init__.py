@@ -29,7 +29,7 @@ _IMPORT_STRUCTURE = {
     "intervals": ["NoiseIntervals"],
     "models": [*_MODELS, "TimeArgument", "register_time_argument"],
     "plugins": ["Conditioning", "LoraExperts", "PromptPatch", "TransformerLayout", "register_layout"],
-    "pipelines": [*_PIPELINES, "respaced_timesteps"],
+    "pipelines": [*_PIPELINES, "experts_per_step", "respaced_timesteps", "steps_per_expert"],
 }
 _MODULE_OF = {name: module for module, names in _IMPORT_STRUCTURE.items() for name in names}
 
