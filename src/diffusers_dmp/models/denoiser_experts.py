@@ -31,11 +31,13 @@ from .expert_configs import (
     description,
     descriptions_in,
     expert_from_description,
+    package_classes,
     public_config,
     shared_quantizer,
 )
 from .loading import HUB_ARGUMENTS
 from .mixed_batches import run_by_expert
+from .pipeline_experts import PipelineExpertsMixin
 from .time_argument import ExpertFinder
 
 INTERVAL_EDGES = "interval_edges"  # the entry of the configuration, as in the package's other models
@@ -68,7 +70,7 @@ def _of_every_expert(name: str) -> Callable[..., None]:
     return method
 
 
-class DenoiserExperts(StandaloneModelMixin, ModelMixin, ConfigMixin, AttentionMixin):
+class DenoiserExperts(PipelineExpertsMixin, StandaloneModelMixin, ModelMixin, ConfigMixin, AttentionMixin):
     """
     Denoise with the expert that owns the noise level: several denoisers that a pipeline calls as one.
 
@@ -228,6 +230,10 @@ class DenoiserExperts(StandaloneModelMixin, ModelMixin, ConfigMixin, AttentionMi
         experts: Any = self.experts
         own = {INTERVAL_EDGES: self.intervals.to_config(), EXPERTS_KEY: [description(expert) for expert in experts]}
         self.register_to_config(**public_config(experts[0]) | own)
+
+    def _parts_with_code(self) -> list[type]:
+        """See [`StandaloneMixin`]: the classes of experts that are this package's."""
+        return package_classes(self.config[EXPERTS_KEY])
 
     def to_json_string(self) -> str:
         """See [`ConfigMixin.to_json_string`]."""
