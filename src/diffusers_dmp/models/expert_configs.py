@@ -21,7 +21,7 @@ EXPERTS_KEY = "expert_configs"  # the descriptions
 LIBRARIES = ("diffusers", PACKAGE)  # whose classes a configuration may name
 
 
-def check_experts(experts: Sequence[nn.Module], intervals: NoiseIntervals) -> None:
+def check_experts(experts: Sequence[Any], intervals: NoiseIntervals) -> None:
     """
     Check that denoisers can take turns in one pipeline.
 
@@ -148,7 +148,7 @@ def shared_quantizer(experts: Sequence[ModelMixin]) -> Any:
     Returns:
         `DiffusersQuantizer`, or None if they are not.
     """
-    quantizers = [getattr(expert, "hf_quantizer", None) for expert in experts]
+    quantizers: list[Any] = [getattr(expert, "hf_quantizer", None) for expert in experts]
     if None in quantizers:
         return None
     first, *others = [quantizer.quantization_config.to_dict() for quantizer in quantizers]

@@ -1,10 +1,11 @@
-"""Which adapters of PEFT the layers of a model use: switched in half a millisecond, and put back as they were.
+"""Which adapters of PEFT the layers of a model use: switched in a tenth of a millisecond, and put back as they were.
 
 PEFT's and Diffusers' `set_adapters` also change which adapters require gradients. Here, nothing but what the layers' forward pass
 reads is set: the names of the active adapters and their scales.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class AdapterSwitch:
         self._names = [[name for name, _ in choice] for choice in choices]
         self._scales = [
             [
-                (layer, name, weight)
+                (layer.scaling, name, _scale(layer, name, weight))
                 for name, weight in choice
                 for layer in self._layers
                 if name in adapters_of_layer(layer)
@@ -39,12 +40,12 @@ class AdapterSwitch:
         ]
         self._configs = _configs(model)
         self._found = [(layer._active_adapter, dict(layer.scaling)) for layer in self._layers]
-        # the first layer of each adapter; looked at before each pass
-        first_layers = (
-            next(layer for layer in self._layers if name in adapters_of_layer(layer)) for name in self.names
-        )
-        self._watched = list(dict.fromkeys([self._layers[0], *first_layers])) if self._layers else []
+        # the first layer of the model and of each adapter, which are looked at before each pass
+        first = {name: next(each for each in self._layers if name in adapters_of_layer(each)) for name in self.names}
+        self._watched = list(dict.fromkeys([*self._layers[:1], *first.values()]))
         self._active = [layer._active_adapter for layer in self._watched]
+        self._scalings = {name: layer.scaling for name, layer in first.items()}
+        self._scaled = {name: layer.scaling[name] for name, layer in first.items()}
         self.current: int | None = None
 
     @property
@@ -64,11 +65,14 @@ class AdapterSwitch:
         self.current = choice
         names = self._names[choice]
         for layer in self._layers:
-            # private to PEFT, whose public setter changes `requires_grad` of all adapters
-            layer._active_adapter = names
-        for layer, name, weight in self._scales[choice]:
-            layer.set_scale(name, weight)  # weight · alpha / r, or / √r
+            # private to PEFT, whose public setter changes `requires_grad` of all adapters; the attribute's own setter, that of
+            # modules, takes thirty times as long
+            vars(layer)["_active_adapter"] = names
+        for scaling, name, scale in self._scales[choice]:
+            scaling[name] = scale
         self._active = [names] * len(self._watched)
+        for name in names:
+            self._scaled[name] = self._scalings[name][name]
 
     def put_back(self) -> None:
         """Use the adapters that the model used at first, except in layers where others have chosen since."""
@@ -79,18 +83,30 @@ class AdapterSwitch:
             if layer._active_adapter is names:
                 layer._active_adapter = active
                 layer.scaling.update({name: scale for name, scale in scaling.items() if name in layer.scaling})
-        self._active = [layer._active_adapter for layer in self._watched]
 
     @property
     def is_untouched(self) -> bool:
-        """Whether nobody else has loaded, deleted, activated or fused adapters since."""
+        """Whether nobody else has loaded, deleted, activated, scaled or fused adapters since."""
         configs = _configs(self._model)
         return (
             len(configs) == len(self._configs)
             and all(config is other for config, other in zip(configs, self._configs))
             and all(layer._active_adapter is active for layer, active in zip(self._watched, self._active))
             and not any(layer.merged_adapters for layer in self._watched)
+            and all(_is_same_scale(self._scalings[name].get(name), scale) for name, scale in self._scaled.items())
         )
+
+    @property
+    def frozen_names(self) -> list[str]:
+        """Those of the adapters that require no gradients, if others do."""
+        trained = {
+            name
+            for layer in self._layers
+            for attribute in layer.adapter_layer_names
+            for name, part in getattr(layer, attribute, {}).items()
+            if any(parameter.requires_grad for parameter in _parameters(part))
+        }
+        return [name for name in self.names if name not in trained] if trained else []
 
     def bind_checkpoints(self) -> None:
         """
@@ -99,7 +115,7 @@ class AdapterSwitch:
         Between a pass and its backward pass, others may run with other adapters. This wraps the functions that checkpoint parts of
         the model, also those that were set in the meantime.
         """
-        for module in self._model.modules():
+        for module in self._modules():
             for name in _CHECKPOINTS:
                 function = vars(module).get(name)
                 if function is not None and not isinstance(function, _CheckpointWithAdapters):
@@ -107,12 +123,22 @@ class AdapterSwitch:
 
     def remove(self) -> None:
         """Put everything back as it was, except for what others have changed since."""
-        for module in self._model.modules():
+        for module in self._modules():
             for name in _CHECKPOINTS:
                 function = vars(module).get(name)
                 if isinstance(function, _CheckpointWithAdapters):
                     setattr(module, name, function.checkpoint)
         self.put_back()
+
+    def _modules(self) -> Iterator[nn.Module]:
+        """The modules of the model but those in its layers of PEFT: ten times faster than `modules()`."""
+        remaining = [self._model]
+        layers = set(self._layers)
+        while remaining:
+            module = remaining.pop()
+            yield module
+            if module not in layers:
+                remaining.extend(child for child in module._modules.values() if child is not None)
 
 
 class _CheckpointWithAdapters:
@@ -153,9 +179,26 @@ def adapter_layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if hasattr(module, "adapter_layer_names")]
 
 
+def _scale(layer: Any, name: str, weight: float) -> float:
+    """The scale of an adapter in a layer with a weight: weight · alpha / r, or / √r."""
+    before = layer.scaling[name]
+    layer.set_scale(name, weight)
+    scale, layer.scaling[name] = layer.scaling[name], before
+    return scale
+
+
+def _is_same_scale(scale: Any, other: Any) -> bool:
+    # up to rounding, as Diffusers scales before each pass and divides again after it; PEFT may have tensors here
+    return scale is other or (isinstance(scale, float) and isinstance(other, float) and math.isclose(scale, other))
+
+
 def adapters_of_layer(layer: Any) -> set[str]:
     """Return the names of the adapters in a layer of PEFT."""
     return {name for names in layer.adapter_layer_names for name in getattr(layer, names, {})}
+
+
+def _parameters(part: nn.Module | nn.Parameter) -> list[nn.Parameter]:
+    return [part] if isinstance(part, nn.Parameter) else list(part.parameters())
 
 
 def _configs(model: nn.Module) -> tuple:
