@@ -4,11 +4,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_CONFIG
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from matplotlib.figure import Figure
 from PIL import Image
+from tiny_pipelines import flux, flux_pipe
 
-from diffusers_dmp import DiTModel, DTRTransformer2DModel, SNRSplitPipeline
+from diffusers_dmp import (
+    DenoiserExperts,
+    DiTModel,
+    DTRTransformer2DModel,
+    NoiseIntervals,
+    SNRSplitPipeline,
+    experts_per_step,
+)
 from diffusers_dmp.evaluation.costs import gigaflops
 from diffusers_dmp.plots import (
     comparison_figure,
@@ -17,6 +25,8 @@ from diffusers_dmp.plots import (
     prompt_usage_figure,
     routing_figure,
     snr_split_figure,
+    specialisation_figures,
+    steps_figure,
     training_share_figure,
 )
 
@@ -97,3 +107,27 @@ def test_snr_split_figure(tmp_path):
     costs = [gigaflops(denoiser, *inputs, **labels) for denoiser in denoisers]
     assert [bar.get_height() for bar in cost.patches] == costs and costs[0] > 1.8 * costs[1]
     figure.savefig(tmp_path / "snr_split.png")
+
+
+def test_steps_figure(tmp_path):
+    intervals, scheduler = NoiseIntervals.from_sigmas([0.5, 0.875]), FlowMatchEulerDiscreteScheduler(shift=5.0)
+    figure = steps_figure(intervals, scheduler, 28, timestep=700)
+    axes = figure.axes[0]
+    points = {line.get_label(): line for line in axes.lines if line.get_marker() == "o"}
+    owners = experts_per_step(intervals, scheduler, 28)
+    scheduler.set_timesteps(28)
+    for expert, (label, line) in enumerate(points.items()):
+        mine = [index for index, owner in enumerate(owners) if owner == expert]
+        assert f"expert {expert}, " in label and f": {len(mine)} of 28 steps" in label
+        assert np.allclose(line.get_xdata(), np.array(mine) + 1)
+        assert np.allclose(line.get_ydata(), scheduler.timesteps[mine])
+    assert [label.split(", ")[1].split(":")[0] for label in points][1:] == ["500 ≤ t < 875", "875 ≤ t ≤ 1000"]
+    figure.savefig(tmp_path / "steps.png")
+
+
+def test_figures_of_experts_in_any_pipeline():
+    pipe = flux_pipe(DenoiserExperts([flux(0), flux(1)], NoiseIntervals.from_sigmas([0.6])))
+    assert list(specialisation_figures(pipe, num_inference_steps=4)) == ["steps"]
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    (figure,) = specialisation_figures(pipe, num_inference_steps=4).values()
+    assert len(figure.axes[0].lines) == 3

@@ -40,7 +40,7 @@ _IMPORT_STRUCTURE = {
         "register_layout",
         "register_streams",
     ],
-    "pipelines": [*_PIPELINES, "respaced_timesteps"],
+    "pipelines": [*_PIPELINES, "experts_per_step", "respaced_timesteps", "steps_per_expert"],
 }
 _MODULE_OF = {name: module for module, names in _IMPORT_STRUCTURE.items() for name in names}
 

@@ -315,7 +315,8 @@ def plot(
     ] = 50,
 ) -> None:
     """
-    Plot how a pipeline's parts divide the noise levels: routing windows, mixing coefficients, gates, or the SNR split.
+    Plot how a pipeline's parts divide the noise levels: routing windows, mixing coefficients, gates, the SNR split, or
+    the expert of each step.
 
     diffusers-dmp plot outputs/demo --timestep 300
     """

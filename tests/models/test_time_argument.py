@@ -133,7 +133,7 @@ def test_every_denoiser_of_diffusers_is_listed_or_left_to_the_default_knowingly(
 
 @pytest.mark.parametrize("name", LISTED)
 def test_a_listed_class_has_the_argument_and_is_verified(name):
-    names = table._argument_names(LISTED[name])
+    names = table.argument_names_of(LISTED[name])
     convention = table._known_argument(LISTED[name])
     arguments = [convention({}), convention({"guidance_embeds": True})] if callable(convention) else [convention]
     assert all(argument.name in names for argument in arguments)
@@ -147,7 +147,7 @@ def test_a_class_with_a_time_of_its_own_is_refused_until_it_is_taught(name, monk
     with pytest.raises(ValueError, match=f"of which is known how it is told the time, but got a {name}; teach it"):
         time_argument_of(denoiser)
     monkeypatch.setattr(table, "_REGISTERED", {})
-    argument = TimeArgument(name=table._argument_names(type(denoiser))[1], at_pure_noise=1.0)
+    argument = TimeArgument(name=table.argument_names_of(type(denoiser))[1], at_pure_noise=1.0)
     register_time_argument(type(denoiser), argument)
     assert time_argument_of(denoiser) == argument
 

@@ -42,6 +42,23 @@ def signal_to_noise_ratio(alphas_cumprod: torch.Tensor) -> torch.Tensor:
     return alphas_cumprod / (1 - alphas_cumprod)
 
 
+def levels_at(scheduler: SchedulerMixin, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Compute α and σ at training timesteps: σ = t/T and α = 1 - σ for flow matching, those of ᾱ otherwise.
+
+    Args:
+        scheduler ([`SchedulerMixin`]): A flow-matching scheduler, or one with `alphas_cumprod`.
+        timesteps (`torch.Tensor` of any shape): t in [0, T]; whole numbers below T if the scheduler has `alphas_cumprod`.
+
+    Returns:
+        α and σ in float32, in the shape and on the device of `timesteps`.
+    """
+    if is_flow_matching(scheduler):
+        sigma = (timesteps / scheduler.config["num_train_timesteps"]).float()
+        return 1 - sigma, sigma
+    return alpha_sigma(scheduler.alphas_cumprod.to(timesteps.device)[timesteps.long()])
+
+
 def noisy_sample(x0: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """
     Add noise to clean samples: x_t = α·x0 + σ·ε.

@@ -42,6 +42,17 @@ def velocity(x0: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor, sigma: 
     return alpha * noise - sigma * x0
 
 
+def flow_velocity(x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """
+    Compute the velocity of flow matching, ε - x0 (https://arxiv.org/abs/2210.02747), which "flow_prediction" means.
+
+    Args:
+        x0 (`torch.Tensor` of shape (B, …)): The clean samples.
+        noise (`torch.Tensor` of shape (B, …)): ε.
+    """
+    return noise - x0
+
+
 def to_x0(
     prediction: torch.Tensor, x_t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, prediction_type: str
 ) -> torch.Tensor:

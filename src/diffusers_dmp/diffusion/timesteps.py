@@ -7,6 +7,8 @@ scheduler (https://arxiv.org/abs/2210.02747) has t = σ·T and starts at exactly
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from .noise import is_flow_matching, scheduler_setting
+
 
 def check_timesteps(timesteps: torch.Tensor, num_train_timesteps: int) -> None:
     """
@@ -50,3 +52,36 @@ def check_train_timesteps(scheduler: SchedulerMixin, num_train_timesteps: int) -
             f"Expected the scheduler's `num_train_timesteps` to be the model's {num_train_timesteps}, "
             f"but got a {type(scheduler).__name__} with {scheduler_timesteps}."
         )
+
+
+def training_timesteps(scheduler: SchedulerMixin, num_train_timesteps: int) -> torch.Tensor:
+    """
+    Return the training timestep t of each of a scheduler's steps.
+
+    That is `scheduler.timesteps`, except that some flow-matching schedulers count from the noise to the image (Mochi's, and
+    others with `invert_sigmas`), or from 0 to 1 (`num_train_timesteps=1`, as ACE-Step's).
+
+    Args:
+        scheduler ([`SchedulerMixin`]): A scheduler whose timesteps are set.
+        num_train_timesteps (`int`): T.
+
+    Returns:
+        `torch.Tensor` of shape (S,), on the CPU: integer or float timesteps, in [0, T].
+
+    Raises:
+        ValueError: if the scheduler's timesteps are no training timesteps, as those of EDM, or it has another number of them.
+    """
+    flow = is_flow_matching(scheduler)
+    if not flow and not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(
+            "Expected `scheduler` to count training timesteps, as those with `alphas_cumprod` and flow-matching ones do, but "
+            f"got a {type(scheduler).__name__}, which has a time of its own."
+        )
+    timesteps = scheduler.timesteps.cpu()
+    last = scheduler.config.get("num_train_timesteps")
+    if flow and scheduler_setting(scheduler, "invert_sigmas"):
+        timesteps = last - timesteps
+    if flow and last == 1:
+        return timesteps * num_train_timesteps
+    check_train_timesteps(scheduler, num_train_timesteps)
+    return timesteps

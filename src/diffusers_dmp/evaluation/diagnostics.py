@@ -3,8 +3,9 @@
 Legend: N images, E experts, K bands of timesteps, C channels, H and W height and width.
 """
 
-import copy
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,11 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 
 from ..diffusion.latents import scale_latents
-from ..diffusion.noise import alpha_sigma, noisy_sample
-from ..diffusion.predictions import convert_prediction
+from ..diffusion.noise import is_flow_matching, levels_at, noisy_sample
+from ..diffusion.predictions import convert_prediction, flow_velocity
 from ..intervals import NoiseIntervals
 from ..models.inputs import has_classes
+from ..pipelines.expert_steps import steps_per_expert
 from ..saving.reading import read_json
 from ..systems import systems_in
 from ..training.arguments import DataArguments
@@ -34,7 +36,7 @@ SEED = 0  # of the images and their noise, the same for every expert
 @dataclass(frozen=True)
 class Diagnosis:
     """
-    Losses and use of each expert. A loss is the mean squared error of the predicted noise.
+    Losses and use of each expert. A loss is the mean squared error of the predicted noise; for flow matching, of the velocity.
 
     Args:
         edges (`list[float]` of length E + 1): Expert e owns the timesteps [edges[e], edges[e + 1]).
@@ -72,7 +74,7 @@ def diagnose(
     Measure the loss of every expert at all noise levels. A model without experts counts as one expert.
 
     Args:
-        pipeline: The pipeline, on the device to compute on; its scheduler has `alphas_cumprod`.
+        pipeline: The pipeline, on the device to compute on.
         dataset (`datasets.Dataset`): Images as [`load_images`] returns them; with labels if the pipeline knows classes.
         num_images (`int`): N, chosen at random. Each image is used once per band and per interval, at timesteps that cover it
             evenly.
@@ -87,27 +89,41 @@ def diagnose(
     """
     intervals, experts = _experts(pipeline)
     samples = _clean_samples(pipeline, dataset, num_images, **reading)
-    num_train_timesteps = pipeline.scheduler.config.num_train_timesteps
-    bands = NoiseIntervals.uniform(num_bands, num_train_timesteps).edges
+    scheduler = pipeline.scheduler
+    losses = [partial(_noise_loss, *expert, scheduler, samples) for expert in experts]
+    steps = steps_per_expert(intervals, scheduler, num_inference_steps)
+    return diagnosis_of(losses, intervals, steps, num_bands, _training_samples(training_summary or {}))
 
-    def losses(edges: tuple[float, ...]) -> torch.Tensor:
+
+def diagnosis_of(
+    losses: list[Callable[[float, float], float]],
+    intervals: NoiseIntervals,
+    sampling_steps: list[int],
+    num_bands: int,
+    training_samples: list[int] | None = None,
+) -> Diagnosis:
+    """
+    Measure the losses of experts in bands of timesteps and in one another's intervals.
+
+    Args:
+        losses (`list[Callable]` of length E): For each expert, its loss at timesteps that cover [low, high) evenly.
+        intervals ([`NoiseIntervals`]): Which expert owns which timesteps.
+        sampling_steps, training_samples (`list[int]` of length E): As in [`Diagnosis`].
+        num_bands (`int`): K.
+    """
+    bands = NoiseIntervals.uniform(num_bands, intervals.num_train_timesteps).edges
+
+    def between(edges: tuple[float, ...]) -> list[list[float]]:
         """The losses (E, len(edges) - 1) of all experts between neighbouring edges."""
-        return torch.tensor(
-            [
-                [_noise_loss(*expert, pipeline.scheduler, samples, low, high) for low, high in zip(edges, edges[1:])]
-                for expert in experts
-            ]
-        )
+        return [[loss(low, high) for low, high in zip(edges, edges[1:])] for loss in losses]
 
-    timesteps = _sampling_timesteps(pipeline, num_inference_steps)
-    steps = intervals.index(timesteps).bincount(minlength=len(experts))
     return Diagnosis(
         edges=list(intervals.edges),
         bands=list(bands),
-        band_losses=losses(bands).tolist(),
-        swap_losses=losses(intervals.edges).T.tolist(),
-        sampling_steps=steps.tolist(),
-        training_samples=_training_samples(training_summary or {}),
+        band_losses=between(bands),
+        swap_losses=[list(row) for row in zip(*between(intervals.edges))],
+        sampling_steps=sampling_steps,
+        training_samples=training_samples,
     )
 
 
@@ -179,6 +195,38 @@ def _clean_samples(pipeline: Any, dataset: datasets.Dataset, num_images: int, **
     return _Samples(x0, noise, labels)
 
 
+def timesteps_between(low: float, high: float, num_samples: int, is_continuous: bool) -> torch.Tensor:
+    """Spread N timesteps evenly over [low, high): whole numbers unless the process is continuous in time."""
+    timesteps = low + (torch.arange(num_samples) + 0.5) / num_samples * (high - low)
+    return timesteps if is_continuous else timesteps.long()
+
+
+def prediction_error(
+    output: torch.Tensor,
+    x_t: torch.Tensor,
+    x0: torch.Tensor,
+    noise: torch.Tensor,
+    levels: tuple[torch.Tensor, torch.Tensor],
+    prediction_type: str,
+) -> torch.Tensor:
+    """
+    Compute the mean squared error of the predicted noise, or of the velocity for flow matching, of each sample.
+
+    Args:
+        output (`torch.Tensor` of shape (B, …)): What a denoiser predicts.
+        x_t, x0, noise (`torch.Tensor` of the same shape): Noisy samples, clean samples and ε.
+        levels (`tuple` of two `torch.Tensor`, broadcastable to them): α and σ.
+        prediction_type (`str`): What it predicts, of `PREDICTION_TYPES` or "flow_prediction".
+
+    Returns:
+        `torch.Tensor` of shape (B,).
+    """
+    if prediction_type == "flow_prediction":
+        return (output - flow_velocity(x0, noise)).square().flatten(1).mean(1)
+    epsilon = convert_prediction(output, x_t, *levels, prediction_type, "epsilon")
+    return (epsilon - noise).square().flatten(1).mean(1)
+
+
 @torch.no_grad()
 def _noise_loss(
     model: ModelMixin, prediction_type: str, scheduler: Any, samples: _Samples, low: float, high: float
@@ -186,25 +234,17 @@ def _noise_loss(
     """The mean squared error of the noise that a model predicts, at timesteps that cover [low, high) evenly."""
     x0, noise, labels = samples.x0, samples.noise, samples.labels
     num_samples, num_channels = x0.shape[:2]
-    timesteps = (low + (torch.arange(num_samples) + 0.5) / num_samples * (high - low)).long()  # (N,)
-    alphas_cumprod = scheduler.alphas_cumprod.to(x0.device)[timesteps.to(x0.device)].view(-1, 1, 1, 1)
-    alpha, sigma = alpha_sigma(alphas_cumprod)
+    timesteps = timesteps_between(low, high, num_samples, is_flow_matching(scheduler))  # (N,)
+    alpha, sigma = (level.view(-1, 1, 1, 1) for level in levels_at(scheduler, timesteps.to(x0.device)))
     x_t = noisy_sample(x0, noise, alpha, sigma)
     total = 0.0
     for rows in torch.arange(num_samples).split(BATCH_SIZE):
         kwargs = {} if labels is None else {"class_labels": labels[rows]}
         # a learned variance follows in further channels
         output = model(x_t[rows].to(model.dtype), timesteps[rows], **kwargs).sample[:, :num_channels].float()
-        epsilon = convert_prediction(output, x_t[rows], alpha[rows], sigma[rows], prediction_type, "epsilon")
-        total += float((epsilon - noise[rows]).square().mean((1, 2, 3)).sum())
+        levels = alpha[rows], sigma[rows]
+        total += float(prediction_error(output, x_t[rows], x0[rows], noise[rows], levels, prediction_type).sum())
     return total / num_samples
-
-
-def _sampling_timesteps(pipeline: Any, num_inference_steps: int) -> torch.Tensor:
-    """The timesteps of a sampling by the pipeline's scheduler, on the CPU."""
-    scheduler = copy.copy(pipeline.scheduler)  # set_timesteps would change the pipeline's own
-    scheduler.set_timesteps(num_inference_steps)
-    return scheduler.timesteps.cpu()
 
 
 def _training_samples(summary: dict[str, Any]) -> list[int] | None:

@@ -79,24 +79,32 @@ def split_by_expert(
     calls = []
     for expert, group in zip(present, order.split(sizes)):
         indices = group.tolist()
-        taken = tuple(_take(value, indices, len(experts), name) for value, name in named)
-        calls.append((expert, taken, _take(dict(kwargs), indices, len(experts))))
+        taken = tuple(take_samples(value, indices, len(experts), name) for value, name in named)
+        calls.append((expert, taken, take_samples(dict(kwargs), indices, len(experts))))
     return calls, order.argsort()
 
 
-def _take(value: Any, indices: list[int], batch_size: int, name: str = "") -> Any:
-    """Take some samples of an argument: of a tensor or list with an entry for each sample, or of all that a container holds."""
+def take_samples(value: Any, indices: list[int], batch_size: int, name: str = "") -> Any:
+    """
+    Take some samples of an argument: of a tensor or list with an entry for each sample, or of all that a container holds.
+
+    Args:
+        value: The argument, such as a dictionary of arguments.
+        indices (`list[int]`): Which samples of the batch.
+        batch_size (`int`): B.
+        name (`str`): The argument's name: some have no batch dimension.
+    """
     if name in SHARED:
         return value
     if isinstance(value, torch.Tensor):
         is_batch = value.ndim > 0 and len(value) == batch_size
         return value[torch.tensor(indices, device=value.device)] if is_batch else value
     if isinstance(value, Mapping):
-        return {key: _take(part, indices, batch_size, str(key)) for key, part in value.items()}
+        return {key: take_samples(part, indices, batch_size, str(key)) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         if isinstance(value, list) and len(value) == batch_size and not _holds_batches(value, batch_size, name):
             return [value[index] for index in indices]
-        return type(value)(_take(part, indices, batch_size) for part in value)
+        return type(value)(take_samples(part, indices, batch_size) for part in value)
     return value
 
 

@@ -18,7 +18,8 @@ from torch import nn
 from ..intervals import NoiseIntervals
 from ..saving.naming import full_name
 
-_SINGLE_PRECISION = 4 * torch.finfo(torch.float32).eps  # pipelines order the same operations differently
+# Pipelines order the same operations differently, and a flow-matching scheduler with a shift may begin at t = 1000.002.
+_SINGLE_PRECISION = 32 * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +214,7 @@ def register_time_argument(denoiser_class: type[nn.Module], time_argument: TimeA
     Raises:
         ValueError: if the class's `forward` has no such argument.
     """
-    names = _argument_names(denoiser_class)
+    names = argument_names_of(denoiser_class)
     if time_argument.name not in names:
         raise ValueError(
             f"Expected `time_argument` to name an argument of {denoiser_class.__name__}'s `forward`, {', '.join(names)}, but "
@@ -239,7 +240,7 @@ def time_argument_of(denoiser: nn.Module) -> TimeArgument:
     if callable(argument):
         config: Any = denoiser.config
         argument = argument(config)
-    is_usual = "timestep" in _argument_names(denoiser_class) and not _has_time_of_its_own(denoiser_class)
+    is_usual = "timestep" in argument_names_of(denoiser_class) and not _has_time_of_its_own(denoiser_class)
     if argument is None and is_usual:
         argument = _TIMESTEP
     if argument is None:
@@ -267,8 +268,8 @@ def _is_diffusers(cls: type) -> bool:
     return cls.__module__.partition(".")[0] == "diffusers"
 
 
-def _argument_names(denoiser_class: Any) -> tuple[str, ...]:
-    """The arguments of a class's `forward`, without `self`."""
+def argument_names_of(denoiser_class: Any) -> tuple[str, ...]:
+    """Return the names of the arguments of a class's `forward`, without `self`."""
     return tuple(inspect.signature(denoiser_class.forward).parameters)[1:]
 
 
@@ -289,7 +290,7 @@ class ExpertFinder:
     def __init__(self, denoiser: nn.Module, intervals: NoiseIntervals):
         self.intervals = intervals
         self.argument = time_argument_of(denoiser)
-        self.argument_names = _argument_names(type(denoiser))
+        self.argument_names = argument_names_of(type(denoiser))
         self.class_name = type(denoiser).__name__
         self._is_unverified = _known_argument(type(denoiser)) is None
 

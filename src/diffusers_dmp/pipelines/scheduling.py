@@ -16,6 +16,7 @@ from ..diffusion.noise_schedules import PURE_NOISE_SNR, clips, with_noise_schedu
 from ..diffusion.predictions import expected_prediction_type, noise_levels
 from ..diffusion.timesteps import check_timesteps, check_train_timesteps
 from ..intervals import NoiseIntervals
+from .expert_steps import experts_at
 
 LEARNED_VARIANCES = ("learned", "learned_range")
 _STEP_INPUTS = {"model_output", "timestep", "sample"}
@@ -261,7 +262,7 @@ def owners_of_steps(scheduler: SchedulerMixin, intervals: NoiseIntervals | None)
     begins = torch.arange(len(timesteps)) // scheduler.order * scheduler.order
     runge_kutta = len(getattr(scheduler, "prk_timesteps", ()))  # PNDM's first steps have four evaluations each
     begins[:runge_kutta] = torch.arange(runge_kutta) // 4 * 4
-    return intervals.index(timesteps[begins]).tolist()
+    return experts_at(intervals, timesteps[begins]).tolist()
 
 
 def _with_settings(scheduler: SchedulerMixin, **settings: Any) -> SchedulerMixin:

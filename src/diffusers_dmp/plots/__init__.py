@@ -12,6 +12,7 @@ from .figures import (
 )
 from .grids import comparison_figure, sample_grid
 from .specialisation import specialisation_figures
+from .steps import steps_figure
 
 __all__ = [
     "comparison_figure",
@@ -24,5 +25,6 @@ __all__ = [
     "sample_grid",
     "snr_split_figure",
     "specialisation_figures",
+    "steps_figure",
     "training_share_figure",
 ]

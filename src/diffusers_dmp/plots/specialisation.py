@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 
 from ..systems import systems_in
 from . import figures
+from .steps import steps_figure
 
 if TYPE_CHECKING:
     from ..guidance import GuidanceExperts
-    from ..models import DTRTransformer2DModel, RemixDiTModel
+    from ..models import DenoiserExperts, DTRTransformer2DModel, RemixDiTModel
     from ..pipelines import ClassConditionalPipeline, SNRSplitPipeline
     from ..plugins import PromptPatch
 
@@ -104,3 +105,14 @@ def guidance_figures(
 ) -> dict[str, Figure]:
     """Figures of PPAP."""
     return {"guidance_experts": figures.experts_figure(experts, pipeline.scheduler, options.timestep)}
+
+
+def step_figures(pipeline: Any, model: "DenoiserExperts", options: FigureOptions) -> dict[str, Figure]:
+    """Figures of whole denoisers as experts."""
+    scheduler = pipeline.scheduler
+    # the shift depends on the image's size: here, on that of the largest
+    schedule = {"mu": scheduler.config.max_shift} if scheduler.config.get("use_dynamic_shifting") else {}
+    figure = steps_figure(
+        model.intervals, scheduler, options.num_inference_steps, timestep=options.timestep, **schedule
+    )
+    return {"steps": figure}
