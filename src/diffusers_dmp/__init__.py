@@ -12,7 +12,7 @@ from .hub.registration import register
 from .saving.moved import MOVED, answer_old_imports
 from .saving.version import __version__
 
-_MODELS = ["DTRTransformer2DModel", "DiTModel", "PatchedUNet2DModel", "RemixDiTModel"]
+_MODELS = ["DTRTransformer2DModel", "DenoiserExperts", "DiTModel", "PatchedUNet2DModel", "RemixDiTModel"]
 _PIPELINES = ["ClassConditionalPipeline", "SNRSplitPipeline"]
 _IMPORT_STRUCTURE = {
     "conversion": ["convert_checkpoint", "load_original_state_dict", "to_diffusers_experts"],

@@ -18,6 +18,7 @@ from diffusers_dmp.saving.mixins import VERSION_KEY
 
 CLASSES = [
     "DTRTransformer2DModel",
+    "DenoiserExperts",
     "DiTModel",
     "PatchedUNet2DModel",
     "RemixDiTModel",

@@ -1,5 +1,6 @@
-"""Denoisers with `from_pretrained`: DiT, DTR, Remix-DiT, and the patchified UNet of Patch Diffusion."""
+"""Denoisers with `from_pretrained`: DiT, DTR, Remix-DiT, the patchified UNet of Patch Diffusion, and several denoisers as one."""
 
+from .denoiser_experts import DenoiserExperts
 from .dit.model import DIT_PRESETS, DiTModel
 from .dtr_transformer_2d import DTRTransformer2DModel, TaskRouting
 from .patched_unet_2d import PatchedUNet2DModel
@@ -10,6 +11,7 @@ __all__ = [
     "DIT_PRESETS",
     "REMIX_DIT_PRESETS",
     "DTRTransformer2DModel",
+    "DenoiserExperts",
     "DiTModel",
     "PatchedUNet2DModel",
     "RemixDiTModel",

@@ -1,0 +1,289 @@
+"""Whole denoisers as experts, one per noise interval, in the place of a pipeline's one denoiser.
+
+Patch Diffusion (https://arxiv.org/abs/2207.04316), eDiff-I (https://arxiv.org/abs/2211.01324) and Wan2.2 sample in this way. Here it
+works in any pipeline of Diffusers, which is not changed:
+
+    >>> pipe.transformer = DenoiserExperts([low, high], NoiseIntervals.from_sigmas([0.875]))
+
+Legend: E experts, B batch.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.hooks import CpuOffload
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.loaders import PeftAdapterMixin, UNet2DConditionLoadersMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from ..intervals import NoiseIntervals
+from ..saving.mixins import StandaloneModelMixin
+from ..saving.naming import PACKAGE
+from .expert_configs import (
+    EXPERTS_KEY,
+    check_can_be_loaded,
+    check_experts,
+    class_of_description,
+    description,
+    descriptions_in,
+    expert_from_description,
+    public_config,
+)
+from .loading import HUB_ARGUMENTS
+from .mixed_batches import run_by_expert
+from .time_argument import ExpertFinder
+
+INTERVAL_EDGES = "interval_edges"  # the entry of the configuration, as in the package's other models
+
+# Methods with these names change a setting, of every expert.
+_SETTINGS = ("enable_", "disable_", "set_", "reset_", "fuse_", "unfuse_")
+_ADAPTER_METHODS = {
+    name
+    for mixin in (PeftAdapterMixin, UNet2DConditionLoadersMixin)
+    for name, member in vars(mixin).items()
+    if callable(member) and not name.startswith("__")
+}
+_QUANTISED = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method")
+# What Diffusers reads from a model about the classes of its layers.
+_CLASS_LISTS = (
+    "_keep_in_fp32_modules",
+    "_no_split_modules",
+    "_repeated_blocks",
+    "_skip_layerwise_casting_patterns",
+)
+
+
+def _of_every_expert(name: str) -> Callable[..., None]:
+    def method(self, *args, **kwargs) -> None:
+        for expert in self.experts:
+            getattr(expert, name)(*args, **kwargs)
+
+    method.__name__ = name
+    method.__doc__ = f"Call `{name}` of every expert."
+    return method
+
+
+class DenoiserExperts(StandaloneModelMixin, ModelMixin, ConfigMixin, AttentionMixin):
+    """
+    Denoise with the expert that owns the noise level: several denoisers that a pipeline calls as one.
+
+    The experts may differ in class, depth and width, if the pipeline could call each of them. In a batch of several noise
+    levels, as in training, each sample is denoised by its own expert, exactly as in a batch without the others.
+
+    What a pipeline reads from its denoiser (`config`, `dtype`, `add_embedding`) is that of the first expert; what it sets
+    (attention processors and backends, caching, compilation, checkpointing) reaches all. Adapters (LoRA) belong to one of
+    the `experts`: `experts[0].load_lora_adapter(…)`. The model is saved and loaded as one, with the usual arguments. Under
+    `enable_model_cpu_offload` only the expert that is called is on the accelerator.
+
+    Args:
+        experts (`list[ModelMixin]` of length E): The denoisers, the first for the least noise.
+        intervals ([`NoiseIntervals`]): Which of them owns which timesteps.
+
+    Raises:
+        ValueError: if there are not as many experts as intervals, it is not known how an expert is told the time
+            ([`register_time_argument`] teaches it), or the experts differ in that, in channels or in dtype.
+
+    Example:
+
+    ```py
+    pipe.transformer = DenoiserExperts([low, high], NoiseIntervals.from_sigmas([0.875]))
+    pipe.save_pretrained("two-experts", variant="bf16")
+    ```
+    """
+
+    __module__ = PACKAGE  # the library that `save_pretrained` names
+
+    def __init__(self, experts: list[ModelMixin], intervals: NoiseIntervals):
+        super().__init__()
+        experts = list(experts)
+        check_experts(experts, intervals)
+        self.experts = nn.ModuleList(experts)
+        self.training = self.experts.training = any(expert.training for expert in experts)
+        self.intervals = intervals
+        self._find_experts = ExpertFinder(experts[0], intervals)
+        self._cache_context: tuple[tuple, dict[str, Any]] | None = None
+        self._register_experts()
+        for name in _CLASS_LISTS:
+            setattr(self, name, sorted({each for expert in experts for each in getattr(expert, name) or ()}))
+        self._supports_gradient_checkpointing = all(expert._supports_gradient_checkpointing for expert in experts)
+        self._supports_group_offloading = all(expert._supports_group_offloading for expert in experts)
+
+    def forward(self, *args, **kwargs) -> Any:
+        """
+        Call the expert that owns the noise level, or each expert with its samples.
+
+        Args:
+            args, kwargs: The arguments of the experts' `forward`. They reach a single expert unchanged.
+
+        Returns:
+            What the experts return.
+
+        Raises:
+            ValueError: as [`ExpertFinder`] does for the time, and [`run_by_expert`] for a batch of several experts.
+        """
+        owners = self._owners(args, kwargs)
+        if len(owners) == 1:
+            return self._run(owners[0], args, kwargs)
+        return run_by_expert(owners, args, kwargs, self._run)
+
+    @torch.compiler.disable
+    def _owners(self, args: tuple, kwargs: dict[str, Any]) -> list[int]:
+        return self._find_experts(args, kwargs)
+
+    def _run(self, index: int, args: tuple, kwargs: dict[str, Any]) -> Any:
+        expert: Any = self.experts[index]
+        device = self._offloading_device()
+        if device is not None:
+            for other in self.experts:
+                if other is not expert and next(other.parameters()).device.type != "cpu":
+                    other.to("cpu")
+            expert.to(device)
+        if self._cache_context is None:
+            return expert(*args, **kwargs)
+        names, settings = self._cache_context
+        with expert.cache_context(*names, **settings):
+            return expert(*args, **kwargs)
+
+    # --- where the weights are ------------------------------------------------------------------------------------------
+
+    def _offloading_device(self) -> Any:
+        """The device of `enable_model_cpu_offload`; None without it."""
+        hook = vars(self).get("_hf_hook")
+        hooks = getattr(hook, "hooks", (hook,))  # several hooks are one with a list
+        return next((each.execution_device for each in hooks if isinstance(each, CpuOffload)), None)
+
+    def to(self, *args, **kwargs) -> "DenoiserExperts":
+        """See [`ModelMixin.to`]. The hook of `enable_model_cpu_offload` moves each expert when it is called."""
+        if args and args == (self._offloading_device(),) and not kwargs:
+            return self  # this is the hook, before `forward`, which knows the expert: see `_run`
+        return super().to(*args, **kwargs)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first expert, in which a pipeline passes its inputs."""
+        return self.experts[0].dtype
+
+    # --- settings -------------------------------------------------------------------------------------------------------
+
+    compile = _of_every_expert("compile")
+    compile_repeated_blocks = _of_every_expert("compile_repeated_blocks")
+    enable_gradient_checkpointing = _of_every_expert("enable_gradient_checkpointing")
+    enable_group_offload = _of_every_expert("enable_group_offload")
+    enable_layerwise_casting = _of_every_expert("enable_layerwise_casting")
+    fuse_qkv_projections = _of_every_expert("fuse_qkv_projections")
+    unfuse_qkv_projections = _of_every_expert("unfuse_qkv_projections")
+
+    @contextmanager
+    def cache_context(self, *args, **kwargs) -> Iterator[None]:
+        """See [`CacheMixin.cache_context`]: the expert that is called enters it."""
+        previous, self._cache_context = self._cache_context, (args, kwargs)
+        try:
+            yield
+        finally:
+            self._cache_context = previous
+
+    def _reset_stateful_cache(self, recurse: bool = True) -> None:
+        """What pipelines call at their end."""
+        for expert in self.experts:
+            if hasattr(expert, "_reset_stateful_cache"):
+                expert._reset_stateful_cache(recurse)
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer for the experts: settings reach all, values are those that they have in common."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            experts = list(vars(self).get("_modules", {}).get("experts", ()))  # none in a copy that is being made
+            owners = [expert for expert in experts if hasattr(expert, name)]
+            if not owners or (name.startswith("_") and name not in _ADAPTER_METHODS):
+                raise
+        if name in _ADAPTER_METHODS:
+            return _refusal(name)
+        if name in _QUANTISED:
+            return next((getattr(owner, name) for owner in owners if getattr(owner, name)), False)
+        value = getattr(experts[0], name, None)
+        if len(owners) == len(experts):
+            if callable(value) and name.startswith(_SETTINGS):
+                return _of_every_expert(name).__get__(self)
+            is_layer = isinstance(value, nn.Module) and not isinstance(value, (nn.ModuleList, nn.ModuleDict))
+            if is_layer or _is_common(value, [getattr(expert, name) for expert in experts]):
+                return value
+        raise AttributeError(
+            f"Expected `{name}` of one expert, as each has its own, but got a DenoiserExperts: `experts[i].{name}`."
+        )
+
+    # --- saving and loading ---------------------------------------------------------------------------------------------
+
+    def _register_experts(self) -> None:
+        """Write the configuration: the first expert's, which pipelines read, and the descriptions of all."""
+        experts: Any = self.experts
+        own = {INTERVAL_EDGES: self.intervals.to_config(), EXPERTS_KEY: [description(expert) for expert in experts]}
+        self.register_to_config(**public_config(experts[0]) | own)
+
+    def to_json_string(self) -> str:
+        """See [`ConfigMixin.to_json_string`]."""
+        self._register_experts()  # what an expert's configuration has got since
+        return super().to_json_string()
+
+    def save_pretrained(self, save_directory: Any, *args, **kwargs) -> None:
+        """
+        See [`ModelMixin.save_pretrained`] and [`StandaloneModelMixin`].
+
+        Raises:
+            ValueError: if an expert's class is not one of Diffusers or this package, experts share weights, or there are
+                adapters (LoRA).
+        """
+        check_can_be_loaded(list(self.experts))
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    save_pretrained.__wrapped__ = ModelMixin.save_pretrained  # type: ignore[attr-defined]  # as in StandaloneModelMixin
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs) -> Any:
+        """See [`StandaloneModelMixin.from_pretrained`]."""
+        names = (*HUB_ARGUMENTS, "revision", "subfolder")
+        config = cls.load_config(
+            pretrained_model_name_or_path, **{name: kwargs[name] for name in names if name in kwargs}
+        )
+        classes = [class_of_description(described) for described in descriptions_in(config)]
+        in_float32 = sorted({name for each in classes for name in each._keep_in_fp32_modules or ()})
+        # Diffusers reads from the class which weights stay in float32. Here it depends on what is loaded.
+        loaded_class = type(
+            cls.__name__, (cls,), {"__module__": cls.__module__, "_keep_in_fp32_modules": in_float32 or None}
+        )
+        loaded = super(DenoiserExperts, loaded_class).from_pretrained(pretrained_model_name_or_path, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.__class__ = cls
+        return loaded
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs) -> Any:
+        """See [`ConfigMixin.extract_init_dict`]: the experts are made of their descriptions."""
+        descriptions = descriptions_in(config_dict)
+        about_this_copy = {
+            name: value for name, value in config_dict.items() if name[0] == "_" or name == "quantization_config"
+        }
+        arguments, unused, hidden = super().extract_init_dict(about_this_copy, **kwargs)
+        arguments["experts"] = [expert_from_description(described) for described in descriptions]
+        arguments["intervals"] = NoiseIntervals(tuple(config_dict[INTERVAL_EDGES]))
+        return arguments, unused, hidden
+
+
+def _refusal(name: str) -> Callable[..., None]:
+    def refuse(*args, **kwargs) -> None:
+        raise ValueError(
+            f"Expected one expert to be named for `{name}`, as adapters belong to one model, but got a DenoiserExperts: call "
+            f"`experts[i].{name}(…)`."
+        )
+
+    return refuse
+
+
+def _is_common(value: Any, values: list[Any]) -> bool:
+    if isinstance(value, torch.Tensor) or callable(value):
+        return False
+    return all(type(each) is type(value) and each == value for each in values)
