@@ -19,7 +19,7 @@ from diffusers_dmp import DenoiserExperts, LoraExperts, NoiseIntervals, TaskRout
 from diffusers_dmp.models.dit.model import DIT_PRESETS
 
 from .ppap import num_bytes
-from .pretend_accelerator import DEVICE, PretendAccelerator
+from .pretended_accelerator import DEVICE, PretendedAccelerator
 from .timing import Ratio, Settings
 
 SWITCH_TARGET_MS, STEP_TARGET, ROUTING_TARGET, PER_SAMPLE_TARGET, MEMORY_TARGET = 1.0, 1.01, 1.03, 1.05, 0.01
@@ -174,7 +174,7 @@ def print_memory_of_offloading(settings: Settings) -> None:
 def peak_of_offloaded(model: nn.Module, timesteps: list[float], device: torch.device) -> int:
     """Return the most bytes that are on an accelerator while an offloaded denoiser is called at some timesteps."""
     is_gpu = device.type == "cuda"
-    accelerator = PretendAccelerator()
+    accelerator = PretendedAccelerator()
     device = device if is_gpu else DEVICE
     inputs = sd3_inputs(1, torch.device("cpu"), torch.float32)
     _, hook = cpu_offload_with_hook(model, device)  # what `enable_model_cpu_offload` does for each part of a pipeline

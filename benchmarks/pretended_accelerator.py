@@ -25,7 +25,7 @@ VALUES_NEEDED = {
 }
 
 
-class PretendTensor(torch.Tensor):
+class PretendedTensor(torch.Tensor):
     """A tensor that is on the accelerator as far as anybody can tell, and holds its values on the CPU."""
 
     held: torch.Tensor
@@ -41,12 +41,12 @@ class PretendTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        raise RuntimeError("Expected to be used inside of a `PretendAccelerator`.")
+        raise RuntimeError("Expected to be used inside of a `PretendedAccelerator`.")
 
 
-class PretendAccelerator(TorchDispatchMode):
+class PretendedAccelerator(TorchDispatchMode):
     """
-    A context in which `PretendTensor`s compute.
+    A context in which [`PretendedTensor`]s compute.
 
     Attributes:
         waits (`list[str]`): The operations so far that a CPU would have waited in.
@@ -58,15 +58,15 @@ class PretendAccelerator(TorchDispatchMode):
         self.waits: list[str] = []
         self.num_bytes = self.peak_bytes = 0
         self._storages: set[int] = set()
-        self._uploads = _UploadsOfLists()
+        self._lists = _Lists()
 
     def __enter__(self):
-        self._uploads.__enter__()
+        self._lists.__enter__()
         return super().__enter__()
 
     def __exit__(self, *exception):
         super().__exit__(*exception)
-        self._uploads.__exit__(*exception)
+        self._lists.__exit__(*exception)
 
     def put(self, value: Any) -> Any:
         """Move a tensor, or all tensors of a model or of containers, without waiting."""
@@ -78,7 +78,7 @@ class PretendAccelerator(TorchDispatchMode):
         with torch.no_grad():
             return tree_map(lambda x: self._wrapped(x.detach()) if isinstance(x, torch.Tensor) else x, value)
 
-    def _wrapped(self, held: torch.Tensor) -> PretendTensor:
+    def _wrapped(self, held: torch.Tensor) -> PretendedTensor:
         """Wrap a tensor, and count its memory until it is gone."""
         storage = held.untyped_storage()
         address, num_bytes = storage.data_ptr(), storage.nbytes()
@@ -87,7 +87,7 @@ class PretendAccelerator(TorchDispatchMode):
             self.num_bytes += num_bytes
             self.peak_bytes = max(self.peak_bytes, self.num_bytes)
             weakref.finalize(storage, self._forget, address, num_bytes)
-        return PretendTensor(held)
+        return PretendedTensor(held)
 
     def _forget(self, address: int, num_bytes: int) -> None:
         self._storages.remove(address)
@@ -96,13 +96,13 @@ class PretendAccelerator(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        comes_from = any(isinstance(x, PretendTensor) for x in inputs)
+        comes_from = any(isinstance(x, PretendedTensor) for x in inputs)
         goes_to = comes_from
         if kwargs.get("device") is not None:
-            goes_to = torch.device(kwargs["device"]).type == "meta"
+            goes_to = torch.device(kwargs["device"]).type == DEVICE.type
             kwargs["device"] = "cpu"
         elif func is aten.copy_.default:
-            goes_to, comes_from = (isinstance(x, PretendTensor) for x in args[:2])
+            goes_to, comes_from = (isinstance(x, PretendedTensor) for x in args[:2])
         is_moved = bool(inputs) and comes_from != goes_to and not kwargs.get("non_blocking")
         by_mask = func in (aten.index.Tensor, aten.index_put_.default) and any(
             index.dtype == torch.bool for index in args[1] if index is not None
@@ -111,18 +111,20 @@ class PretendAccelerator(TorchDispatchMode):
             self.waits.append(str(func))
         if func is aten._fused_sdp_choice.default:
             return 0  # the one attention that is written in operations of its own
-        args, kwargs = tree_map(lambda x: x.held if isinstance(x, PretendTensor) else x, (args, kwargs))
+        args, kwargs = tree_map(lambda x: x.held if isinstance(x, PretendedTensor) else x, (args, kwargs))
         outputs = func(*args, **kwargs)
         if not goes_to or func is aten._local_scalar_dense.default:
             return outputs
         return tree_map(lambda x: self._wrapped(x) if isinstance(x, torch.Tensor) else x, outputs)
 
 
-class _UploadsOfLists(TorchFunctionMode):
-    """`torch.tensor([…], device=…)` makes no values on 'meta': make them on the CPU and move them, as elsewhere."""
+class _Lists(TorchFunctionMode):
+    """What PyTorch does not do for tensors of such classes: move from lists and to them, by way of the CPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        if func is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == "meta":
-            return torch.tensor(*args, **kwargs | {"device": "cpu"}).to("meta")
+        if func is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == DEVICE.type:
+            return torch.tensor(*args, **kwargs | {"device": "cpu"}).to(DEVICE)
+        if func is torch.Tensor.tolist and isinstance(args[0], PretendedTensor):
+            return args[0].cpu().tolist()
         return func(*args, **kwargs)
