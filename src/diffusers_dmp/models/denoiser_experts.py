@@ -32,6 +32,7 @@ from .expert_configs import (
     descriptions_in,
     expert_from_description,
     public_config,
+    shared_quantizer,
 )
 from .loading import HUB_ARGUMENTS
 from .mixed_batches import run_by_expert
@@ -107,6 +108,10 @@ class DenoiserExperts(StandaloneModelMixin, ModelMixin, ConfigMixin, AttentionMi
         self._find_experts = ExpertFinder(experts[0], intervals)
         self._cache_context: tuple[tuple, dict[str, Any]] | None = None
         self._register_experts()
+        quantizer = shared_quantizer(experts)
+        if quantizer is not None:
+            self.hf_quantizer = quantizer
+            self.register_to_config(quantization_config=quantizer.quantization_config)
         for name in _CLASS_LISTS:
             setattr(self, name, sorted({each for expert in experts for each in getattr(expert, name) or ()}))
         self._supports_gradient_checkpointing = all(expert._supports_gradient_checkpointing for expert in experts)
@@ -258,6 +263,10 @@ class DenoiserExperts(StandaloneModelMixin, ModelMixin, ConfigMixin, AttentionMi
         loaded = super(DenoiserExperts, loaded_class).from_pretrained(pretrained_model_name_or_path, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.__class__ = cls
+        quantised = {name: vars(model)[name] for name in (*_QUANTISED, "hf_quantizer") if name in vars(model)}
+        for expert in model.experts if quantised else ():
+            vars(expert).update(quantised)
+            expert.register_to_config(quantization_config=model.config.quantization_config)
         return loaded
 
     @classmethod

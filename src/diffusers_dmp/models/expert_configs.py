@@ -123,13 +123,35 @@ def descriptions_in(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     return config[EXPERTS_KEY]
 
 
+def shared_quantizer(experts: Sequence[ModelMixin]) -> Any:
+    """
+    Return the quantizer of experts that are all quantised in the same way, with which Diffusers saves and loads them as one.
+
+    Returns:
+        `DiffusersQuantizer`, or None if they are not.
+    """
+    quantizers = [getattr(expert, "hf_quantizer", None) for expert in experts]
+    if None in quantizers:
+        return None
+    first, *others = [quantizer.quantization_config.to_dict() for quantizer in quantizers]
+    return quantizers[0] if all(other == first for other in others) else None
+
+
 def check_can_be_loaded(experts: Sequence[ModelMixin]) -> None:
     """
     Check that experts can be loaded again after they were saved.
 
     Raises:
-        ValueError: if a class is not one of Diffusers or this package, or experts share weights.
+        ValueError: if a class is not one of Diffusers or this package, experts share weights, or they are not quantised in the
+            same way.
     """
+    quantised = [getattr(expert, "is_quantized", False) for expert in experts]
+    if any(quantised) and shared_quantizer(experts) is None:
+        methods = [getattr(expert, "quantization_method", None) for expert in experts]
+        raise ValueError(
+            f"Expected all `experts` to be quantised in the same way to save them in one model, but got {methods}; "
+            "`experts[i].save_pretrained(folder)` saves each by itself."
+        )
     for index, expert in enumerate(experts):
         described, name = description(expert), type(expert).__name__
         library = described["_library"]
