@@ -28,7 +28,7 @@ _IMPORT_STRUCTURE = {
     "hub": ["publish"],
     "intervals": ["NoiseIntervals"],
     "models": [*_MODELS, "TimeArgument", "register_time_argument"],
-    "plugins": ["Conditioning", "PromptPatch", "TransformerLayout", "register_layout"],
+    "plugins": ["Conditioning", "LoraExperts", "PromptPatch", "TransformerLayout", "register_layout"],
     "pipelines": [*_PIPELINES, "respaced_timesteps"],
 }
 _MODULE_OF = {name: module for module, names in _IMPORT_STRUCTURE.items() for name in names}

@@ -33,13 +33,30 @@ def run_by_expert(
     Raises:
         ValueError: if an output holds anything that is not one value for each sample.
     """
+    calls, order = split_by_expert(experts, args, kwargs)
+    return join_outputs([run(*call) for call in calls], order)
+
+
+def split_by_expert(
+    experts: list[int], args: tuple, kwargs: Mapping[str, Any]
+) -> tuple[list[tuple[int, tuple, dict[str, Any]]], torch.Tensor]:
+    """
+    Split the arguments of a call by expert.
+
+    Args:
+        experts (`list[int]` of length B): The expert of each sample.
+        args, kwargs: The arguments of the call.
+
+    Returns:
+        Each expert that occurs, with the arguments for its samples; and the order in which [`join_outputs`] takes the samples.
+    """
     order, present, sizes = group_by_expert(torch.tensor(experts))
     groups = [group.tolist() for group in order.split(sizes)]
-    outputs = [
-        run(expert, _take(args, group, len(experts)), _take(dict(kwargs), group, len(experts)))
+    calls = [
+        (expert, _take(args, group, len(experts)), _take(dict(kwargs), group, len(experts)))
         for expert, group in zip(present, groups)
     ]
-    return _join(outputs, order.argsort())
+    return calls, order.argsort()
 
 
 def _take(value: Any, indices: list[int], batch_size: int) -> Any:
@@ -63,18 +80,23 @@ def _holds_batches(parts: list[Any], batch_size: int) -> bool:
     return len(tokens) == len(parts) and all(part.ndim == 3 and len(part) == batch_size for part in tokens)
 
 
-def _join(outputs: list[Any], order: torch.Tensor) -> Any:
-    """Join the outputs of several calls along the batch, and bring the samples into an order."""
+def join_outputs(outputs: list[Any], order: torch.Tensor) -> Any:
+    """
+    Join the outputs of several calls along the batch, and bring the samples into an order.
+
+    Raises:
+        ValueError: if an output holds anything that is not one value for each sample.
+    """
     first = outputs[0]
     if isinstance(first, torch.Tensor):
         return torch.cat(outputs)[order.to(first.device)]
     if isinstance(first, BaseOutput):
-        return type(first)(**{name: _join([output[name] for output in outputs], order) for name in first})
+        return type(first)(**{name: join_outputs([output[name] for output in outputs], order) for name in first})
     if isinstance(first, list):  # a list of samples, as of Z-Image
         samples = [sample for output in outputs for sample in output]
         return [samples[index] for index in order.tolist()]
     if isinstance(first, tuple):
-        return tuple(_join(list(parts), order) for parts in zip(*outputs))
+        return tuple(join_outputs(list(parts), order) for parts in zip(*outputs))
     if first is None:
         return None
     raise ValueError(f"Expected a denoiser to return tensors, but got a {type(first).__name__}.")

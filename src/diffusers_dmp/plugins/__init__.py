@@ -1,6 +1,7 @@
-"""What attaches to a denoiser, and comes off again without a trace: prompts (DMP)."""
+"""What attaches to a denoiser, and comes off again without a trace: a LoRA per interval, prompts (DMP)."""
 
 from .blocks import Conditioning, TransformerLayout, register_layout
+from .lora_experts import LoraExperts
 from .prompts import PromptPatch
 
-__all__ = ["Conditioning", "PromptPatch", "TransformerLayout", "register_layout"]
+__all__ = ["Conditioning", "LoraExperts", "PromptPatch", "TransformerLayout", "register_layout"]

@@ -25,7 +25,7 @@ class ForwardHooks:
         self._modules: list[nn.Module] = []
         self._handles: list[Any] = []
 
-    def before(self, module: nn.Module, hook: Callable) -> None:
+    def before(self, module: nn.Module, hook: Callable, first: bool = False) -> None:
         """
         Add a hook that runs before `module`.
 
@@ -33,8 +33,9 @@ class ForwardHooks:
             module (`nn.Module`): The module.
             hook (`Callable[[nn.Module, tuple, dict], tuple[tuple, dict] | None]`): Gets the module and its arguments. May
                 return other arguments.
+            first (`bool`): Run the hook before the module's other ones.
         """
-        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first))
         self._mark(module)
 
     def after(self, module: nn.Module, hook: Callable, always_call: bool = False) -> None:

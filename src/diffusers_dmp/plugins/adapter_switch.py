@@ -1,0 +1,163 @@
+"""Which adapters of PEFT the layers of a model use: switched in half a millisecond, and put back as they were.
+
+PEFT's and Diffusers' `set_adapters` also change which adapters require gradients. Here, nothing but what the layers' forward pass
+reads is set: the names of the active adapters and their scales.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+# where a module keeps the function that checkpoints a part of it: models of Diffusers, and PyTorch's `CheckpointWrapper`
+_CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
+
+
+class AdapterSwitch:
+    """
+    Switches the adapters that a model uses.
+
+    Args:
+        model (`nn.Module`): A model with layers of PEFT.
+        choices (`list[tuple[tuple[str, float], ...]]`): The adapters to choose from, with their weights; an empty tuple is the
+            model without adapters.
+    """
+
+    def __init__(self, model: nn.Module, choices: Sequence[tuple[tuple[str, float], ...]]):
+        self._model = model
+        self._layers = adapter_layers(model)
+        self._names = [[name for name, _ in choice] for choice in choices]
+        self._scales = [
+            [
+                (layer, name, weight)
+                for name, weight in choice
+                for layer in self._layers
+                if name in adapters_of_layer(layer)
+            ]
+            for choice in choices
+        ]
+        self._configs = _configs(model)
+        self._found = [(layer._active_adapter, dict(layer.scaling)) for layer in self._layers]
+        # the first layer of each adapter; looked at before each pass
+        first_layers = (
+            next(layer for layer in self._layers if name in adapters_of_layer(layer)) for name in self.names
+        )
+        self._watched = list(dict.fromkeys([self._layers[0], *first_layers])) if self._layers else []
+        self._active = [layer._active_adapter for layer in self._watched]
+        self.current: int | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters that occur in the choices."""
+        return list(dict.fromkeys(name for names in self._names for name in names))
+
+    def use(self, choice: int) -> None:
+        """
+        Use the adapters of a choice, in all layers.
+
+        Args:
+            choice (`int`): Its index.
+        """
+        if choice == self.current:
+            return
+        self.current = choice
+        names = self._names[choice]
+        for layer in self._layers:
+            # private to PEFT, whose public setter changes `requires_grad` of all adapters
+            layer._active_adapter = names
+        for layer, name, weight in self._scales[choice]:
+            layer.set_scale(name, weight)  # weight · alpha / r, or / √r
+        self._active = [names] * len(self._watched)
+
+    def put_back(self) -> None:
+        """Use the adapters that the model used at first, except in layers where others have chosen since."""
+        if self.current is None:
+            return
+        names, self.current = self._names[self.current], None
+        for layer, (active, scaling) in zip(self._layers, self._found):
+            if layer._active_adapter is names:
+                layer._active_adapter = active
+                layer.scaling.update({name: scale for name, scale in scaling.items() if name in layer.scaling})
+        self._active = [layer._active_adapter for layer in self._watched]
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether nobody else has loaded, deleted, activated or fused adapters since."""
+        configs = _configs(self._model)
+        return (
+            len(configs) == len(self._configs)
+            and all(config is other for config, other in zip(configs, self._configs))
+            and all(layer._active_adapter is active for layer, active in zip(self._watched, self._active))
+            and not any(layer.merged_adapters for layer in self._watched)
+        )
+
+    def bind_checkpoints(self) -> None:
+        """
+        Let gradient checkpointing compute each part of a pass again with the adapters of that pass.
+
+        Between a pass and its backward pass, others may run with other adapters. This wraps the functions that checkpoint parts of
+        the model, also those that were set in the meantime.
+        """
+        for module in self._model.modules():
+            for name in _CHECKPOINTS:
+                function = vars(module).get(name)
+                if function is not None and not isinstance(function, _CheckpointWithAdapters):
+                    setattr(module, name, _CheckpointWithAdapters(self, function))
+
+    def remove(self) -> None:
+        """Put everything back as it was, except for what others have changed since."""
+        for module in self._model.modules():
+            for name in _CHECKPOINTS:
+                function = vars(module).get(name)
+                if isinstance(function, _CheckpointWithAdapters):
+                    setattr(module, name, function.checkpoint)
+        self.put_back()
+
+
+class _CheckpointWithAdapters:
+    """A function that checkpoints a part of a model, which is computed again with the adapters of its first time."""
+
+    def __init__(self, switch: AdapterSwitch, checkpoint: Callable):
+        self.switch = switch
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable, *args, **kwargs) -> Any:
+        if torch.compiler.is_compiling():  # a graph does not look at the layers again
+            return self.checkpoint(function, *args, **kwargs)
+        return self.checkpoint(_WithAdapters(self.switch, function), *args, **kwargs)
+
+
+class _WithAdapters:
+    """A part of a model, computed with the adapters that the model uses now."""
+
+    def __init__(self, switch: AdapterSwitch, function: Callable):
+        self.switch = switch
+        self.function = function
+        self.choice = switch.current
+
+    def __call__(self, *args, **kwargs) -> Any:
+        if self.choice is None:  # a part that is called by itself, before the first pass
+            return self.function(*args, **kwargs)
+        is_removed = self.switch.current is None
+        self.switch.use(self.choice)  # and leave it at that: the next pass chooses its own
+        try:
+            return self.function(*args, **kwargs)
+        finally:
+            if is_removed:
+                self.switch.put_back()
+
+
+def adapter_layers(model: nn.Module) -> list[Any]:
+    """Return the layers of PEFT in a model."""
+    return [module for module in model.modules() if hasattr(module, "adapter_layer_names")]
+
+
+def adapters_of_layer(layer: Any) -> set[str]:
+    """Return the names of the adapters in a layer of PEFT."""
+    return {name for names in layer.adapter_layer_names for name in getattr(layer, names, {})}
+
+
+def _configs(model: nn.Module) -> tuple:
+    """The configurations of the adapters in a model: other objects after any of them has been loaded or deleted."""
+    return tuple(getattr(model, "peft_config", {}).values())

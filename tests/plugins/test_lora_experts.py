@@ -1,0 +1,116 @@
+"""A LoRA per noise interval on one denoiser, in Diffusers' pipelines: equal to a hand-written switch of separate models."""
+
+import pytest
+import torch
+from loras import activate, adapters_in_use, add_loras, gradients, inputs_of, output_of, switch_by_hand, with_only
+from tiny_pipelines import RECIPES, generate
+
+from diffusers_dmp import LoraExperts, NoiseIntervals
+
+THREE = NoiseIntervals.from_timesteps([500, 800])
+MIXED = [900.0, 100.0, 600.0, 950.0]  # of three intervals
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_equal_to_separate_models(name):
+    """The denoiser without adapters owns the middle, and a LoRA each of the ends."""
+    recipe = RECIPES[name]
+    denoisers = [with_only(name, [("low", 1.0)]), recipe.denoiser(), with_only(name, [("high", 1.0)])]
+    by_hand, calls = switch_by_hand(name, denoisers, [500, 800])
+    expected = generate(name, recipe.pipe(by_hand))
+    assert sorted(calls) == [0, 1, 2]
+
+    denoiser = add_loras(recipe.denoiser(), ["low", "high"])
+    LoraExperts(["low", None, "high"], THREE).attach(denoiser)
+    assert torch.equal(generate(name, recipe.pipe(denoiser)), expected)
+
+
+# Batches of several intervals
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_sample_is_its_owners_in_a_mixed_batch(name):
+    inputs = inputs_of(name, MIXED)
+    denoiser = add_loras(RECIPES[name].denoiser(), ["low", "high"])
+    LoraExperts(["low", None, "high"], THREE).attach(denoiser)
+    output = output_of(denoiser, inputs)
+    output.square().sum().backward()
+    for adapter, samples in {"high": [0, 3], "low": [1], None: [2]}.items():
+        alone = with_only(name, [(adapter, 1.0)]) if adapter else RECIPES[name].denoiser()
+        expected = output_of(alone, inputs)[samples]
+        torch.testing.assert_close(output[samples], expected)
+        if adapter:
+            expected.square().sum().backward()
+            assert gradients(alone)
+            torch.testing.assert_close(
+                {name: gradients(denoiser)[name] for name in gradients(alone)}, gradients(alone)
+            )
+
+
+# Gradient checkpointing
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_checkpointing_with_another_forward_pass_before_the_backward_pass(name, order):
+    """Blocks are computed again with the adapters of their own pass."""
+    high, low = inputs_of(name, [900.0, 950.0]), inputs_of(name, [100.0, 200.0])
+
+    def gradients_of_high(checkpointed: bool) -> dict[str, torch.Tensor]:
+        denoiser = add_loras(RECIPES[name].denoiser(), ["low", "high"]).train()
+        if checkpointed and order == "before":
+            denoiser.enable_gradient_checkpointing()
+        LoraExperts(["low", None, "high"], THREE).attach(denoiser)
+        if checkpointed and order == "after":
+            denoiser.enable_gradient_checkpointing()
+        torch.manual_seed(0)
+        loss = output_of(denoiser, high).square().mean()
+        with torch.no_grad():
+            output_of(denoiser, low)
+        loss.backward()
+        return gradients(denoiser)
+
+    plain = gradients_of_high(checkpointed=False)
+    assert plain and all(".high." in parameter for parameter in plain)
+    torch.testing.assert_close(gradients_of_high(checkpointed=True), plain)
+
+
+# Detaching
+
+
+@pytest.mark.parametrize("name", ["sd3", "pixart", "sd15"])
+def test_detaching_leaves_no_trace(name):
+    recipe = RECIPES[name]
+    denoiser = activate(add_loras(recipe.denoiser(), ["low", "high"]), [("low", 0.7)])
+    if name != "sd15":
+        denoiser.enable_gradient_checkpointing()
+    next(parameter for key, parameter in denoiser.named_parameters() if ".high." in key).requires_grad_(False)
+    attributes = {key: dict(vars(module)) for key, module in denoiser.named_modules()}
+    required = {key: parameter.requires_grad for key, parameter in denoiser.named_parameters()}
+    adapters = adapters_in_use(denoiser)
+    before = generate(name, recipe.pipe(denoiser))
+
+    experts = LoraExperts(["low", "high", None], THREE).attach(denoiser)
+    assert LoraExperts.attached_to(denoiser) is experts
+    if name == "sd15":  # checkpointing is enabled while they are attached, and stays
+        denoiser.enable_gradient_checkpointing()
+        checkpoints = {
+            m: m._gradient_checkpointing_func for m in denoiser.modules() if hasattr(m, "gradient_checkpointing")
+        }
+    output_of(denoiser, inputs_of(name, MIXED)).square().mean().backward()
+    assert not torch.equal(generate(name, recipe.pipe(denoiser)), before)
+    assert experts.detach() is experts
+
+    assert LoraExperts.attached_to(denoiser) is None
+    assert adapters_in_use(denoiser) == adapters
+    assert {key: parameter.requires_grad for key, parameter in denoiser.named_parameters()} == required
+    if name == "sd15":
+        assert all(m._gradient_checkpointing_func is function for m, function in checkpoints.items())
+        denoiser.disable_gradient_checkpointing()
+    else:
+        for key, module in denoiser.named_modules():
+            assert vars(module).keys() == attributes[key].keys()
+            for attribute, value in attributes[key].items():
+                assert vars(module)[attribute] is value or not callable(value), (key, attribute)
+            assert not [value for attribute, value in vars(module).items() if "hooks" in attribute and value]
+    assert torch.equal(generate(name, recipe.pipe(denoiser)), before)
