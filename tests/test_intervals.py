@@ -178,6 +178,23 @@ def test_snr_split_of_a_flow_matching_scheduler():
     assert scheduler.timesteps[0] == 1000  # pure noise, beyond the last integer timestep
 
 
+@given(st.lists(st.integers(1, 999), max_size=4, unique=True).map(sorted))
+def test_intervals_name_the_signal_to_noise_ratios_that_make_them(boundaries):
+    intervals = NoiseIntervals.from_timesteps(boundaries)
+    scheduler = DDPMScheduler()
+    assert NoiseIntervals.from_snr(intervals.snr_boundaries(scheduler), scheduler) == intervals
+    flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    assert NoiseIntervals.from_snr(intervals.snr_boundaries(flow), flow).edges == pytest.approx(intervals.edges)
+
+
+def test_boundaries_between_whole_timesteps_have_the_ratio_of_the_next():
+    scheduler = DDPMScheduler()
+    (boundary,) = NoiseIntervals.from_timesteps([249.5]).snr_boundaries(scheduler)
+    assert NoiseIntervals.from_snr([boundary], scheduler).edges == (0, 250, 1000)
+    with pytest.raises(ValueError, match="contain an integer timestep"):
+        NoiseIntervals.from_timesteps([249.2, 249.8]).snr_boundaries(scheduler)
+
+
 def test_second_order_schedulers_stay_in_range():
     scheduler = HeunDiscreteScheduler()
     scheduler.set_timesteps(25)

@@ -60,8 +60,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exce
 Folder = Annotated[str, typer.Argument(help="A folder, a training's `output_dir`, or a Hub id such as user/name.")]
 Steps = Annotated[int, typer.Option(min=1, help="Number of denoising steps.")]
 MAX_COLUMNS = 10  # classes in a grid by default
-PUBLISHED = (*SYSTEMS, "adm")  # whose original checkpoints can be converted
-TRAINABLE = {name: system for system in SYSTEMS.values() for name in (system.key, system.short_name)}
+SCRIPTS = {system.key: system.training_script for system in SYSTEMS.values() if system.training_script is not None}
+PUBLISHED = (*SCRIPTS, "adm")  # whose original checkpoints can be converted
+TRAINABLE = SCRIPTS | {SYSTEMS[key].short_name: script for key, script in SCRIPTS.items()}
 
 
 @app.callback(invoke_without_command=True, help=__doc__)
@@ -79,7 +80,7 @@ def options(
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def train(
-    system: Annotated[str, typer.Argument(help=f"What to train: {', '.join(SYSTEMS)}.")],
+    system: Annotated[str, typer.Argument(help=f"What to train: {', '.join(SCRIPTS)}.")],
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
@@ -95,8 +96,8 @@ def train(
     diffusers-dmp train dtr --multi_gpu --num_processes 2 -- --config dtr_imagenet256
     """
     if system not in TRAINABLE:
-        raise ValueError(f"Expected `system` to be one of {', '.join(SYSTEMS)}, but got {system!r}.")
-    _run_script(TRAINABLE[system].training_script, arguments or [])
+        raise ValueError(f"Expected `system` to be one of {', '.join(SCRIPTS)}, but got {system!r}.")
+    _run_script(TRAINABLE[system], arguments or [])
 
 
 @app.command("encode_latents", cls=ScriptCommand)

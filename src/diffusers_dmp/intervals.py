@@ -146,15 +146,11 @@ class NoiseIntervals:
         if is_flow_matching(scheduler):
             # SNR(t) = ((1 - σ) / σ)² > s  ⇔  t = σ·T < T / (1 + √s)
             inner = [num_train_timesteps / (1 + math.sqrt(boundary)) for boundary in boundaries]
-        elif hasattr(scheduler, "alphas_cumprod"):
+        else:
+            _check_has_levels(scheduler)
             # SNR(t) falls with t: the edge is the number of timesteps whose SNR is above the boundary
             snr = signal_to_noise_ratio(scheduler.alphas_cumprod.double())
             inner = [int((snr > boundary).sum()) for boundary in boundaries]
-        else:
-            raise ValueError(
-                "Expected `scheduler` to have `alphas_cumprod` or to be a flow-matching one, "
-                f"but got {type(scheduler).__name__}, whose timesteps have no SNR of their own."
-            )
         edges = (0, *inner, num_train_timesteps)
         if any(low >= high for low, high in zip(edges, edges[1:])):
             raise ValueError(
@@ -162,6 +158,30 @@ class NoiseIntervals:
                 f"but got the timestep edges {edges}."
             )
         return cls(edges)
+
+    def snr_boundaries(self, scheduler: SchedulerMixin) -> list[float]:
+        """
+        Return the signal-to-noise ratios between the intervals, from which [`~NoiseIntervals.from_snr`] makes them again.
+
+        Args:
+            scheduler ([`SchedulerMixin`]): See [`~NoiseIntervals.from_snr`]. Of one with `alphas_cumprod`, which has whole
+                timesteps only, the ratio at the first that an expert owns.
+
+        Returns:
+            `list[float]` of length E - 1: in descending order.
+
+        Raises:
+            ValueError: if the scheduler has another number of training timesteps or none with such a ratio, or an expert owns no
+                whole timestep of it.
+        """
+        self.check_scheduler(scheduler)
+        if is_flow_matching(scheduler):
+            # SNR(t) = ((1 - σ) / σ)², t = σ·T
+            return [(self.num_train_timesteps / edge - 1) ** 2 for edge in self.edges[1:-1]]
+        _check_has_levels(scheduler)
+        self._check_whole_timesteps()
+        snr = signal_to_noise_ratio(scheduler.alphas_cumprod.double())
+        return [float(snr[math.ceil(edge)]) for edge in self.edges[1:-1]]
 
     @property
     def num_experts(self) -> int:
@@ -215,10 +235,7 @@ class NoiseIntervals:
             ValueError: if `expert` is out of range, or an interval contains no integer timestep.
         """
         device = torch.device(device or (generator.device if generator is not None else "cpu"))
-        if not all(math.ceil(low) < math.ceil(high) for low, high in zip(self.edges, self.edges[1:])):
-            raise ValueError(
-                f"Expected every interval to contain an integer timestep, but got the edges {self.edges}."
-            )
+        self._check_whole_timesteps()
         experts = torch.as_tensor(expert)
         # to read experts that are on an accelerator would make the CPU wait for it
         if experts.is_cpu and experts.numel() and (experts.min() < 0 or experts.max() >= self.num_experts):
@@ -239,6 +256,12 @@ class NoiseIntervals:
         """
         check_train_timesteps(scheduler, self.num_train_timesteps)
 
+    def _check_whole_timesteps(self) -> None:
+        if not all(math.ceil(low) < math.ceil(high) for low, high in zip(self.edges, self.edges[1:])):
+            raise ValueError(
+                f"Expected every interval to contain an integer timestep, but got the edges {self.edges}."
+            )
+
     def to_config(self) -> list[float]:
         """Return the edges as JSON can store them; `NoiseIntervals(config)` is the inverse."""
         return list(self.edges)
@@ -248,6 +271,14 @@ def _check_ascending(name: str, boundaries: tuple[float, ...], end: float) -> No
     ascending = all(low < high for low, high in zip((0, *boundaries), (*boundaries, end)))
     if not ascending:
         raise ValueError(f"Expected `{name}` to ascend strictly between 0 and {end}, but got {list(boundaries)}.")
+
+
+def _check_has_levels(scheduler: SchedulerMixin) -> None:
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(
+            "Expected `scheduler` to have `alphas_cumprod` or to be a flow-matching one, "
+            f"but got {type(scheduler).__name__}, whose timesteps have no SNR of their own."
+        )
 
 
 @functools.lru_cache(maxsize=64)

@@ -20,11 +20,35 @@ if TYPE_CHECKING:
 EDGES_KEY = "interval_edges"  # in the configurations of models and guidance experts
 
 
+def denoisers_of(pipeline: "DiffusionPipeline") -> "list[ModelMixin]":
+    """
+    Return the denoisers of a pipeline, of this package or any of Diffusers'.
+
+    Args:
+        pipeline ([`DiffusionPipeline`]): With `denoisers`, or else a `transformer` or `unet`.
+
+    Raises:
+        ValueError: if it has none of them.
+    """
+    if hasattr(pipeline, "denoisers"):
+        return pipeline.denoisers
+    denoiser = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
+    if denoiser is None:
+        raise ValueError(
+            f"Expected a pipeline with a `transformer` or `unet`, but got a {type(pipeline).__name__} with "
+            f"{', '.join(sorted(pipeline.components))}."
+        )
+    return [denoiser]
+
+
 def _whole_denoiser(pipeline: "DiffusionPipeline", _: Any) -> "list[tuple[ModelMixin, str]]":
+    return _with_prediction_types(pipeline, denoisers_of(pipeline)[:1])
+
+
+def _with_prediction_types(pipeline: Any, models: "Iterable[ModelMixin]") -> "list[tuple[ModelMixin, str]]":
     from .diffusion.predictions import prediction_type_of
 
-    model = pipeline.denoisers[0]
-    return [(model, prediction_type_of(model, pipeline.scheduler))]
+    return [(model, prediction_type_of(model, pipeline.scheduler)) for model in models]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +63,9 @@ class System:
         title (`str`): Its name in texts, such as 'Patch Diffusion'.
         paper, paper_title (`str`): The arXiv id and the title.
         classes (`tuple[str, ...]`): The package's classes by which a saved folder is recognised.
-        training_script (`str`): The script in `training/`, without its suffix.
         find (`Callable`): From a pipeline to its part that divides the noise levels, or None if it has none.
         sentence (`Callable`): From (pipeline, part, timestep) to a sentence about who is at work at this timestep.
+        training_script (`str`, *optional*): The script in `training/`, without its suffix; None for a system that has none.
         figures (`str`, *optional*): The function of `plots.specialisation` that plots how the noise levels are divided.
         pictures (`tuple[str, ...]`): The names of the PNG files that a demo's report writes beside a pipeline.
         intervals (`Callable`, *optional*): From the part to its intervals, if it has experts.
@@ -51,6 +75,7 @@ class System:
             configurations do not hold the edges.
         short_name (`str`, *optional*): Its name for the Space and the benchmarks; `key` by default.
         is_guidance (`bool`): Whether its experts guide another model, and are saved without the network that they adapt.
+        pipeline_tag (`str`, *optional*): The task in the metadata of its model card; None if it depends on the pipeline.
     """
 
     key: str
@@ -58,9 +83,9 @@ class System:
     paper: str
     paper_title: str
     classes: tuple[str, ...]
-    training_script: str
     find: "Callable[[DiffusionPipeline], Any]"
     sentence: "Callable[[DiffusionPipeline, Any, int], str]"
+    training_script: str | None = None
     figures: str | None = None
     pictures: tuple[str, ...] = ()
     intervals: "Callable[[Any], NoiseIntervals] | None" = None
@@ -68,6 +93,7 @@ class System:
     derived_intervals: "Callable[[int, int], NoiseIntervals] | None" = None
     short_name: str = ""
     is_guidance: bool = False
+    pipeline_tag: str | None = "unconditional-image-generation"
 
     def __post_init__(self):
         object.__setattr__(self, "short_name", self.short_name or self.key)
@@ -95,7 +121,8 @@ def responsibility(pipeline: "DiffusionPipeline", timestep: int) -> str:
     Say in one sentence which part of a pipeline is at work at a timestep.
 
     Args:
-        pipeline: A [`ClassConditionalPipeline`] or [`SNRSplitPipeline`]; for guidance experts with a [`GuidedScheduler`].
+        pipeline: Any pipeline with a `transformer` or `unet`, or a [`SNRSplitPipeline`]; for guidance experts with a
+            [`GuidedScheduler`].
         timestep (`int`): In [0, T).
     """
     system, part = systems_in(pipeline)[0]
@@ -135,7 +162,7 @@ def _is_a(instance: object, class_name: str) -> bool:
 
 def _denoiser(pipeline: "DiffusionPipeline", class_name: str) -> Any:
     """The pipeline's denoiser if it is of that class."""
-    denoiser = pipeline.denoisers[0]
+    denoiser = denoisers_of(pipeline)[0]
     return denoiser if _is_a(denoiser, class_name) else None
 
 
@@ -163,6 +190,17 @@ def _dtr_sentence(pipeline: Any, model: Any, timestep: int) -> str:
     return (
         f"At timestep {timestep} each block works on {len(channels)} of {width} channels, from {channels.min()} "
         f"to {channels.max()}."
+    )
+
+
+def _experts_sentence(pipeline: Any, model: Any, timestep: int) -> str:
+    import torch
+
+    owner = int(model.intervals.index(torch.tensor(timestep)))
+    low, high = model.intervals.edges[owner], model.intervals.edges[owner + 1]
+    return (
+        f"At timestep {timestep} expert {owner} of {model.intervals.num_experts} denoises, a "
+        f"{type(model.experts[owner]).__name__}; it owns the timesteps t with {low:g} <= t < {high:g}."
     )
 
 
@@ -222,7 +260,7 @@ SYSTEMS: dict[str, System] = {
             paper_title="Scalable Diffusion Models with Transformers",
             classes=("DiTModel",),
             training_script="train_dit",
-            find=lambda pipeline: pipeline.denoisers[0],
+            find=lambda pipeline: denoisers_of(pipeline)[0],
             sentence=_dit_sentence,
         ),
         System(
@@ -251,6 +289,18 @@ SYSTEMS: dict[str, System] = {
             intervals=lambda model: model.intervals,
             experts=_baked_experts,
             derived_intervals=partial(_uniform_intervals, last_takes_rest=True),
+        ),
+        System(
+            key="experts",
+            title="Noise experts",
+            paper="2211.01324",
+            paper_title="eDiff-I: Text-to-Image Diffusion Models with an Ensemble of Expert Denoisers",
+            classes=("DenoiserExperts",),
+            find=partial(_denoiser, class_name="DenoiserExperts"),
+            sentence=_experts_sentence,
+            intervals=lambda model: model.intervals,
+            experts=lambda pipeline, model: _with_prediction_types(pipeline, model.experts),
+            pipeline_tag=None,
         ),
         System(
             key="patch_diffusion",
@@ -286,7 +336,7 @@ SYSTEMS: dict[str, System] = {
             paper_title="Towards Practical Plug-and-Play Diffusion Models",
             classes=("GuidanceExperts",),
             training_script="train_ppap",
-            find=lambda pipeline: getattr(pipeline.scheduler, "experts", None),
+            find=lambda pipeline: getattr(getattr(pipeline, "scheduler", None), "experts", None),
             sentence=_ppap_sentence,
             figures="guidance_figures",
             pictures=("ddim25", "ddpm50"),

@@ -16,7 +16,6 @@ from .folders import SAMPLES, FolderContents
 # In a checkout `pipelines/`, in an installation `cards/` (setup.py).
 _PACKAGE = Path(__file__).parents[1]
 CARDS = next(folder for folder in (_PACKAGE / "cards", _PACKAGE.parents[1] / "pipelines") if folder.is_dir())
-PIPELINE_TAG = "unconditional-image-generation"
 
 
 def model_card(
@@ -33,15 +32,16 @@ def model_card(
 
     system = SYSTEMS[contents.system]
     evaluation = published_evaluation(contents)
+    task = system.pipeline_tag  # without one, the figures are in the text only: the metadata of each name its task
     data = ModelCardData(
         library_name="diffusers",
-        pipeline_tag=PIPELINE_TAG,
+        pipeline_tag=task,
         license=license,
         base_model=base_model,
         datasets=[dataset] if dataset else None,
         tags=["diffusers-dmp", system.key, f"arxiv:{system.paper}"],
         model_name=repo_id.rpartition("/")[2],
-        eval_results=[_eval_result(result) for result in evaluation] or None,
+        eval_results=[_eval_result(result, task) for result in evaluation] or None if task else None,
     )
     pictures = [picture.name for picture in contents.pictures]
     training = published_settings(contents.training)
@@ -95,9 +95,9 @@ def _shared_settings(evaluation: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
 
 
-def _eval_result(result: dict[str, Any]) -> EvalResult:
+def _eval_result(result: dict[str, Any], task: str) -> EvalResult:
     return EvalResult(
-        task_type=PIPELINE_TAG,
+        task_type=task,
         dataset_type=result["dataset"],
         dataset_name=result["dataset"],
         metric_type=result["metric"].partition(",")[0],

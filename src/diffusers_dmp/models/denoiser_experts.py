@@ -36,6 +36,7 @@ from .expert_configs import (
 )
 from .loading import HUB_ARGUMENTS
 from .mixed_batches import run_by_expert
+from .pipeline_experts import PipelineExpertsMixin
 from .time_argument import ExpertFinder
 
 INTERVAL_EDGES = "interval_edges"  # the entry of the configuration, as in the package's other models
@@ -68,7 +69,7 @@ def _of_every_expert(name: str) -> Callable[..., None]:
     return method
 
 
-class DenoiserExperts(StandaloneModelMixin, ModelMixin, ConfigMixin, AttentionMixin):
+class DenoiserExperts(PipelineExpertsMixin, StandaloneModelMixin, ModelMixin, ConfigMixin, AttentionMixin):
     """
     Denoise with the expert that owns the noise level: several denoisers that a pipeline calls as one.
 
