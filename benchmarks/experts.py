@@ -76,6 +76,7 @@ def run(settings: Settings) -> Iterator[Ratio]:
     print_memory_of_offloading(settings)
 
 
+@torch.no_grad()
 def compare_calls(settings: Settings) -> Iterator[Ratio]:
     """Compare calls of denoisers that do nothing else, to measure what the experts add."""
     model = flux_of_real_depth().to(settings.device).eval()
@@ -109,7 +110,7 @@ def compare_calls(settings: Settings) -> Iterator[Ratio]:
 def compare_steps(settings: Settings, dtype: torch.dtype, batch_size: int) -> Iterator[Ratio]:
     """Compare the denoiser's part of sampling steps."""
     device = settings.device
-    bare = sd3_of(settings.preset).to(device, dtype).eval()
+    bare = sd3_of(settings.preset).to(device).to(dtype).eval()
     inputs = sd3_inputs(batch_size, device, dtype)
     same = torch.full((batch_size,), CLEAN, device=device)
     mixed = torch.linspace(0, 1000, batch_size + 2, device=device)[1:-1]
@@ -124,7 +125,7 @@ def compare_steps(settings: Settings, dtype: torch.dtype, batch_size: int) -> It
 
         return step
 
-    experts = DenoiserExperts([bare, sd3_of(settings.preset).to(device, dtype).eval()], INTERVALS)
+    experts = DenoiserExperts([bare, sd3_of(settings.preset).to(device).to(dtype).eval()], INTERVALS)
     yield settings.compare(f"{case}: DenoiserExperts / bare", step_of(experts), step_of(bare), STEP_TARGET)
 
     routed = twin_of(bare)
