@@ -112,7 +112,7 @@ def compare_steps(settings: Settings, dtype: torch.dtype, batch_size: int) -> It
     device = settings.device
     bare = sd3_of(settings.preset).to(device).to(dtype).eval()
     inputs = sd3_inputs(batch_size, device, dtype)
-    same = torch.full((batch_size,), CLEAN, device=device)
+    same = torch.tensor(CLEAN, device=device).expand(batch_size)  # as the pipelines pass it
     mixed = torch.linspace(0, 1000, batch_size + 2, device=device)[1:-1]
     case = f"SD3 of {settings.preset}'s size, {settings.name_of(dtype)} batch {batch_size}"
 

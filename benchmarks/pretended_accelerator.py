@@ -76,7 +76,7 @@ class PretendedAccelerator(TorchDispatchMode):
                     tensors.update({name: self.put(tensor) for name, tensor in tensors.items() if tensor is not None})
             return value
         with torch.no_grad():
-            return tree_map(lambda x: self._wrapped(x.detach()) if isinstance(x, torch.Tensor) else x, value)
+            return tree_map(lambda x: self._wrapped(x.detach()) if _is_here(x) else x, value)
 
     def _wrapped(self, held: torch.Tensor) -> PretendedTensor:
         """Wrap a tensor, and count its memory until it is gone."""
@@ -116,6 +116,10 @@ class PretendedAccelerator(TorchDispatchMode):
         if not goes_to or func is aten._local_scalar_dense.default:
             return outputs
         return tree_map(lambda x: self._wrapped(x) if isinstance(x, torch.Tensor) else x, outputs)
+
+
+def _is_here(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not isinstance(value, PretendedTensor)
 
 
 class _Lists(TorchFunctionMode):

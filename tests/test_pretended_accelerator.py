@@ -6,10 +6,11 @@ import pytest
 import torch
 from accelerate import cpu_offload_with_hook
 from conftest import REPOSITORY
+from peft import LoraConfig
 from tiny_pipelines import flux, randn, sd3, wan
 from torch import nn
 
-from diffusers_dmp import DenoiserExperts, NoiseIntervals
+from diffusers_dmp import DenoiserExperts, LoraExperts, NoiseIntervals, TaskRouting
 from diffusers_dmp.models.time_argument import ExpertFinder
 
 INTERVALS = NoiseIntervals.from_sigmas([0.875])
@@ -84,6 +85,26 @@ def test_experts_wait_once_in_a_step_to_know_the_time(accelerator, name):
     experts = DenoiserExperts([DENOISERS[name](seed=seed) for seed in (0, 1)], INTERVALS)
     call(accelerator, experts, inputs(name))
     assert accelerator.waits == [COPY] * 2  # of the time and the output
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_lora_experts_wait_once_in_a_step_to_know_the_time(accelerator, name):
+    model = DENOISERS[name]()
+    for adapter in ("low", "high"):
+        model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False), adapter)
+    LoraExperts(["low", "high"], INTERVALS).attach(model)
+    call(accelerator, model, inputs(name))
+    assert accelerator.waits == [COPY] * 2  # of the time and the output
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_task_routing_waits_at_the_first_step_only(accelerator, name):
+    model = DENOISERS[name]()
+    TaskRouting(sharing_ratio=0.5).attach(model)
+    call(accelerator, model, inputs(name))
+    accelerator.waits.clear()
+    call(accelerator, model, inputs(name))
+    assert accelerator.waits == [COPY]  # of the output
 
 
 def test_a_schedule_there_is_waited_for_at_the_first_step_only(accelerator):
