@@ -11,11 +11,13 @@ from conftest import REPOSITORY, randomised
 from diffusers import DDIMScheduler
 from networks import PLAIN, make_resnet
 from small_pipelines import DIT, PIPELINES, with_one
+from tiny_pipelines import RECIPES, sd3_pipe, wan, wan_pipe
 
 import diffusers_dmp
 from diffusers_dmp import (
     ClassConditionalPipeline,
     ClassTarget,
+    DenoiserExperts,
     DiTModel,
     DTRTransformer2DModel,
     GuidanceExperts,
@@ -23,9 +25,11 @@ from diffusers_dmp import (
     NoiseIntervals,
     PromptPatch,
     RemixDiTModel,
+    systems,
 )
 from diffusers_dmp.hub.cards import CARDS
 from diffusers_dmp.hub.folders import read_folder
+from diffusers_dmp.models import expert_configs
 from diffusers_dmp.plots import specialisation, specialisation_figures
 from diffusers_dmp.systems import EDGES_KEY, SYSTEMS, responsibility, saved_intervals, system_of_classes, systems_in
 
@@ -35,6 +39,7 @@ EXPECTED = {  # by the names of `small_pipelines`
     "dtr": "dtr",
     "remix": "remix",
     "dmp": "dmp",
+    "experts": "experts",
     "unet": "dit",  # a UNet alone divides nothing
     "split": "patch_diffusion",
 }
@@ -62,7 +67,7 @@ def test_a_record_names_what_there_is(key):
     assert all(isinstance(getattr(diffusers_dmp, name), type) for name in system.classes)
     assert system.figures is None or callable(getattr(specialisation, system.figures))
     assert (CARDS / system.card).is_file()
-    assert (REPOSITORY / "training" / f"{system.training_script}.py").is_file()
+    assert system.training_script is None or (REPOSITORY / "training" / f"{system.training_script}.py").is_file()
 
 
 @pytest.mark.parametrize("name, key", EXPECTED.items())
@@ -82,6 +87,41 @@ def test_guidance_experts_are_found_in_the_scheduler():
     assert [system.key for system, _ in systems_in(pipeline)] == ["ppap", "dit"]
     assert responsibility(pipeline, 285) == "At timestep 285 expert 2 of 7 guides; it owns the timesteps 285 to 427."
     assert list(specialisation_figures(pipeline)) == ["guidance_experts"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_experts_are_found_in_every_pipeline_of_diffusers(name):
+    recipe = RECIPES[name]
+    denoisers = [recipe.denoiser(seed) for seed in range(3)]
+    pipeline = recipe.pipe(DenoiserExperts(denoisers, NoiseIntervals.from_timesteps([250, 600.5])))
+    system, part = systems_in(pipeline)[0]
+    assert system.key == "experts" and system.intervals(part).edges == (0, 250, 600.5, 1000)
+    assert [model for model, _ in system.experts(pipeline, part)] == denoisers
+    owned = ["below 250", "from 250 to below 600.5", "from 600.5 on"]
+    for expert, timestep in enumerate((249, 600, 601)):
+        assert responsibility(pipeline, timestep) == (
+            f"At timestep {timestep} expert {expert} of 3 denoises, a {type(denoisers[0]).__name__}; it owns the timesteps "
+            f"{owned[expert]}."
+        )
+    assert specialisation_figures(pipeline) == {}
+    assert "the whole model" in responsibility(recipe.pipe(denoisers[0]), 300)
+
+
+def test_the_two_transformers_of_wan22_are_experts():
+    pipeline = wan_pipe(wan(0), transformer_2=wan(1), boundary_ratio=0.875)
+    system, part = systems_in(pipeline)[0]
+    assert system.key == "experts"
+    assert [*part.experts] == [pipeline.transformer_2, pipeline.transformer]
+    assert "expert 0 of 2" in responsibility(pipeline, 874) and "expert 1 of 2" in responsibility(pipeline, 875)
+
+
+def test_refuses_a_pipeline_without_a_denoiser():
+    with pytest.raises(ValueError, match="with a `transformer` or `unet`, but got a StableDiffusion3Pipeline"):
+        responsibility(sd3_pipe(None), 0)
+
+
+def test_a_saved_configuration_is_read_by_the_names_that_the_model_writes():
+    assert systems.EXPERTS_KEY == expert_configs.EXPERTS_KEY
 
 
 def test_sentences():

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .intervals import NoiseIntervals
 
 EDGES_KEY = "interval_edges"  # in the configurations of models and guidance experts
+EXPERTS_KEY = "expert_configs"  # in that of `DenoiserExperts`: the configuration of each
 
 
 def denoisers_of(pipeline: "DiffusionPipeline") -> "list[ModelMixin]":
@@ -150,6 +151,20 @@ def saved_intervals(config: Mapping[str, Any]) -> "NoiseIntervals | None":
     return system.derived_intervals(config["num_experts"], config["num_train_timesteps"])
 
 
+def owned_timesteps(intervals: "NoiseIntervals", expert: int) -> str:
+    """
+    Say which timesteps an expert owns: 'below 250', 'from 250 to below 875' or 'from 875 on'.
+
+    Args:
+        intervals ([`NoiseIntervals`]): At least two.
+        expert (`int`): Its index.
+    """
+    low, high = intervals.edges[expert], intervals.edges[expert + 1]
+    if expert == 0:
+        return f"below {high:g}"
+    return f"from {low:g} on" if expert == intervals.num_experts - 1 else f"from {low:g} to below {high:g}"
+
+
 def _by_precedence() -> "Iterator[System]":
     """The systems in the order in which they are looked for: what is attached to a model before the model itself."""
     return reversed(SYSTEMS.values())
@@ -193,14 +208,24 @@ def _dtr_sentence(pipeline: Any, model: Any, timestep: int) -> str:
     )
 
 
-def _experts_sentence(pipeline: Any, model: Any, timestep: int) -> str:
+def _noise_experts(pipeline: Any) -> Any:
+    """The pipeline's `DenoiserExperts`, or one made of the two transformers of Wan2.2."""
+    experts = _denoiser(pipeline, "DenoiserExperts")
+    if experts is not None or getattr(pipeline, "transformer_2", None) is None:
+        return experts
+    from .models.denoiser_experts import DenoiserExperts
+    from .models.pipeline_experts import experts_in_pipeline
+
+    return DenoiserExperts(*experts_in_pipeline(pipeline))
+
+
+def _experts_sentence(pipeline: Any, model: Any, timestep: float) -> str:
     import torch
 
     owner = int(model.intervals.index(torch.tensor(timestep)))
-    low, high = model.intervals.edges[owner], model.intervals.edges[owner + 1]
     return (
-        f"At timestep {timestep} expert {owner} of {model.intervals.num_experts} denoises, a "
-        f"{type(model.experts[owner]).__name__}; it owns the timesteps t with {low:g} <= t < {high:g}."
+        f"At timestep {timestep:g} expert {owner} of {model.intervals.num_experts} denoises, a "
+        f"{type(model.experts[owner]).__name__}; it owns the timesteps {owned_timesteps(model.intervals, owner)}."
     )
 
 
@@ -296,7 +321,7 @@ SYSTEMS: dict[str, System] = {
             paper="2211.01324",
             paper_title="eDiff-I: Text-to-Image Diffusion Models with an Ensemble of Expert Denoisers",
             classes=("DenoiserExperts",),
-            find=partial(_denoiser, class_name="DenoiserExperts"),
+            find=_noise_experts,
             sentence=_experts_sentence,
             intervals=lambda model: model.intervals,
             experts=lambda pipeline, model: _with_prediction_types(pipeline, model.experts),

@@ -1,6 +1,7 @@
 """Run by test_loading.py in an interpreter of its own: load, generate, save and load again, from the Hub and from the disk.
 
-`python load_all.py (package|code) IN OUT`: IN holds the seed's noise, OUT gets each pipeline's samples and copies.
+`python load_all.py (package|code) IN OUT`: IN holds the seed's noise and the inputs of Stable Diffusion 3, OUT gets each
+pipeline's samples and copies.
 """
 
 import importlib.util
@@ -10,9 +11,10 @@ from pathlib import Path
 from diffusers import AutoModel, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-mode, noise_file, output = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+mode, inputs_file, output = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 names = sys.argv[4:]
-noise = load_file(noise_file)["noise"]
+inputs = load_file(inputs_file)
+noise = inputs.pop("noise")
 trust = {}
 if mode == "package":
     import diffusers_dmp
@@ -52,6 +54,16 @@ for name in names:
         assert type(model_class.from_pretrained(f"user/{name}", subfolder=folder)) is model_class
         assert type(AutoModel.from_pretrained(f"user/{name}-model")) is model_class
         assert type(DiffusionPipeline.from_pretrained(f"user/{name}", trust_remote_code=True)) is own_class
+
+texts = {f"{part}{number}": None for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")}
+stock = DiffusionPipeline.from_pretrained("user/sd3", **texts, **trust)
+stock.save_pretrained(output / "sd3")
+for source, each in {
+    "hub": stock,
+    "again": DiffusionPipeline.from_pretrained(output / "sd3", **texts, **trust),
+}.items():
+    size = {"height": 8, "width": 8}
+    samples[f"sd3.{source}"] = each(**inputs, **size, num_inference_steps=4, output_type="latent").images
 
 executed = any(module.startswith("diffusers_modules") for module in sys.modules)
 assert executed == (mode == "code")

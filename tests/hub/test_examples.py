@@ -11,8 +11,9 @@ from PIL import Image
 from small_pipelines import DIT, PIPELINES, UNET, with_one
 
 from diffusers_dmp import DiTModel, GuidanceExperts, PatchedUNet2DModel, SNRSplitPipeline
+from diffusers_dmp.hub.folders import read_folder
 
-SYSTEMS = ["dtr", "remix", "dmp", "patch_diffusion", "ppap"]
+SYSTEMS = ["dtr", "remix", "dmp", "patch_diffusion", "ppap"]  # those of "experts" save what they load themselves
 
 
 def split() -> SNRSplitPipeline:
@@ -30,6 +31,24 @@ FOLDERS = {  # the folders that the examples load
         lambda: with_one(DiTModel(**DIT | {"num_classes": 1, "class_dropout_prob": 0.0})),
     ),
 }
+
+
+def test_the_example_of_noise_experts(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["example.py", "--boundary", "0.9", "--num_inference_steps", "4"])
+    runpy.run_path(str(REPOSITORY / "pipelines" / "experts" / "example.py"))
+    assert len(Image.open("experts_samples.png").convert("L").getcolors()) > 2
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first == (
+        "At timestep 1000 expert 1 of 2 denoises, a SD3Transformer2DModel; it owns the timesteps from 900 on."
+    )
+    assert "expert 0 of 2" in last and last.endswith("below 900.")
+    owned = read_folder("outputs/experts").intervals()
+    assert owned == (
+        "expert 0, a SD3Transformer2DModel, owns the timesteps below 900; expert 1, a SD3Transformer2DModel, owns the "
+        "timesteps from 900 on"
+    )
+    assert read_folder("outputs/experts/transformer").intervals() == owned
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

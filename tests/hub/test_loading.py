@@ -11,9 +11,10 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
-from small_pipelines import PIPELINES, make_all
+from small_pipelines import PIPELINES, SD3_CALL, make_all, sd3_experts
 
 from diffusers_dmp import SNRSplitPipeline
+from diffusers_dmp.hub.publishing import publish
 from diffusers_dmp.saving.mixins import VERSION_KEY
 
 
@@ -47,7 +48,7 @@ def upload(api: HfApi, name: str, folder: Path) -> None:
 def test_every_pipeline_over_http(hub, tmp_path, site_packages, mode):
     api = HfApi(endpoint=hub.url, token="hf_writer")
     noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    save_file({"noise": noise}, tmp_path / "noise.safetensors")
+    save_file({"noise": noise, **SD3_CALL}, tmp_path / "inputs.safetensors")
     expected = {}
     for name, pipeline in make_all().items():
         pipeline.set_progress_bar_config(disable=True)
@@ -58,6 +59,12 @@ def test_every_pipeline_over_http(hub, tmp_path, site_packages, mode):
         pipeline.denoisers[0].save_pretrained(tmp_path / "models" / name, bundle_code=True)
         upload(api, f"{name}-model", tmp_path / "models" / name)
 
+    # a pipeline of Diffusers with experts, whose class knows nothing of code files
+    stock = sd3_experts()
+    expected["sd3"] = stock(**SD3_CALL, height=8, width=8, num_inference_steps=4, output_type="latent").images
+    stock.save_pretrained(tmp_path / "stock")
+    publish(tmp_path / "stock", "user/sd3", license="mit", endpoint=hub.url, token="hf_writer")
+
     output = tmp_path / "output"
     output.mkdir()
     environment = os.environ | hub.environment(tmp_path / "home", token="hf_writer")
@@ -65,11 +72,15 @@ def test_every_pipeline_over_http(hub, tmp_path, site_packages, mode):
     if mode == "code":
         environment["PYTHONPATH"] = str(site_packages)
         interpreter.append("-S")  # without what site-packages link to
-    script = [Path(__file__).with_name("load_all.py"), mode, tmp_path / "noise.safetensors", output, *PIPELINES]
+    script = [Path(__file__).with_name("load_all.py"), mode, tmp_path / "inputs.safetensors", output, *PIPELINES]
     result = subprocess.run([*interpreter, *map(str, script)], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
     samples = load_file(output / "samples.safetensors")
+    for source in ("hub", "again"):
+        torch.testing.assert_close(samples[f"sd3.{source}"], expected["sd3"])
+    assert [file for file in hub.repos["user/sd3"].files if file.endswith(".py")] == ["transformer/diffusers_dmp.py"]
+    expected.pop("sd3")
     for name, images in expected.items():
         for source in ("hub", "again", "pushed"):
             torch.testing.assert_close(samples[f"{name}.{source}"], images)

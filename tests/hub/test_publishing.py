@@ -12,10 +12,11 @@ import yaml
 from huggingface_hub import HfApi, ModelCard
 from networks import PLAIN, make_resnet
 from PIL import Image
-from small_pipelines import DIT, PIPELINES, patched, with_one
+from small_pipelines import DIT, PIPELINES, patched, sd3_experts, with_one
+from tiny_pipelines import RECIPES
 
 import diffusers_dmp
-from diffusers_dmp import DiTModel, GuidanceExperts, PromptPatch
+from diffusers_dmp import DenoiserExperts, DiTModel, GuidanceExperts, NoiseIntervals, PromptPatch
 from diffusers_dmp.hub.folders import read_folder
 from diffusers_dmp.hub.publishing import publish
 from diffusers_dmp.systems import SYSTEMS
@@ -114,6 +115,36 @@ def test_every_card_says_what_runs(tmp_path, monkeypatch, name, make):
     scope = {}
     exec(with_package, scope)
     assert scope["image"].size == (8, 8)
+
+
+def test_the_card_of_experts_in_a_pipeline_of_diffusers(tmp_path):
+    sd3_experts().save_pretrained(tmp_path)
+    publication = publish(tmp_path, "user/sd3", **LICENSE, dry_run=True)
+    card = ModelCard(publication.card)
+    assert card.data.pipeline_tag is None  # the Hub finds it in the pipeline's class
+    assert "arxiv:2211.01324" in card.data.tags
+    assert 'DiffusionPipeline.from_pretrained("user/sd3", trust_remote_code=True)' in card.text
+    assert "owns the timesteps from 875 on" in card.text and "StableDiffusion3Pipeline" in card.text
+    assert "class_labels" not in card.text
+    assert [name for name in publication.files if name.endswith(".py")] == ["transformer/diffusers_dmp.py"]
+    assert "model_index.json" in publication.files
+
+
+@pytest.mark.parametrize("name, component", [("sd3", "transformer"), ("sdxl", "unet")])
+def test_experts_alone_take_the_place_of_a_pipelines_denoiser(tmp_path, name, component):
+    make = RECIPES[name].denoiser
+    DenoiserExperts([make(0), make(1)], NoiseIntervals.from_timesteps([500])).save_pretrained(tmp_path)
+    publication = publish(tmp_path, "user/experts", **LICENSE, base_model="user/base", dry_run=True)
+    assert f'DiffusionPipeline.from_pretrained("user/base", {component}=experts)' in publication.card
+    assert "diffusers_dmp.py" in publication.files
+
+
+def test_the_code_of_experts_holds_this_packages_classes_among_them(tmp_path):
+    PIPELINES["experts"]().save_pretrained(tmp_path)
+    code = publish(tmp_path, "user/experts", **LICENSE, dry_run=True).files["transformer/diffusers_dmp.py"].decode()
+    for name in ("DenoiserExperts", "DiTModel", "DTRTransformer2DModel"):
+        assert code.count(f"\nclass {name}(") == 1
+    assert "class RemixDiTModel" not in code
 
 
 def test_folders_of_before_get_this_versions_code(hub, to_hub, tmp_path):

@@ -51,3 +51,36 @@ def test_lists_of_samples_are_not_lists_of_layers():
 
     (samples,) = run_by_expert([1, 0], (), lists, run)
     assert [sample.mean().item() for sample in samples] == [0, 1]
+
+
+def test_what_has_no_batch_dimension_is_shared_by_position_too():
+    positions = torch.arange(6).view(2, 3)
+
+    def run(expert, args, kwargs):
+        samples, img_ids, unnamed = args
+        assert torch.equal(img_ids, positions)
+        assert unnamed == "scale"
+        assert kwargs == {"skip_layers": [7, 9], "shift": 1.0}
+        return samples
+
+    args = (torch.tensor([[1.0], [2.0]]), positions, "scale")
+    kwargs = {"skip_layers": [7, 9], "shift": 1.0}
+    output = run_by_expert([1, 0], args, kwargs, run, ("hidden_states", "img_ids"))
+    assert torch.equal(output, args[0])
+
+
+def test_a_list_of_residuals_as_long_as_the_batch_is_one_of_layers():
+    residuals = [torch.arange(2.0).view(2, 1, 1, 1).expand(2, 3, 4, 4)] * 2  # two layers of two samples
+    prompts = {"ip_adapter_image_embeds": residuals, "shapes": [(1, 4, 4), (1, 8, 8)]}
+
+    def run(expert, args, kwargs):
+        (index,) = {1: [0], 0: [1]}[expert]
+        for name in ("down_block_additional_residuals", "joint_attention_kwargs"):
+            value = kwargs[name]
+            layers = value["ip_adapter_image_embeds"] if isinstance(value, dict) else value
+            assert [layer.mean().item() for layer in layers] == [index, index]
+        assert kwargs["joint_attention_kwargs"]["shapes"] == [prompts["shapes"][index]]
+        return args[0]
+
+    kwargs = {"down_block_additional_residuals": residuals, "joint_attention_kwargs": prompts}
+    run_by_expert([1, 0], (torch.zeros(2, 1),), kwargs, run)

@@ -1,18 +1,41 @@
 """How denoisers are told the time, in their real pipelines."""
 
+import diffusers
 import pytest
 import torch
+from diffusers import models as diffusers_models
 from hypothesis import given
 from hypothesis import strategies as st
+from packaging import version
 from tiny_pipelines import RECIPES, generate, wan, wan_pipe
 from torch import nn
 
 from diffusers_dmp import NoiseIntervals, TimeArgument, register_time_argument
+from diffusers_dmp.models import time_argument as table
 from diffusers_dmp.models.time_argument import ExpertFinder, time_argument_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FRACTION = TimeArgument(at_pure_noise=1.0)
-ARGUMENTS = (TimeArgument(), FRACTION, TimeArgument(at_pure_noise=1.0, flipped=True), TimeArgument(flipped=True))
+ARGUMENTS = (
+    TimeArgument(),
+    FRACTION,
+    TimeArgument(at_pure_noise=1.0, flipped=True),
+    TimeArgument(flipped=True),
+    TimeArgument(offset=-1.0),
+)
+
+# Parts of denoisers rather than denoisers, and one whose two pipelines differ: the first call is looked at.
+BY_DEFAULT = {
+    "DreamLiteTransformer2DModel",
+    "DualTransformer2DModel",
+    "MiniMaxMusic3RVQDepthDecoder",
+    "MotionAdapter",
+    "T5FilmDecoder",
+    "Transformer2DModel",
+    "TransformerTemporalModel",
+    "UNet1DModel",
+}
+LISTED = {name: getattr(diffusers, name) for name in table._DIFFUSERS if hasattr(diffusers, name)}
 
 
 class Told:
@@ -79,6 +102,9 @@ def test_a_known_schedule_decides_what_rounding_hides(dtype):
     told = schedule.to(dtype) / 1000
     owners = [finder((), {"timestep": value}, schedule) for value in told]
     assert owners == [[1], [0], [0]]
+    # what is not of that schedule, as in a validation during training, still knows the boundary
+    on_boundary = torch.tensor(900.0).to(dtype) / 1000
+    assert finder((), {"timestep": on_boundary}, torch.tensor([1000.0, 500.0])) == [1]
 
 
 def test_mixed_batches_have_one_expert_each():
@@ -93,6 +119,75 @@ def test_given_tokens_belong_to_nobody_and_others_must_agree():
     assert finder((), {"timestep": given_first}) == [1]
     with pytest.raises(ValueError, match="all noisy tokens of a sample to belong to one expert"):
         finder((), {"timestep": torch.tensor([[100, 900]])})
+
+
+def test_every_denoiser_of_diffusers_is_listed_or_left_to_the_default_knowingly():
+    lists = diffusers_models._import_structure.items()
+    exported = {name for module, names in lists if module.startswith(("transformers.", "unets.")) for name in names}
+    known = table._DIFFUSERS.keys() | table._TIME_OF_ITS_OWN | BY_DEFAULT
+    if version.parse(diffusers.__version__) < version.parse("0.43.0.dev0"):  # a newer one may have others
+        assert exported <= known
+    assert not table._DIFFUSERS.keys() & table._TIME_OF_ITS_OWN
+    assert len(table._DIFFUSERS) == sum(len(names.split()) for _, names in table._CONVENTIONS)
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_a_listed_class_has_the_argument_and_is_verified(name):
+    names = table._argument_names(LISTED[name])
+    convention = table._known_argument(LISTED[name])
+    arguments = [convention({}), convention({"guidance_embeds": True})] if callable(convention) else [convention]
+    assert all(argument.name in names for argument in arguments)
+
+
+@pytest.mark.parametrize("name", sorted(table._TIME_OF_ITS_OWN))
+def test_a_class_with_a_time_of_its_own_is_refused_until_it_is_taught(name, monkeypatch):
+    if not hasattr(diffusers, name):
+        pytest.skip("another version of Diffusers")
+    denoiser = getattr(diffusers, name).__new__(getattr(diffusers, name))
+    with pytest.raises(ValueError, match=f"of which is known how it is told the time, but got a {name}; teach it"):
+        time_argument_of(denoiser)
+    monkeypatch.setattr(table, "_REGISTERED", {})
+    argument = TimeArgument(name=table._argument_names(type(denoiser))[1], at_pure_noise=1.0)
+    register_time_argument(type(denoiser), argument)
+    assert time_argument_of(denoiser) == argument
+
+
+def test_sana_is_told_in_the_unit_of_its_configuration():
+    assert table._sana({"timestep_scale": 1.0, "guidance_embeds": False}) == TimeArgument()
+    assert table._sana({}) == TimeArgument()
+    scaled = table._sana({"timestep_scale": 0.001})
+    assert scaled.timesteps(torch.tensor([0.7]), 1000).item() == pytest.approx(700)
+    assert table._sana({"guidance_embeds": True}) == FRACTION  # Sana-Sprint
+
+
+def test_glm_image_is_told_one_timestep_less():
+    argument = table._DIFFUSERS["GlmImageTransformer2DModel"]
+    assert argument.timesteps(torch.tensor([999.0, 499.0, 0.0]), 1000).tolist() == [1000, 500, 1]
+
+
+@pytest.mark.parametrize("total", [10, 500, 4000])
+def test_other_numbers_of_training_timesteps(total):
+    intervals = NoiseIntervals.from_timesteps([total / 2], total)
+    for argument in ARGUMENTS:
+        finder = ExpertFinder(_taught(argument), intervals)
+        told = argument.told(torch.tensor([total, total / 2, total / 2 - 1]), total)
+        assert [finder((), {"timestep": value}) for value in told] == [[1], [1], [0]]
+    with pytest.raises(ValueError, match=f"{total} training timesteps"):
+        ExpertFinder(UsualTime(), intervals)((), {"timestep": torch.tensor(total + 1.0)})
+
+
+@pytest.mark.parametrize("value", [875, 875.0, torch.tensor(875), torch.tensor([875.0]), torch.tensor([[875]])])
+def test_numbers_and_tensors_of_one_element_are_told_alike(value):
+    finder = ExpertFinder(wan(num_layers=1), NoiseIntervals.from_sigmas([0.875]))
+    assert finder((), {"timestep": value}) == [1]
+    assert finder((None, value), {}) == [1]  # by position
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"timestep": None}, {"timestep": torch.tensor([])}])
+def test_a_call_without_the_time_is_refused(kwargs):
+    finder = ExpertFinder(UsualTime(), NoiseIntervals.from_sigmas([0.5]))
+    with pytest.raises(ValueError, match="Expected UsualTime to be called with `timestep`, but got none"):
+        finder((), kwargs)
 
 
 def test_only_classes_that_are_told_per_token_take_it():
@@ -127,13 +222,6 @@ def test_a_fraction_is_not_taken_for_a_timestep():
         finder((), {"timestep": torch.tensor([0.9])})
     assert finder((), {"timestep": torch.tensor([900.0])}) == [1]
     assert finder((), {"timestep": torch.tensor([0.5])}) == [0]  # the last step
-
-
-def test_stable_video_diffusion_has_a_time_of_its_own():
-    from diffusers import UNetSpatioTemporalConditionModel
-
-    with torch.device("meta"), pytest.raises(ValueError, match="of which is known how it is told the time"):
-        time_argument_of(UNetSpatioTemporalConditionModel(num_attention_heads=(5, 10, 20, 20)))
 
 
 def _taught(argument: TimeArgument) -> nn.Module:

@@ -14,7 +14,7 @@ from ..saving.mixins import VERSION_KEY, is_component, listed
 from ..saving.naming import PACKAGE
 from ..saving.reading import parsed_json, read_json, read_yaml
 from ..saving.weight_files import safetensors_header
-from ..systems import SYSTEMS, saved_intervals, system_of_classes
+from ..systems import EXPERTS_KEY, SYSTEMS, owned_timesteps, saved_intervals, system_of_classes
 
 PIPELINE_CONFIG, MODEL_CONFIG = "model_index.json", "config.json"
 ARTEFACTS = ("pipeline", "experts", "patch")  # the folders in a training's `output_dir`
@@ -96,6 +96,11 @@ class FolderContents:
             if boundaries:
                 return f"{len(boundaries) + 1} denoisers, bounded by the signal-to-noise ratio {_listing(boundaries)}"
             intervals = saved_intervals(config)
+            if intervals is not None and config.get(EXPERTS_KEY):
+                return "; ".join(
+                    f"expert {expert}, a {each['_class_name']}, owns the timesteps {owned_timesteps(intervals, expert)}"
+                    for expert, each in enumerate(config[EXPERTS_KEY])
+                )
             if intervals is not None and intervals.num_experts > 1:
                 return f"{intervals.num_experts} experts, whose intervals begin at the timesteps {_listing(intervals.edges[:-1])}"
         return None

@@ -17,9 +17,11 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 import diffusers_dmp
 
+from ..models.expert_configs import EXPERTS_KEY, package_classes
 from ..saving.bundling import source_of
 from ..saving.finite import expect_finite_files
 from ..saving.mixins import dumped, lists_as_objects, with_code_file
+from ..saving.reading import read_json
 from ..saving.version import __version__
 from ..saving.weight_files import check_saved_folder
 from ..systems import SYSTEMS
@@ -34,7 +36,7 @@ from .folders import (
     read_folder,
 )
 
-UPLOADED = (".json", ".model", ".safetensors", ".txt")  # of a pipeline's folder; the code is this version's
+UPLOADED = (".jinja", ".json", ".model", ".safetensors", ".txt")  # of a pipeline's folder; the code is this version's
 _HOMELESS = (
     "Expected the base model of guidance experts to be on the Hub, since they cannot be loaded without it, but got {!r}; "
     "publish it and give its id as `base_model`."
@@ -171,7 +173,8 @@ def _publication(
     else:  # the folder holds no code, or that of an older version
         for name, class_name in contents.own_classes.items():
             cls = getattr(diffusers_dmp, class_name)
-            texts[(Path(name) / cls.code_file).as_posix()] = source_of(cls)
+            experts = read_json(contents.path / name / MODEL_CONFIG).get(EXPERTS_KEY) or []
+            texts[(Path(name) / cls.code_file).as_posix()] = source_of(cls, *package_classes(experts))
         if contents.is_pipeline and hasattr(diffusers_dmp, contents.class_name):
             cls = getattr(diffusers_dmp, contents.class_name)
             texts[cls.code_file] = source_of(cls)

@@ -31,6 +31,7 @@ from .expert_configs import (
     description,
     descriptions_in,
     expert_from_description,
+    package_classes,
     public_config,
     shared_quantizer,
 )
@@ -81,6 +82,9 @@ class DenoiserExperts(PipelineExpertsMixin, StandaloneModelMixin, ModelMixin, Co
     the `experts`: `experts[0].load_lora_adapter(…)`. The model is saved and loaded as one, with the usual arguments. Under
     `enable_model_cpu_offload` only the expert that is called is on the accelerator.
 
+    In half precision some pipelines (Flux, Qwen-Image) round the time before they call their denoiser, so that a step very near
+    a boundary may go to the neighbour: `experts.scheduler = pipe.scheduler` tells them the exact timesteps.
+
     Args:
         experts (`list[ModelMixin]` of length E): The denoisers, the first for the least noise.
         intervals ([`NoiseIntervals`]): Which of them owns which timesteps.
@@ -98,6 +102,7 @@ class DenoiserExperts(PipelineExpertsMixin, StandaloneModelMixin, ModelMixin, Co
     """
 
     __module__ = PACKAGE  # the library that `save_pretrained` names
+    experts: Any  # an `nn.ModuleList` of models
 
     def __init__(self, experts: list[ModelMixin], intervals: NoiseIntervals):
         super().__init__()
@@ -106,6 +111,7 @@ class DenoiserExperts(PipelineExpertsMixin, StandaloneModelMixin, ModelMixin, Co
         self.experts = nn.ModuleList(experts)
         self.training = self.experts.training = any(expert.training for expert in experts)
         self.intervals = intervals
+        self.scheduler: Any = None
         self._find_experts = ExpertFinder(experts[0], intervals)
         self._cache_context: tuple[tuple, dict[str, Any]] | None = None
         self._register_experts()
@@ -134,14 +140,15 @@ class DenoiserExperts(PipelineExpertsMixin, StandaloneModelMixin, ModelMixin, Co
         owners = self._owners(args, kwargs)
         if len(owners) == 1:
             return self._run(owners[0], args, kwargs)
-        return run_by_expert(owners, args, kwargs, self._run)
+        return run_by_expert(owners, args, kwargs, self._run, self._find_experts.argument_names)
 
     @torch.compiler.disable
     def _owners(self, args: tuple, kwargs: dict[str, Any]) -> list[int]:
-        return self._find_experts(args, kwargs)
+        is_sampling = getattr(self.scheduler, "num_inference_steps", None) is not None
+        return self._find_experts(args, kwargs, self.scheduler.timesteps if is_sampling else None)
 
     def _run(self, index: int, args: tuple, kwargs: dict[str, Any]) -> Any:
-        expert: Any = self.experts[index]
+        expert = self.experts[index]
         device = self._offloading_device()
         if device is not None:
             for other in self.experts:
@@ -226,9 +233,13 @@ class DenoiserExperts(PipelineExpertsMixin, StandaloneModelMixin, ModelMixin, Co
 
     def _register_experts(self) -> None:
         """Write the configuration: the first expert's, which pipelines read, and the descriptions of all."""
-        experts: Any = self.experts
-        own = {INTERVAL_EDGES: self.intervals.to_config(), EXPERTS_KEY: [description(expert) for expert in experts]}
-        self.register_to_config(**public_config(experts[0]) | own)
+        descriptions = [description(expert) for expert in self.experts]
+        own = {INTERVAL_EDGES: self.intervals.to_config(), EXPERTS_KEY: descriptions}
+        self.register_to_config(**public_config(self.experts[0]) | own)
+
+    def _parts_with_code(self) -> list[type]:
+        """See [`StandaloneMixin`]: the classes of experts that are this package's."""
+        return package_classes(self.config[EXPERTS_KEY])
 
     def to_json_string(self) -> str:
         """See [`ConfigMixin.to_json_string`]."""
@@ -258,9 +269,8 @@ class DenoiserExperts(PipelineExpertsMixin, StandaloneModelMixin, ModelMixin, Co
         classes = [class_of_description(described) for described in descriptions_in(config)]
         in_float32 = sorted({name for each in classes for name in each._keep_in_fp32_modules or ()})
         # Diffusers reads from the class which weights stay in float32. Here it depends on what is loaded.
-        loaded_class = type(
-            cls.__name__, (cls,), {"__module__": cls.__module__, "_keep_in_fp32_modules": in_float32 or None}
-        )
+        own = {"__module__": cls.__module__, "_keep_in_fp32_modules": in_float32 or None}
+        loaded_class: Any = type(cls.__name__, (cls,), own)
         loaded = super(DenoiserExperts, loaded_class).from_pretrained(pretrained_model_name_or_path, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.__class__ = cls

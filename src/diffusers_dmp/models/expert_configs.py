@@ -6,6 +6,7 @@ A description is what an expert's own `config.json` would hold, with the library
 
 import importlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from diffusers.models.modeling_utils import ModelMixin
@@ -13,7 +14,7 @@ from torch import nn
 
 from ..intervals import NoiseIntervals
 from ..saving.adapters import check_component
-from ..saving.naming import PACKAGE
+from ..saving.naming import PACKAGE, full_name
 from .time_argument import time_argument_of
 
 EXPERTS_KEY = "expert_configs"  # the descriptions
@@ -30,7 +31,8 @@ def check_experts(experts: Sequence[nn.Module], intervals: NoiseIntervals) -> No
 
     Raises:
         ValueError: if their number is not that of the intervals, one of them is no model with a configuration, it is not known
-            how one is told the time, or they differ in how they are told the time, in channels or in dtype.
+            how one is told the time, or they differ in how they are told the time, in channels, in what they predict or in
+            dtype.
     """
     if not hasattr(intervals, "num_experts"):
         raise ValueError(
@@ -50,6 +52,11 @@ def check_experts(experts: Sequence[nn.Module], intervals: NoiseIntervals) -> No
             )
     _check_equal(experts, "be told the time in the same way", [time_argument_of(expert) for expert in experts])
     _check_equal(experts, "have the same number of input and output channels", [_channels(each) for each in experts])
+    _check_equal(
+        experts,
+        "have the same `prediction_type` in their configuration, which is read once",
+        [expert.config.get("prediction_type") for expert in experts],
+    )
     if not any(getattr(expert, "is_quantized", False) for expert in experts):
         _check_equal(experts, "have the same dtype (`expert.to(dtype)` casts one)", [each.dtype for each in experts])
 
@@ -88,12 +95,23 @@ def class_of_description(described: Mapping[str, Any]) -> type[ModelMixin]:
         ValueError: if it is no class of Diffusers or this package.
     """
     library, name = described.get("_library"), described.get("_class_name")
-    found = getattr(importlib.import_module(library), str(name), None) if library in LIBRARIES else None
+    found = _class_in(str(library), str(name))
     if not isinstance(found, type) or not issubclass(found, ModelMixin):
         raise ValueError(
             f"Expected the class of an expert to be a model of {' or '.join(LIBRARIES)}, but got {name!r} of {library!r}."
         )
     return found
+
+
+def package_classes(descriptions: Sequence[Mapping[str, Any]]) -> list[type[ModelMixin]]:
+    """
+    Find the classes of this package among those of experts, by name: a code file for those without it has to hold them.
+
+    Args:
+        descriptions (`list[Mapping]`): Their descriptions.
+    """
+    own = {each["_class_name"]: class_of_description(each) for each in descriptions if each["_library"] == PACKAGE}
+    return [own[name] for name in sorted(own)]
 
 
 def expert_from_description(described: Mapping[str, Any]) -> ModelMixin:
@@ -130,7 +148,7 @@ def shared_quantizer(experts: Sequence[ModelMixin]) -> Any:
     Returns:
         `DiffusersQuantizer`, or None if they are not.
     """
-    quantizers = [getattr(expert, "hf_quantizer", None) for expert in experts]
+    quantizers: list[Any] = [getattr(expert, "hf_quantizer", None) for expert in experts]
     if None in quantizers:
         return None
     first, *others = [quantizer.quantization_config.to_dict() for quantizer in quantizers]
@@ -155,7 +173,8 @@ def check_can_be_loaded(experts: Sequence[ModelMixin]) -> None:
     for index, expert in enumerate(experts):
         described, name = description(expert), type(expert).__name__
         library = described["_library"]
-        if library not in LIBRARIES or getattr(importlib.import_module(library), name, None) is not type(expert):
+        found = _class_in(library, name)
+        if found is None or full_name(found) != full_name(type(expert)):  # by name: see naming.py
             raise ValueError(
                 f"Expected the classes of experts to be those of {' or '.join(LIBRARIES)} to save them in one model, as nobody "
                 f"could load it otherwise, but `experts[{index}]` is a {type(expert).__module__}.{name}; "
@@ -167,6 +186,17 @@ def check_can_be_loaded(experts: Sequence[ModelMixin]) -> None:
             "Expected experts with weights of their own to save them, but got some that share weights; pass "
             "`copy.deepcopy(expert)`."
         )
+
+
+def _class_in(library: str, name: str) -> Any:
+    """A class of Diffusers or this package; without this package, one of those in the same code file; or None."""
+    if library not in LIBRARIES:
+        return None
+    if library == PACKAGE and name in globals():
+        return globals()[name]
+    with suppress(ModuleNotFoundError):
+        return getattr(importlib.import_module(library), name, None)
+    return None
 
 
 def _channels(expert: Any) -> tuple[int | None, int | None]:

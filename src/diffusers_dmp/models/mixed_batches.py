@@ -5,7 +5,8 @@ So an expert is only ever called with samples of its own, whatever its layers do
 Legend: B batch.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -13,11 +14,33 @@ from diffusers.utils import BaseOutput
 
 from ..intervals import group_by_expert
 
-SHARED = frozenset({"freqs_cis", "image_rotary_emb", "img_ids", "txt_ids"})  # positions, without a batch dimension
+# Arguments without a batch dimension, which may be as long as the batch by chance: positions, and settings of layers.
+SHARED = frozenset(
+    {
+        "control_hidden_states_scale",
+        "freqs_cis",
+        "image_rotary_emb",
+        "img_ids",
+        "rope_interpolation_scale",
+        "rotary_embedding",
+        "scale_factor",
+        "skip_layers",
+        "spatio_temporal_guidance_blocks",
+        "text_rope_pos",
+        "txt_ids",
+        "visual_rope_pos",
+    }
+)
+# Parts of the names of lists with an entry for each layer or adapter: what ControlNets and IP-Adapters add.
+_LISTS_OF_BATCHES = ("block", "image_embeds")
 
 
 def run_by_expert(
-    experts: list[int], args: tuple, kwargs: Mapping[str, Any], run: Callable[[int, tuple, dict[str, Any]], Any]
+    experts: list[int],
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    run: Callable[[int, tuple, dict[str, Any]], Any],
+    names: Sequence[str] = (),
 ) -> Any:
     """
     Call each expert once with its samples, and put the outputs in the order of the batch.
@@ -26,6 +49,7 @@ def run_by_expert(
         experts (`list[int]` of length B): The expert of each sample.
         args, kwargs: The arguments of the call.
         run (`Callable[[int, tuple, dict], Any]`): Calls an expert with the arguments for its samples.
+        names (`Sequence[str]`): The names of `args`: some arguments have no batch dimension.
 
     Returns:
         The output for the batch, of the kind that the experts return: a tensor, a tuple or list, or a `BaseOutput`.
@@ -33,51 +57,54 @@ def run_by_expert(
     Raises:
         ValueError: if an output holds anything that is not one value for each sample.
     """
-    calls, order = split_by_expert(experts, args, kwargs)
+    calls, order = split_by_expert(experts, args, kwargs, names)
     return join_outputs([run(*call) for call in calls], order)
 
 
 def split_by_expert(
-    experts: list[int], args: tuple, kwargs: Mapping[str, Any]
+    experts: list[int], args: tuple, kwargs: Mapping[str, Any], names: Sequence[str] = ()
 ) -> tuple[list[tuple[int, tuple, dict[str, Any]]], torch.Tensor]:
     """
     Split the arguments of a call by expert.
 
     Args:
         experts (`list[int]` of length B): The expert of each sample.
-        args, kwargs: The arguments of the call.
+        args, kwargs, names: As in [`run_by_expert`].
 
     Returns:
         Each expert that occurs, with the arguments for its samples; and the order in which [`join_outputs`] takes the samples.
     """
     order, present, sizes = group_by_expert(torch.tensor(experts))
-    groups = [group.tolist() for group in order.split(sizes)]
-    calls = [
-        (expert, _take(args, group, len(experts)), _take(dict(kwargs), group, len(experts)))
-        for expert, group in zip(present, groups)
-    ]
+    named = [*zip_longest(args, names[: len(args)], fillvalue="")]
+    calls = []
+    for expert, group in zip(present, order.split(sizes)):
+        indices = group.tolist()
+        taken = tuple(_take(value, indices, len(experts), name) for value, name in named)
+        calls.append((expert, taken, _take(dict(kwargs), indices, len(experts))))
     return calls, order.argsort()
 
 
-def _take(value: Any, indices: list[int], batch_size: int) -> Any:
+def _take(value: Any, indices: list[int], batch_size: int, name: str = "") -> Any:
     """Take some samples of an argument: of a tensor or list with an entry for each sample, or of all that a container holds."""
+    if name in SHARED:
+        return value
     if isinstance(value, torch.Tensor):
         is_batch = value.ndim > 0 and len(value) == batch_size
         return value[torch.tensor(indices, device=value.device)] if is_batch else value
     if isinstance(value, Mapping):
-        return {name: part if name in SHARED else _take(part, indices, batch_size) for name, part in value.items()}
+        return {key: _take(part, indices, batch_size, str(key)) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        parts = list(value)
-        if isinstance(value, list) and len(parts) == batch_size and not _holds_batches(parts, batch_size):
-            return [parts[index] for index in indices]
-        return type(value)(_take(part, indices, batch_size) for part in parts)
+        if isinstance(value, list) and len(value) == batch_size and not _holds_batches(value, batch_size, name):
+            return [value[index] for index in indices]
+        return type(value)(_take(part, indices, batch_size) for part in value)
     return value
 
 
-def _holds_batches(parts: list[Any], batch_size: int) -> bool:
+def _holds_batches(parts: list[Any], batch_size: int, name: str) -> bool:
     """Whether a list as long as the batch holds something else than samples: tensors of a whole batch, as ControlNets return."""
-    tokens = [part for part in parts if isinstance(part, torch.Tensor)]
-    return len(tokens) == len(parts) and all(part.ndim == 3 and len(part) == batch_size for part in tokens)
+    if any(part in name for part in _LISTS_OF_BATCHES):
+        return True
+    return all(isinstance(part, torch.Tensor) and part.ndim == 3 and len(part) == batch_size for part in parts)
 
 
 def join_outputs(outputs: list[Any], order: torch.Tensor) -> Any:

@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 from diffusers.models.modeling_utils import ModelMixin
-
 from torch import nn
 
 from ..intervals import NoiseIntervals

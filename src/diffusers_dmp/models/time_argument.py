@@ -7,10 +7,9 @@ an expert.
 Legend: B batch, N tokens, T training timesteps, K known timesteps.
 """
 
-import functools
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,9 +31,9 @@ class TimeArgument:
         at_pure_noise (`float`, *optional*): Its value at t = T, such as 1 where it is t/T; by default T itself, which means
             that it is t. Where the argument is `flipped`, its value at t = 0.
         flipped (`bool`): Whether it counts from the noise to the image: 0 at t = T.
-        per_token (`bool`): Whether it may be of shape (B, N), one value for each token. The sample's t is that of its noisiest
-            token, as the others belong to a given image.
-        setting (`str`, *optional*): An entry of the model's configuration that the argument was multiplied by.
+        offset (`float`): What is added to it, such as -1 where it is t - 1.
+        per_token (`bool`): Whether it may be of shape (B, N), one value for each token (or frame). The sample's t is that of
+            its noisiest token, as the others belong to a given image.
 
     Example:
         >>> TimeArgument(at_pure_noise=1.0).timesteps(torch.tensor([0.25]), 1000)
@@ -44,8 +43,8 @@ class TimeArgument:
     name: str = "timestep"
     at_pure_noise: float | None = None
     flipped: bool = False
+    offset: float = 0.0
     per_token: bool = False
-    setting: str | None = None
 
     def told(self, timesteps: torch.Tensor, num_train_timesteps: int) -> torch.Tensor:
         """
@@ -58,14 +57,12 @@ class TimeArgument:
         Returns:
             `torch.Tensor` of the same shape and, if it is a floating one, dtype.
         """
-        if self.at_pure_noise is None:
-            return num_train_timesteps - timesteps if self.flipped else timesteps
-        remaining = num_train_timesteps - timesteps if self.flipped else timesteps
-        return remaining / num_train_timesteps * self.at_pure_noise
+        counted = num_train_timesteps - timesteps if self.flipped else timesteps
+        if self.at_pure_noise is not None:
+            counted = counted / num_train_timesteps * self.at_pure_noise
+        return counted + self.offset if self.offset else counted
 
-    def timesteps(
-        self, value: torch.Tensor | float, num_train_timesteps: int, known: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def timesteps(self, value: torch.Tensor | float, num_train_timesteps: int, *known: torch.Tensor) -> torch.Tensor:
         """
         Turn what a model is told into training timesteps.
 
@@ -75,7 +72,8 @@ class TimeArgument:
         Args:
             value (`torch.Tensor` of shape (), (1,), (B,) or (B, N), or a number): What the model is told.
             num_train_timesteps (`int`): T.
-            known (`torch.Tensor` of shape (K,), *optional*): Exact timesteps, such as those of a scheduler.
+            known (`torch.Tensor` of shape (K,)): Exact timesteps t, such as those of a scheduler. Of several tensors, the last
+                that has one decides.
 
         Returns:
             `torch.Tensor` of shape (1,) or (B,), float64 where the device has it, on the device of `value`.
@@ -88,22 +86,20 @@ class TimeArgument:
             raise ValueError(
                 f"Expected `{self.name}` to hold one value for each sample, but got the shape {tuple(value.shape)}."
             )
-        timesteps = self.token_timesteps(value, num_train_timesteps, known)
-        return timesteps.flatten(1).amax(1) if timesteps.ndim > 1 else timesteps
+        return self.token_timesteps(value, num_train_timesteps, *known).flatten(1).amax(1)
 
-    def token_timesteps(
-        self, value: torch.Tensor, num_train_timesteps: int, known: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """As [`~TimeArgument.timesteps`], but of each token where there is a value for each: (B, N)."""
+    def token_timesteps(self, value: torch.Tensor, num_train_timesteps: int, *known: torch.Tensor) -> torch.Tensor:
+        """As [`~TimeArgument.timesteps`], but of each token: (B, N), or (B, 1) where a value is one of the whole sample."""
         exact_dtype = torch.float32 if value.device.type == "mps" else torch.float64
-        told = value.reshape(1) if value.ndim == 0 else value
-        timesteps = told.to(exact_dtype)
+        told = value.reshape(len(value) if value.ndim else 1, -1)  # (B, N)
+        timesteps = told.to(exact_dtype) - self.offset
         if self.at_pure_noise is not None:
             timesteps = timesteps / self.at_pure_noise * num_train_timesteps
         if self.flipped:
             timesteps = num_train_timesteps - timesteps
-        if known is not None and len(known) and told.is_floating_point():
-            timesteps = self._snapped(timesteps, told, num_train_timesteps, known.to(timesteps))
+        if told.is_floating_point():
+            for exact in filter(len, known):
+                timesteps = self._snapped(timesteps, told, num_train_timesteps, exact.to(timesteps))
         return timesteps
 
     def _snapped(
@@ -115,42 +111,88 @@ class TimeArgument:
         rounded_after = self.told(known, num_train_timesteps).to(told.dtype)
         candidates = torch.stack([rounded_before, rounded_after]).to(timesteps)  # (2, K)
         scale = num_train_timesteps if self.at_pure_noise is None else self.at_pure_noise
-        apart = (told.to(timesteps)[..., None, None] - candidates).abs()  # (…, 2, K)
-        same = (apart <= _SINGLE_PRECISION * scale).any(-2)  # (…, K)
+        apart = (told.to(timesteps)[..., None, None] - candidates).abs()  # (B, N, 2, K)
+        same = (apart <= _SINGLE_PRECISION * scale).any(-2)  # (B, N, K)
         noisiest = torch.where(same, known, -torch.inf).amax(-1)
         return torch.where(same.any(-1), noisiest, timesteps)
 
 
 _TIMESTEP = TimeArgument()
+_PER_TOKEN = TimeArgument(per_token=True)
 _FRACTION = TimeArgument(at_pure_noise=1.0)
 _FLIPPED_FRACTION = TimeArgument(at_pure_noise=1.0, flipped=True)
-_SANA = TimeArgument(setting="timestep_scale")
-_PER_TOKEN = TimeArgument(per_token=True)
 
-# From the pipelines of Diffusers, by the full names of classes, which are not imported: that would take seconds.
-_DIFFUSERS: dict[str, TimeArgument | None] = {
-    "AuraFlowTransformer2DModel": _FRACTION,
-    "BriaFibo2Transformer2DModel": _FRACTION,
-    "ChromaTransformer2DModel": _FRACTION,
-    "Flux2Transformer2DModel": _FRACTION,
-    "FluxTransformer2DModel": _FRACTION,
-    "HiDreamImageTransformer2DModel": TimeArgument(name="timesteps"),
-    "Krea2Transformer2DModel": _FRACTION,
-    "LTXVideoTransformer3DModel": _PER_TOKEN,
-    "LTX2VideoTransformer3DModel": _PER_TOKEN,
-    "LongCatImageTransformer2DModel": _FRACTION,
-    "Lumina2Transformer2DModel": _FLIPPED_FRACTION,
-    "LuminaNextDiT2DModel": _FLIPPED_FRACTION,
-    "MochiTransformer3DModel": TimeArgument(flipped=True),
-    "NucleusMoEImageTransformer2DModel": _FRACTION,
-    "OvisImageTransformer2DModel": _FRACTION,
-    "QwenImage21Transformer2DModel": _FRACTION,
-    "QwenImageTransformer2DModel": _FRACTION,
-    "SanaTransformer2DModel": _SANA,
-    "SkyReelsV2Transformer3DModel": _PER_TOKEN,
-    "UNetSpatioTemporalConditionModel": None,  # a quarter of ln σ, without a T
-    "WanTransformer3DModel": _PER_TOKEN,
-    "ZImageTransformer2DModel": replace(_FLIPPED_FRACTION, name="t"),
+
+_Convention = TimeArgument | Callable[[Mapping[str, Any]], TimeArgument]  # or a function of the model's configuration
+
+
+def _sana(config: Mapping[str, Any]) -> TimeArgument:
+    if config.get("guidance_embeds"):
+        return _FRACTION  # Sana-Sprint: sin/(sin + cos) of the angle, which is σ
+    scale = config.get("timestep_scale", 1.0)
+    return _TIMESTEP if scale == 1 else TimeArgument(at_pure_noise=1000.0 * scale)
+
+
+# From the pipelines of Diffusers 0.42, by the names of classes, which are not imported: that would take seconds.
+_CONVENTIONS: tuple[tuple[_Convention, str], ...] = (
+    (
+        _TIMESTEP,
+        """
+        AllegroTransformer3DModel AudioLDM2UNet2DConditionModel BriaFiboTransformer2DModel BriaTransformer2DModel
+        CogVideoXTransformer3DModel CogView3PlusTransformer2DModel CogView4Transformer2DModel ConsisIDTransformer3DModel
+        DiTTransformer2DModel DreamLiteUNetModel EasyAnimateTransformer3DModel ErnieImageTransformer2DModel
+        HeliosTransformer3DModel HunyuanDiT2DModel HunyuanImageTransformer2DModel HunyuanVideo15Transformer3DModel
+        HunyuanVideoFramepackTransformer3DModel HunyuanVideoTransformer3DModel I2VGenXLUNet
+        JoyImageEditPlusTransformer3DModel JoyImageEditTransformer3DModel Kandinsky3UNet Kandinsky5Transformer3DModel
+        Kandinsky6SRTransformer3DModel Kandinsky6Transformer3DModel LatteTransformer3DModel MotifVideoTransformer3DModel
+        PixArtTransformer2DModel PriorTransformer SD3Transformer2DModel UNet2DConditionModel UNet2DModel
+        UNet3DConditionModel UNetControlNetXSModel UNetMotionModel WanAnimate2Transformer3DModel
+        WanAnimateTransformer3DModel WanVACETransformer3DModel
+        """,
+    ),
+    (
+        _PER_TOKEN,
+        """
+        AnyFlowFARTransformer3DModel AnyFlowTransformer3DModel ChronoEditTransformer3DModel LTX2VideoTransformer3DModel
+        LTXVideoTransformer3DModel SanaVideoTransformer3DModel SanaWMLTX2RefinerTransformer3DModel SanaWMTransformer3DModel
+        SkyReelsV2Transformer3DModel WanTransformer3DModel
+        """,
+    ),
+    (
+        _FRACTION,
+        """
+        AceStepTransformer1DModel AuraFlowTransformer2DModel BriaFibo2Transformer2DModel ChromaTransformer2DModel
+        Flux2Transformer2DModel Flux3Transformer2DModel FluxTransformer2DModel Krea2Transformer2DModel
+        LongCatAudioDiTTransformer LongCatImageTransformer2DModel NucleusMoEImageTransformer2DModel
+        OvisImageTransformer2DModel PRXTransformer2DModel QwenImage21Transformer2DModel QwenImageTransformer2DModel
+        StableAudio3DiTModel
+        """,
+    ),
+    (
+        _FLIPPED_FRACTION,
+        """
+        Ideogram4Transformer2DModel Lumina2Transformer2DModel LuminaNextDiT2DModel MiniMaxMusic3Transformer1DModel
+        OmniGenTransformer2DModel
+        """,
+    ),
+    (TimeArgument(name="t", at_pure_noise=1.0, flipped=True), "ZImageTransformer2DModel"),
+    (TimeArgument(name="timesteps"), "HiDreamImageTransformer2DModel"),
+    (TimeArgument(name="vision_timesteps"), "Cosmos3OmniTransformer"),
+    (TimeArgument(flipped=True), "MochiTransformer3DModel"),
+    (TimeArgument(offset=-1.0), "GlmImageTransformer2DModel"),
+    (_sana, "SanaTransformer2DModel"),
+)
+_DIFFUSERS = {name: argument for argument, names in _CONVENTIONS for name in names.split()}
+# Their time is no t/T: ln σ or one of σ's other functions, several conventions in one class, or several times in one sample.
+_TIME_OF_ITS_OWN = {
+    "CosmosTransformer3DModel",
+    "MiniMaxH3Transformer3DModel",
+    "RFD4ProteinaTransformer",
+    "StableAudioDiTModel",
+    "StableCascadeUNet",
+    "UNetSpatioTemporalConditionModel",
+    "UVit2DModel",
+    "UniDiffuserModel",
 }
 _REGISTERED: dict[str, TimeArgument] = {}
 
@@ -192,23 +234,24 @@ def time_argument_of(denoiser: nn.Module) -> TimeArgument:
     Raises:
         ValueError: if it is not known; [`register_time_argument`] teaches it.
     """
-    argument = _known_argument(type(denoiser))
-    if argument is None and "timestep" in _argument_names(type(denoiser)) and not _is_untold(type(denoiser)):
+    denoiser_class = type(denoiser)
+    argument = _known_argument(denoiser_class)
+    if callable(argument):
+        config: Any = denoiser.config
+        argument = argument(config)
+    is_usual = "timestep" in _argument_names(denoiser_class) and not _has_time_of_its_own(denoiser_class)
+    if argument is None and is_usual:
         argument = _TIMESTEP
     if argument is None:
-        name = type(denoiser).__name__
+        name = denoiser_class.__name__
         raise ValueError(
             f"Expected a denoiser of which is known how it is told the time, but got a {name}; teach it with "
             f"`register_time_argument({name}, TimeArgument(name=…, at_pure_noise=…))`."
         )
-    if argument.setting is not None:
-        # Sana: 1000 · timestep_scale at t = T
-        scale = denoiser.config[argument.setting]  # type: ignore[index]
-        argument = argument if scale == 1 else replace(argument, at_pure_noise=1000 * scale)
     return argument
 
 
-def _known_argument(denoiser_class: type) -> TimeArgument | None:
+def _known_argument(denoiser_class: type) -> _Convention | None:
     for cls in denoiser_class.__mro__:
         argument = _REGISTERED.get(full_name(cls)) or (_DIFFUSERS.get(cls.__name__) if _is_diffusers(cls) else None)
         if argument is not None:
@@ -216,21 +259,17 @@ def _known_argument(denoiser_class: type) -> TimeArgument | None:
     return None
 
 
-def _is_untold(denoiser_class: type) -> bool:
-    """Whether a class of Diffusers has a time of its own, which is no training timestep."""
-    return any(
-        _is_diffusers(cls) and _DIFFUSERS.get(cls.__name__, _TIMESTEP) is None for cls in denoiser_class.__mro__
-    )
+def _has_time_of_its_own(denoiser_class: type) -> bool:
+    return any(_is_diffusers(cls) and cls.__name__ in _TIME_OF_ITS_OWN for cls in denoiser_class.__mro__)
 
 
 def _is_diffusers(cls: type) -> bool:
     return cls.__module__.partition(".")[0] == "diffusers"
 
 
-@functools.cache
-def _argument_names(denoiser_class: type) -> tuple[str, ...]:
+def _argument_names(denoiser_class: Any) -> tuple[str, ...]:
     """The arguments of a class's `forward`, without `self`."""
-    return tuple(inspect.signature(denoiser_class.forward).parameters)[1:]  # type: ignore[attr-defined]
+    return tuple(inspect.signature(denoiser_class.forward).parameters)[1:]
 
 
 class ExpertFinder:
@@ -264,9 +303,10 @@ class ExpertFinder:
         """
         name = self.argument.name
         arguments = dict(zip(self.argument_names, args)) | dict(kwargs)
-        if arguments.get(name) is None:
+        value = arguments.get(name)
+        if value is None or (isinstance(value, torch.Tensor) and value.numel() == 0):
             raise ValueError(f"Expected {self.class_name} to be called with `{name}`, but got none.")
-        return torch.as_tensor(arguments[name])
+        return torch.as_tensor(value)
 
     def __call__(self, args: tuple, kwargs: Mapping[str, Any], schedule: torch.Tensor | None = None) -> list[int]:
         """
@@ -274,8 +314,8 @@ class ExpertFinder:
 
         Args:
             args, kwargs: The arguments of the denoiser's `forward`.
-            schedule (`torch.Tensor` of shape (S,), *optional*): The exact timesteps of the sampling, if they are known:
-                `scheduler.timesteps`.
+            schedule (`torch.Tensor` of shape (S,), *optional*): The exact timesteps t of the sampling, if they are known; see
+                [`training_timesteps`].
 
         Returns:
             `list[int]`: One expert for the batch, or one for each of its B samples if they differ.
@@ -286,15 +326,14 @@ class ExpertFinder:
         """
         value = self.value(args, kwargs).detach().cpu()
         total = self.intervals.num_train_timesteps
-        # a step exactly on an edge, and the ends, which rounding must not move out of [0, T]
-        known = torch.tensor(self.intervals.edges, dtype=torch.float64)
+        known: tuple[torch.Tensor, ...] = (torch.tensor(self.intervals.edges, dtype=torch.float64),)
         if schedule is not None:
-            known = self._values(schedule)
-        timesteps = self.argument.timesteps(value, total, known)
+            known = (*known, self._values(schedule))
+        timesteps = self.argument.timesteps(value, total, *known)
         self._check_unit(value, timesteps)
         experts = self.intervals.index(timesteps)
         if value.ndim > 1:
-            tokens = self.argument.token_timesteps(value, total, known).flatten(1)
+            tokens = self.argument.token_timesteps(value, total, *known)
             if ((self.intervals.index(tokens) != experts[:, None]) & (tokens > 0)).any():
                 raise ValueError(
                     f"Expected all noisy tokens of a sample to belong to one expert, but got the timesteps "
@@ -306,7 +345,7 @@ class ExpertFinder:
     def _values(self, schedule: torch.Tensor) -> torch.Tensor:
         """A schedule on the CPU, which waits for it at the first step only: a scheduler makes another tensor for each sampling."""
         if self._schedule is None or self._schedule[0] is not schedule:
-            self._schedule = schedule, schedule.detach().cpu().double()
+            self._schedule = schedule, schedule.detach().cpu()
         return self._schedule[1]
 
     def _check_unit(self, value: torch.Tensor, timesteps: torch.Tensor) -> None:

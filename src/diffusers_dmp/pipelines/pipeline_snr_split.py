@@ -23,7 +23,7 @@ from ..intervals import NoiseIntervals
 from ..plugins.attachment import patch_of
 from ..saving.adapters import check_component
 from ..saving.mixins import listed
-from ..saving.naming import PACKAGE
+from ..saving.naming import PACKAGE, descends_from
 from .denoiser_checks import check_denoisers, untrained_intervals
 from .denoising import DenoisingMixin
 from .scheduling import owners_of_steps, set_timesteps, with_trained_noise
@@ -136,11 +136,18 @@ class SNRSplitPipeline(DenoisingMixin, DiffusionPipeline):
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "SNRSplitPipeline":
         """
-        Make a pipeline of the components of another SNR-split pipeline; see [`~StandalonePipelineMixin.from_pipe`].
+        Make a pipeline of the components of another SNR-split pipeline, or of one with [`DenoiserExperts`], whose experts become
+        the denoisers; see [`~StandalonePipelineMixin.from_pipe`]. `DenoiserExperts.from_pipeline` goes the other way.
 
         Raises:
             ValueError: if the other pipeline has a single denoiser, and no `denoisers` are given.
         """
+        components = pipeline.components.values()
+        experts = next((each for each in components if descends_from(each, "DenoiserExperts")), None)
+        if experts is not None and kwargs.get("denoisers") is None:
+            kwargs["denoisers"] = list(experts.experts)
+            if kwargs.get("snr_boundaries") is None:
+                kwargs["snr_boundaries"] = experts.intervals.snr_boundaries(trained_scheduler_of(pipeline))
         if kwargs.get("denoisers") is not None:
             kwargs = {name: None for name in pipeline.components if name in DENOISER_NAMES} | kwargs
         elif not set(DENOISER_NAMES) & {*pipeline.components, *kwargs}:

@@ -228,7 +228,7 @@ class LoraAttachment:
         if len(experts) == 1:
             self.switch.use(experts[0])
             return None
-        calls, order = split_by_expert(experts, args, kwargs)
+        calls, order = split_by_expert(experts, args, kwargs, self.finder.argument_names)
         (expert, args, kwargs), *others = calls
         self._remaining = others, order
         self.switch.use(expert)

@@ -21,19 +21,20 @@ _STAND_IN = '''
 BUNDLE_CODE = True
 
 
-def source_of(cls: type, source: str = Path(__file__).read_text(encoding="utf-8")) -> str:
+def source_of(cls: type, *others: type, source: str = Path(__file__).read_text(encoding="utf-8")) -> str:
     """Return this file's text, read when it was executed: another component's file may have replaced it since."""
     return source
 '''
 
 
 @functools.cache
-def source_of(cls: type) -> str:
+def source_of(cls: type, *others: type) -> str:
     """
     Return the text of the file.
 
     Args:
         cls (`type`): A class of this package, with a constructor of its own.
+        others (`type`): Further classes of this package that are to be found in the file.
 
     Raises:
         ValueError: if two of the modules give one name to different things.
@@ -42,7 +43,7 @@ def source_of(cls: type) -> str:
     plain_imports: set[str] = set()
     owners: dict[str, str] = {}
     parts = []
-    for module in _modules_needed_by(vars(cls)["__init__"].__module__):
+    for module in _modules_needed_by(*(vars(each)["__init__"].__module__ for each in (*others, cls))):
         if module == __name__:
             imports["pathlib"].add("Path")
             parts.append(_STAND_IN)
@@ -70,8 +71,8 @@ def source_of(cls: type) -> str:
     return "\n".join([header, *lines, *parts])
 
 
-def _modules_needed_by(module: str) -> list[str]:
-    """List the package's modules that a module imports, directly or not, each behind those it imports itself, then the module."""
+def _modules_needed_by(*modules: str) -> list[str]:
+    """List modules and those of the package that they import, directly or not, each behind those it imports itself."""
     needed: dict[str, None] = {}  # a set in order
 
     def visit(name: str) -> None:
@@ -84,7 +85,8 @@ def _modules_needed_by(module: str) -> list[str]:
                     visit(importlib.util.resolve_name(relative, name.rpartition(".")[0]))
         needed[name] = None
 
-    visit(module)
+    for module in modules:
+        visit(module)
     return list(needed)
 
 

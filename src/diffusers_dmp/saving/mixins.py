@@ -73,8 +73,12 @@ class StandaloneMixin(VersionedMixin):
             save_directory: The folder.
         """
         if type(self).__module__ == PACKAGE:
-            code = self._source_of(type(self))  # type: ignore[arg-type]  # mypy takes a class for unhashable
+            code = self._source_of(type(self), *self._parts_with_code())  # type: ignore[arg-type]  # mypy takes a class for unhashable
             Path(save_directory, self.code_file).write_text(code, encoding="utf-8")
+
+    def _parts_with_code(self) -> list[type]:
+        """The classes of parts that the code file has to hold as well, in a fixed order."""
+        return []
 
     def _upload_folder(self, working_dir: "str | os.PathLike", *args, **kwargs) -> Any:
         """Add code files to every upload: Diffusers calls this in `push_to_hub` and `save_pretrained(push_to_hub=True)`."""
