@@ -1,6 +1,7 @@
 """Tiny denoisers of Diffusers' pipelines with LoRA, and the switch between them as one would write it by hand."""
 
 import copy
+import functools
 from collections import Counter
 from typing import Any
 
@@ -9,7 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny_pipelines import RECIPES, generate, seeded
 
-from diffusers_dmp.models.time_argument import time_argument_of
+from diffusers_dmp.models.time_argument import TimeArgument, time_argument_of
 
 LORAS = {"low": (2, 3.0), "high": (3, 2.0), "style": (1, 1.0)}  # rank and alpha
 TARGETS = ["to_q", "to_v"]
@@ -30,12 +31,15 @@ def add_loras(denoiser: Any, names: list[str], **config: Any) -> Any:
 
 
 def activate(denoiser: Any, adapters: list[tuple[str, float]]) -> Any:
-    """Activate adapters by PEFT's own methods."""
+    """Activate adapters by PEFT's own methods, but leave it as it is which of them require gradients."""
+    required = {parameter: parameter.requires_grad for parameter in denoiser.parameters()}
     for layer in denoiser.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.set_adapter([name for name, _ in adapters])
             for name, weight in adapters:
                 layer.set_scale(name, weight)
+    for parameter, requires_grad in required.items():
+        parameter.requires_grad_(requires_grad)
     return denoiser
 
 
@@ -77,19 +81,23 @@ def adapters_in_use(denoiser: Any) -> list[tuple[list[str], dict[str, float]]]:
     ]
 
 
-def inputs_of(name: str, timesteps: list[float]) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of one of a pipeline's calls of its denoiser, but with a timestep for each sample."""
+@functools.cache
+def _call_of(name: str, batch_size: int) -> tuple[tuple, dict[str, Any], TimeArgument]:
+    """The arguments of one of a pipeline's calls of its denoiser, without guidance."""
     recipe = RECIPES[name]
     denoiser, calls = recipe.denoiser(), []
-    handle = denoiser.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
-    each = {"num_videos_per_prompt" if name == "wan" else "num_images_per_prompt": len(timesteps)}
-    without_guidance = {"guidance_scale": 0.0, "true_cfg_scale": 1.0}
-    generate(
-        name, recipe.pipe(denoiser), 1, **each | {k: v for k, v in without_guidance.items() if k in recipe.call()}
-    )
-    handle.remove()
-    (args, kwargs), *_ = calls
-    argument = time_argument_of(denoiser)
+    denoiser.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+    call = {
+        key: value for key, value in {"guidance_scale": 0.0, "true_cfg_scale": 1.0}.items() if key in recipe.call()
+    }
+    call["num_videos_per_prompt" if name == "wan" else "num_images_per_prompt"] = batch_size
+    generate(name, recipe.pipe(denoiser), 1, **call)
+    return *calls[0], time_argument_of(denoiser)
+
+
+def inputs_of(name: str, timesteps: list[float]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a pipeline's call of its denoiser, but with a timestep for each sample."""
+    args, kwargs, argument = _call_of(name, len(timesteps))
     time = argument.told(torch.tensor(timesteps), 1000)
     if argument.name in kwargs:
         return args, kwargs | {argument.name: time}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from loras import activate, adapters_in_use, add_loras, gradients, inputs_of, output_of, switch_by_hand, with_only
-from tiny_pipelines import RECIPES, generate
+from tiny_pipelines import RECIPES, generate, wan_pipe
 
 from diffusers_dmp import LoraExperts, NoiseIntervals
 
@@ -23,6 +23,89 @@ def test_equal_to_separate_models(name):
     denoiser = add_loras(recipe.denoiser(), ["low", "high"])
     LoraExperts(["low", None, "high"], THREE).attach(denoiser)
     assert torch.equal(generate(name, recipe.pipe(denoiser)), expected)
+
+
+def test_high_and_low_in_one_transformer_equal_wan22():
+    """Wan2.2's pipeline has a transformer for each: here, one with both LoRAs does the same."""
+    two = {"transformer": with_only("wan", [("high", 1.0)]), "transformer_2": with_only("wan", [("low", 1.0)])}
+    expected = generate("wan", wan_pipe(**two, boundary_ratio=0.875))
+
+    pipe = wan_pipe(add_loras(RECIPES["wan"].denoiser(), ["low", "high"]))
+    LoraExperts(["low", "high"], NoiseIntervals.from_sigmas([0.875])).attach(pipe)
+    assert torch.equal(generate("wan", pipe), expected)
+
+
+# Weights, and several adapters in one interval
+
+
+WEIGHTS = {
+    "a weight": (("low", 0.5), [("low", 0.5)]),
+    "several": (["low", "style"], [("low", 1.0), ("style", 1.0)]),
+    "several with weights": ([("style", 0.3), "low"], [("style", 0.3), ("low", 1.0)]),
+    "none": ([], []),
+}
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_weights(weights, use_rslora):
+    """A weight is the one of `set_adapters`, and may differ between intervals."""
+    entry, adapters = WEIGHTS[weights]
+    denoisers = [with_only("sd3", each, use_rslora=use_rslora) for each in (adapters, [("style", 2.0)])]
+    by_hand, calls = switch_by_hand("sd3", denoisers, [800])
+    expected = generate("sd3", RECIPES["sd3"].pipe(by_hand))
+    assert sorted(calls) == [0, 1]
+
+    denoiser = add_loras(RECIPES["sd3"].denoiser(), ["low", "high", "style"], use_rslora=use_rslora)
+    LoraExperts([entry, ("style", 2)], NoiseIntervals.from_timesteps([800])).attach(denoiser)
+    assert torch.equal(generate("sd3", RECIPES["sd3"].pipe(denoiser)), expected)
+
+
+@pytest.mark.parametrize(("name", "argument"), [("sd3", "joint_attention_kwargs"), ("wan", "attention_kwargs")])
+def test_the_pipelines_own_scale_multiplies_the_weights(name, argument):
+    recipe = RECIPES[name]
+    outputs = []
+    for weight, call in ((0.5, {}), (1.0, {argument: {"scale": 0.5}})):
+        denoiser = add_loras(recipe.denoiser(), ["low", "high"])
+        LoraExperts([("low", weight), None, ("high", weight)], THREE).attach(denoiser)
+        outputs.append(generate(name, recipe.pipe(denoiser), **call))
+    assert torch.equal(*outputs)
+
+
+def test_an_active_adapter_that_is_not_named_is_inactive_until_detached(caplog):
+    recipe = RECIPES["sd3"]
+    denoiser = activate(add_loras(recipe.denoiser(), ["low", "high", "style"]), [("style", 1.0), ("low", 1.0)])
+    with_style = generate("sd3", recipe.pipe(denoiser))
+    experts = LoraExperts(["low"], NoiseIntervals.uniform(1)).attach(denoiser)
+    (record,) = caplog.records
+    assert "uses style, which no interval of LoraExperts names" in record.getMessage()
+    assert torch.equal(generate("sd3", recipe.pipe(denoiser)), generate("sd3", recipe.pipe(with_only("sd3", [("low", 1.0)]))))
+    experts.detach()
+    assert torch.equal(generate("sd3", recipe.pipe(denoiser)), with_style)
+
+
+# Steps on a boundary
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["flux", "qwen", "sd3", "zimage"])
+def test_a_step_on_a_boundary(name, dtype):
+    """It belongs to the interval that it begins; the next one, which half precision rounds to the same, does not."""
+    recipe = RECIPES[name]
+    pipe = recipe.pipe(add_loras(recipe.denoiser(), ["low", "high"]).to(dtype)).to(dtype)
+    sigmas = [1.0, 0.901, 0.9, 0.899, 0.898, 0.2]
+    if name != "sd3":
+        pipe.scheduler.register_to_config(use_dynamic_shifting=False)
+    else:
+        pipe.scheduler.set_shift(1.0)
+    used = []
+    LoraExperts(["low", "high"], NoiseIntervals.from_sigmas([0.9])).attach(pipe)
+    pipe.transformer.register_forward_pre_hook(lambda denoiser, _: used.append(adapters_in_use(denoiser)[0][0]))
+    call = {key: value.to(dtype) if isinstance(value, torch.Tensor) else value for key, value in recipe.call().items()}
+    call |= {key: [part.to(dtype) for part in value] for key, value in call.items() if isinstance(value, list)}
+    generate(name, pipe, len(sigmas), **call, sigmas=sigmas)
+    calls_per_step = len(used) // len(sigmas)
+    assert used[::calls_per_step] == [["high"]] * 3 + [["low"]] * 3
 
 
 # Batches of several intervals

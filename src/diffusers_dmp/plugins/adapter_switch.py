@@ -93,6 +93,18 @@ class AdapterSwitch:
             and not any(layer.merged_adapters for layer in self._watched)
         )
 
+    @property
+    def frozen_names(self) -> list[str]:
+        """Those of the adapters that require no gradients, if others do."""
+        trained = {
+            name
+            for layer in self._layers
+            for attribute in layer.adapter_layer_names
+            for name, part in getattr(layer, attribute, {}).items()
+            if any(parameter.requires_grad for parameter in _parameters(part))
+        }
+        return [name for name in self.names if name not in trained] if trained else []
+
     def bind_checkpoints(self) -> None:
         """
         Let gradient checkpointing compute each part of a pass again with the adapters of that pass.
@@ -175,6 +187,10 @@ def _scale(layer: Any, name: str, weight: float) -> float:
 def adapters_of_layer(layer: Any) -> set[str]:
     """Return the names of the adapters in a layer of PEFT."""
     return {name for names in layer.adapter_layer_names for name in getattr(layer, names, {})}
+
+
+def _parameters(part: nn.Module | nn.Parameter) -> list[nn.Parameter]:
+    return [part] if isinstance(part, nn.Parameter) else list(part.parameters())
 
 
 def _configs(model: nn.Module) -> tuple:

@@ -202,7 +202,9 @@ class LoraAttachment:
         self.switch = AdapterSwitch(target.denoiser, target.adapters)
         self.component = target.component
         self._pipeline = None if target.pipeline is None else weakref.ref(target.pipeline)
-        self._remaining: tuple[list, torch.Tensor] | None = None
+        self._known: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._remaining: tuple[list, torch.Tensor] | None = None  # of a mixed batch, while its first samples pass
+        self._has_trained = False
         self.hooks = ForwardHooks()
         # before the hooks of others, which then see passes of one expert
         self.hooks.before(target.denoiser, self._before, first=True)
@@ -222,7 +224,7 @@ class LoraAttachment:
                 "were loaded, deleted, activated or fused; call `LoraExperts.attached_to(denoiser).detach()` before."
             )
         if torch.is_grad_enabled():
-            self.switch.bind_checkpoints()
+            self._prepare_backward_pass(denoiser)
         self._remaining = None
         experts = self.finder(args, kwargs, self._schedule(denoiser))
         if len(experts) == 1:
@@ -234,6 +236,17 @@ class LoraAttachment:
         self.switch.use(expert)
         return args, kwargs
 
+    def _prepare_backward_pass(self, denoiser: nn.Module) -> None:
+        self.switch.bind_checkpoints()
+        if denoiser.training and not self._has_trained and self.switch.frozen_names:
+            logger.warning(
+                "%s of the %s requires no gradients; `peft.functional.set_requires_grad(denoiser, %s)` trains all adapters.",
+                ", ".join(self.switch.frozen_names),
+                type(denoiser).__name__,
+                self.switch.names,
+            )
+        self._has_trained = self._has_trained or denoiser.training
+
     @torch.compiler.disable
     def _after(self, denoiser: nn.Module, args: tuple, output: Any) -> Any:
         """Run the denoiser again for the other experts of a mixed batch."""
@@ -243,16 +256,23 @@ class LoraAttachment:
         return join_outputs([output, *(denoiser(*args, **kwargs) for _, args, kwargs in others)], order)
 
     def _schedule(self, denoiser: nn.Module) -> torch.Tensor | None:
-        """The exact timesteps of the pipeline that the denoiser is part of, while it has any."""
+        """The exact timesteps that the pipeline has still to visit, while the denoiser is part of it and it samples."""
         pipeline = None if self._pipeline is None else self._pipeline()
         if pipeline is None or unwrap_module(getattr(pipeline, self.component, None)) is not denoiser:
             return None
         scheduler = pipeline.scheduler
-        return None if getattr(scheduler, "num_inference_steps", None) is None else scheduler.timesteps
+        if getattr(scheduler, "num_inference_steps", None) is None:
+            return None
+        timesteps = scheduler.timesteps
+        if self._known is None or self._known[0] is not timesteps:  # on an accelerator, the CPU waits for each copy
+            self._known = timesteps, timesteps.detach().cpu()
+        # of several that are rounded to the same, the next one is meant
+        remaining = self._known[1][getattr(scheduler, "step_index", None) or 0 :]
+        return remaining if len(remaining) else None
 
     def __getstate__(self) -> dict:
         adapters, intervals = self.experts.adapters, self.experts.intervals
-        return self.__dict__ | {"experts": (adapters, intervals), "_pipeline": None, "_remaining": None}
+        return self.__dict__ | {"experts": (adapters, intervals), "_pipeline": None, "_known": None, "_remaining": None}
 
     def __setstate__(self, state: dict) -> None:
         adapters, intervals = state["experts"]
