@@ -64,7 +64,7 @@ class Mixer(nn.Module):
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr(streams, "_REGISTERED", {})
+    monkeypatch.setattr(streams, "_TAUGHT", {})
 
 
 def test_a_class_without_known_blocks_says_how_to_teach_it(registry):

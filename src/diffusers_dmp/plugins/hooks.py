@@ -25,6 +25,7 @@ class ForwardHooks:
         self._modules: list[nn.Module] = []
         self._handles: list[Any] = []
         self._surrounded: list[nn.Module] = []
+        self._removed = False
 
     def before(self, module: nn.Module, hook: Callable, first: bool = False) -> None:
         """
@@ -71,14 +72,14 @@ class ForwardHooks:
 
     def remove(self) -> None:
         """Remove all hooks and every other trace of them."""
-        surrounded, self._surrounded = self._surrounded, []  # without them, `_call_around` does nothing
-        for module in reversed(surrounded):
+        self._removed = True  # for functions that stay inside what others have put around them
+        for module in reversed(self._surrounded):
             self._remove_around(module)
         for handle in self._handles:
             handle.remove()
         for module in self._modules:
             _remove_own_forward(module)
-        self._handles, self._modules = [], []
+        self._handles, self._modules, self._surrounded = [], [], []
 
     def _remove_around(self, module: nn.Module) -> None:
         surrounding = vars(module).get("forward")
@@ -99,7 +100,7 @@ class ForwardHooks:
 def _call_around(
     hooks: ForwardHooks, function: Callable, forward: Callable, was_own: bool, *args: Any, **kwargs: Any
 ) -> Any:
-    return function(forward, *args, **kwargs) if hooks._surrounded else forward(*args, **kwargs)
+    return forward(*args, **kwargs) if hooks._removed else function(forward, *args, **kwargs)
 
 
 def _set_own_forward(module: nn.Module) -> None:

@@ -96,7 +96,7 @@ class Block:
     @property
     def argument_names(self) -> list[str]:
         """The names of the arguments of the block's `forward`."""
-        return _argument_names(self.module)
+        return _arguments_of(self.module)
 
 
 # The names of lists of blocks, as Diffusers has them. Others, such as `noise_refiner`, prepare an input of these.
@@ -167,7 +167,7 @@ _UNET_BLOCKS = {
     "ResnetBlock2D": Stream("input_tensor", channels=1),
 }
 
-_REGISTERED: dict[str, Mapping[str, Mapping[str, Stream]]] = {}  # by the full names of classes
+_TAUGHT: dict[str, Mapping[str, Mapping[str, Stream]]] = {}  # by the full names of classes
 
 
 def register_streams(denoiser_class: type[nn.Module], streams: Mapping[str, Mapping[str, Stream]]) -> None:
@@ -191,7 +191,7 @@ def register_streams(denoiser_class: type[nn.Module], streams: Mapping[str, Mapp
     for blocks, named in streams.items():
         if "image" not in named:
             raise ValueError(f"Expected `streams[{blocks!r}]` to have a stream 'image', but got {', '.join(named)}.")
-    _REGISTERED[full_name(denoiser_class)] = streams
+    _TAUGHT[full_name(denoiser_class)] = streams
 
 
 def blocks_with_streams(denoiser: nn.Module) -> list[Block]:
@@ -237,19 +237,19 @@ def observe_streams(denoiser: nn.Module, *args: Any, **kwargs: Any) -> dict[str,
         `dict[str, dict[str, Stream]]`: The streams by the names of the lists, without lists in which no block continues
         another; see [`register_streams`]. Streams are named after their arguments: 'text', 'audio', and otherwise 'image'.
     """
-    calls: list[tuple[str, nn.Module, dict[str, Any], Any]] = []
-    lists = {
-        name: child for name, child in denoiser.named_modules() if isinstance(child, nn.ModuleList) and "." not in name
-    }
+    calls: list[tuple[str, list[str], dict[str, Any], Any]] = []  # list, argument names, arguments, output
 
-    def watch(name: str, block: nn.Module) -> Any:
-        names = _argument_names(block)
+    def watch(blocks: str, block: nn.Module) -> Any:
+        names = _arguments_of(block)
         return block.register_forward_hook(
-            lambda module, args, kwargs, output: calls.append((name, module, dict(zip(names, args)) | kwargs, output)),
+            lambda module, args, kwargs, output: calls.append(
+                (blocks, names, dict(zip(names, args)) | kwargs, output)
+            ),
             with_kwargs=True,
         )
 
-    handles = [watch(name, block) for name, blocks in lists.items() for block in blocks]
+    lists = [(name, child) for name, child in denoiser.named_children() if isinstance(child, nn.ModuleList)]
+    handles = [watch(name, block) for name, blocks in lists for block in blocks]
     try:
         with torch.no_grad():
             denoiser(*args, **kwargs)
@@ -258,13 +258,12 @@ def observe_streams(denoiser: nn.Module, *args: Any, **kwargs: Any) -> dict[str,
             handle.remove()
 
     found: dict[str, dict[str, Stream]] = {}
-    block: Any
-    for (name, block, _, output), (_, _, arguments, _) in zip(calls, calls[1:]):
+    for (blocks, names, _, output), (_, _, following, _) in zip(calls, calls[1:]):
         outputs = list(enumerate(output)) if isinstance(output, tuple) else [(None, output)]
         for place, tensor in outputs:
-            for argument, value in arguments.items():
-                if value is tensor and tensor is not None and argument in _argument_names(block):
-                    found.setdefault(name, {})[_stream_name(argument)] = Stream(argument, place)
+            for argument, value in following.items():
+                if isinstance(tensor, torch.Tensor) and value is tensor and argument in names:
+                    found.setdefault(blocks, {})[_stream_name(argument)] = Stream(argument, place)
     return found
 
 
@@ -277,10 +276,10 @@ def _stream_name(argument: str) -> str:
 
 def _registered_blocks(denoiser: nn.Module) -> list[Block] | None:
     for cls in type(denoiser).__mro__:
-        if full_name(cls) in _REGISTERED:
+        if full_name(cls) in _TAUGHT:
             return [
                 Block(f"{blocks}.{index}", block, streams, _width_of(denoiser))
-                for blocks, streams in _REGISTERED[full_name(cls)].items()
+                for blocks, streams in _TAUGHT[full_name(cls)].items()
                 for index, block in enumerate(denoiser.get_submodule(blocks))  # type: ignore[arg-type]
             ]
     return None
@@ -300,7 +299,7 @@ def _listed_blocks(denoiser: nn.Module) -> list[Block]:
 
 def _streams_of(block: nn.Module) -> dict[str, Stream]:
     """The streams of a block of a class in Diffusers' convention; none if it takes no image."""
-    names = _argument_names(block)
+    names = _arguments_of(block)
     image = next((name for name in _IMAGE_ARGUMENTS if name in names), None)
     if image is None:
         return {}
@@ -344,5 +343,5 @@ def _width_of(denoiser: Any) -> int | None:
     return next((config[name] for name in ("dim", "hidden_size") if isinstance(config.get(name), int)), None)
 
 
-def _argument_names(module: nn.Module) -> list[str]:
+def _arguments_of(module: nn.Module) -> list[str]:
     return list(inspect.signature(type(module).forward).parameters)[1:]

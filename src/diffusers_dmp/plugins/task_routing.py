@@ -136,7 +136,8 @@ class TaskRouting:
         Attach the routing that denoisers were saved with, after they were loaded.
 
         Args:
-            pipe ([`DiffusionPipeline`] or `nn.Module`): A pipeline, of which all components are looked at, or one denoiser.
+            pipe ([`DiffusionPipeline`] or `nn.Module`): A pipeline, of which all components are looked at, or one model. A
+                model of several denoisers, such as [`DenoiserExperts`], has the routings of its parts.
 
         Returns:
             `list[TaskRouting]`: The routings, one for each denoiser that was saved with one.
@@ -147,7 +148,9 @@ class TaskRouting:
         components = [pipe] if isinstance(pipe, nn.Module) else list(pipe.components.values())
         models = [unwrap_module(component) for component in components if isinstance(component, nn.Module)]
         found = [
-            cls.attached_to(model) or routing.attach(model) for model in models if (routing := _saved_routing(model))
+            cls.attached_to(denoiser) or routing.attach(denoiser)
+            for model in models
+            for denoiser, routing in _saved_routings(model)
         ]
         if not found:
             raise ValueError(
@@ -171,6 +174,8 @@ class TaskRouting:
         has_routing = any(isinstance(module, ChannelRouting) for module in denoiser.modules())
         if has_routing or self.attached_to(denoiser) is not None:
             raise ValueError(f"Expected a {name} without routing, but got one that has it; `detach()` that first.")
+        if any(cls.__name__ == "RemixDiTModel" for cls in type(denoiser).__mro__):
+            raise ValueError(f"Expected a denoiser that keeps the order of its samples, but got a {name}.")
         saved = _saved_routing(denoiser)
         if saved is not None and saved != self:
             raise ValueError(
@@ -195,7 +200,7 @@ class TaskRouting:
 
 class _RoutingAttachment:
     """
-    The connection of a [`TaskRouting`] and its denoiser: functions around the `forward` of the denoiser and of each block.
+    The connection of a [`TaskRouting`] and its denoiser: hooks on the denoiser, and functions around its blocks.
 
     Args:
         routing ([`TaskRouting`]): The routing.
@@ -219,16 +224,17 @@ class _RoutingAttachment:
         for width in sorted({block.width for block in routed if block.width is not None}):
             self._add_table(width)
         self.hooks = ForwardHooks()
-        self.hooks.around(denoiser, self._call_denoiser)
-        for block in routed:
+        self.hooks.before(denoiser, self._before_denoiser)
+        # also after an exception, or else the pass would seem to be still running
+        self.hooks.after(denoiser, self._after_denoiser, always_call=True)
+        for block in routed:  # inside of caches, which leave out blocks and add what they have changed before
             self.hooks.around(block.module, partial(self._call_block, block, block.argument_names))
 
-    def _call_denoiser(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    def _before_denoiser(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.passes.begin(_Masks(self.tables, self._timesteps(args, kwargs), _dtype_of(self.first_block)))
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            self.passes.end()
+
+    def _after_denoiser(self, denoiser: nn.Module, args: tuple, output: Any) -> None:
+        self.passes.end()
 
     def _call_block(self, block: Block, names: list[str], forward: Callable, *args: Any, **kwargs: Any) -> Any:
         """Give a block the active channels of its streams, and add the others to what it returns."""
@@ -334,9 +340,11 @@ class _Masks:
         active, inactive = self.masks[width]
         if len(active) not in (1, batch_size):
             raise ValueError(f"Expected one timestep or one for each of {batch_size} samples, but got {len(active)}.")
+        if (active.dtype, active.device) != (hidden_states.dtype, hidden_states.device):
+            active, inactive = self.masks[width] = active.to(hidden_states), inactive.to(hidden_states)
         shape = [1] * hidden_states.ndim
         shape[0], shape[dim] = len(active), width
-        return tuple(mask.to(hidden_states).view(shape) for mask in (active, inactive))  # type: ignore[return-value]
+        return active.view(shape), inactive.view(shape)
 
     def _compute(self, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         table = self.tables[width]
@@ -357,6 +365,16 @@ def _saved_routing(denoiser: Any) -> TaskRouting | None:
     if not isinstance(saved, dict):
         return None
     return TaskRouting(**{name: value for name, value in saved.items() if name != "note"})
+
+
+def _saved_routings(model: nn.Module) -> list[tuple[nn.Module, TaskRouting]]:
+    """The denoisers in a model that were saved with a routing, without those whose parts were."""
+    found = {module: routing for module in model.modules() if (routing := _saved_routing(module)) is not None}
+    return [
+        (module, routing)
+        for module, routing in found.items()
+        if not any(part in found for part in module.modules() if part is not module)
+    ]
 
 
 def _forget_in_config(denoiser: Any) -> None:
