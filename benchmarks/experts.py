@@ -176,16 +176,17 @@ def peak_of_offloaded(model: nn.Module, timesteps: list[float], device: torch.de
     """Return the most bytes that are on an accelerator while an offloaded denoiser is called at some timesteps."""
     is_gpu = device.type == "cuda"
     accelerator = PretendedAccelerator()
+    inputs = sd3_inputs(1, torch.device("cpu"), torch.float32) | {"timesteps": torch.tensor(timesteps)}
+    inputs = {name: tensor.to(device) if is_gpu else accelerator.put(tensor) for name, tensor in inputs.items()}
     device = device if is_gpu else DEVICE
-    inputs = sd3_inputs(1, torch.device("cpu"), torch.float32)
     _, hook = cpu_offload_with_hook(model, device)  # what `enable_model_cpu_offload` does for each part of a pipeline
     if is_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     with nullcontext() if is_gpu else accelerator:
-        for timestep in timesteps:
-            model(**inputs, timestep=torch.tensor([timestep]), return_dict=False)
+        for timestep in inputs.pop("timesteps").split(1):
+            model(**inputs, timestep=timestep, return_dict=False)
         hook.offload()
     hook.remove()
     return torch.cuda.max_memory_allocated() - before if is_gpu else accelerator.peak_bytes

@@ -103,6 +103,10 @@ class PretendedAccelerator(TorchDispatchMode):
             kwargs["device"] = "cpu"
         elif func is aten.copy_.default:
             goes_to, comes_from = (isinstance(x, PretendedTensor) for x in args[:2])
+        elif comes_from and any(_is_here(x) and x.ndim > 0 for x in inputs):
+            raise RuntimeError(
+                f"Expected all tensors of {func} to be on one device, but got some on {DEVICE} and some on the CPU."
+            )
         is_moved = bool(inputs) and comes_from != goes_to and not kwargs.get("non_blocking")
         by_mask = func in (aten.index.Tensor, aten.index_put_.default) and any(
             index.dtype == torch.bool for index in args[1] if index is not None

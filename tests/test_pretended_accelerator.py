@@ -60,6 +60,12 @@ def test_a_denoiser_computes_the_same_there_and_never_waits(accelerator, name):
     assert accelerator.waits == [COPY]  # of the output
 
 
+def test_tensors_elsewhere_are_refused_as_on_a_real_one(accelerator):
+    there = accelerator.put(torch.zeros(2))
+    with accelerator, pytest.raises(RuntimeError, match="on one device"):
+        there + torch.zeros(2)
+
+
 def test_it_sees_what_a_cpu_waits_for(accelerator):
     there = accelerator.put(torch.tensor([3.0, 0.0]))
     with accelerator:
@@ -132,7 +138,7 @@ def peak_bytes(pretended, model: nn.Module) -> int:
     _, hook = cpu_offload_with_hook(model, pretended.DEVICE)
     with torch.no_grad(), accelerator:
         for timestep in (950.0, 900.0, 500.0, 100.0):
-            model(**inputs("sd3") | {"timestep": torch.tensor([timestep, timestep])})
+            model(**accelerator.put(inputs("sd3") | {"timestep": torch.tensor([timestep, timestep])}))
         hook.offload()
     hook.remove()
     return accelerator.peak_bytes
