@@ -8,14 +8,11 @@ works in any pipeline of Diffusers, which is not changed:
 Legend: E experts, B batch.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate.hooks import CpuOffload
 from diffusers.configuration_utils import ConfigMixin
-from diffusers.loaders import PeftAdapterMixin, UNet2DConditionLoadersMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
@@ -23,6 +20,7 @@ from torch import nn
 from ..intervals import NoiseIntervals
 from ..saving.mixins import StandaloneModelMixin
 from ..saving.naming import PACKAGE
+from .expert_attributes import QUANTISED, ExpertAttributesMixin
 from .expert_configs import (
     EXPERTS_KEY,
     check_can_be_loaded,
@@ -41,16 +39,6 @@ from .pipeline_experts import PipelineExpertsMixin
 from .time_argument import ExpertFinder
 
 INTERVAL_EDGES = "interval_edges"  # the entry of the configuration, as in the package's other models
-
-# Methods with these names change a setting, of every expert.
-_SETTINGS = ("enable_", "disable_", "set_", "reset_", "fuse_", "unfuse_")
-_ADAPTER_METHODS = {
-    name
-    for mixin in (PeftAdapterMixin, UNet2DConditionLoadersMixin)
-    for name, member in vars(mixin).items()
-    if callable(member) and not name.startswith("__")
-}
-_QUANTISED = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method")
 # What Diffusers reads from a model about the classes of its layers.
 _CLASS_LISTS = (
     "_keep_in_fp32_modules",
@@ -60,17 +48,9 @@ _CLASS_LISTS = (
 )
 
 
-def _of_every_expert(name: str) -> Callable[..., None]:
-    def method(self, *args, **kwargs) -> None:
-        for expert in self.experts:
-            getattr(expert, name)(*args, **kwargs)
-
-    method.__name__ = name
-    method.__doc__ = f"Call `{name}` of every expert."
-    return method
-
-
-class DenoiserExperts(PipelineExpertsMixin, StandaloneModelMixin, ModelMixin, ConfigMixin, AttentionMixin):
+class DenoiserExperts(
+    PipelineExpertsMixin, ExpertAttributesMixin, StandaloneModelMixin, ModelMixin, ConfigMixin, AttentionMixin
+):
     """
     Denoise with the expert that owns the noise level: several denoisers that a pipeline calls as one.
 
@@ -113,7 +93,6 @@ class DenoiserExperts(PipelineExpertsMixin, StandaloneModelMixin, ModelMixin, Co
         self.intervals = intervals
         self.scheduler: Any = None
         self._find_experts = ExpertFinder(experts[0], intervals)
-        self._cache_context: tuple[tuple, dict[str, Any]] | None = None
         self._register_experts()
         quantizer = shared_quantizer(experts)
         if quantizer is not None:
@@ -175,60 +154,6 @@ class DenoiserExperts(PipelineExpertsMixin, StandaloneModelMixin, ModelMixin, Co
             return self  # this is the hook, before `forward`, which knows the expert: see `_run`
         return super().to(*args, **kwargs)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the first expert, in which a pipeline passes its inputs."""
-        return self.experts[0].dtype
-
-    # --- settings -------------------------------------------------------------------------------------------------------
-
-    compile = _of_every_expert("compile")
-    compile_repeated_blocks = _of_every_expert("compile_repeated_blocks")
-    enable_gradient_checkpointing = _of_every_expert("enable_gradient_checkpointing")
-    enable_group_offload = _of_every_expert("enable_group_offload")
-    enable_layerwise_casting = _of_every_expert("enable_layerwise_casting")
-    fuse_qkv_projections = _of_every_expert("fuse_qkv_projections")
-    unfuse_qkv_projections = _of_every_expert("unfuse_qkv_projections")
-
-    @contextmanager
-    def cache_context(self, *args, **kwargs) -> Iterator[None]:
-        """See [`CacheMixin.cache_context`]: the expert that is called enters it."""
-        previous, self._cache_context = self._cache_context, (args, kwargs)
-        try:
-            yield
-        finally:
-            self._cache_context = previous
-
-    def _reset_stateful_cache(self, recurse: bool = True) -> None:
-        """What pipelines call at their end."""
-        for expert in self.experts:
-            if hasattr(expert, "_reset_stateful_cache"):
-                expert._reset_stateful_cache(recurse)
-
-    def __getattr__(self, name: str) -> Any:
-        """Answer for the experts: settings reach all, values are those that they have in common."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            experts = list(vars(self).get("_modules", {}).get("experts", ()))  # none in a copy that is being made
-            owners = [expert for expert in experts if hasattr(expert, name)]
-            if not owners or (name.startswith("_") and name not in _ADAPTER_METHODS):
-                raise
-        if name in _ADAPTER_METHODS:
-            return _refusal(name)
-        if name in _QUANTISED:
-            return next((getattr(owner, name) for owner in owners if getattr(owner, name)), False)
-        value = getattr(experts[0], name, None)
-        if len(owners) == len(experts):
-            if callable(value) and name.startswith(_SETTINGS):
-                return _of_every_expert(name).__get__(self)
-            is_layer = isinstance(value, nn.Module) and not isinstance(value, (nn.ModuleList, nn.ModuleDict))
-            if is_layer or _is_common(value, [getattr(expert, name) for expert in experts]):
-                return value
-        raise AttributeError(
-            f"Expected `{name}` of one expert, as each has its own, but got a DenoiserExperts: `experts[i].{name}`."
-        )
-
     # --- saving and loading ---------------------------------------------------------------------------------------------
 
     def _register_experts(self) -> None:
@@ -274,7 +199,7 @@ class DenoiserExperts(PipelineExpertsMixin, StandaloneModelMixin, ModelMixin, Co
         loaded = super(DenoiserExperts, loaded_class).from_pretrained(pretrained_model_name_or_path, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.__class__ = cls
-        quantised = {name: vars(model)[name] for name in (*_QUANTISED, "hf_quantizer") if name in vars(model)}
+        quantised = {name: vars(model)[name] for name in (*QUANTISED, "hf_quantizer") if name in vars(model)}
         for expert in model.experts if quantised else ():
             vars(expert).update(quantised)
             expert.register_to_config(quantization_config=model.config.quantization_config)
@@ -291,19 +216,3 @@ class DenoiserExperts(PipelineExpertsMixin, StandaloneModelMixin, ModelMixin, Co
         arguments["experts"] = [expert_from_description(described) for described in descriptions]
         arguments["intervals"] = NoiseIntervals(tuple(config_dict[INTERVAL_EDGES]))
         return arguments, unused, hidden
-
-
-def _refusal(name: str) -> Callable[..., None]:
-    def refuse(*args, **kwargs) -> None:
-        raise ValueError(
-            f"Expected one expert to be named for `{name}`, as adapters belong to one model, but got a DenoiserExperts: call "
-            f"`experts[i].{name}(…)`."
-        )
-
-    return refuse
-
-
-def _is_common(value: Any, values: list[Any]) -> bool:
-    if isinstance(value, torch.Tensor) or callable(value):
-        return False
-    return all(type(each) is type(value) and each == value for each in values)

@@ -21,7 +21,7 @@ EXPERTS_KEY = "expert_configs"  # the descriptions
 LIBRARIES = ("diffusers", PACKAGE)  # whose classes a configuration may name
 
 
-def check_experts(experts: Sequence[nn.Module], intervals: NoiseIntervals) -> None:
+def check_experts(experts: Sequence[Any], intervals: NoiseIntervals) -> None:
     """
     Check that denoisers can take turns in one pipeline.
 
