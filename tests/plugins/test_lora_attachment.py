@@ -177,6 +177,7 @@ CHANGES = {
     "delete_adapters": lambda denoiser: denoiser.delete_adapters("high"),
     "load again": load_again,
     "load another": lambda denoiser: denoiser.add_adapter(LoraConfig(r=2, target_modules=["to_k"]), "another"),
+    "set_scale": lambda denoiser: denoiser.transformer_blocks[0].attn.to_q.set_scale("high", 2.0),
     "fuse_lora": lambda denoiser: denoiser.fuse_lora(),
     "fuse_lora of another": lambda denoiser: denoiser.fuse_lora(adapter_names=["high"]),
     "unload_lora": lambda denoiser: denoiser.unload_lora(),

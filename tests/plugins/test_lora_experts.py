@@ -79,7 +79,9 @@ def test_an_active_adapter_that_is_not_named_is_inactive_until_detached(caplog):
     experts = LoraExperts(["low"], NoiseIntervals.uniform(1)).attach(denoiser)
     (record,) = caplog.records
     assert "uses style, which no interval of LoraExperts names" in record.getMessage()
-    assert torch.equal(generate("sd3", recipe.pipe(denoiser)), generate("sd3", recipe.pipe(with_only("sd3", [("low", 1.0)]))))
+    assert torch.equal(
+        generate("sd3", recipe.pipe(denoiser)), generate("sd3", recipe.pipe(with_only("sd3", [("low", 1.0)])))
+    )
     experts.detach()
     assert torch.equal(generate("sd3", recipe.pipe(denoiser)), with_style)
 

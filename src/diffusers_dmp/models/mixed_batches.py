@@ -115,7 +115,7 @@ def join_outputs(outputs: list[Any], order: torch.Tensor) -> Any:
         ValueError: if an output holds anything that is not one value for each sample.
     """
     first = outputs[0]
-    if isinstance(first, torch.Tensor):
+    if isinstance(first, torch.Tensor) and first.ndim > 0:
         return torch.cat(outputs)[order.to(first.device)]
     if isinstance(first, BaseOutput):
         return type(first)(**{name: join_outputs([output[name] for output in outputs], order) for name in first})
@@ -126,4 +126,5 @@ def join_outputs(outputs: list[Any], order: torch.Tensor) -> Any:
         return tuple(join_outputs(list(parts), order) for parts in zip(*outputs))
     if first is None:
         return None
-    raise ValueError(f"Expected a denoiser to return tensors, but got a {type(first).__name__}.")
+    kind = "one value for all samples" if isinstance(first, torch.Tensor) else f"a {type(first).__name__}"
+    raise ValueError(f"Expected a denoiser to return tensors with an entry for each sample, but got {kind}.")

@@ -4,6 +4,7 @@ PEFT's and Diffusers' `set_adapters` also change which adapters require gradient
 reads is set: the names of the active adapters and their scales.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -39,12 +40,12 @@ class AdapterSwitch:
         ]
         self._configs = _configs(model)
         self._found = [(layer._active_adapter, dict(layer.scaling)) for layer in self._layers]
-        # the first layer of each adapter; looked at before each pass
-        first_layers = (
-            next(layer for layer in self._layers if name in adapters_of_layer(layer)) for name in self.names
-        )
-        self._watched = list(dict.fromkeys([self._layers[0], *first_layers])) if self._layers else []
+        # the first layer of the model and of each adapter, which are looked at before each pass
+        first = {name: next(each for each in self._layers if name in adapters_of_layer(each)) for name in self.names}
+        self._watched = list(dict.fromkeys([*self._layers[:1], *first.values()]))
         self._active = [layer._active_adapter for layer in self._watched]
+        self._scalings = {name: layer.scaling for name, layer in first.items()}
+        self._scaled = {name: layer.scaling[name] for name, layer in first.items()}
         self.current: int | None = None
 
     @property
@@ -70,6 +71,8 @@ class AdapterSwitch:
         for scaling, name, scale in self._scales[choice]:
             scaling[name] = scale
         self._active = [names] * len(self._watched)
+        for name in names:
+            self._scaled[name] = self._scalings[name][name]
 
     def put_back(self) -> None:
         """Use the adapters that the model used at first, except in layers where others have chosen since."""
@@ -80,17 +83,17 @@ class AdapterSwitch:
             if layer._active_adapter is names:
                 layer._active_adapter = active
                 layer.scaling.update({name: scale for name, scale in scaling.items() if name in layer.scaling})
-        self._active = [layer._active_adapter for layer in self._watched]
 
     @property
     def is_untouched(self) -> bool:
-        """Whether nobody else has loaded, deleted, activated or fused adapters since."""
+        """Whether nobody else has loaded, deleted, activated, scaled or fused adapters since."""
         configs = _configs(self._model)
         return (
             len(configs) == len(self._configs)
             and all(config is other for config, other in zip(configs, self._configs))
             and all(layer._active_adapter is active for layer, active in zip(self._watched, self._active))
             and not any(layer.merged_adapters for layer in self._watched)
+            and all(_is_same_scale(self._scalings[name].get(name), scale) for name, scale in self._scaled.items())
         )
 
     @property
@@ -182,6 +185,11 @@ def _scale(layer: Any, name: str, weight: float) -> float:
     layer.set_scale(name, weight)
     scale, layer.scaling[name] = layer.scaling[name], before
     return scale
+
+
+def _is_same_scale(scale: Any, other: Any) -> bool:
+    # up to rounding, as Diffusers scales before each pass and divides again after it; PEFT may have tensors here
+    return scale is other or (isinstance(scale, float) and isinstance(other, float) and math.isclose(scale, other))
 
 
 def adapters_of_layer(layer: Any) -> set[str]:

@@ -44,7 +44,7 @@ class LoraExperts:
     The adapters are those that PEFT has put into the denoiser: `load_lora_weights`, `add_adapter`, or for models without these
     methods `peft.inject_adapter_in_model`. In each forward pass, those named for the interval act, with the weights given here, and
     no others. The pipeline's own `attention_kwargs={"scale": …}` scales them further. Other changes of the adapters
-    (`set_adapters`, `delete_adapters`, `fuse_lora`, loading more) are refused by the next forward pass: detach before.
+    (`set_adapters`, `delete_adapters`, `fuse_lora`, loading more, hot-swapping a LoRA of another scale) are refused by the next forward pass: detach before.
 
     A batch with samples of several intervals runs once for each of them, so that a sample's output does not depend on the others.
     Only the owner of a sample gets gradients from it, also under gradient checkpointing. Which adapters require gradients is left
@@ -221,7 +221,7 @@ class LoraAttachment:
         if not self.switch.is_untouched:
             raise ValueError(
                 f"Expected the adapters of {type(denoiser).__name__} to stay as they were when LoraExperts was attached, but some "
-                "were loaded, deleted, activated or fused; call `LoraExperts.attached_to(denoiser).detach()` before."
+                "were loaded, deleted, activated, scaled or fused since; `LoraExperts.attached_to(denoiser).detach()`, and attach again."
             )
         if torch.is_grad_enabled():
             self._prepare_backward_pass(denoiser)
@@ -272,7 +272,12 @@ class LoraAttachment:
 
     def __getstate__(self) -> dict:
         adapters, intervals = self.experts.adapters, self.experts.intervals
-        return self.__dict__ | {"experts": (adapters, intervals), "_pipeline": None, "_known": None, "_remaining": None}
+        return self.__dict__ | {
+            "experts": (adapters, intervals),
+            "_pipeline": None,
+            "_known": None,
+            "_remaining": None,
+        }
 
     def __setstate__(self, state: dict) -> None:
         adapters, intervals = state["experts"]
