@@ -1,4 +1,4 @@
-"""`python -m benchmarks dtr|remix|dmp|patch|ppap [--preset DiT-S/2] [--device cuda] [--compile]`"""
+"""`python -m benchmarks dtr|remix|dmp|patch|ppap|experts [--preset DiT-S/2] [--device cuda] [--compile]`"""
 
 from importlib import import_module
 from pathlib import Path

@@ -10,13 +10,21 @@ from conftest import REPOSITORY
 SLOW = [pytest.param(system, marks=pytest.mark.slow) for system in ("remix", "patch", "ppap")]
 
 
-@pytest.mark.parametrize("system", ["dtr", "dmp", *SLOW])
+SMALLER = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 8}
+
+
+@pytest.mark.parametrize("system", ["dtr", "dmp", "experts", *SLOW])
 def test_a_benchmark_runs(system, monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY))
     from benchmarks import timing
     from benchmarks.__main__ import BENCHMARKS
 
     assert system in BENCHMARKS
+    if system == "experts":  # its denoisers have three times the blocks' parameters
+        from benchmarks import experts
+
+        monkeypatch.setitem(experts.DIT_PRESETS, "DiT-S/8", SMALLER)
+        monkeypatch.setattr(experts, "FLUX_DEPTH", {"num_layers": 1, "num_single_layers": 2})
     monkeypatch.setattr(timing, "MIN_ROUNDS", 2)
     settings = timing.Settings("DiT-S/8", torch.device("cpu"), [torch.float32], [1, 2], compile=False, budget=0.0)
     ratios = list(import_module(f"benchmarks.{system}").run(settings))

@@ -293,6 +293,7 @@ class ExpertFinder:
         self.argument_names = argument_names_of(type(denoiser))
         self.class_name = type(denoiser).__name__
         self._is_unverified = _known_argument(type(denoiser)) is None
+        self._schedule: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def value(self, args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
         """
@@ -328,7 +329,7 @@ class ExpertFinder:
         total = self.intervals.num_train_timesteps
         known: tuple[torch.Tensor, ...] = (torch.tensor(self.intervals.edges, dtype=torch.float64),)
         if schedule is not None:
-            known = (*known, schedule.detach().cpu())
+            known = (*known, self._values(schedule))
         timesteps = self.argument.timesteps(value, total, *known)
         self._check_unit(value, timesteps)
         experts = self.intervals.index(timesteps)
@@ -341,6 +342,12 @@ class ExpertFinder:
                 )
         first, *others = owners = experts.tolist()
         return [first] if all(other == first for other in others) else owners
+
+    def _values(self, schedule: torch.Tensor) -> torch.Tensor:
+        """A schedule on the CPU, which waits for it at the first step only: a scheduler makes another tensor for each sampling."""
+        if self._schedule is None or self._schedule[0] is not schedule:
+            self._schedule = schedule, schedule.detach().cpu()
+        return self._schedule[1]
 
     def _check_unit(self, value: torch.Tensor, timesteps: torch.Tensor) -> None:
         """Look at the first call of a class that is only taken to be told t: a fraction would always be the cleanest expert's."""
