@@ -58,12 +58,11 @@ for name in names:
 texts = {f"{part}{number}": None for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")}
 stock = DiffusionPipeline.from_pretrained("user/sd3", **texts, **trust)
 stock.save_pretrained(output / "sd3")
-for source, each in {
-    "hub": stock,
-    "again": DiffusionPipeline.from_pretrained(output / "sd3", **texts, **trust),
-}.items():
+stock.push_to_hub(f"user/sd3-pushed-{mode}")  # without the code, unless this is the code
+for source, name in {"hub": "user/sd3", "again": output / "sd3", "pushed": f"user/sd3-pushed-{mode}"}.items():
+    pipeline = DiffusionPipeline.from_pretrained(name, **texts, **trust)
     size = {"height": 8, "width": 8}
-    samples[f"sd3.{source}"] = each(**inputs, **size, num_inference_steps=4, output_type="latent").images
+    samples[f"sd3.{source}"] = pipeline(**inputs, **size, num_inference_steps=4, output_type="latent").images
 
 executed = any(module.startswith("diffusers_modules") for module in sys.modules)
 assert executed == (mode == "code")

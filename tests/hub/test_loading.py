@@ -77,7 +77,7 @@ def test_every_pipeline_over_http(hub, tmp_path, site_packages, mode):
     assert result.returncode == 0, result.stderr
 
     samples = load_file(output / "samples.safetensors")
-    for source in ("hub", "again"):
+    for source in ("hub", "again", "pushed"):
         torch.testing.assert_close(samples[f"sd3.{source}"], expected["sd3"])
     assert [file for file in hub.repos["user/sd3"].files if file.endswith(".py")] == ["transformer/diffusers_dmp.py"]
     expected.pop("sd3")

@@ -5,6 +5,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import (
@@ -174,7 +175,8 @@ def _publication(
         for name, class_name in contents.own_classes.items():
             cls = getattr(diffusers_dmp, class_name)
             experts = read_json(contents.path / name / MODEL_CONFIG).get(EXPERTS_KEY) or []
-            texts[(Path(name) / cls.code_file).as_posix()] = source_of(cls, *package_classes(experts))
+            parts: list[Any] = package_classes(experts)
+            texts[(Path(name) / cls.code_file).as_posix()] = source_of(cls, *parts)
         if contents.is_pipeline and hasattr(diffusers_dmp, contents.class_name):
             cls = getattr(diffusers_dmp, contents.class_name)
             texts[cls.code_file] = source_of(cls)

@@ -55,7 +55,7 @@ def check_experts(experts: Sequence[Any], intervals: NoiseIntervals) -> None:
     _check_equal(
         experts,
         "have the same `prediction_type` in their configuration, which is read once",
-        [expert.config.get("prediction_type") for expert in experts],
+        [public_config(expert).get("prediction_type") for expert in experts],  # type: ignore[arg-type]  # just checked
     )
     if not any(getattr(expert, "is_quantized", False) for expert in experts):
         _check_equal(experts, "have the same dtype (`expert.to(dtype)` casts one)", [each.dtype for each in experts])
