@@ -389,10 +389,13 @@ def test_one_expert_is_on_the_accelerator_under_model_offloading():
     images, prompts = torch.randn(2, 4, 8, 8, device="meta"), torch.randn(2, 7, 32, device="meta")
     for timestep in (900, 700, 300, 100):
         assert experts(images, timestep, prompts).sample.device.type == "meta"
+        # by this the hook of the next component decides whether to move these experts to the CPU first
+        assert next(experts.parameters()).device.type == "meta"
     assert moves == [(1, "meta"), (1, "cpu"), (0, "meta")]
     moves.clear()
     experts(images, 900, prompts)
     assert moves == [(0, "cpu"), (1, "meta")]
+    assert len(list(experts.parameters())) == len(dict(experts.named_parameters()))
 
 
 def test_a_user_moves_all_experts():

@@ -8,6 +8,8 @@ works in any pipeline of Diffusers, which is not changed:
 Legend: E experts, B batch.
 """
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -153,6 +155,17 @@ class DenoiserExperts(
         if args and args == (self._offloading_device(),) and not kwargs:
             return self  # this is the hook, before `forward`, which knows the expert: see `_run`
         return super().to(*args, **kwargs)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """
+        See [`nn.Module.parameters`]. Under `enable_model_cpu_offload`, those of the expert on the accelerator come first.
+
+        By the device of the first, Accelerate's hooks decide whether there is anything to move to the CPU before the next component.
+        """
+        if not recurse or self._offloading_device() is None:
+            return super().parameters(recurse)
+        experts = sorted(dict.fromkeys(self.experts), key=lambda each: next(each.parameters()).device.type == "cpu")
+        return chain.from_iterable(expert.parameters() for expert in experts)
 
     # --- saving and loading ---------------------------------------------------------------------------------------------
 
