@@ -188,8 +188,10 @@ def test_the_code_of_experts_can_be_added_to_a_saved_pipeline(tmp_path):
 
 
 def test_the_code_of_experts_holds_this_packages_classes_among_them(tmp_path):
-    PIPELINES["experts"]().save_pretrained(tmp_path)
-    code = publish(tmp_path, "user/experts", **LICENSE, dry_run=True).files["transformer/diffusers_dmp.py"].decode()
+    PIPELINES["experts"]().save_pretrained(tmp_path, bundle_code=True)
+    code = (tmp_path / "transformer" / "diffusers_dmp.py").read_text()
+    published = publish(tmp_path, "user/experts", **LICENSE, dry_run=True).files["transformer/diffusers_dmp.py"]
+    assert published.decode() == code
     for name in ("DenoiserExperts", "DiTModel", "DTRTransformer2DModel"):
         assert code.count(f"\nclass {name}(") == 1
     assert "class RemixDiTModel" not in code
