@@ -35,6 +35,17 @@ def test_high_and_low_in_one_transformer_equal_wan22():
     assert torch.equal(generate("wan", pipe), expected)
 
 
+def test_a_time_for_each_token():
+    """As Wan2.2's pipeline of 5 billion weights tells it."""
+    denoisers = [with_only("wan", [("low", 1.0)]), with_only("wan", [("high", 1.0)])]
+    by_hand, calls = switch_by_hand("wan", denoisers, [875])
+    expected = generate("wan", wan_pipe(by_hand, expand_timesteps=True))
+    assert sorted(calls) == [0, 1]
+    pipe = wan_pipe(add_loras(RECIPES["wan"].denoiser(), ["low", "high"]), expand_timesteps=True)
+    LoraExperts(["low", "high"], NoiseIntervals.from_sigmas([0.875])).attach(pipe)
+    assert torch.equal(generate("wan", pipe), expected)
+
+
 # Weights, and several adapters in one interval
 
 
