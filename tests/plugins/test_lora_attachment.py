@@ -6,14 +6,15 @@ import pickle
 import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
+from conftest import TINY_CONFIG, randomised
 from loras import activate, adapters_in_use, add_loras, gradients, inputs_of, output_of, with_only
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.functional import set_requires_grad
-from tiny_pipelines import RECIPES
+from tiny_pipelines import RECIPES, randn
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
-from diffusers_dmp import LoraExperts, NoiseIntervals
+from diffusers_dmp import DiTModel, LoraExperts, NoiseIntervals, PromptPatch
 
 THREE = NoiseIntervals.from_timesteps([500, 800])
 HIGH, MIDDLE, LOW = [900.0, 950.0], [600.0, 700.0], [100.0, 200.0]
@@ -161,6 +162,32 @@ def test_a_backward_pass_after_detaching(denoiser):
     loss.backward()
     assert gradients(denoiser) and all(".high." in name for name in gradients(denoiser))
     assert {tuple(names) for names, _ in adapters_in_use(denoiser)} == {("low",)}
+
+
+# Other plugins
+
+
+@pytest.mark.parametrize("first", ["prompts", "experts"])
+@torch.no_grad()
+def test_prompts_see_passes_of_one_expert(first):
+    denoiser = randomised(DiTModel(**TINY_CONFIG)).eval()
+    for name in ("low", "high"):
+        config = LoraConfig(r=2, target_modules=["to_qkv", "linear_1"], init_lora_weights=False)
+        inject_adapter_in_model(config, denoiser, name)
+    batch_sizes: list[int] = []
+    denoiser.register_forward_pre_hook(lambda _, args: batch_sizes.append(len(args[0])))
+    plugins = [
+        randomised(PromptPatch.for_transformer(denoiser)),
+        LoraExperts(["low", "high"], NoiseIntervals((0, 500, 1000))),
+    ]
+    for plugin in plugins if first == "prompts" else plugins[::-1]:
+        plugin.attach(denoiser)
+    x, labels = randn(2, 4, 8, 8), torch.tensor([1, 2])
+    mixed = denoiser(x, torch.tensor([900, 100]), labels).sample
+    assert batch_sizes == [1, 1]
+    for sample, t in enumerate((900, 100)):
+        alone = denoiser(x, torch.tensor([t, t]), labels).sample[sample]
+        torch.testing.assert_close(mixed[sample], alone)
 
 
 # Changes of the adapters meanwhile

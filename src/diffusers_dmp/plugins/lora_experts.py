@@ -1,4 +1,4 @@
-"""LoRA per noise interval: each stretch of noise levels owns adapters of one denoiser.
+"""LoRA per noise interval: each interval of noise levels owns adapters of one denoiser.
 
 Legend: B batch, E experts.
 """
@@ -52,6 +52,11 @@ class LoraExperts(LoraFoldersMixin):
     Only the owner of a sample gets gradients from it, also under gradient checkpointing. Which adapters require gradients is left
     as it is; PEFT freezes all but the last one added, so call `peft.functional.set_requires_grad(denoiser, ["low", "high"])` to
     train several. A copy of the denoiser has a copy of the experts attached.
+
+    Blocks that are compiled (`compile_repeated_blocks`) are compiled once for each interval. Checkpointing is that of Diffusers
+    (`enable_gradient_checkpointing`) or PyTorch (`apply_activation_checkpointing`), enabled before or after; parts that a model
+    gives to `torch.utils.checkpoint` by itself are computed again with the adapters of the latest pass. Adapters of others than
+    the owners get no gradients, so `DistributedDataParallel` needs `find_unused_parameters=True`.
 
     Args:
         adapters (`list` of length E): For each interval, the least noise first: the adapter's name; a name and a weight,
