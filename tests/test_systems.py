@@ -10,6 +10,7 @@ import yaml
 from conftest import REPOSITORY, randomised
 from diffusers import DDIMScheduler
 from networks import PLAIN, make_resnet
+from peft import LoraConfig
 from small_pipelines import DIT, PIPELINES, with_one
 from tiny_pipelines import RECIPES, sd3_pipe, wan, wan_pipe
 
@@ -22,6 +23,7 @@ from diffusers_dmp import (
     DTRTransformer2DModel,
     GuidanceExperts,
     GuidedScheduler,
+    LoraExperts,
     NoiseIntervals,
     PromptPatch,
     RemixDiTModel,
@@ -104,6 +106,18 @@ def test_experts_are_found_in_every_pipeline_of_diffusers(name):
             f"{owned[expert]}."
         )
     assert "the whole model" in responsibility(recipe.pipe(denoisers[0]), 300)
+
+
+def test_lora_experts_are_found_where_they_are_attached():
+    pipeline = sd3_pipe(RECIPES["sd3"].denoiser())
+    for name in ("low", "high"):
+        pipeline.transformer.add_adapter(LoraConfig(r=1, target_modules=["to_q"]), name)
+    assert systems_in(pipeline)[0][0].key == "dit"
+    experts = LoraExperts([None, [("low", 0.5), "high"]], NoiseIntervals.from_sigmas([0.875])).attach(pipeline)
+    system, part = systems_in(pipeline)[0]
+    assert system.key == "lora_experts" and part is experts
+    assert responsibility(pipeline, 874) == "At timestep 874 no LoRA acts."
+    assert responsibility(pipeline, 875) == "At timestep 875 the LoRA 0.5 times low and high acts."
 
 
 def test_the_two_transformers_of_wan22_are_experts():

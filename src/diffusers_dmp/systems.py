@@ -233,13 +233,13 @@ def _experts_sentence(pipeline: Any, model: Any, timestep: float) -> str:
 
 def _lora_experts(pipeline: Any) -> Any:
     """The `LoraExperts` that are attached to a pipeline's denoisers, or None."""
-    denoisers = [getattr(pipeline, name, None) for name in ("transformer", "transformer_2", "unet")]
+    denoisers: list[Any] = [getattr(pipeline, name, None) for name in ("transformer", "transformer_2", "unet")]
     adapted = [denoiser for denoiser in denoisers if getattr(denoiser, "peft_config", None)]
     if not adapted:
         return None
     from .plugins.lora_experts import LoraExperts
 
-    return next((found for found in map(LoraExperts.attached_to, adapted) if found is not None), None)
+    return next((found for found in (LoraExperts.attached_to(each) for each in adapted) if found is not None), None)
 
 
 def _lora_sentence(pipeline: Any, experts: Any, timestep: float) -> str:

@@ -336,7 +336,7 @@ def test_pickled_weights(training):
 
 
 def test_folders_of_others(tmp_path):
-    with pytest.raises(ValueError, match="to hold a model_index.json or config.json"):
+    with pytest.raises(ValueError, match="to hold a model_index.json, config.json or lora_experts.json"):
         publish(tmp_path, "user/x", **LICENSE)
     make_resnet().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="to hold one of .*GuidanceExperts.* but got None"):

@@ -15,6 +15,7 @@ from tiny_pipelines import RECIPES, generate, randn, wan, wan_pipe
 from diffusers_dmp import LoraExperts, NoiseIntervals
 
 TWO = NoiseIntervals.from_sigmas([0.875])
+HALVES = NoiseIntervals.from_timesteps([500])
 THREE = NoiseIntervals.from_timesteps([500, 800])
 
 
@@ -35,7 +36,7 @@ def metadata_of(file):
 # Saving and loading
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "pixart", "zimage", "sdxl"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "pixart", "zimage", "sd15"])
 def test_loaded_experts_are_those_that_were_saved(tmp_path, name):
     """Also for PixArt, which has none of Diffusers' methods for adapters."""
     recipe = RECIPES[name]
@@ -124,6 +125,24 @@ def test_new_layers_are_in_the_denoisers_mode(tmp_path):
     assert not any(module.training for module in pipe.transformer.modules())
 
 
+@pytest.mark.parametrize("name", ["sd3", "pixart"])
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_a_file_without_settings(tmp_path, name, prefix):
+    """The ranks are those of its weights, and alpha is the rank, as in Diffusers; `save_lora_adapter` writes no prefix."""
+    recipe = RECIPES[name]
+    saved(name, tmp_path, ["low", None, "high"])
+    tensors = load_file(tmp_path / "high.safetensors")
+    save_file(
+        {key.replace("transformer.", prefix, 1): each for key, each in tensors.items()}, tmp_path / "x.safetensors"
+    )
+    pipe = recipe.pipe(recipe.denoiser())
+    LoraExperts.from_files([None, None, tmp_path / "x.safetensors"], THREE).attach(pipe)
+    assert (pipe.transformer.peft_config["x"].r, pipe.transformer.peft_config["x"].lora_alpha) == (3, 3)
+    by_hand = recipe.pipe(add_loras(recipe.denoiser(), ["high"]))  # whose alpha is 2
+    LoraExperts([None, None, ("high", 1.5)], THREE).attach(by_hand)
+    torch.testing.assert_close(generate(name, pipe), generate(name, by_hand))
+
+
 # Files of other trainers
 
 
@@ -170,25 +189,25 @@ def test_high_and_low_files_in_one_transformer_equal_wan22(tmp_path, layout):
     two = wan_pipe(wan(), transformer_2=wan(), boundary_ratio=0.875)
     two.load_lora_weights(files[1], adapter_name="high")
     two.load_lora_weights(files[0], adapter_name="low", load_into_transformer_2=True)
-    expected = generate("wan", two)
+    expected = generate("wan", two, 4)
 
     one = wan_pipe(wan())
-    assert not torch.equal(generate("wan", one), expected)
+    assert not torch.equal(generate("wan", one, 4), expected)
     for name, file in zip(("low", "high"), files):
         one.load_lora_weights(file, adapter_name=name)
     LoraExperts(["low", "high"], TWO).attach(one)
-    assert torch.equal(generate("wan", one), expected)
+    assert torch.equal(generate("wan", one, 4), expected)
 
     ours = wan_pipe(wan(), transformer_2=wan(), boundary_ratio=0.875)
     experts = LoraExperts.from_files(files, TWO).attach(ours)
     assert (set(ours.transformer.peft_config), set(ours.transformer_2.peft_config)) == ({"high"}, {"low"})
-    assert torch.equal(generate("wan", ours), expected)
+    assert torch.equal(generate("wan", ours, 4), expected)
     experts.save_pretrained(tmp_path / "saved")
     experts.detach()
 
     one = wan_pipe(wan())
     LoraExperts.from_pretrained(tmp_path / "saved").attach(one)
-    assert torch.equal(generate("wan", one), expected)
+    assert torch.equal(generate("wan", one, 4), expected)
 
 
 def kohya_file(path, name, seed):
@@ -221,15 +240,31 @@ def test_kohyas_files(tmp_path, name):
     by_diffusers = recipe.pipe(recipe.denoiser())
     for adapter, file in zip(("low", "high"), files):
         by_diffusers.load_lora_weights(file, adapter_name=adapter)
-    LoraExperts(["low", "high"], TWO).attach(by_diffusers)
+    LoraExperts(["low", "high"], HALVES).attach(by_diffusers)
     expected = generate(name, by_diffusers)
     pipe = recipe.pipe(recipe.denoiser())
     assert not torch.equal(generate(name, pipe), expected)
-    experts = LoraExperts.from_files(files, TWO).attach(pipe)
+    experts = LoraExperts.from_files(files, HALVES).attach(pipe)
     assert experts.names == ["low_v1", "high_v1"]
     assert torch.equal(generate(name, pipe), expected)
     with pytest.raises(ValueError, match="attach to the pipeline"):
-        LoraExperts.from_files(files, TWO).attach(recipe.denoiser())
+        LoraExperts.from_files(files, HALVES).attach(recipe.denoiser())
+
+
+def test_the_adapter_of_a_text_encoder_is_left_out(tmp_path, caplog):
+    """It has no noise level: it would act in all of them."""
+    caplog.set_level(logging.WARNING)
+    recipe, file = RECIPES["sd15"], kohya_file(tmp_path / "high.safetensors", "sd15", 100)
+    tensors = load_file(file)
+    pipes = [recipe.pipe(recipe.denoiser()) for _ in range(2)]
+    LoraExperts.from_files([None, file], HALVES).attach(pipes[0])
+    assert not caplog.records
+    key = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    tensors |= {f"{key}.lora_down.weight": torch.ones(2, 8), f"{key}.lora_up.weight": torch.ones(8, 2)}
+    save_file(tensors | {f"{key}.alpha": torch.tensor(1.0)}, file)
+    LoraExperts.from_files([None, file], HALVES).attach(pipes[1])
+    assert "high.safetensors also adapts a text encoder" in caplog.text
+    assert torch.equal(*(generate("sd15", pipe) for pipe in pipes))
 
 
 # Wan2.2

@@ -89,7 +89,7 @@ def test_other_targets():
     with pytest.raises(ValueError, match="register_time_argument"):
         experts.attach(unknown)
     with pytest.raises(ValueError, match="one `transformer` or `unet`"):
-        experts.attach(wan_pipe(None, transformer_2=wan(), boundary_ratio=0.5))
+        experts.attach(wan_pipe(wan(), transformer_2=wan()))  # two, and nothing says which of them owns what
     with pytest.raises(ValueError, match="500"):
         LoraExperts([None, None], NoiseIntervals.uniform(2, 500)).attach(wan_pipe(wan()))
 

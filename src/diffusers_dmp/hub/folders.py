@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..saving.adapters import LORA_CONFIG
+from ..saving.lora_files import LORA_CONFIG
 from ..saving.mixins import VERSION_KEY, is_component, listed
 from ..saving.naming import PACKAGE
 from ..saving.reading import parsed_json, read_json, read_yaml
 from ..saving.weight_files import safetensors_header
 from ..systems import EXPERTS_KEY, SYSTEMS, owned_timesteps, saved_intervals, system_of_classes
+from .lora_info import expert_rows, experts_in_words
 
 PIPELINE_CONFIG, MODEL_CONFIG = "model_index.json", "config.json"
 ARTEFACTS = ("pipeline", "experts", "patch")  # the folders in a training's `output_dir`
@@ -99,8 +100,6 @@ class FolderContents:
     def intervals(self) -> str | None:
         """Say in words who owns which noise levels; None for a model without experts."""
         if self.is_lora:
-            from .lora_info import experts_in_words  # here and below, because it loads the plugins
-
             return "; ".join(experts_in_words(self.path))
         configs = [read_json(self.path / name / MODEL_CONFIG) for name in self.own_classes]
         for config in [self.config, *configs]:
@@ -119,11 +118,7 @@ class FolderContents:
 
     def summary(self) -> dict[str, Any]:
         """Return what is known about the folder, by names for people to read."""
-        loras: dict[str, Any] = {}
-        if self.is_lora:
-            from .lora_info import expert_rows
-
-            loras = expert_rows(self.path)
+        loras = expert_rows(self.path) if self.is_lora else {}
         rows = {
             "system": self.system,
             "class": self.class_name,

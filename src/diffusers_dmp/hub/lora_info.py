@@ -4,9 +4,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from ..plugins.lora_files import LoraFile, is_lora, noise_in_words, read_lora_file
-from ..plugins.lora_folders import read_lora_config
-from ..saving.adapters import LORA_CONFIG
+from ..saving.lora_files import LORA_CONFIG, LoraFile, is_lora, noise_in_words, read_lora_config, read_lora_file
 from ..saving.weight_files import safetensors_header
 
 # the model, in the metadata of others: the standard of ModelSpec, and kohya's

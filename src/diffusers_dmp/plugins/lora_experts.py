@@ -42,7 +42,9 @@ class LoraExperts(LoraFoldersMixin):
     ```
 
     The adapters are those that PEFT has put into the denoiser: `load_lora_weights`, `add_adapter`, or for models without these
-    methods `peft.inject_adapter_in_model`. In each forward pass, those named for the interval act, with the weights given here, and
+    methods `peft.inject_adapter_in_model`. Or they are in files, of [`save_pretrained`] or of other trainers, which
+    [`from_pretrained`] and [`from_files`] attach without loading them before. On a pipeline with two transformers (Wan2.2), each
+    adapter belongs into the one that owns its noise. In each forward pass, those named for the interval act, with the weights given here, and
     no others. The pipeline's own `attention_kwargs={"scale": …}` scales them further. Other changes of the adapters
     (`set_adapters`, `delete_adapters`, `fuse_lora`, loading more, hot-swapping a LoRA of another scale) are refused by the next forward pass: detach before.
 

@@ -6,7 +6,7 @@ Legend: E experts.
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +14,18 @@ import torch
 from huggingface_hub import snapshot_download
 
 from ..intervals import NoiseIntervals
-from ..saving.adapters import LORA_CONFIG
-from ..saving.mixins import VERSION_KEY, check_version, dumped
-from ..saving.reading import read_json
+from ..saving.lora_files import (
+    LORA_CONFIG,
+    OwnedNoise,
+    check_writable,
+    read_lora_config,
+    read_lora_file,
+    write_lora_file,
+)
+from ..saving.mixins import VERSION_KEY, dumped
 from ..saving.sources import check_source
 from ..saving.version import __version__
 from ..saving.whole import written_whole
-from .lora_files import OwnedNoise, check_writable, read_lora_file, write_lora_file
 from .lora_loading import LoadedLoras, component_of
 from .lora_targets import LoraTarget
 
@@ -29,7 +34,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_FILE_NAME = re.compile(r"[\w.-]+\.safetensors")
 
 File = str | os.PathLike
 Files = File | tuple[File, float] | list[File | tuple[File, float]] | None
@@ -245,48 +249,6 @@ def remove_loras(loaded: Sequence[LoadedLoras]) -> None:
     """Take loaded files out of their denoisers."""
     for each in loaded:
         each.remove()
-
-
-def read_lora_config(folder: Path) -> dict[str, Any]:
-    """
-    Read and check the `lora_experts.json` in a folder.
-
-    Raises:
-        ImportError: if a newer version of this package saved it.
-        OSError: if there is none.
-        ValueError: if it is damaged.
-    """
-    path = folder / LORA_CONFIG
-    config = read_json(path)
-    check_version(config)
-    edges = config.get("interval_edges")
-    wanted: dict[str, Callable[[Any], bool]] = {
-        "interval_edges": lambda value: isinstance(value, list) and len(value) > 1 and all(map(_is_number, value)),
-        "files": lambda value: (
-            isinstance(value, dict) and all(_FILE_NAME.fullmatch(str(file)) for file in value.values())
-        ),
-        "experts": lambda value: (
-            isinstance(value, list)
-            and len(value) == len(edges) - 1
-            and all(_is_expert(entry, config["files"]) for entry in value)
-        ),
-    }
-    for key, is_right in wanted.items():
-        if not is_right(config.get(key)):
-            raise ValueError(
-                f"Expected {str(path)!r} to be that of LoRA experts, but got {config.get(key)!r} as {key!r}."
-            )
-    return config
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_expert(entry: Any, files: Mapping[str, str]) -> bool:
-    return isinstance(entry, list) and all(
-        isinstance(each, dict) and each.get("adapter") in files and _is_number(each.get("weight")) for each in entry
-    )
 
 
 def _file_names(names: Sequence[str]) -> dict[str, str]:

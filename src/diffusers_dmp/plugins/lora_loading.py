@@ -15,9 +15,9 @@ from safetensors import safe_open
 from torch import nn
 
 from ..saving.adapters import adapter_names
+from ..saving.lora_files import adapter_settings
 from ..saving.weight_files import read_safetensors
 from .adapter_switch import adapter_layers, adapters_of_layer
-from .lora_files import adapter_settings
 
 logger = logging.getLogger(__name__)
 

@@ -14,27 +14,30 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..saving.version import __version__
-from ..saving.weight_files import safetensors_header
-from ..saving.whole import written_whole
+from .mixins import check_version
+from .reading import read_json
+from .version import __version__
+from .weight_files import safetensors_header
+from .whole import written_whole
 
-RANGE_KEY, INTERVALS_KEY = "modelspec.timestep_range", "diffusers_dmp"
+LORA_CONFIG = "lora_experts.json"  # beside the files of adapters that belong together
+SETTINGS_KEY, RANGE_KEY, INTERVALS_KEY = "lora_adapter_metadata", "modelspec.timestep_range", "diffusers_dmp"
 RANGE_OF = 1000  # T of `modelspec.timestep_range`, which does not say it
 # of PEFT's settings: those of the training, and of where it was
 _LEFT_OUT = ("base_model_name_or_path", "inference_mode", "init_lora_weights", "lora_dropout", "revision", "task_type")
 _CHANGE_WEIGHTS = ("corda", "loftq", "lora_ga", "olora", "pissa")
 _DOWN = re.compile(r"lora_A\.|lora_down\.|lora\.down\.|lora_embedding_A")
 _LORA_KEY = re.compile(r"\.lora_|\.lora\.|_lora\.")
+_FILE_NAME = re.compile(r"[\w.-]+\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ def adapter_settings(metadata: Mapping[str, str], path: "str | os.PathLike") -> 
     Raises:
         ValueError: if they are damaged.
     """
-    return _parsed(metadata, LORA_ADAPTER_METADATA_KEY, path)
+    return _parsed_metadata(metadata, SETTINGS_KEY, path)
 
 
 def owned_noise(metadata: Mapping[str, str], path: "str | os.PathLike") -> OwnedNoise | None:
@@ -169,7 +172,7 @@ def owned_noise(metadata: Mapping[str, str], path: "str | os.PathLike") -> Owned
     Raises:
         ValueError: if it says so, but not as it should.
     """
-    saved = _parsed(metadata, INTERVALS_KEY, path)
+    saved = _parsed_metadata(metadata, INTERVALS_KEY, path)
     try:
         if saved is not None:
             intervals = tuple((float(low), float(high)) for low, high in saved["intervals"])
@@ -225,8 +228,8 @@ def write_lora_file(
     """
     metadata = {
         "format": "pt",
-        LORA_ADAPTER_METADATA_KEY: _dumped({f"{prefix}.{name}": value for name, value in _settings(config).items()}),
-        INTERVALS_KEY: _dumped(
+        SETTINGS_KEY: _as_json({f"{prefix}.{name}": value for name, value in _needed_settings(config).items()}),
+        INTERVALS_KEY: _as_json(
             {
                 "intervals": noise.intervals,
                 "weights": noise.weights,
@@ -243,7 +246,48 @@ def write_lora_file(
         save_file(contiguous, unfinished, metadata=metadata)
 
 
-def _settings(config: Any) -> dict[str, Any]:
+def read_lora_config(folder: Path) -> dict[str, Any]:
+    """
+    Read and check the `lora_experts.json` in a folder.
+
+    Raises:
+        ImportError: if a newer version of this package saved it.
+        OSError: if there is none.
+        ValueError: if it is damaged.
+    """
+    path = folder / LORA_CONFIG
+    config = read_json(path)
+    check_version(config)
+    wanted: dict[str, Callable[[Any], bool]] = {
+        "interval_edges": lambda value: isinstance(value, list) and len(value) > 1 and all(map(_is_number, value)),
+        "files": lambda value: (
+            isinstance(value, dict) and all(_FILE_NAME.fullmatch(str(file)) for file in value.values())
+        ),
+        "experts": lambda value: (
+            isinstance(value, list)
+            and len(value) == len(config["interval_edges"]) - 1
+            and all(_is_interval_entry(entry, config["files"]) for entry in value)
+        ),
+    }
+    for key, is_right in wanted.items():
+        if not is_right(config.get(key)):
+            raise ValueError(
+                f"Expected {str(path)!r} to be that of LoRA experts, but got {config.get(key)!r} as {key!r}."
+            )
+    return config
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_interval_entry(entry: Any, files: Mapping[str, str]) -> bool:
+    return isinstance(entry, list) and all(
+        isinstance(each, dict) and each.get("adapter") in files and _is_number(each.get("weight")) for each in entry
+    )
+
+
+def _needed_settings(config: Any) -> dict[str, Any]:
     """The settings without which an adapter would be another one: an older PEFT does not know all of the others."""
     defaults = type(config)().to_dict()
     needed = ("r", "lora_alpha", "target_modules")
@@ -254,11 +298,11 @@ def _settings(config: Any) -> dict[str, Any]:
     }
 
 
-def _dumped(content: Any) -> str:
+def _as_json(content: Any) -> str:
     return json.dumps(content, indent=2, sort_keys=True, default=sorted)  # `target_modules` is a set
 
 
-def _parsed(metadata: Mapping[str, str], key: str, path: "str | os.PathLike") -> dict[str, Any] | None:
+def _parsed_metadata(metadata: Mapping[str, str], key: str, path: "str | os.PathLike") -> dict[str, Any] | None:
     if not metadata.get(key):
         return None
     try:
