@@ -262,10 +262,10 @@ class TwoDenoisers(ModelMixin, ConfigMixin):
 
     config_name = "config.json"
 
-    def __init__(self, *parts: nn.Module):
+    def __init__(self, *experts: nn.Module):
         super().__init__()
-        self.parts = nn.ModuleList(parts)
-        self.register_to_config(**parts[0].config)
+        self.experts = nn.ModuleList(experts)
+        self.register_to_config(**experts[0].config)
 
 
 def test_restored_in_the_parts_of_a_model():
@@ -274,7 +274,9 @@ def test_restored_in_the_parts_of_a_model():
         TaskRouting(sharing_ratio=0.5 + index / 4).attach(part)
     loaded = TwoDenoisers(*(SD3Transformer2DModel.from_config(part.config) for part in parts))
     assert [routing.sharing_ratio for routing in TaskRouting.restore(loaded)] == [0.5, 0.75]
-    assert all(TaskRouting.attached_to(part) for part in loaded.parts) and TaskRouting.attached_to(loaded) is None
+    assert all(TaskRouting.attached_to(part) for part in loaded.experts) and TaskRouting.attached_to(loaded) is None
+    with pytest.raises(ValueError, match="one denoiser, but got a TwoDenoisers of several; attach a routing to each"):
+        TaskRouting().attach(loaded)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
