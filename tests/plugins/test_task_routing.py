@@ -9,7 +9,14 @@ import pytest
 import torch
 from accelerate import Accelerator, cpu_offload
 from conftest import TINY_CONFIG, randomised
-from diffusers import ConfigMixin, DiffusionPipeline, FirstBlockCacheConfig, ModelMixin, SD3Transformer2DModel
+from diffusers import (
+    ConfigMixin,
+    DiffusionPipeline,
+    FirstBlockCacheConfig,
+    ModelMixin,
+    SD3Transformer2DModel,
+    __version__,
+)
 from diffusers.hooks import apply_first_block_cache
 from tiny_denoisers import DENOISERS, call, sample_of, told
 from tiny_pipelines import RECIPES, generate
@@ -308,7 +315,8 @@ def test_with_a_first_block_cache(threshold):
         transformer = recipe.denoiser()
         if plugged:
             routing = TaskRouting(sharing_ratio=0.5).attach(transformer)
-            uncached = generate("flux", recipe.pipe(transformer), 4)
+            # a copy: Diffusers 0.40 does not notice a cache that is enabled after the first call
+            uncached = generate("flux", recipe.pipe(copy.deepcopy(transformer)), 4)
         else:
             route_by_hand(transformer, [block for blocks in lists for block in getattr(transformer, blocks)], *rest)
         transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
@@ -329,7 +337,15 @@ def test_refused_under_a_cache(by):
 
 
 @pytest.mark.parametrize("order", ["routing first", "offloading first"])
-@pytest.mark.parametrize("kind", ["groups", "sequential"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(
+            "groups", marks=pytest.mark.skipif(__version__ < "0.42", reason="older Diffusers need an accelerator")
+        ),
+        "sequential",
+    ],
+)
 @torch.no_grad()
 def test_offloading(kind, order):
     def offload(denoiser):
