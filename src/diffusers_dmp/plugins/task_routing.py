@@ -168,6 +168,10 @@ class TaskRouting:
         has_routing = any(isinstance(module, ChannelRouting) for module in denoiser.modules())
         if has_routing or self.attached_to(denoiser) is not None:
             raise ValueError(f"Expected a {name} without routing, but got one that has it; `detach()` that first.")
+        if isinstance(getattr(denoiser, "experts", None), nn.ModuleList):
+            raise ValueError(
+                f"Expected one denoiser, but got a {name} of several; attach a routing to each of its `experts`."
+            )
         if any(cls.__name__ == "RemixDiTModel" for cls in type(denoiser).__mro__):
             raise ValueError(f"Expected a denoiser that keeps the order of its samples, but got a {name}.")
         saved = _saved_routing(denoiser)
