@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator, cpu_offload
 from conftest import TINY_CONFIG, randomised
 from diffusers import ConfigMixin, DiffusionPipeline, FirstBlockCacheConfig, ModelMixin, SD3Transformer2DModel
+from diffusers.hooks import apply_first_block_cache
 from tiny_denoisers import DENOISERS, call, sample_of, told
 from tiny_pipelines import RECIPES, generate
 from torch import nn
@@ -46,9 +47,10 @@ def test_on_every_class(name):
     assert routed.isfinite().all()
     assert (routed - plain).abs().max() > 1e-6
     assert set(routing._attachment.tables) == widths  # known before the first call, which may be a compiled one
+    effect = (routed - plain).abs().max().item()
     for index in range(2):  # a sample does not depend on its batch
         alone = call(denoiser, sample_of(inputs, index), MIXED[index : index + 1])
-        torch.testing.assert_close(alone, routed[index : index + 1], atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(alone, routed[index : index + 1], atol=effect / 10, rtol=0)
     swapped = call(denoiser, inputs, MIXED.flip(0))
     assert (swapped - routed).abs().max() > 1e-6
 
@@ -315,9 +317,11 @@ def test_with_a_first_block_cache(threshold):
     torch.testing.assert_close(generate("flux", recipe.pipe(routing.denoiser), 4), uncached)
 
 
-def test_refused_under_a_cache():
+@pytest.mark.parametrize("by", ["method", "function"])
+def test_refused_under_a_cache(by):
     denoiser, _ = DENOISERS["flux"]()
-    denoiser.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    config = FirstBlockCacheConfig(threshold=0.1)
+    denoiser.enable_cache(config) if by == "method" else apply_first_block_cache(denoiser, config)
     with pytest.raises(ValueError, match="without a cache.*disable_cache"):
         TaskRouting().attach(denoiser)
 
@@ -467,6 +471,17 @@ def test_a_class_that_was_taught(monkeypatch):
     torch.testing.assert_close(model(sample, MIXED)[0], expected)
     with pytest.raises(ValueError, match="looks like a fraction; teach it with `register_time_argument"):
         TaskRouting().attach(Mixer()).denoiser(sample, torch.tensor([0.9, 0.2]))
+
+
+def test_blocks_whose_gradient_needs_their_output(monkeypatch):
+    monkeypatch.setattr(streams, "_TAUGHT", {})
+    register_streams(Mixer, {"stages": {"image": Stream("tokens", 1)}})
+    model = Mixer()
+    for stage in model.stages:
+        stage.linear = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+    TaskRouting(sharing_ratio=0.5).attach(model)
+    model(torch.randn(2, 5, 6), MIXED)[0].sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 def test_blocks_that_return_what_was_not_taught(monkeypatch):

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..saving.naming import full_name
+from .stream_names import BLOCK_LISTS, IMAGE_ARGUMENTS, IMAGE_FIRST, OTHER_STREAMS, STREAM_OUTPUTS
 
 
 @dataclass(frozen=True)
@@ -98,66 +99,6 @@ class Block:
         """The names of the arguments of the block's `forward`."""
         return _arguments_of(self.module)
 
-
-# The names of lists of blocks, as Diffusers has them. Others, such as `noise_refiner`, prepare an input of these.
-BLOCK_LISTS = (
-    "transformer_blocks",
-    "single_transformer_blocks",
-    "blocks",
-    "layers",
-    "joint_transformer_blocks",
-    "double_blocks",
-    "double_stream_blocks",
-    "single_stream_blocks",
-    "visual_transformer_blocks",
-    "temporal_transformer_blocks",
-)
-_IMAGE_ARGUMENTS = ("hidden_states", "x", "visual_embed", "vis", "gen_seq")
-_OTHER_STREAMS = {
-    "text": ("encoder_hidden_states", "und_seq"),
-    "audio": ("audio_hidden_states", "aud"),
-}
-# Blocks that return a tuple, by class: the streams in the order of the tuple. The other blocks return the image's stream alone.
-_IMAGE_FIRST = ("image", "text")
-_TEXT_FIRST = ("text", "image")
-_OUTPUTS: dict[str, tuple[str, ...]] = {
-    "AuraFlowJointTransformerBlock": _TEXT_FIRST,
-    "BriaFiboTransformerBlock": _TEXT_FIRST,
-    "BriaSingleTransformerBlock": _TEXT_FIRST,
-    "BriaTransformerBlock": _TEXT_FIRST,
-    "ChromaTransformerBlock": _TEXT_FIRST,
-    "CogVideoXBlock": _IMAGE_FIRST,
-    "CogView3PlusTransformerBlock": _IMAGE_FIRST,
-    "CogView4TransformerBlock": _IMAGE_FIRST,
-    "ConsisIDBlock": _IMAGE_FIRST,
-    "Cosmos3VLTextMoTDecoderLayer": _TEXT_FIRST,
-    "EasyAnimateTransformerBlock": _IMAGE_FIRST,
-    "Flux2TransformerBlock": _TEXT_FIRST,
-    "Flux3SingleTransformerBlock": _TEXT_FIRST,
-    "FluxSingleTransformerBlock": _TEXT_FIRST,
-    "FluxTransformerBlock": _TEXT_FIRST,
-    "GlmImageTransformerBlock": _IMAGE_FIRST,
-    "HunyuanImageSingleTransformerBlock": _IMAGE_FIRST,
-    "HunyuanImageTransformerBlock": _IMAGE_FIRST,
-    "HunyuanVideo15TransformerBlock": _IMAGE_FIRST,
-    "HunyuanVideoSingleTransformerBlock": _IMAGE_FIRST,
-    "HunyuanVideoTokenReplaceSingleTransformerBlock": _IMAGE_FIRST,
-    "HunyuanVideoTokenReplaceTransformerBlock": _IMAGE_FIRST,
-    "HunyuanVideoTransformerBlock": _IMAGE_FIRST,
-    "JointTransformerBlock": _TEXT_FIRST,
-    "JoyImageEditPlusTransformerBlock": _IMAGE_FIRST,
-    "JoyImageTransformerBlock": _IMAGE_FIRST,
-    "Kandinsky6FusedTransformerDecoderBlock": ("image", "audio"),
-    "LTX2VideoTransformerBlock": ("image", "audio"),
-    "LongCatImageSingleTransformerBlock": _TEXT_FIRST,
-    "LongCatImageTransformerBlock": _TEXT_FIRST,
-    "MochiTransformerBlock": _IMAGE_FIRST,
-    "MotifVideoSingleTransformerBlock": _IMAGE_FIRST,
-    "MotifVideoTransformerBlock": _IMAGE_FIRST,
-    "OvisImageSingleTransformerBlock": _TEXT_FIRST,
-    "OvisImageTransformerBlock": _TEXT_FIRST,
-    "QwenImageTransformerBlock": _TEXT_FIRST,
-}
 
 # UNets, whose blocks stand at different depths: the classes of blocks that return as many channels as they take.
 _UNETS = ("UNet2DConditionModel", "UNet2DModel", "PatchedUNet2DModel")
@@ -268,10 +209,10 @@ def observe_streams(denoiser: nn.Module, *args: Any, **kwargs: Any) -> dict[str,
 
 
 def _stream_name(argument: str) -> str:
-    if argument in _IMAGE_ARGUMENTS:
+    if argument in IMAGE_ARGUMENTS:
         return "image"
-    known = next((name for name, arguments in _OTHER_STREAMS.items() if argument in arguments), None)
-    return known or next((name for name in _OTHER_STREAMS if name in argument), "image")
+    known = next((name for name, arguments in OTHER_STREAMS.items() if argument in arguments), None)
+    return known or next((name for name in OTHER_STREAMS if name in argument), "image")
 
 
 def _registered_blocks(denoiser: nn.Module) -> list[Block] | None:
@@ -300,21 +241,21 @@ def _listed_blocks(denoiser: nn.Module) -> list[Block]:
 def _streams_of(block: nn.Module) -> dict[str, Stream]:
     """The streams of a block of a class in Diffusers' convention; none if it takes no image."""
     names = _arguments_of(block)
-    image = next((name for name in _IMAGE_ARGUMENTS if name in names), None)
+    image = next((name for name in IMAGE_ARGUMENTS if name in names), None)
     if image is None:
         return {}
     outputs = _outputs_of(block)
     streams = {"image": Stream(image)}
     for name in outputs:
-        argument = image if name == "image" else next(each for each in _OTHER_STREAMS[name] if each in names)
+        argument = image if name == "image" else next(each for each in OTHER_STREAMS[name] if each in names)
         streams[name] = Stream(argument, outputs.index(name))
     return streams
 
 
 def _outputs_of(block: nn.Module) -> tuple[str, ...]:
     if type(block).__name__ == "HiDreamBlock":  # in both of its lists
-        return _IMAGE_FIRST if type(block.block).__name__ == "HiDreamImageTransformerBlock" else ()
-    return next((_OUTPUTS[cls.__name__] for cls in type(block).__mro__ if cls.__name__ in _OUTPUTS), ())
+        return IMAGE_FIRST if type(block.block).__name__ == "HiDreamImageTransformerBlock" else ()
+    return next((STREAM_OUTPUTS[cls.__name__] for cls in type(block).__mro__ if cls.__name__ in STREAM_OUTPUTS), ())
 
 
 def _unet_blocks(denoiser: nn.Module) -> list[Block]:
