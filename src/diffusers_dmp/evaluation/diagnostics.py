@@ -3,6 +3,7 @@
 Legend: N images, E experts, K bands of timesteps, C channels, H and W height and width.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -198,7 +199,7 @@ def _clean_samples(pipeline: Any, dataset: datasets.Dataset, num_images: int, **
 def timesteps_between(low: float, high: float, num_samples: int, is_continuous: bool) -> torch.Tensor:
     """Spread N timesteps evenly over [low, high): whole numbers unless the process is continuous in time."""
     timesteps = low + (torch.arange(num_samples) + 0.5) / num_samples * (high - low)
-    return timesteps if is_continuous else timesteps.long()
+    return timesteps if is_continuous else timesteps.long().clamp(min=math.ceil(low))
 
 
 def prediction_error(
