@@ -4,7 +4,7 @@ Legend: N images, E experts, K bands of timesteps, C channels, H and W height an
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -97,7 +97,7 @@ def diagnose(
 
 
 def diagnosis_of(
-    losses: list[Callable[[float, float], float]],
+    losses: Sequence[Callable[[float, float], float]],
     intervals: NoiseIntervals,
     sampling_steps: list[int],
     num_bands: int,
@@ -107,7 +107,7 @@ def diagnosis_of(
     Measure the losses of experts in bands of timesteps and in one another's intervals.
 
     Args:
-        losses (`list[Callable]` of length E): For each expert, its loss at timesteps that cover [low, high) evenly.
+        losses (`Sequence[Callable]` of length E): For each expert, its loss at timesteps that cover [low, high) evenly.
         intervals ([`NoiseIntervals`]): Which expert owns which timesteps.
         sampling_steps, training_samples (`list[int]` of length E): As in [`Diagnosis`].
         num_bands (`int`): K.
