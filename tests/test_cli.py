@@ -7,10 +7,20 @@ import torch
 import yaml
 from conftest import TINY_CONFIG, Vectors, randomised
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from peft import LoraConfig
 from PIL import Image
+from safetensors.torch import save_file
+from tiny_pipelines import RECIPES
 from typer.testing import CliRunner
 
-from diffusers_dmp import ClassConditionalPipeline, DTRTransformer2DModel, PromptPatch, RemixDiTModel
+from diffusers_dmp import (
+    ClassConditionalPipeline,
+    DTRTransformer2DModel,
+    LoraExperts,
+    NoiseIntervals,
+    PromptPatch,
+    RemixDiTModel,
+)
 from diffusers_dmp.cli import app, main
 from diffusers_dmp.diffusion.schedulers import SCHEDULERS
 
@@ -161,8 +171,8 @@ def test_errors_are_reported_in_one_line(folder, tmp_path, capsys, monkeypatch):
     DDPMPipeline(UNet2DModel(8, block_out_channels=(32,), down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"]),
                  DDPMScheduler()).save_pretrained(stock)  # fmt: skip
     for arguments, message in [
-        (["info", "/nowhere/at/all"], "'/nowhere/at/all': there is no such folder"),
-        (["info", listing], "to be a folder or a Hub id, but got the file '"),
+        (["info", "/nowhere/at/all"], "'/nowhere/at/all': there is no such file or folder"),
+        (["info", listing], "to be a safetensors file, but got text that begins with '- num_heads'"),
         (["plot", "nowhere/at/all"], "'nowhere/at/all': there is no such folder"),
         (["sample", "./nowhere"], "'./nowhere': there is no such folder"),
         (["diagnose", folder, "--dataset", tmp_path / "nowhere"], "nowhere': there is no such file or folder"),
@@ -212,3 +222,48 @@ def test_errors_are_reported_in_one_line(folder, tmp_path, capsys, monkeypatch):
         assert stopped.value.code == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("diffusers-dmp: ")]
         assert message in line
+
+
+@pytest.fixture
+def loras(tmp_path):
+    """Two LoRA experts, as `save_pretrained` writes them."""
+    denoiser = RECIPES["sd3"].denoiser()
+    for name, rank in (("low", 2), ("high", 4)):
+        denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["to_q"]), name)
+    intervals = NoiseIntervals.from_sigmas([0.875])
+    LoraExperts([("low", 0.5), "high"], intervals).attach(denoiser).save_pretrained(tmp_path / "loras")
+    return tmp_path / "loras"
+
+
+def test_info_of_loras(loras):
+    """Which noise each of them owns, its rank and its alpha: of experts, of a file, of files without more."""
+    high = {
+        "noise": "timesteps 875 to 1000 of 1000 (σ 0.875 to 1 in flow matching)",
+        "model": "SD3Transformer2DModel",
+        "rank": 4,
+        "alpha": 8,
+    }
+    low = {"noise": "timesteps 0 to 875 of 1000 (σ 0 to 0.875 in flow matching)", "model": "SD3Transformer2DModel",
+           "rank": 2, "alpha": 4, "weight": 0.5}  # fmt: skip
+    summary = yaml.safe_load(run("info", loras))
+    assert summary["noise"] == [f"0.5 times low: {low['noise']}", f"high: {high['noise']}"]
+    assert summary["files"] == {"high.safetensors": high, "low.safetensors": low}
+    assert (summary["system"], summary["model"]) == ("lora_experts", "SD3Transformer2DModel")
+    assert yaml.safe_load(run("info", loras / "high.safetensors")) == high
+    (loras / "lora_experts.json").unlink()
+    assert yaml.safe_load(run("info", loras)) == {"high.safetensors": high, "low.safetensors": low}
+
+
+def test_info_of_loras_of_other_trainers(tmp_path):
+    """Kohya's metadata, which names the timesteps if the training was given any."""
+    tensors = {"lora_unet_blocks_0_self_attn_q.lora_down.weight": torch.zeros(4, 8)}
+    tensors["lora_unet_blocks_0_self_attn_q.lora_up.weight"] = torch.zeros(8, 4)
+    tensors["lora_unet_blocks_0_self_attn_q.alpha"] = torch.tensor(2.0)
+    metadata = {"modelspec.architecture": "wan2.1/lora", "ss_sd_model_name": "wan2.2_high_noise.safetensors"}
+    for name, more in (("named", {"modelspec.timestep_range": "875,1000"}), ("unnamed", {})):
+        save_file(tensors, tmp_path / f"{name}.safetensors", metadata=metadata | more)
+    said = {"model": "wan2.1/lora", "rank": 4, "alpha": 2, "base model file": "wan2.2_high_noise.safetensors"}
+    assert yaml.safe_load(run("info", tmp_path)) == {
+        "named.safetensors": {"noise": "timesteps 875 to 1000 of 1000 (σ 0.875 to 1 in flow matching)"} | said,
+        "unnamed.safetensors": {"noise": "none: its metadata names no interval"} | said,
+    }

@@ -268,7 +268,7 @@ def publish(
     folder: Annotated[
         Path,
         typer.Argument(
-            help="A training's `output_dir`, or the folder of a pipeline, model, prompts or guidance experts."
+            help="A training's `output_dir`, or the folder of a pipeline, model, prompts, LoRA experts or guidance experts."
         ),
     ],
     repo_id: Annotated[str, typer.Argument(help="The repository: user/name.")],
@@ -410,15 +410,21 @@ def diagnose(
 
 
 @app.command(cls=Command)
-def info(folder: Folder) -> None:
+def info(
+    folder: Annotated[str, typer.Argument(help="A folder, a LoRA file, or a Hub id such as user/name.")],
+) -> None:
     """
-    Describe a folder: system, intervals, training, evaluation. Weights are neither loaded nor downloaded.
+    Describe a folder: system, intervals, training, evaluation; of a LoRA which noise it owns. Weights are neither loaded nor
+    downloaded.
 
     diffusers-dmp info outputs/demo
     """
     from .hub.folders import read_folder
+    from .hub.lora_info import described_loras
 
-    typer.echo(yaml.safe_dump(read_folder(_local(folder)).summary(), sort_keys=False, allow_unicode=True).rstrip())
+    path = _local(folder, "file or folder")
+    summary = described_loras(path) or read_folder(path).summary()
+    typer.echo(yaml.safe_dump(summary, sort_keys=False, allow_unicode=True, width=1000).rstrip())
 
 
 def load_pipeline(name: str) -> "DiffusionPipeline":
@@ -537,13 +543,13 @@ def _class_name(pipe: Any, index: int) -> str:
     return (pipe.config.get("id2label") or {}).get(str(index)) or f"class {index}"
 
 
-def _local(name: str) -> Path:
-    """The folder itself, or a download of a repository's configurations and records."""
+def _local(name: str, kind: str = "folder") -> Path:
+    """The folder or file itself, or a download of a repository's configurations and records."""
     from huggingface_hub import snapshot_download
 
-    check_source("folder", name, repo_type="model")
+    check_source("folder", name, kind, repo_type="model")
     patterns = ["*.json", "*.yaml"]
-    return Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=patterns))
+    return Path(name) if Path(name).exists() else Path(snapshot_download(name, allow_patterns=patterns))
 
 
 def _convert_folder(system: str, folder: Path, output: Path) -> None:

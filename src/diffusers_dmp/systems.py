@@ -76,6 +76,7 @@ class System:
             configurations do not hold the edges.
         short_name (`str`, *optional*): Its name for the Space and the benchmarks; `key` by default.
         is_guidance (`bool`): Whether its experts guide another model, and are saved without the network that they adapt.
+        tags (`tuple[str, ...]`): Tags of its model card besides those of all systems.
         pipeline_tag (`str`, *optional*): The task in the metadata of its model card; None if it depends on the pipeline.
     """
 
@@ -94,6 +95,7 @@ class System:
     derived_intervals: "Callable[[int, int], NoiseIntervals] | None" = None
     short_name: str = ""
     is_guidance: bool = False
+    tags: tuple[str, ...] = ()
     pipeline_tag: str | None = "unconditional-image-generation"
 
     def __post_init__(self):
@@ -229,6 +231,27 @@ def _experts_sentence(pipeline: Any, model: Any, timestep: float) -> str:
     )
 
 
+def _lora_experts(pipeline: Any) -> Any:
+    """The `LoraExperts` that are attached to a pipeline's denoisers, or None."""
+    denoisers = [getattr(pipeline, name, None) for name in ("transformer", "transformer_2", "unet")]
+    adapted = [denoiser for denoiser in denoisers if getattr(denoiser, "peft_config", None)]
+    if not adapted:
+        return None
+    from .plugins.lora_experts import LoraExperts
+
+    return next((found for found in map(LoraExperts.attached_to, adapted) if found is not None), None)
+
+
+def _lora_sentence(pipeline: Any, experts: Any, timestep: float) -> str:
+    import torch
+
+    owner = int(experts.intervals.index(torch.tensor(timestep)))
+    adapters = " and ".join(
+        name if weight == 1 else f"{weight:g} times {name}" for name, weight in experts.adapters[owner]
+    )
+    return f"At timestep {timestep:g} {f'the LoRA {adapters} acts' if adapters else 'no LoRA acts'}."
+
+
 def _remix_sentence(pipeline: Any, model: Any, timestep: int) -> str:
     expert, owns = _owner(model.intervals, timestep)
     shares = model.mixing_coefficients[expert].tolist()  # (K,)
@@ -327,6 +350,20 @@ SYSTEMS: dict[str, System] = {
             pictures=("steps",),
             intervals=lambda model: model.intervals,
             experts=lambda pipeline, model: _with_prediction_types(pipeline, model.experts),
+            pipeline_tag=None,
+        ),
+        System(
+            key="lora_experts",
+            title="LoRA experts",
+            paper="2503.07416",
+            paper_title=(
+                "TimeStep Master: Asymmetrical Mixture of Timestep LoRA Experts for Versatile and Efficient Diffusion Models "
+                "in Vision"
+            ),
+            classes=("LoraExperts",),
+            find=_lora_experts,
+            sentence=_lora_sentence,
+            tags=("lora",),
             pipeline_tag=None,
         ),
         System(

@@ -9,14 +9,15 @@ import sys
 import pytest
 import torch
 import yaml
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, constants
 from networks import PLAIN, make_resnet
+from peft import LoraConfig
 from PIL import Image
 from small_pipelines import DIT, PIPELINES, patched, sd3_experts, with_one
-from tiny_pipelines import RECIPES
+from tiny_pipelines import RECIPES, generate
 
 import diffusers_dmp
-from diffusers_dmp import DenoiserExperts, DiTModel, GuidanceExperts, NoiseIntervals, PromptPatch
+from diffusers_dmp import DenoiserExperts, DiTModel, GuidanceExperts, LoraExperts, NoiseIntervals, PromptPatch
 from diffusers_dmp.hub.folders import read_folder
 from diffusers_dmp.hub.publishing import publish
 from diffusers_dmp.systems import SYSTEMS
@@ -98,6 +99,31 @@ def test_card(training):
     ):
         assert expected in card.text
     assert str(training.parent) not in card.text  # local paths are private
+
+
+def test_lora_experts_are_loaded_from_their_repository(hub, to_hub, tmp_path, monkeypatch):
+    """By name, over HTTP; every file is an ordinary LoRA as well."""
+    recipe = RECIPES["sd3"]
+    pipe = recipe.pipe(recipe.denoiser())
+    for name in ("low", "high"):
+        config = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
+        pipe.transformer.add_adapter(config, name)
+    experts = LoraExperts(["low", ("high", 0.5)], NoiseIntervals.from_sigmas([0.875])).attach(pipe)
+    experts.save_pretrained(tmp_path / "saved")
+    publication = publish(tmp_path / "saved", "user/high-and-low", **to_hub, base_model="user/sd3")
+    card = ModelCard(publication.card)
+    assert {"lora", "lora_experts", "arxiv:2503.07416"} <= set(card.data.tags) and card.data.base_model == "user/sd3"
+    assert 'LoraExperts.from_pretrained("user/high-and-low")' in card.text
+    assert "0.5 times high: timesteps 875 to 1000 of 1000" in card.text
+    assert set(publication.files) == {"README.md", "lora_experts.json", "high.safetensors", "low.safetensors"}
+
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    other = recipe.pipe(recipe.denoiser())
+    arguments = {"cache_dir": tmp_path / "cache", "token": False}
+    loaded = LoraExperts.from_pretrained("user/high-and-low", revision="main", **arguments).attach(other)
+    assert repr(loaded) == repr(experts)
+    assert torch.equal(generate("sd3", other), generate("sd3", pipe))
 
 
 def unconditional():

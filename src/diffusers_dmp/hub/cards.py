@@ -39,7 +39,7 @@ def model_card(
         license=license,
         base_model=base_model,
         datasets=[dataset] if dataset else None,
-        tags=["diffusers-dmp", system.key, f"arxiv:{system.paper}"],
+        tags=["diffusers-dmp", system.key, *system.tags, f"arxiv:{system.paper}"],
         model_name=repo_id.rpartition("/")[2],
         eval_results=[_eval_result(result, task) for result in evaluation] or None if task else None,
     )

@@ -1,4 +1,4 @@
-"""Read a folder with a pipeline, model, prompts or guidance experts, and the records that its training wrote.
+"""Read a folder with a pipeline, model, prompts, LoRA experts or guidance experts, and the records that its training wrote.
 
 Only configurations and the headers of weight files are read: no model is imported or loaded.
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..saving.adapters import LORA_CONFIG
 from ..saving.mixins import VERSION_KEY, is_component, listed
 from ..saving.naming import PACKAGE
 from ..saving.reading import parsed_json, read_json, read_yaml
@@ -53,6 +54,11 @@ class FolderContents:
         return (self.path / PIPELINE_CONFIG).is_file()
 
     @property
+    def is_lora(self) -> bool:
+        """Whether the folder holds LoRA experts, which have no code of their own."""
+        return self.class_name == "LoraExperts"
+
+    @property
     def components(self) -> dict[str, str]:
         """The class names of a pipeline's components by their folders' names; empty if it is not a pipeline."""
         return {name: value[1] for name, value in self._entries().items()}
@@ -60,6 +66,8 @@ class FolderContents:
     @property
     def own_classes(self) -> dict[str, str]:
         """The class names of this package's models by the folders that they are saved in; '.' is the folder itself."""
+        if self.is_lora:
+            return {}
         if not self.is_pipeline:
             return {".": self.class_name}
         return {name: class_name for name, (library, class_name) in self._entries().items() if library == PACKAGE}
@@ -90,6 +98,10 @@ class FolderContents:
 
     def intervals(self) -> str | None:
         """Say in words who owns which noise levels; None for a model without experts."""
+        if self.is_lora:
+            from .lora_info import experts_in_words  # here and below, because it loads the plugins
+
+            return "; ".join(experts_in_words(self.path))
         configs = [read_json(self.path / name / MODEL_CONFIG) for name in self.own_classes]
         for config in [self.config, *configs]:
             boundaries = listed(config.get("snr_boundaries"))
@@ -107,11 +119,17 @@ class FolderContents:
 
     def summary(self) -> dict[str, Any]:
         """Return what is known about the folder, by names for people to read."""
+        loras: dict[str, Any] = {}
+        if self.is_lora:
+            from .lora_info import expert_rows
+
+            loras = expert_rows(self.path)
         rows = {
             "system": self.system,
             "class": self.class_name,
             "components": self.components or None,
-            "intervals": self.intervals(),
+            "intervals": None if self.is_lora else self.intervals(),
+            **loras,
             "parameters": self.num_parameters(),
             "saved by": f"{PACKAGE} {self.config[VERSION_KEY]}" if VERSION_KEY in self.config else None,
             "base model": self.config.get("base_model_name_or_path"),
@@ -134,19 +152,19 @@ def read_folder(folder: "str | os.PathLike") -> FolderContents:
     Read what a folder holds.
 
     Args:
-        folder: A training's `output_dir`; the folder of a pipeline, model, prompts or guidance experts; or a copy of a
-            published repository.
+        folder: A training's `output_dir`; the folder of a pipeline, model, prompts, LoRA experts or guidance experts; or a copy
+            of a published repository.
 
     Raises:
         ValueError: if the folder holds nothing of this package, or one of its files cannot be read.
     """
     folder = Path(folder)
     for path in (*(folder / name for name in ARTEFACTS), folder):
-        for config_name in (PIPELINE_CONFIG, MODEL_CONFIG):
+        for config_name in (PIPELINE_CONFIG, MODEL_CONFIG, LORA_CONFIG):
             if (path / config_name).is_file():
                 return _contents(path, read_json(path / config_name), _records(path))
     raise ValueError(
-        f"Expected `folder` to hold a {PIPELINE_CONFIG} or {MODEL_CONFIG}, itself or in {', '.join(ARTEFACTS)}, but got "
+        f"Expected `folder` to hold a {PIPELINE_CONFIG}, {MODEL_CONFIG} or {LORA_CONFIG}, itself or in {', '.join(ARTEFACTS)}, but got "
         f"{str(folder)!r}, which has none."
     )
 

@@ -84,7 +84,7 @@ def publish(
     endpoint: str | None = None,
 ) -> Publication:
     """
-    Upload a pipeline, a model, a prompt patch or guidance experts to the Hub in one commit.
+    Upload a pipeline, a model, a prompt patch, LoRA experts or guidance experts to the Hub in one commit.
 
     Weights, code files with which it is loaded without this package, a model card, and the pictures and figures that lie beside
     the weights.

@@ -8,7 +8,6 @@ import math
 import numbers
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,17 +18,18 @@ from torch import nn
 from ..intervals import NoiseIntervals
 from ..models.mixed_batches import join_outputs, split_by_expert
 from ..models.time_argument import ExpertFinder, time_argument_of
-from ..saving.adapters import adapter_names, check_component
+from ..saving.adapters import adapter_names
 from .adapter_switch import AdapterSwitch, adapter_layers
 from .hooks import ForwardHooks
+from .lora_folders import LoraFoldersMixin, remove_loras
+from .lora_targets import LoraTarget, Weighted, lora_targets
 
 logger = logging.getLogger(__name__)
 
-Weighted = tuple[str, float]
 Adapters = str | Weighted | list[str | Weighted] | None
 
 
-class LoraExperts:
+class LoraExperts(LoraFoldersMixin):
     """
     Adapters of a denoiser, such as LoRA, each of which acts in one noise interval.
 
@@ -105,8 +105,15 @@ class LoraExperts:
             )
         targets = lora_targets(target, self.adapters, self.intervals)
         for each in targets:
-            _check_target(each)
-        self._attachments = [LoraAttachment(self, each) for each in targets]
+            _check_denoiser(each.denoiser)
+        self._loaded = self._load_files(targets)
+        try:
+            for each in targets:
+                _check_adapters(each)
+            self._attachments = [LoraAttachment(self, each) for each in targets]
+        except BaseException:
+            remove_loras(self._loaded)
+            raise
         return self
 
     def detach(self) -> "LoraExperts":
@@ -124,6 +131,8 @@ class LoraExperts:
         attachments, self._attachments = self._attachments, []
         for attachment in attachments:
             attachment.remove()
+        loaded, self._loaded = self._loaded, ()
+        remove_loras(loaded)
         return self
 
     def __repr__(self) -> str:
@@ -133,56 +142,7 @@ class LoraExperts:
 
     def __getstate__(self) -> dict:
         # a copy of the experts alone is attached to nothing; where a denoiser is copied, `LoraAttachment` attaches the copy
-        return self.__dict__ | {"_attachments": []}
-
-
-@dataclass(frozen=True)
-class LoraTarget:
-    """
-    A denoiser to attach experts to.
-
-    Args:
-        denoiser (`nn.Module`): The denoiser.
-        adapters (`tuple` of length E): Its adapters for each interval, with their weights.
-        intervals ([`NoiseIntervals`]): The intervals.
-        pipeline ([`DiffusionPipeline`], *optional*): The pipeline that it is part of.
-        component (`str`): Its name there.
-    """
-
-    denoiser: nn.Module
-    adapters: tuple[tuple[Weighted, ...], ...]
-    intervals: NoiseIntervals
-    pipeline: DiffusionPipeline | None = None
-    component: str = "denoiser"
-
-
-def lora_targets(
-    target: nn.Module | DiffusionPipeline, adapters: tuple[tuple[Weighted, ...], ...], intervals: NoiseIntervals
-) -> list[LoraTarget]:
-    """
-    Choose the denoisers to attach experts to.
-
-    Args:
-        target (`nn.Module` or [`DiffusionPipeline`]): A denoiser, or a pipeline.
-        adapters (`tuple` of length E): The adapters for each interval, with their weights.
-        intervals ([`NoiseIntervals`]): The intervals.
-
-    Raises:
-        ValueError: if the pipeline has no denoiser or several, or other training timesteps than the intervals.
-    """
-    if not isinstance(target, DiffusionPipeline):
-        check_component("target", target)
-        return [LoraTarget(unwrap_module(target), adapters, intervals)]
-    names = [name for name in ("transformer", "unet") if getattr(target, name, None) is not None]
-    if len(names) != 1 or getattr(target, "transformer_2", None) is not None:
-        raise ValueError(
-            f"Expected a pipeline with one `transformer` or `unet`, but got a {type(target).__name__}; attach to a denoiser of it."
-        )
-    intervals.check_scheduler(target.scheduler)
-    (name,) = names
-    denoiser = getattr(target, name)
-    check_component(name, denoiser)
-    return [LoraTarget(unwrap_module(denoiser), adapters, intervals, target, name)]
+        return self.__dict__ | {"_attachments": [], "_loaded": ()}
 
 
 class LoraAttachment:
@@ -198,6 +158,7 @@ class LoraAttachment:
 
     def __init__(self, experts: LoraExperts, target: LoraTarget):
         self.experts = experts
+        self.denoiser = target.denoiser
         self.finder = ExpertFinder(target.denoiser, target.intervals)
         self.switch = AdapterSwitch(target.denoiser, target.adapters)
         self.component = target.component
@@ -209,6 +170,11 @@ class LoraAttachment:
         # before the hooks of others, which then see passes of one expert
         self.hooks.before(target.denoiser, self._before, first=True)
         self.hooks.after(target.denoiser, self._after)
+
+    @property
+    def pipeline(self) -> DiffusionPipeline | None:
+        """The pipeline that the denoiser is part of, if it was given and is still there."""
+        return None if self._pipeline is None else self._pipeline()
 
     def remove(self) -> None:
         """Restore the denoiser."""
@@ -257,7 +223,7 @@ class LoraAttachment:
 
     def _schedule(self, denoiser: nn.Module) -> torch.Tensor | None:
         """The exact timesteps that the pipeline has still to visit, while the denoiser is part of it and it samples."""
-        pipeline = None if self._pipeline is None else self._pipeline()
+        pipeline = self.pipeline
         if pipeline is None or unwrap_module(getattr(pipeline, self.component, None)) is not denoiser:
             return None
         scheduler = pipeline.scheduler
@@ -310,8 +276,8 @@ def _weighted(entry: Adapters) -> tuple[Weighted, ...]:
     return tuple((name, float(weight)) for name, weight in pairs)
 
 
-def _check_target(target: LoraTarget) -> None:
-    denoiser, class_name = target.denoiser, type(target.denoiser).__name__
+def _check_denoiser(denoiser: nn.Module) -> None:
+    class_name = type(denoiser).__name__
     # by name, as code that comes with a repository defines another class
     if any(cls.__name__ == "DenoiserExperts" for cls in type(denoiser).__mro__):
         raise ValueError(
@@ -322,7 +288,10 @@ def _check_target(target: LoraTarget) -> None:
         raise ValueError(
             f"Expected a {class_name} without LoraExperts, but got one with some; `detach()` those first."
         )
-    named = list(dict.fromkeys(name for entry in target.adapters for name, _ in entry))
+
+
+def _check_adapters(target: LoraTarget) -> None:
+    denoiser, class_name, named = target.denoiser, type(target.denoiser).__name__, target.names
     loaded = adapter_names(denoiser)
     missing = [name for name in named if name not in loaded]
     if missing:

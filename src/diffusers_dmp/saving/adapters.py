@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import nn
 
+LORA_CONFIG = "lora_experts.json"  # what `LoraExperts` saves beside the files of its adapters
+
 
 def has_adapters(model: nn.Module) -> bool:
     """Tell whether PEFT has put adapters into a model; also those that are fused or switched off count."""
