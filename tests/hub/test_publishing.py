@@ -156,13 +156,26 @@ def test_the_card_of_experts_in_a_pipeline_of_diffusers(tmp_path):
     assert "model_index.json" in publication.files
 
 
-@pytest.mark.parametrize("name, component", [("sd3", "transformer"), ("sdxl", "unet")])
-def test_experts_alone_take_the_place_of_a_pipelines_denoiser(tmp_path, name, component):
-    make = RECIPES[name].denoiser
-    DenoiserExperts([make(0), make(1)], NoiseIntervals.from_timesteps([500])).save_pretrained(tmp_path)
-    publication = publish(tmp_path, "user/experts", **LICENSE, base_model="user/base", dry_run=True)
-    assert f'DiffusionPipeline.from_pretrained("user/base", {component}=experts)' in publication.card
+def test_experts_alone_take_the_place_of_a_pipelines_denoiser(tmp_path, monkeypatch):
+    """The card says how, and what it says runs."""
+    pipeline = PIPELINES["experts"]()
+    pipeline.transformer.save_pretrained(tmp_path / "user" / "experts")
+    PIPELINES["dit"]().save_pretrained(tmp_path / "user" / "base")
+    settings = {"base_model": "user/base", "dry_run": True}
+    publication = publish(tmp_path / "user" / "experts", "user/experts", **LICENSE, **settings)
     assert "diffusers_dmp.py" in publication.files
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```py\n(.+?)```", publication.card, re.DOTALL)
+    scope = {}
+    exec(code, scope)
+    call = {"class_labels": [3], "num_inference_steps": 4, "output_type": "latent"}
+    images = [each(**call, generator=torch.Generator().manual_seed(0)).images for each in (scope["pipe"], pipeline)]
+    assert torch.equal(*images)
+
+    make = RECIPES["sdxl"].denoiser
+    unets = DenoiserExperts([make(0), make(1)], NoiseIntervals.from_timesteps([500]))
+    unets.save_pretrained(tmp_path / "unets")
+    assert ", unet=experts)" in publish(tmp_path / "unets", "user/experts", **LICENSE, **settings).card
 
 
 def test_the_code_of_experts_can_be_added_to_a_saved_pipeline(tmp_path):
