@@ -71,6 +71,7 @@ def test_the_report_of_prompts(demo_folder, monkeypatch):
         "docs/training.md",
         "docs/weights.md",
         "docs/prompts.md",
+        "docs/routing.md",
         "docs/snr_split.md",
         "docs/guidance.md",
         "docs/hub.md",

@@ -28,7 +28,18 @@ _IMPORT_STRUCTURE = {
     "hub": ["publish"],
     "intervals": ["NoiseIntervals"],
     "models": [*_MODELS, "TimeArgument", "register_time_argument"],
-    "plugins": ["Conditioning", "LoraExperts", "PromptPatch", "TransformerLayout", "register_layout"],
+    "plugins": [
+        "Conditioning",
+        "LoraExperts",
+        "PromptPatch",
+        "Stream",
+        "TaskRouting",
+        "TransformerLayout",
+        "blocks_with_streams",
+        "observe_streams",
+        "register_layout",
+        "register_streams",
+    ],
     "pipelines": [*_PIPELINES, "experts_per_step", "respaced_timesteps", "steps_per_expert"],
 }
 _MODULE_OF = {name: module for module, names in _IMPORT_STRUCTURE.items() for name in names}

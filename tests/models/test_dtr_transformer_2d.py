@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusers_dmp import DiTModel, DTRTransformer2DModel, NoiseIntervals, convert_checkpoint
-from diffusers_dmp.models import TaskRouting
+from diffusers_dmp.models import ChannelRouting
 
 
 @pytest.mark.parametrize("case", ["mixed_t", "same_t"])
@@ -24,7 +24,7 @@ def test_matches_the_published_dtr(case):
 
 def test_windows_match_the_published_ones():
     vectors = Vectors("dtr_tiny")
-    masks = TaskRouting(48, 0.8, 4.0, 1000, "window").masks()
+    masks = ChannelRouting(48, 0.8, 4.0, 1000, "window").masks()
     assert torch.equal(masks.int().argmax(1), vectors["mask_start"])
     assert torch.equal(masks.sum(1), vectors["mask_width"])
 
@@ -38,7 +38,7 @@ def test_windows_match_the_published_ones():
 def test_a_window_slides_from_the_first_channels_to_the_last(dim, sharing_ratio, alpha, num_train_timesteps):
     if int(dim * sharing_ratio) == 0:
         return
-    masks = TaskRouting(dim, sharing_ratio, alpha, num_train_timesteps, "window").masks().int()
+    masks = ChannelRouting(dim, sharing_ratio, alpha, num_train_timesteps, "window").masks().int()
     assert (masks.sum(1) == math.floor(dim * sharing_ratio)).all()
     assert (masks.diff(dim=1).abs().sum(1) <= 2).all()  # contiguous
     starts = masks.argmax(1)
@@ -49,7 +49,7 @@ def test_a_window_slides_from_the_first_channels_to_the_last(dim, sharing_ratio,
 
 
 def test_a_task_is_the_finest_noise_interval():
-    routing = TaskRouting(48, 0.5, 1.0, 100, "window")
+    routing = ChannelRouting(48, 0.5, 1.0, 100, "window")
     timesteps = torch.tensor([0.0, 0.9, 1.0, 50.5, 99.0, 99.9, 100.0])
     tasks = NoiseIntervals.uniform(100, 100).index(timesteps)
     assert torch.equal(routing(timesteps), routing(tasks))

@@ -56,6 +56,12 @@ def test_a_name_that_is_another_now(monkeypatch):
     assert downsampling is vae_downsampling
 
 
+def test_the_table_of_masks_left_its_name_to_the_plugin():
+    with pytest.warns(FutureWarning, match="`diffusers_dmp.models.channel_routing.ChannelRouting`"):
+        from diffusers_dmp.models import TaskRouting
+    assert TaskRouting is diffusers_dmp.models.ChannelRouting is not diffusers_dmp.TaskRouting
+
+
 def test_what_was_never_there():
     with pytest.raises(ModuleNotFoundError, match="diffusers_dmp.nothing"):
         importlib.import_module("diffusers_dmp.nothing")

@@ -24,6 +24,8 @@ class ForwardHooks:
     def __init__(self) -> None:
         self._modules: list[nn.Module] = []
         self._handles: list[Any] = []
+        self._surrounded: list[nn.Module] = []
+        self._removed = False
 
     def before(self, module: nn.Module, hook: Callable, first: bool = False) -> None:
         """
@@ -51,18 +53,54 @@ class ForwardHooks:
         self._handles.append(module.register_forward_hook(hook, always_call=always_call))
         self._mark(module)
 
+    def around(self, module: nn.Module, function: Callable) -> None:
+        """
+        Put a function around the `forward` of `module`.
+
+        What others put around it later, such as Diffusers' caches, sees what the function returns; what they had put around
+        it before is inside.
+
+        Args:
+            module (`nn.Module`): The module.
+            function (`Callable[[Callable, …], Any]`): Gets what `forward` was, and the arguments of the call.
+        """
+        forward = module.forward
+        was_own = "forward" in vars(module)
+        # pipelines read its signature
+        module.forward = update_wrapper(partial(_call_around, self, function, forward, was_own), forward)  # type: ignore[method-assign]
+        self._surrounded.append(module)
+
     def remove(self) -> None:
         """Remove all hooks and every other trace of them."""
+        self._removed = True  # for functions that stay inside what others have put around them
+        for module in reversed(self._surrounded):
+            self._remove_around(module)
         for handle in self._handles:
             handle.remove()
         for module in self._modules:
             _remove_own_forward(module)
-        self._handles, self._modules = [], []
+        self._handles, self._modules, self._surrounded = [], [], []
+
+    def _remove_around(self, module: nn.Module) -> None:
+        surrounding = vars(module).get("forward")
+        if isinstance(surrounding, partial) and surrounding.func is _call_around and surrounding.args[0] is self:
+            _, _, forward, was_own = surrounding.args
+            if was_own:
+                module.forward = forward  # type: ignore[method-assign]
+            else:
+                del module.forward
+        # else others have wrapped it in the meantime, and it stays inside theirs without a function
 
     def _mark(self, module: nn.Module) -> None:
         if module not in self._modules:
             _set_own_forward(module)
             self._modules.append(module)
+
+
+def _call_around(
+    hooks: ForwardHooks, function: Callable, forward: Callable, was_own: bool, *args: Any, **kwargs: Any
+) -> Any:
+    return forward(*args, **kwargs) if hooks._removed else function(forward, *args, **kwargs)
 
 
 def _set_own_forward(module: nn.Module) -> None:

@@ -59,6 +59,7 @@ MOVED_NAMES: dict[tuple[str, str], tuple[str, str]] = {
     ("drawing", "DrawingArguments"): ("training.data.seeded_sampling", "SeededSamplingArguments"),
     ("drawing", "draw"): ("training.data.seeded_sampling", "sample_seeded"),
     ("drawing", "load_to_draw"): ("training.data.seeded_sampling", "load_sampling_pipeline"),
+    ("models", "TaskRouting"): ("models.channel_routing", "ChannelRouting"),  # another class has this name now
     ("patches.kept_gates", "KeptGates"): ("plugins.gate_cache", "GateCache"),
     ("training.objective", "DiffusionObjectiveOutput"): ("training.objectives.objective", "ObjectiveOutput"),
     ("training.patched", "PatchedTransformer"): ("training.prompted", "PromptedTransformer"),
