@@ -3,7 +3,8 @@
 Legend: N images, E experts, K bands of timesteps, C channels, H and W height and width.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -96,7 +97,7 @@ def diagnose(
 
 
 def diagnosis_of(
-    losses: list[Callable[[float, float], float]],
+    losses: Sequence[Callable[[float, float], float]],
     intervals: NoiseIntervals,
     sampling_steps: list[int],
     num_bands: int,
@@ -106,7 +107,7 @@ def diagnosis_of(
     Measure the losses of experts in bands of timesteps and in one another's intervals.
 
     Args:
-        losses (`list[Callable]` of length E): For each expert, its loss at timesteps that cover [low, high) evenly.
+        losses (`Sequence[Callable]` of length E): For each expert, its loss at timesteps that cover [low, high) evenly.
         intervals ([`NoiseIntervals`]): Which expert owns which timesteps.
         sampling_steps, training_samples (`list[int]` of length E): As in [`Diagnosis`].
         num_bands (`int`): K.
@@ -198,7 +199,7 @@ def _clean_samples(pipeline: Any, dataset: datasets.Dataset, num_images: int, **
 def timesteps_between(low: float, high: float, num_samples: int, is_continuous: bool) -> torch.Tensor:
     """Spread N timesteps evenly over [low, high): whole numbers unless the process is continuous in time."""
     timesteps = low + (torch.arange(num_samples) + 0.5) / num_samples * (high - low)
-    return timesteps if is_continuous else timesteps.long()
+    return timesteps if is_continuous else timesteps.long().clamp(min=math.ceil(low))
 
 
 def prediction_error(

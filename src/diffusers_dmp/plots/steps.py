@@ -53,7 +53,9 @@ def steps_figure(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("timestep t (0: almost clean)")
     if is_flow_matching(scheduler):
-        sigmas = axes.secondary_yaxis("right", functions=(lambda t: t / total, lambda sigma: sigma * total))
+        from_timesteps: Any = lambda t: t / total  # noqa: E731
+        to_timesteps: Any = lambda sigma: sigma * total  # noqa: E731
+        sigmas = axes.secondary_yaxis("right", functions=(from_timesteps, to_timesteps))
         sigmas.set_ylabel("σ = t/T")
     axes.set_title(f"The expert of each step of {type(scheduler).__name__}")
     figure.legend(loc="outside lower center")
