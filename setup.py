@@ -59,6 +59,7 @@ setup(
             "hypothesis>=6.100",
             "ipykernel>=6.29",
             "nbclient>=0.10",
+            "optimum-quanto>=0.2.7",  # quantised experts
             "pytest>=8.0",
             "selenium>=4.20",
             "torchsde>=0.2.6",  # DPMSolverSDEScheduler needs it
