@@ -66,15 +66,13 @@ else:
 pipe.transformer = DenoiserExperts([pipe.transformer, high], NoiseIntervals.from_sigmas([args.boundary]))
 
 pipe.save_pretrained(args.output_dir)  # one model; `diffusers-dmp publish` uploads it with the code that loads it
-absent = {
-    name: None for name, component in pipe.components.items() if component is None
-}  # a tiny pipeline's text encoders
+# a tiny pipeline has no text encoders
+absent = {name: None for name, component in pipe.components.items() if component is None}
 pipe = DiffusionPipeline.from_pretrained(args.output_dir, dtype=high.dtype, **absent)
 if torch.cuda.is_available():
     pipe.enable_model_cpu_offload()  # only the expert that is working is on the GPU
-image = pipe(**call, num_inference_steps=args.num_inference_steps, generator=torch.Generator().manual_seed(0)).images[
-    0
-]
+generator = torch.Generator().manual_seed(0)
+image = pipe(**call, num_inference_steps=args.num_inference_steps, generator=generator).images[0]
 for timestep in pipe.scheduler.timesteps.tolist():
     print(responsibility(pipe, timestep))
 image.save("experts_samples.png")
