@@ -216,14 +216,16 @@ def _stream_name(argument: str) -> str:
 
 
 def _registered_blocks(denoiser: nn.Module) -> list[Block] | None:
-    for cls in type(denoiser).__mro__:
-        if full_name(cls) in _TAUGHT:
-            return [
-                Block(f"{blocks}.{index}", block, streams, _width_of(denoiser))
-                for blocks, streams in _TAUGHT[full_name(cls)].items()
-                for index, block in enumerate(denoiser.get_submodule(blocks))  # type: ignore[arg-type]
-            ]
-    return None
+    taught = next((_TAUGHT[full_name(cls)] for cls in type(denoiser).__mro__ if full_name(cls) in _TAUGHT), None)
+    if taught is None:
+        return None
+    width = _width_of(denoiser)
+    lists: list[tuple[str, Any]] = [(name, denoiser.get_submodule(name)) for name in taught]
+    return [
+        Block(f"{name}.{index}", block, taught[name], width)
+        for name, blocks in lists
+        for index, block in enumerate(blocks)
+    ]
 
 
 def _listed_blocks(denoiser: nn.Module) -> list[Block]:
