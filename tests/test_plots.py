@@ -1,10 +1,12 @@
 """The figures show the numbers that they are made from."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from conftest import TINY_CONFIG
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from matplotlib.figure import Figure
 from PIL import Image
 from tiny_pipelines import flux, flux_pipe
@@ -128,6 +130,8 @@ def test_steps_figure(tmp_path):
 def test_figures_of_experts_in_any_pipeline():
     pipe = flux_pipe(DenoiserExperts([flux(0), flux(1)], NoiseIntervals.from_sigmas([0.6])))
     assert list(specialisation_figures(pipe, num_inference_steps=4)) == ["steps"]
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    (figure,) = specialisation_figures(pipe, num_inference_steps=4).values()
-    assert len(figure.axes[0].lines) == 3
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    for scheduler in (FlowMatchEulerDiscreteScheduler, partial(UniPCMultistepScheduler, **flow)):
+        pipe.scheduler = scheduler(use_dynamic_shifting=True)
+        (figure,) = specialisation_figures(pipe, num_inference_steps=4).values()
+        assert len(figure.axes[0].lines) == 3

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..plugins import PromptPatch
 
 GATE_SPACING = 25  # timesteps between those whose gates are plotted
+FLUX_MAX_SHIFT = 1.15  # the `mu` of Flux at its largest image
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ def step_figures(pipeline: Any, model: "DenoiserExperts", options: FigureOptions
     """Figures of whole denoisers as experts."""
     scheduler = pipeline.scheduler
     # the shift depends on the image's size: here, on that of the largest
-    schedule = {"mu": scheduler.config.max_shift} if scheduler.config.get("use_dynamic_shifting") else {}
+    largest = scheduler.config.get("max_shift", FLUX_MAX_SHIFT)  # only some schedulers have it in their configuration
+    schedule = {"mu": largest} if scheduler.config.get("use_dynamic_shifting") else {}
     figure = steps_figure(
         model.intervals, scheduler, options.num_inference_steps, timestep=options.timestep, **schedule
     )
