@@ -8,6 +8,7 @@ from conftest import randomised
 from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
+from tiny_pipelines import RECIPES
 from typer.testing import CliRunner
 
 from diffusers_dmp import ClassConditionalPipeline, DiTModel, RemixDiTModel, SNRSplitPipeline
@@ -182,3 +183,9 @@ def test_latents_are_not_images(grey):
     latents = grey.add_column("latents", [b""] * len(grey))
     with pytest.raises(ValueError, match="Expected `dataset` to hold images, but got latents"):
         diagnose(split_pipeline(), latents)
+
+
+def test_another_pipeline_names_what_takes_any():
+    pipeline = RECIPES["sd3"].pipe(RECIPES["sd3"].denoiser())
+    with pytest.raises(ValueError, match="but got a StableDiffusion3Pipeline, .*diagnose_denoiser` takes any"):
+        diagnose(pipeline, [])

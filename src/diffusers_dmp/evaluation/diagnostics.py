@@ -86,8 +86,14 @@ def diagnose(
             model's training made an image of a file; see [`ImageReader`].
 
     Raises:
-        ValueError: if the data set has no images, or no labels although the pipeline needs them.
+        ValueError: if the data set has no images, or no labels although the pipeline needs them, or the pipeline is of another
+            class.
     """
+    if not hasattr(pipeline, "denoisers"):
+        raise ValueError(
+            f"Expected a ClassConditionalPipeline or SNRSplitPipeline, but got a {type(pipeline).__name__}, whose denoiser takes "
+            "more than images and labels; `diffusers_dmp.evaluation.denoiser_diagnostics.diagnose_denoiser` takes any."
+        )
     intervals, experts = _experts(pipeline)
     samples = _clean_samples(pipeline, dataset, num_images, **reading)
     scheduler = pipeline.scheduler
