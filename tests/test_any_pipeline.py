@@ -16,7 +16,7 @@ from diffusers import (
     WanPipeline,
 )
 from peft import LoraConfig, get_peft_model_state_dict
-from tiny_pipelines import RECIPES, generate
+from tiny_pipelines import RECIPES, generate, wan_pipe
 
 from diffusers_dmp import DenoiserExperts, LoraExperts, TaskRouting
 from diffusers_dmp.models import time_argument as table
@@ -72,6 +72,18 @@ def test_high_and_low_noise_lora_in_one_transformer():
     with_both = generate("wan", pipe, 4)
     LoraExperts.attached_to(pipe.transformer).detach()
     assert not torch.equal(generate("wan", pipe, 4), with_both)
+
+
+def test_two_transformers_of_wan22_as_one(monkeypatch):
+    low, high = (RECIPES["wan"].denoiser(seed) for seed in range(2))
+    two = wan_pipe(high, transformer_2=low, boundary_ratio=0.875)
+    expected = generate("wan", two, 4)
+    monkeypatch.setattr(WanPipeline, "from_pretrained", lambda *_, **__: two)
+    variables = run("DenoiserExperts.from_pipeline")
+    pipe, experts = variables["pipe"], variables["experts"]
+    assert pipe.transformer is experts and [*experts.experts] == [low, high]
+    assert torch.equal(generate("wan", pipe, 4), expected)
+    assert experts.to_pipeline(pipe).config.boundary_ratio == 0.875
 
 
 def test_a_lora_for_the_last_third_of_the_noise():
