@@ -363,6 +363,7 @@ SYSTEMS: dict[str, System] = {
             classes=("LoraExperts",),
             find=_lora_experts,
             sentence=_lora_sentence,
+            intervals=lambda experts: experts.intervals,
             tags=("lora",),
             pipeline_tag=None,
         ),

@@ -7,11 +7,19 @@ import torch
 from conftest import randomised
 from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
+from peft import LoraConfig
 from PIL import Image
 from tiny_pipelines import RECIPES
 from typer.testing import CliRunner
 
-from diffusers_dmp import ClassConditionalPipeline, DiTModel, RemixDiTModel, SNRSplitPipeline
+from diffusers_dmp import (
+    ClassConditionalPipeline,
+    DiTModel,
+    LoraExperts,
+    NoiseIntervals,
+    RemixDiTModel,
+    SNRSplitPipeline,
+)
 from diffusers_dmp.cli import app
 from diffusers_dmp.evaluation.diagnostics import diagnose, reading_of_training
 from diffusers_dmp.evaluation.digits import write_image_folder
@@ -189,3 +197,12 @@ def test_another_pipeline_names_what_takes_any():
     pipeline = RECIPES["sd3"].pipe(RECIPES["sd3"].denoiser())
     with pytest.raises(ValueError, match="but got a StableDiffusion3Pipeline, .*diagnose_denoiser` takes any"):
         diagnose(pipeline, [])
+
+
+def test_loras_for_intervals_are_not_taken_for_one_model():
+    model = DiTModel(**DIT)
+    for name in ("low", "high"):
+        model.add_adapter(LoraConfig(r=1, target_modules="all-linear"), name)
+    LoraExperts(["low", "high"], NoiseIntervals.from_timesteps([BOUNDARY])).attach(model)
+    with pytest.raises(ValueError, match="2 intervals, but got LoRA experts on one model; .*diagnose_denoiser"):
+        diagnose(ClassConditionalPipeline(transformer=model, scheduler=DDIMScheduler()), [])

@@ -86,8 +86,8 @@ def diagnose(
             model's training made an image of a file; see [`ImageReader`].
 
     Raises:
-        ValueError: if the data set has no images, or no labels although the pipeline needs them, or the pipeline is of another
-            class.
+        ValueError: if the data set has no images, or no labels although the pipeline needs them, the pipeline is of another
+            class, or its experts are LoRAs.
     """
     if not hasattr(pipeline, "denoisers"):
         raise ValueError(
@@ -165,7 +165,14 @@ def _experts(pipeline: Any) -> tuple[NoiseIntervals, list[tuple[ModelMixin, str]
     """The intervals, and for each of them the model that owns it and its prediction type."""
     system, part = next((system, part) for system, part in systems_in(pipeline) if not system.is_guidance)
     whole = NoiseIntervals.uniform(1, pipeline.scheduler.config.num_train_timesteps)
-    return whole if system.intervals is None else system.intervals(part), system.experts(pipeline, part)
+    intervals = whole if system.intervals is None else system.intervals(part)
+    experts = system.experts(pipeline, part)
+    if len(experts) != intervals.num_experts:  # LoRAs
+        raise ValueError(
+            f"Expected a model for each of {intervals.num_experts} intervals, but got {system.title} on one model; "
+            "`diffusers_dmp.evaluation.denoiser_diagnostics.diagnose_denoiser` diagnoses them."
+        )
+    return intervals, experts
 
 
 @torch.no_grad()
