@@ -337,6 +337,15 @@ def test_a_file_for_another_interval_is_warned_about(folder, caplog):
         LoraExperts.from_files([None, None, folder / "theirs.safetensors"], THREE)
 
 
+def test_files_of_like_names_are_different_adapters(folder):
+    for name in ("style__2", "style", "style 2", "style__2 2"):
+        (folder / f"{name}.safetensors").write_bytes((folder / "low.safetensors").read_bytes())
+    (folder / "more").mkdir()
+    (folder / "more" / "style.safetensors").write_bytes((folder / "high.safetensors").read_bytes())
+    files = [folder / f"{name}.safetensors" for name in ("style__2", "style", "more/style", "style 2", "style__2 2")]
+    assert len(LoraExperts.from_files([None, None, files], THREE).names) == 5
+
+
 @pytest.mark.parametrize("change", ["missing", "unexpected", "shape", "foreign", "damaged", "gone"])
 @pytest.mark.parametrize("name", ["sd3", "pixart"])
 def test_a_file_that_does_not_fit_is_refused_and_leaves_nothing(tmp_path, name, change):

@@ -3,6 +3,7 @@
 Legend: E experts.
 """
 
+import itertools
 import logging
 import os
 import re
@@ -78,8 +79,9 @@ class LoraFoldersMixin(_Experts):
             path = Path(file)
             if path not in names:
                 stem = re.sub(r"\W", "_", path.stem)  # a dot would be taken for a module of a module
-                taken = sum(each == stem or each.startswith(f"{stem}__") for each in names.values())
-                names[path] = f"{stem}__{taken + 1}" if taken else stem
+                candidates = (stem if number == 1 else f"{stem}__{number}" for number in itertools.count(1))
+                taken = set(names.values())
+                names[path] = next(each for each in candidates if each not in taken)
             return names[path], weight
 
         adapters = [
