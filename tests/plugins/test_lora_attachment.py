@@ -164,6 +164,18 @@ def test_a_backward_pass_after_detaching(denoiser):
     assert {tuple(names) for names, _ in adapters_in_use(denoiser)} == {("low",)}
 
 
+def test_a_backward_pass_after_others_are_attached(denoiser):
+    denoiser.enable_gradient_checkpointing()
+    experts = LoraExperts(*EXPERTS).attach(denoiser)
+    loss = output_of(denoiser, inputs_of("flux", HIGH)).square().sum()
+    experts.detach()
+    LoraExperts(["high", None, ("low", 0.5)], THREE).attach(denoiser)
+    expected = output_of(denoiser, inputs_of("flux", HIGH))
+    loss.backward()
+    assert gradients(denoiser) and all(".high." in name for name in gradients(denoiser))
+    assert torch.equal(output_of(denoiser, inputs_of("flux", HIGH)), expected)
+
+
 # Other plugins
 
 

@@ -39,7 +39,7 @@ class AdapterSwitch:
             for choice in choices
         ]
         self._configs = _configs(model)
-        self._found = [(layer._active_adapter, dict(layer.scaling)) for layer in self._layers]
+        self.look()
         # the first layer of the model and of each adapter, which are looked at before each pass
         first = {name: next(each for each in self._layers if name in adapters_of_layer(each)) for name in self.names}
         self._watched = list(dict.fromkeys([*self._layers[:1], *first.values()]))
@@ -52,6 +52,10 @@ class AdapterSwitch:
     def names(self) -> list[str]:
         """The adapters that occur in the choices."""
         return list(dict.fromkeys(name for names in self._names for name in names))
+
+    def look(self) -> None:
+        """Note what the model uses now, for [`~AdapterSwitch.put_back`]."""
+        self._found = [(layer._active_adapter, dict(layer.scaling)) for layer in self._layers]
 
     def use(self, choice: int) -> None:
         """
@@ -75,7 +79,7 @@ class AdapterSwitch:
             self._scaled[name] = self._scalings[name][name]
 
     def put_back(self) -> None:
-        """Use the adapters that the model used at first, except in layers where others have chosen since."""
+        """Use the adapters that the model used when it was looked at, except in layers where others have chosen since."""
         if self.current is None:
             return
         names, self.current = self._names[self.current], None
@@ -166,6 +170,8 @@ class _WithAdapters:
         if self.choice is None:  # a part that is called by itself, before the first pass
             return self.function(*args, **kwargs)
         is_removed = self.switch.current is None
+        if is_removed:
+            self.switch.look()  # others may have chosen since
         self.switch.use(self.choice)  # and leave it at that: the next pass chooses its own
         try:
             return self.function(*args, **kwargs)
