@@ -161,6 +161,8 @@ def test_a_step_on_the_boundary_is_that_of_the_noisier_expert(name, dtype):
 def test_a_step_near_the_boundary_where_the_scheduler_is_known(name):
     """In bfloat16, 0.899 and 0.9 are one number."""
     assert owners_of_steps(name, torch.bfloat16, [1.0, 0.899, 0.5], knows_scheduler=True) == [1, 0, 0]
+    # both are rounded to one number: the first is meant at the first, then the second
+    assert owners_of_steps(name, torch.bfloat16, [1.0, 0.9002, 0.8995, 0.5], knows_scheduler=True) == [1, 1, 0, 0]
 
 
 def owners_of_steps(name: str, dtype: torch.dtype, sigmas: list[float], knows_scheduler: bool = False) -> list[int]:

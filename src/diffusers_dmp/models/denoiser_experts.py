@@ -38,7 +38,7 @@ from .expert_configs import (
 from .loading import HUB_ARGUMENTS
 from .mixed_batches import run_by_expert
 from .pipeline_experts import PipelineExpertsMixin
-from .time_argument import ExpertFinder
+from .time_argument import ExpertFinder, next_step
 
 INTERVAL_EDGES = "interval_edges"  # the entry of the configuration, as in the package's other models
 # What Diffusers reads from a model about the classes of its layers.
@@ -101,7 +101,10 @@ class DenoiserExperts(
             self.hf_quantizer = quantizer
             self.register_to_config(quantization_config=quantizer.quantization_config)
         for name in _CLASS_LISTS:
-            setattr(self, name, sorted({each for expert in experts for each in getattr(expert, name) or ()}))
+            found = sorted({each for expert in experts for each in getattr(expert, name) or ()})
+            setattr(
+                self, name, found or getattr(ModelMixin, name)
+            )  # Diffusers warns of an empty list as of a full one
         self._supports_gradient_checkpointing = all(expert._supports_gradient_checkpointing for expert in experts)
         self._supports_group_offloading = all(expert._supports_group_offloading for expert in experts)
 
@@ -125,8 +128,9 @@ class DenoiserExperts(
 
     @torch.compiler.disable
     def _owners(self, args: tuple, kwargs: dict[str, Any]) -> list[int]:
-        is_sampling = getattr(self.scheduler, "num_inference_steps", None) is not None
-        return self._find_experts(args, kwargs, self.scheduler.timesteps if is_sampling else None)
+        if getattr(self.scheduler, "num_inference_steps", None) is None:
+            return self._find_experts(args, kwargs)
+        return self._find_experts(args, kwargs, self.scheduler.timesteps, next_step(self.scheduler))
 
     def _run(self, index: int, args: tuple, kwargs: dict[str, Any]) -> Any:
         expert = self.experts[index]

@@ -273,6 +273,19 @@ def argument_names_of(denoiser_class: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(denoiser_class.forward).parameters)[1:]
 
 
+def next_step(scheduler: Any) -> int:
+    """
+    Return the index, among a scheduler's timesteps, of the step that it makes next.
+
+    Args:
+        scheduler ([`SchedulerMixin`]): A scheduler whose timesteps are set. One that does not count its steps is taken to be
+            at the first.
+    """
+    # before the first step, only the one to begin with is known, if an image is given (img2img)
+    counted = (getattr(scheduler, name, None) for name in ("step_index", "begin_index"))
+    return next((index for index in counted if index is not None), 0)
+
+
 class ExpertFinder:
     """
     Finds the expert that owns each sample of a batch, from the arguments that a denoiser is called with.
@@ -309,7 +322,9 @@ class ExpertFinder:
             raise ValueError(f"Expected {self.class_name} to be called with `{name}`, but got none.")
         return torch.as_tensor(value)
 
-    def __call__(self, args: tuple, kwargs: Mapping[str, Any], schedule: torch.Tensor | None = None) -> list[int]:
+    def __call__(
+        self, args: tuple, kwargs: Mapping[str, Any], schedule: torch.Tensor | None = None, first_step: int = 0
+    ) -> list[int]:
         """
         Find the experts of a call.
 
@@ -317,6 +332,8 @@ class ExpertFinder:
             args, kwargs: The arguments of the denoiser's `forward`.
             schedule (`torch.Tensor` of shape (S,), *optional*): The exact timesteps t of the sampling, if they are known; see
                 [`training_timesteps`].
+            first_step (`int`): The first of them that is still to be visited, see [`next_step`]: of several that are rounded to
+                the same number, the next one is meant.
 
         Returns:
             `list[int]`: One expert for the batch, or one for each of its B samples if they differ.
@@ -329,7 +346,7 @@ class ExpertFinder:
         total = self.intervals.num_train_timesteps
         known: tuple[torch.Tensor, ...] = (torch.tensor(self.intervals.edges, dtype=torch.float64),)
         if schedule is not None:
-            known = (*known, self._values(schedule))
+            known = (*known, self._values(schedule)[first_step:])
         timesteps = self.argument.timesteps(value, total, *known)
         self._check_unit(value, timesteps)
         experts = self.intervals.index(timesteps)

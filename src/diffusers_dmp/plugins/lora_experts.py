@@ -17,7 +17,7 @@ from torch import nn
 
 from ..intervals import NoiseIntervals
 from ..models.mixed_batches import join_outputs, split_by_expert
-from ..models.time_argument import ExpertFinder, time_argument_of
+from ..models.time_argument import ExpertFinder, next_step, time_argument_of
 from ..saving.adapters import adapter_names
 from .adapter_switch import AdapterSwitch, adapter_layers
 from .hooks import ForwardHooks
@@ -170,7 +170,6 @@ class LoraAttachment:
         self.switch = AdapterSwitch(target.denoiser, target.adapters)
         self.component = target.component
         self._pipeline = None if target.pipeline is None else weakref.ref(target.pipeline)
-        self._known: tuple[torch.Tensor, torch.Tensor] | None = None
         self._remaining: tuple[list, torch.Tensor] | None = None  # of a mixed batch, while its first samples pass
         self._has_trained = False
         self.hooks = ForwardHooks()
@@ -199,7 +198,7 @@ class LoraAttachment:
         if torch.is_grad_enabled():
             self._prepare_backward_pass(denoiser)
         self._remaining = None
-        experts = self.finder(args, kwargs, self._schedule(denoiser))
+        experts = self.finder(args, kwargs, *self._schedule(denoiser))
         if len(experts) == 1:
             self.switch.use(experts[0])
             return None
@@ -228,27 +227,21 @@ class LoraAttachment:
         (others, order), self._remaining = self._remaining, None
         return join_outputs([output, *(denoiser(*args, **kwargs) for _, args, kwargs in others)], order)
 
-    def _schedule(self, denoiser: nn.Module) -> torch.Tensor | None:
-        """The exact timesteps that the pipeline has still to visit, while the denoiser is part of it and it samples."""
+    def _schedule(self, denoiser: nn.Module) -> tuple[torch.Tensor, int] | tuple[()]:
+        """The exact timesteps of the pipeline and the next of them, while the denoiser is part of it and it samples."""
         pipeline = self.pipeline
         if pipeline is None or unwrap_module(getattr(pipeline, self.component, None)) is not denoiser:
-            return None
+            return ()
         scheduler = pipeline.scheduler
         if getattr(scheduler, "num_inference_steps", None) is None:
-            return None
-        timesteps = scheduler.timesteps
-        if self._known is None or self._known[0] is not timesteps:  # on an accelerator, the CPU waits for each copy
-            self._known = timesteps, timesteps.detach().cpu()
-        # of several that are rounded to the same, the next one is meant
-        remaining = self._known[1][getattr(scheduler, "step_index", None) or 0 :]
-        return remaining if len(remaining) else None
+            return ()
+        return scheduler.timesteps, next_step(scheduler)
 
     def __getstate__(self) -> dict:
         adapters, intervals = self.experts.adapters, self.experts.intervals
         return self.__dict__ | {
             "experts": (adapters, intervals),
             "_pipeline": None,
-            "_known": None,
             "_remaining": None,
         }
 
