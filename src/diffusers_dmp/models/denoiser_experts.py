@@ -101,10 +101,7 @@ class DenoiserExperts(
             self.hf_quantizer = quantizer
             self.register_to_config(quantization_config=quantizer.quantization_config)
         for name in _CLASS_LISTS:
-            found = sorted({each for expert in experts for each in getattr(expert, name) or ()})
-            setattr(
-                self, name, found or getattr(ModelMixin, name)
-            )  # Diffusers warns of an empty list as of a full one
+            setattr(self, name, sorted({each for expert in experts for each in getattr(expert, name) or ()}))
         self._supports_gradient_checkpointing = all(expert._supports_gradient_checkpointing for expert in experts)
         self._supports_group_offloading = all(expert._supports_group_offloading for expert in experts)
 
