@@ -82,6 +82,17 @@ def test_the_pipelines_own_scale_multiplies_the_weights(name, argument):
     assert torch.equal(*outputs)
 
 
+def test_a_scale_of_zero_is_that_call_s_alone():
+    """Diffusers sets the weight 1 after it."""
+    recipe = RECIPES["flux"]
+    pipe = recipe.pipe(add_loras(recipe.denoiser(), ["low", "high"]))
+    plain = generate("flux", recipe.pipe(recipe.denoiser()))
+    LoraExperts([("low", 0.5), ("high", 0.5)], NoiseIntervals.from_timesteps([500])).attach(pipe)
+    expected = generate("flux", pipe)
+    assert torch.equal(generate("flux", pipe, joint_attention_kwargs={"scale": 0.0}), plain)
+    assert torch.equal(generate("flux", pipe), expected)
+
+
 def test_an_active_adapter_that_is_not_named_is_inactive_until_detached(caplog):
     recipe = RECIPES["sd3"]
     denoiser = activate(add_loras(recipe.denoiser(), ["low", "high", "style"]), [("style", 1.0), ("low", 1.0)])

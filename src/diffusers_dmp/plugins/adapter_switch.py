@@ -78,6 +78,12 @@ class AdapterSwitch:
         for name in names:
             self._scaled[name] = self._scalings[name][name]
 
+    def keep_scales(self) -> None:
+        """Set the scales of the choice again, after a pass: a `scale` of 0 in a pipeline's call leaves them with the weight 1."""
+        if self.current is not None and not self._has_own_scales:
+            for scaling, name, scale in self._scales[self.current]:
+                scaling[name] = scale
+
     def put_back(self) -> None:
         """Use the adapters that the model used when it was looked at, except in layers where others have chosen since."""
         if self.current is None:
@@ -97,8 +103,12 @@ class AdapterSwitch:
             and all(config is other for config, other in zip(configs, self._configs))
             and all(layer._active_adapter is active for layer, active in zip(self._watched, self._active))
             and not any(layer.merged_adapters for layer in self._watched)
-            and all(_is_same_scale(self._scalings[name].get(name), scale) for name, scale in self._scaled.items())
+            and self._has_own_scales
         )
+
+    @property
+    def _has_own_scales(self) -> bool:
+        return all(_is_same_scale(self._scalings[name].get(name), scale) for name, scale in self._scaled.items())
 
     @property
     def frozen_names(self) -> list[str]:

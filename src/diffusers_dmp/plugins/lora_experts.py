@@ -222,6 +222,7 @@ class LoraAttachment:
     @torch.compiler.disable
     def _after(self, denoiser: nn.Module, args: tuple, output: Any) -> Any:
         """Run the denoiser again for the other experts of a mixed batch."""
+        self.switch.keep_scales()
         if self._remaining is None:
             return None
         (others, order), self._remaining = self._remaining, None
