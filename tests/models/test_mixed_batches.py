@@ -1,11 +1,12 @@
 """Batches of several experts are split and joined again in order."""
 
+import pytest
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusers_dmp.models.mixed_batches import run_by_expert
+from diffusers_dmp.models.mixed_batches import run_by_expert, take_samples
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=6))
@@ -84,3 +85,9 @@ def test_a_list_of_residuals_as_long_as_the_batch_is_one_of_layers():
 
     kwargs = {"down_block_additional_residuals": residuals, "joint_attention_kwargs": prompts}
     run_by_expert([1, 0], (torch.zeros(2, 1),), kwargs, run)
+
+
+@pytest.mark.parametrize("num_layers", [3, 2])
+def test_hidreams_text_of_each_layer(num_layers):
+    text = torch.randn(num_layers, 2, 5, 4)
+    assert torch.equal(take_samples(text, [1], 2, "encoder_hidden_states_llama3"), text[:, 1:])

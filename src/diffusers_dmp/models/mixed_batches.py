@@ -31,6 +31,7 @@ SHARED = frozenset(
         "visual_rope_pos",
     }
 )
+_LAYERS_FIRST = frozenset({"encoder_hidden_states_llama3"})  # HiDream's: an entry for each layer, then the batch
 # Parts of the names of lists with an entry for each layer or adapter: what ControlNets and IP-Adapters add.
 _LISTS_OF_BATCHES = ("block", "image_embeds")
 
@@ -97,6 +98,8 @@ def take_samples(value: Any, indices: list[int], batch_size: int, name: str = ""
     if name in SHARED:
         return value
     if isinstance(value, torch.Tensor):
+        if name in _LAYERS_FIRST:
+            return value[:, torch.tensor(indices, device=value.device)]
         is_batch = value.ndim > 0 and len(value) == batch_size
         return value[torch.tensor(indices, device=value.device)] if is_batch else value
     if isinstance(value, Mapping):

@@ -283,7 +283,8 @@ def _is_number(value: Any) -> bool:
 
 def _is_interval_entry(entry: Any, files: Mapping[str, str]) -> bool:
     return isinstance(entry, list) and all(
-        isinstance(each, dict) and each.get("adapter") in files and _is_number(each.get("weight")) for each in entry
+        isinstance(each, dict) and str(each.get("adapter")) in files and _is_number(each.get("weight"))
+        for each in entry
     )
 
 
