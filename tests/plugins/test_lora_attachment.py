@@ -38,7 +38,13 @@ PREPARATIONS = {
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
-@pytest.mark.parametrize("preparation", PREPARATIONS)
+@pytest.mark.parametrize(
+    "preparation",
+    [
+        pytest.param(name, marks=[pytest.mark.group_offload] if name in ("group offload", "leaf offload") else [])
+        for name in PREPARATIONS
+    ],
+)
 @torch.no_grad()
 def test_a_prepared_denoiser(denoiser, preparation, order):
     prepare = PREPARATIONS[preparation]
