@@ -27,13 +27,12 @@ from diffusers_dmp import (
     NoiseIntervals,
     PromptPatch,
     RemixDiTModel,
-    systems,
 )
 from diffusers_dmp.hub.cards import CARDS
 from diffusers_dmp.hub.folders import read_folder
-from diffusers_dmp.models import expert_configs
 from diffusers_dmp.plots import specialisation, specialisation_figures
-from diffusers_dmp.systems import EDGES_KEY, SYSTEMS, responsibility, saved_intervals, system_of_classes, systems_in
+from diffusers_dmp.saving.naming import EDGES_KEY
+from diffusers_dmp.systems import SYSTEMS, responsibility, saved_intervals, system_of_classes, systems_in
 
 LAST = {"remix": 284, "ppap": 285}  # the second edge of 7 experts for 1000 timesteps, by each class's own rule
 EXPECTED = {  # by the names of `small_pipelines`
@@ -131,10 +130,6 @@ def test_the_two_transformers_of_wan22_are_experts():
 def test_refuses_a_pipeline_without_a_denoiser():
     with pytest.raises(ValueError, match="with a `transformer` or `unet`, but got a StableDiffusion3Pipeline"):
         responsibility(sd3_pipe(None), 0)
-
-
-def test_a_saved_configuration_is_read_by_the_names_that_the_model_writes():
-    assert systems.EXPERTS_KEY == expert_configs.EXPERTS_KEY
 
 
 def test_sentences():

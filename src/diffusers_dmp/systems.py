@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from .saving.naming import EDGES_KEY
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
 
     from .intervals import NoiseIntervals
-
-EDGES_KEY = "interval_edges"  # in the configurations of models and guidance experts
-EXPERTS_KEY = "expert_configs"  # in that of `DenoiserExperts`: the configuration of each
 
 
 def denoisers_of(pipeline: "DiffusionPipeline") -> "list[ModelMixin]":

@@ -12,10 +12,10 @@ from typing import Any
 
 from ..saving.lora_files import LORA_CONFIG
 from ..saving.mixins import VERSION_KEY, is_component, listed
-from ..saving.naming import PACKAGE
+from ..saving.naming import EXPERTS_KEY, PACKAGE
 from ..saving.reading import parsed_json, read_json, read_yaml
 from ..saving.weight_files import safetensors_header
-from ..systems import EXPERTS_KEY, SYSTEMS, owned_timesteps, saved_intervals, system_of_classes
+from ..systems import SYSTEMS, owned_timesteps, saved_intervals, system_of_classes
 from .lora_info import expert_rows, experts_in_words
 
 PIPELINE_CONFIG, MODEL_CONFIG = "model_index.json", "config.json"

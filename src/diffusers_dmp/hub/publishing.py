@@ -18,10 +18,11 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 import diffusers_dmp
 
-from ..models.expert_configs import EXPERTS_KEY, package_classes
+from ..models.expert_configs import package_classes
 from ..saving.bundling import source_of
 from ..saving.finite import expect_finite_files
 from ..saving.mixins import dumped, lists_as_objects, with_code_file
+from ..saving.naming import EXPERTS_KEY
 from ..saving.reading import read_json
 from ..saving.version import __version__
 from ..saving.weight_files import check_saved_folder

@@ -21,10 +21,9 @@ from torch import nn
 
 from ..intervals import NoiseIntervals
 from ..saving.mixins import StandaloneModelMixin
-from ..saving.naming import PACKAGE
+from ..saving.naming import EDGES_KEY, EXPERTS_KEY, PACKAGE
 from .expert_attributes import QUANTISED, ExpertAttributesMixin
 from .expert_configs import (
-    EXPERTS_KEY,
     check_can_be_loaded,
     check_experts,
     class_of_description,
@@ -40,7 +39,6 @@ from .mixed_batches import run_by_expert
 from .pipeline_experts import PipelineExpertsMixin
 from .time_argument import ExpertFinder, next_step
 
-INTERVAL_EDGES = "interval_edges"  # the entry of the configuration, as in the package's other models
 # What Diffusers reads from a model about the classes of its layers.
 _CLASS_LISTS = (
     "_keep_in_fp32_modules",
@@ -173,7 +171,7 @@ class DenoiserExperts(
     def _register_experts(self) -> None:
         """Write the configuration: the first expert's, which pipelines read, and the descriptions of all."""
         descriptions = [description(expert) for expert in self.experts]
-        own = {INTERVAL_EDGES: self.intervals.to_config(), EXPERTS_KEY: descriptions}
+        own = {EDGES_KEY: self.intervals.to_config(), EXPERTS_KEY: descriptions}
         self.register_to_config(**public_config(self.experts[0]) | own)
 
     def _parts_with_code(self) -> list[type]:
@@ -228,5 +226,5 @@ class DenoiserExperts(
         }
         arguments, unused, hidden = super().extract_init_dict(about_this_copy, **kwargs)
         arguments["experts"] = [expert_from_description(described) for described in descriptions]
-        arguments["intervals"] = NoiseIntervals(tuple(config_dict[INTERVAL_EDGES]))
+        arguments["intervals"] = NoiseIntervals(tuple(config_dict[EDGES_KEY]))
         return arguments, unused, hidden

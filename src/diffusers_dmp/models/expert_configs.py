@@ -14,10 +14,9 @@ from torch import nn
 
 from ..intervals import NoiseIntervals
 from ..saving.adapters import check_component
-from ..saving.naming import PACKAGE, full_name
+from ..saving.naming import EXPERTS_KEY, PACKAGE, full_name
 from .time_argument import time_argument_of
 
-EXPERTS_KEY = "expert_configs"  # the descriptions
 LIBRARIES = ("diffusers", PACKAGE)  # whose classes a configuration may name
 
 

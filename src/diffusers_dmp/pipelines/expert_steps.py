@@ -57,10 +57,7 @@ def experts_per_step(
     experts_per_step(intervals, pipe.scheduler, sigmas=numpy.linspace(1, 1 / 28, 28), mu=mu)
     ```
     """
-    scheduler = set_copy(scheduler, num_inference_steps, **schedule)
-    experts = experts_at(intervals, training_timesteps(scheduler, intervals.num_train_timesteps)).tolist()
-    _warn_of_idle_experts(experts, intervals, scheduler)
-    return experts
+    return _experts_of_steps(intervals, scheduler, num_inference_steps, schedule)
 
 
 def steps_per_expert(
@@ -81,9 +78,7 @@ def steps_per_expert(
     Raises:
         ValueError: as [`experts_per_step`].
     """
-    scheduler = set_copy(scheduler, num_inference_steps, **schedule)
-    experts = experts_at(intervals, training_timesteps(scheduler, intervals.num_train_timesteps)).tolist()
-    _warn_of_idle_experts(experts, intervals, scheduler)
+    experts = _experts_of_steps(intervals, scheduler, num_inference_steps, schedule)
     return [experts.count(expert) for expert in range(intervals.num_experts)]
 
 
@@ -127,6 +122,15 @@ def set_copy(scheduler: Any, num_inference_steps: int | None = None, **schedule:
     return scheduler
 
 
+def _experts_of_steps(
+    intervals: NoiseIntervals, scheduler: Any, num_inference_steps: int | None, schedule: dict[str, Any]
+) -> list[int]:
+    scheduler = set_copy(scheduler, num_inference_steps, **schedule)
+    experts = experts_at(intervals, training_timesteps(scheduler, intervals.num_train_timesteps)).tolist()
+    _warn_of_idle_experts(experts, intervals, scheduler)
+    return experts
+
+
 def _warn_of_idle_experts(experts: list[int], intervals: NoiseIntervals, scheduler: Any) -> None:
     """Say which experts get no step, which noise is theirs, and what would help."""
     idle = [expert for expert in range(intervals.num_experts) if expert not in experts]
@@ -145,7 +149,7 @@ def _warn_of_idle_experts(experts: list[int], intervals: NoiseIntervals, schedul
     warnings.warn(
         f"Expected every expert to make some of the {len(experts)} steps of {type(scheduler).__name__}, but got none for "
         f"{', '.join(owned)}; {cures} would help.",
-        stacklevel=3,
+        stacklevel=4,  # the call of the public function
     )
 
 

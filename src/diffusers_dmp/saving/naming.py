@@ -1,10 +1,13 @@
-"""Recognise this package's classes by name.
+"""Names in saved configurations, and this package's classes by name.
 
 A pipeline that is loaded without this package is executed from the code in its repository, once for each component. The
 `DiTModel` that a prompt patch knows is then another class than that of the transformer, with the same name.
 """
 
 PACKAGE = "diffusers_dmp"
+# entries in configurations
+EDGES_KEY = "interval_edges"  # of models and guidance experts
+EXPERTS_KEY = "expert_configs"  # of `DenoiserExperts`: the descriptions of its experts
 
 
 def full_name(cls: type) -> str:
