@@ -19,18 +19,17 @@ import functools
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
+from ...diffusion.timesteps import SINGLE_PRECISION
 from ...intervals import NoiseIntervals
-from ...models.time_argument import SINGLE_PRECISION
 from .shifts import shifted
 
 DENSITIES = ("uniform", "logit_normal", "mode", "cosmap")
 MODE_SCALES = (-1.0, 2 / (math.pi - 2))  # where the density of `mode` is positive (SD3, below equation 20)
 
-# Between an interval's last noise level and its end, as a share of T. A denoiser is told the time in float32, in a unit of its
-# own, and what it is told is taken for an edge that is as close as `SINGLE_PRECISION`.
+# Between an interval's edges and the noise levels that are trained in it, as a share of T. A denoiser is told the time in
+# float32, in a unit of its own, and what it is told is taken for an edge that is as close as `SINGLE_PRECISION`.
 _MARGIN = SINGLE_PRECISION + 8 * torch.finfo(torch.float32).eps
 # Below this probability float64 has too few numbers between F(a) and F(b); here still 10,000.
 MIN_TRUNCATED_SHARE = 1e-12
@@ -212,31 +211,29 @@ def _mode_cdf(sigma: torch.Tensor, scale: float) -> torch.Tensor:
 
 def owned_timesteps(low: float, high: float, num_train_timesteps: int) -> tuple[float, float]:
     """
-    Return the first and last timestep of an interval in float32 that every denoiser and `NoiseIntervals` take for its own.
+    Return the first and last timestep of an interval that are trained: all of it but what rounding may move across an edge.
 
     Args:
         low, high (`float`): The interval [low, high).
-        num_train_timesteps (`int`): T, which belongs to the last interval itself.
+        num_train_timesteps (`int`): T.
 
     Raises:
         ValueError: if there is none between them.
     """
-    end = high if high == num_train_timesteps else high - _MARGIN * num_train_timesteps
-    first, last = np.float32(low), np.float32(end)
-    first = np.nextafter(first, np.float32(np.inf)) if float(first) < low else first
-    last = np.nextafter(last, np.float32(-np.inf)) if float(last) > end else last
+    margin = _MARGIN * num_train_timesteps
+    first = low if low == 0 else low + margin
+    last = high if high == num_train_timesteps else high - margin
     if first >= last:
         raise ValueError(
-            f"Expected an interval of noise levels to be longer than {_MARGIN * num_train_timesteps:.3g} timesteps, but got "
-            f"[{low}, {high})."
+            f"Expected an interval of noise levels to be longer than {2 * margin:.3g} timesteps, but got [{low}, {high})."
         )
-    return float(first), float(last)
+    return first, last
 
 
 @functools.lru_cache(maxsize=256)
 def _truncation(density: NoiseDensity, intervals: NoiseIntervals, device: torch.device) -> tuple[torch.Tensor, ...]:
     """
-    The first and last timestep of each interval, and F at both: four tensors (E,).
+    The first and last timestep of each interval that are trained, and F at both: four tensors (E,).
 
     Cached, because each copy to an accelerator makes the CPU wait for it.
     """
