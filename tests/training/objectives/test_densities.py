@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from diffusers import (
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
@@ -32,6 +33,7 @@ from diffusers_dmp.training.objectives.densities import (
 )
 from diffusers_dmp.training.objectives.shifts import ResolutionShift, parsed_shift, shifted
 
+DOCS = REPOSITORY / "docs" / "flow_matching.md"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLOW_SIGMAS = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
@@ -224,22 +226,21 @@ def test_a_whole_density_is_the_published_one(name):
     assert kolmogorov_smirnov(sample / 1000, published(name, 1.0, 100_000)) <= 0.0125
 
 
-@pytest.mark.parametrize(
-    "settings, share",
-    [
-        ({"name": "uniform"}, 0.125),
-        ({"name": "logit_normal"}, 0.026),
-        ({"name": "logit_normal", "shift": 5.0}, 0.368),
-        ({"name": "logit_normal", "shift": 12.0}, 0.705),
-        ({"name": "uniform", "shift": 5.0}, 0.417),
-        ({"name": "mode"}, 0.059),
-        ({"name": "cosmap"}, 0.090),
-    ],
-)
-def test_the_share_above_the_boundary_of_wan(settings, share):
-    density = NoiseDensity(**settings)
-    assert density.probability(0.875, 1.0) == pytest.approx(share, abs=5e-4)
-    assert density.shares(NoiseIntervals.from_sigmas([0.875])) == pytest.approx([1 - share, share], abs=5e-4)
+@pytest.mark.parametrize("name", DENSITIES)
+def test_the_shares_above_the_boundary_of_wan(name):
+    """As docs/flow_matching.md says them."""
+    (row,) = (line for line in DOCS.read_text().splitlines() if line.startswith(f"| `{name}`"))
+    written = [float(cell.removesuffix(" %")) / 100 for cell in row.strip("| ").split(" | ")[-4:]]
+    for shift, share in zip((1.0, 3.0, 5.0, 12.0), written):
+        density = NoiseDensity(name=name, shift=shift)
+        assert density.probability(0.875, 1.0) == pytest.approx(share, abs=5.1e-4)
+        assert density.shares(NoiseIntervals.from_sigmas([0.875])) == pytest.approx([1 - share, share], abs=5.1e-4)
+
+
+@pytest.mark.parametrize("name, shift, share", [("uniform", 1.0, 0.125), ("logit_normal", 1.0, 0.026),
+                                                ("logit_normal", 5.0, 0.368), ("logit_normal", 12.0, 0.705)])  # fmt: skip
+def test_known_shares(name, shift, share):
+    assert NoiseDensity(name=name, shift=shift).probability(0.875, 1.0) == pytest.approx(share, abs=5e-4)
 
 
 def test_an_expert_without_noise_levels_is_named():
