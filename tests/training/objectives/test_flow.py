@@ -15,7 +15,7 @@ from diffusers_dmp.training.arguments import TrainingArguments
 from diffusers_dmp.training.objectives.ddpm import DiffusionObjective
 from diffusers_dmp.training.objectives.densities import NoiseDensity
 from diffusers_dmp.training.objectives.flow import FlowObjective
-from diffusers_dmp.training.objectives.from_arguments import make_objective
+from diffusers_dmp.training.objectives.from_arguments import make_flow_objective, make_objective
 from diffusers_dmp.training.objectives.objective import NoisedBatch
 from diffusers_dmp.training.objectives.shifts import ResolutionShift
 from diffusers_dmp.training.objectives.timesteps import StepExperts
@@ -201,7 +201,7 @@ def test_a_step_of_gradient_descent_lowers_the_loss(model_class):
             if parameter.grad is not None:
                 parameter -= rate * parameter.grad
     # to first order the loss falls by rate·|gradient|²
-    assert float(before - loss()) == pytest.approx(rate * squared_norm, rel=0.2)
+    assert before.item() - loss().item() == pytest.approx(rate * squared_norm, rel=0.2)
 
 
 def test_the_objective_decides_the_defaults():
@@ -212,8 +212,20 @@ def test_the_objective_decides_the_defaults():
     model = DiTModel(**TINY_CONFIG)
     scheduler = make_objective(flow, model, in_latents=True).scheduler
     assert type(scheduler) is FlowMatchEulerDiscreteScheduler and scheduler.config.shift == 3.0
-    by_resolution = TrainingArguments(objective="flow", shift="resolution")
-    assert make_objective(by_resolution, model, in_latents=True).density.shift == ResolutionShift()((4, 8, 8))
+    by_resolution = make_objective(TrainingArguments(objective="flow", shift="resolution"), model, in_latents=True)
+    shift = by_resolution.density_for((4, 8, 8)).shift
+    assert shift == by_resolution.scheduler.config.shift == ResolutionShift()((4, 8, 8))
+
+
+def test_the_shift_is_by_default_the_schedulers():
+    args = TrainingArguments(objective="flow")
+    unipc = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5.0)
+    assert make_flow_objective(args, unipc, 2).density.shift == 5.0
+    assert make_flow_objective(args, FlowMatchEulerDiscreteScheduler(shift=3.0), 2).density.shift == 3.0
+    dynamic = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=0.9)
+    assert make_flow_objective(args, dynamic, 2).resolution_shift == ResolutionShift(max_shift=0.9)
+    fixed = TrainingArguments(objective="flow", shift="1")
+    assert make_flow_objective(fixed, dynamic, 2).density_for().shift == 1.0
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,14 @@ import re
 from typing import Any
 
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 
-from ..arguments import NoiseArguments, TrainingArguments
+from ..arguments import NoiseArguments, ObjectiveArguments, TrainingArguments
 from .ddpm import DiffusionObjective
 from .flow import FlowObjective
 from .objective import Objective
-from .shifts import BY_RESOLUTION, ResolutionShift, parsed_shift
+from .shifts import ResolutionShift, parsed_shift, shift_of
 
 
 def noise_schedule(args: NoiseArguments) -> dict[str, Any]:
@@ -57,33 +58,42 @@ def make_objective(args: TrainingArguments, model: nn.Module, in_latents: bool) 
         ValueError: if the prediction type or the weighting is unknown.
     """
     if args.objective == "flow":
-        return make_flow_objective(args, model)
+        config: Any = model.config
+        return make_flow_objective(args, make_flow_scheduler(args, model), config.patch_size)
     variance_type = getattr(model, "variance_type", "learned_range") if args.learn_sigma else None
     scheduler = make_scheduler(args, in_latents)
     return DiffusionObjective(scheduler, args.weighting, variance_type, args.uncertainty_learning_rate)
 
 
-def make_flow_objective(args: TrainingArguments, model: nn.Module) -> FlowObjective:
+def make_flow_scheduler(args: TrainingArguments, model: nn.Module) -> FlowMatchEulerDiscreteScheduler:
     """
-    Flow matching for a denoiser of samples of one shape; it is sampled with the shift that it is trained with.
+    The flow-matching process of a new model, which is sampled with the shift that it is trained with.
 
     Args:
-        args ([`TrainingArguments`]): For the density and its shift, T and the weighting.
+        args ([`TrainingArguments`]): For T and the shift.
         model (`nn.Module`): The denoiser, whose configuration has `in_channels`, `sample_size` and `patch_size`.
-
-    Raises:
-        ValueError: if the weighting is unknown.
     """
-    config: Any = model.config
     shift = 1.0 if args.shift is None else parsed_shift(args.shift)
-    if shift == BY_RESOLUTION:
+    if isinstance(shift, str):  # by resolution, of which the model has one
+        config: Any = model.config
         size = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
         shift = ResolutionShift(patch_size=config.patch_size)((config.in_channels, size, size))
-    shift = float(shift)
-    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=args.num_train_timesteps, shift=shift)
-    return FlowObjective(
-        scheduler,
-        args.noise_density(shift),
-        weighting=args.weighting,
-        uncertainty_learning_rate=args.uncertainty_learning_rate,
-    )
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=args.num_train_timesteps, shift=shift)
+
+
+def make_flow_objective(args: ObjectiveArguments, scheduler: SchedulerMixin, patch_size: int) -> FlowObjective:
+    """
+    Flow matching with a scheduler, such as that of a pretrained pipeline.
+
+    Args:
+        args ([`ObjectiveArguments`]): For the density, its shift, which is by default the scheduler's, and the weighting.
+        scheduler ([`SchedulerMixin`]): A flow-matching scheduler.
+        patch_size (`int`): Side of the squares of (latent) pixels that become tokens, for a shift by resolution.
+
+    Raises:
+        ValueError: if the weighting is unknown, or the scheduler is of another process.
+    """
+    shift = shift_of(scheduler) if args.shift is None else parsed_shift(args.shift)
+    by_resolution = ResolutionShift.of_scheduler(scheduler, patch_size) if isinstance(shift, str) else None
+    density = args.noise_density() if isinstance(shift, str) else args.noise_density(shift)
+    return FlowObjective(scheduler, density, by_resolution, args.weighting, args.uncertainty_learning_rate)

@@ -74,6 +74,19 @@ class ResolutionShift:
         return math.exp(mu) if self.time_shift_type == "exponential" else mu
 
 
+def shift_of(scheduler: Any) -> "float | str":
+    """
+    Return the shift that a flow-matching scheduler samples with: a number, or 'resolution'.
+
+    Args:
+        scheduler ([`SchedulerMixin`]): One whose configuration has `shift` or `flow_shift`, or neither.
+    """
+    config = scheduler.config
+    if config.get("use_dynamic_shifting"):
+        return BY_RESOLUTION
+    return float(config.get("flow_shift") or config.get("shift") or 1.0)
+
+
 def parsed_shift(shift: "str | float") -> "float | str":
     """
     Read a shift as a user writes it: a number, or 'resolution'.
