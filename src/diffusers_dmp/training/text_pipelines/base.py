@@ -4,6 +4,7 @@ Legend: B batch, b samples encoded at once, L text tokens, C channels, F frames 
 h and w those of the latents.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -124,3 +125,8 @@ class TextPipeline:
             `prediction_type` says; without a predicted variance.
         """
         raise NotImplementedError
+
+
+def default_of_call(pipeline: Any, name: str) -> Any:
+    """Return the default of an argument of a pipeline's `__call__`, where `encode_prompt` has another one."""
+    return inspect.signature(type(pipeline).__call__).parameters[name].default

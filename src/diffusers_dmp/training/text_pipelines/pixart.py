@@ -7,7 +7,7 @@ import torch
 from diffusers.utils import is_bs4_available, is_ftfy_available
 from torch import nn
 
-from .base import Columns, TextPipeline
+from .base import Columns, TextPipeline, default_of_call
 
 
 class PixArtSigmaText(TextPipeline):
@@ -15,8 +15,8 @@ class PixArtSigmaText(TextPipeline):
 
     def prompt_columns(self, pipeline: Any, prompts: list[str]) -> Columns:
         """`prompt_embeds` (b, L, D) and `prompt_attention_mask` (b, L)."""
-        # cleaned as `__call__` does, which warns at every prompt where it cannot
-        clean_caption = is_bs4_available() and is_ftfy_available()
+        # as in `__call__`, which also warns at every prompt where it cannot clean them
+        clean_caption = default_of_call(pipeline, "clean_caption") and is_bs4_available() and is_ftfy_available()
         embeds, mask, _, _ = pipeline.encode_prompt(
             prompts, do_classifier_free_guidance=False, clean_caption=clean_caption
         )

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ...diffusion.latents import pack_latents, unpack_latents
-from .base import Columns, TextPipeline
+from .base import Columns, TextPipeline, default_of_call
 
 
 class QwenImageText(TextPipeline):
@@ -17,7 +17,8 @@ class QwenImageText(TextPipeline):
 
     def prompt_columns(self, pipeline: Any, prompts: list[str]) -> Columns:
         """`prompt_embeds` (L, D) and `prompt_embeds_mask` (L,), ones, of each prompt."""
-        embeds, mask = pipeline.encode_prompt(prompts)
+        max_length = default_of_call(pipeline, "max_sequence_length")
+        embeds, mask = pipeline.encode_prompt(prompts, max_sequence_length=max_length)
         if mask is None:  # all prompts are of one length
             mask = embeds.new_ones(embeds.shape[:2])
         each = [sample[own_mask.bool()] for sample, own_mask in zip(embeds, mask)]

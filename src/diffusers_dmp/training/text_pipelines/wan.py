@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import Columns, TextPipeline
+from .base import Columns, TextPipeline, default_of_call
 
 
 class WanText(TextPipeline):
@@ -21,7 +21,8 @@ class WanText(TextPipeline):
 
     def prompt_columns(self, pipeline: Any, prompts: list[str]) -> Columns:
         """`prompt_embeds` (b, L, D), with zeros after each prompt's tokens, which the denoiser sees."""
-        embeds, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
+        max_length = default_of_call(pipeline, "max_sequence_length")
+        embeds, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=max_length)
         return {"prompt_embeds": embeds}
 
     def encode_images(self, pipeline: Any, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
