@@ -5,7 +5,7 @@ Legend: B batch size of one optimiser step over all processes, N images.
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import datasets
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Sampler
 
-from ..arguments import SharedTrainingArguments
+from ..arguments import LoopArguments, SharedTrainingArguments
 from ..interruption import ignore_signals
 from .images import class_names, training_items
 
@@ -141,7 +141,11 @@ def labels_of(dataset: datasets.Dataset, args: SharedTrainingArguments) -> np.nd
 
 
 def endless_batches(
-    dataset: datasets.Dataset, sampler: GlobalBatchSampler, num_workers: int, pin_memory: bool
+    dataset: datasets.Dataset,
+    sampler: GlobalBatchSampler,
+    num_workers: int,
+    pin_memory: bool,
+    collate: Callable[[list], dict[str, torch.Tensor]] | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """
     The sampler's batches as dictionaries of stacked tensors.
@@ -151,12 +155,14 @@ def endless_batches(
         sampler ([`GlobalBatchSampler`]): Decides which items a batch has.
         num_workers (`int`): Processes that read ahead; 0 for none.
         pin_memory (`bool`): Whether batches lie in pinned memory, from which copies to a GPU need not be waited for.
+        collate (`Callable`, *optional*): Makes a batch of a list of items; by default their tensors are stacked.
     """
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,
+        collate_fn=collate,
         worker_init_fn=ignore_signals,
         # nothing here depends on the loader's base seed, but without a generator it would change the global random state
         generator=torch.Generator().manual_seed(0),
@@ -164,15 +170,19 @@ def endless_batches(
     return iter(loader)
 
 
+def slices_of_process(accelerator: Accelerator, args: LoopArguments) -> tuple[int, range]:
+    """The number of micro-batches that a batch is cut into, over all processes, and which of them this process has."""
+    num_slices = accelerator.num_processes * args.gradient_accumulation_steps
+    first_slice = accelerator.process_index * args.gradient_accumulation_steps
+    return num_slices, range(first_slice, first_slice + args.gradient_accumulation_steps)
+
+
 def training_batches(
     accelerator: Accelerator, args: SharedTrainingArguments, dataset: datasets.Dataset, first_step: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     """This process's micro-batches of a training, from `first_step` on."""
-    num_slices = accelerator.num_processes * args.gradient_accumulation_steps
-    first_slice = accelerator.process_index * args.gradient_accumulation_steps
-    own_slices = range(first_slice, first_slice + args.gradient_accumulation_steps)
     dataset = with_repeats(dataset, args)
-    order = (args.batch_size, args.seed, num_slices, own_slices, first_step)
+    order = (args.batch_size, args.seed, *slices_of_process(accelerator, args), first_step)
     sampler = (
         BalancedBatchSampler(labels_of(dataset, args), *order)
         if args.balance_classes
