@@ -6,8 +6,7 @@ Legend: b batch, C channels and S size of x0 (those of the latents, if there is 
 import torch
 from diffusers import AutoencoderKL
 
-from ...diffusion.latents import scale_latents
-from .latents import latent_distribution
+from ...diffusion.latents import latent_distribution, scale_latents
 
 
 @torch.no_grad()
@@ -34,7 +33,7 @@ def clean_samples(
     """
     if "mean" in batch:
         index = torch.arange(len(flips), device=flips.device)
-        mean, std = (batch[name][index, flips.long()] for name in ("mean", "std"))
+        mean, std = (batch[name][index, flips.long()].float() for name in ("mean", "std"))
     else:
         images = torch.where(flips[:, None, None, None], batch["images"].flip(-1), batch["images"])
         if vae is None:
