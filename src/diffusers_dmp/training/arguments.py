@@ -121,10 +121,10 @@ class ObjectiveArguments:
     logit_mean: float = option(0.0, "For logit_normal: the mean of log(σ / (1 - σ)); above 0 for more noise.")
     logit_std: float = option(1.0, "For logit_normal: its standard deviation.")
     mode_scale: float = option(1.29, "For mode: how much more often the noise levels in the middle are trained.")
-    shift: str = option(
-        "1",
-        "For flow: a shift of the density, and of the sampling, towards the noise, such as 3; or resolution, by the number of "
-        "tokens of a sample.",
+    shift: str | None = option(
+        None,
+        "For flow: a shift of the density towards the noise, such as 3; or resolution, by the number of tokens of a sample. By "
+        "default that of the pretrained pipeline's scheduler, 1 without one.",
     )
 
     def resolve_objective(self) -> None:
@@ -140,8 +140,9 @@ class ObjectiveArguments:
         self.learn_sigma = not is_flow if self.learn_sigma is None else self.learn_sigma
         default = "flow_prediction" if is_flow else "epsilon"
         self.prediction_type = self.prediction_type or default
-        shift = parsed_shift(self.shift)
-        self.shift = shift if isinstance(shift, str) else f"{shift:g}"  # as YAML may have made a number of it
+        if self.shift is not None:
+            shift = parsed_shift(self.shift)
+            self.shift = shift if isinstance(shift, str) else repr(shift)  # YAML may have made a number of it
         self.noise_density()
         if is_flow and self.learn_sigma:
             raise ValueError(

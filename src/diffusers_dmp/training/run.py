@@ -322,7 +322,7 @@ def check_batch(accelerator: Accelerator, args: LoopArguments, objective: Object
     Check that a batch can be cut into micro-batches, and that only one of weighting and experts chooses its timesteps.
 
     Raises:
-        ValueError: if it cannot, or if both do.
+        ValueError: if it cannot, if both do, or if an expert has no timesteps.
     """
     num_slices = accelerator.num_processes * args.gradient_accumulation_steps
     num_clusters = objective.train_intervals.num_experts
@@ -331,6 +331,10 @@ def check_batch(accelerator: Accelerator, args: LoopArguments, objective: Object
             f"Expected `batch_size` to be divisible by {num_slices} (processes times accumulation steps) times "
             f"{num_clusters} (timestep clusters), but got {args.batch_size}."
         )
+    if recipe.expert_intervals is not None:
+        experts = range(recipe.expert_intervals.num_experts) if recipe.expert is None else [recipe.expert]
+        by_density = recipe.expert is None and recipe.expert_batches == "density"
+        objective.check_experts(recipe.expert_intervals, experts, by_density)
     if recipe.expert_intervals is not None and num_clusters > 1:
         weighting = getattr(args, "weighting", None)
         raise ValueError(
