@@ -25,6 +25,9 @@ class TextToImageArguments(
         "lora_experts (a LoRA for each noise interval), lora (one for all), prompts (for a frozen transformer, DMP), routing "
         "(the whole denoiser with task routing, DTR).",
     )
+    random_flip: bool = option(
+        False, "Mirror half of the images, which `encode_prompts.py --mirror true` encodes as well."
+    )
     dataset: str = option("", "Folder of encoded images and captions, from encode_prompts.py of the same pipeline.")
     prompt_dropout_prob: float = option(
         0.1, "How often a prompt is replaced by the empty one, for classifier-free guidance."
