@@ -290,7 +290,8 @@ def check_shapes(encoded: Encoded, pipeline: Any) -> None:
         ValueError: if not.
     """
     text_pipeline = text_pipeline_of(pipeline)
-    config = getattr(pipeline, text_pipeline.component).config
+    denoisers = (getattr(pipeline, name, None) for name in text_pipeline.components)
+    config = next(denoiser for denoiser in denoisers if denoiser is not None).config  # of two, one may not be loaded
     sample = encoded.samples[0]
     channels = sample["mean"].shape[1]
     taken = config.get("in_channels")
