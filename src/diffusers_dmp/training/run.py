@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,6 +40,7 @@ from .pipeline_output import save_samples, save_whole, trained_pipeline
 from .recipe import TrainingRecipe
 from .resources import num_bytes
 from .resuming import run_record
+from .sharding import ShardedAverage, check_sharding, local_parameters, set_up_sharding, without_weights
 from .validation import VALIDATION_LOSS, validation_losses
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,11 @@ class TrainingRun:
         """T of the noise process."""
         return self.parts.plain_objective.train_intervals.num_train_timesteps
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process has a slice of every weight."""
+        return self.parts.structure is not None
+
     def describe(self) -> dict[str, Any]:
         """What the summary says of the model with its present weights; every process has to call."""
         description = self.parts.recipe.describe(self.parts.plain_model)
@@ -98,16 +104,16 @@ class TrainingRun:
 
     def needed_bytes(self) -> int:
         """The size of a checkpoint and of the pipeline, about."""
-        model = self.parts.plain_model
+        model = self.parts.described_model
         learned = [parameter for group in self.parts.optimizer.param_groups for parameter in group["params"]]
-        averaged = [] if self.ema is None else self.ema.shadow_params
+        averaged = [] if self.ema is None else model.parameters()
         saved = [model] if self.parts.recipe.save is not None else self._pipeline_components()
         # weights, AdamW's two moments, averaged weights
         checkpoint = num_bytes(model.state_dict().values()) + 2 * num_bytes(learned) + num_bytes(averaged)
         return checkpoint + sum(num_bytes(module.state_dict().values()) for module in saved)
 
     def _pipeline_components(self) -> list[nn.Module]:
-        components = trained_pipeline(self.parts, self.data).components.values()
+        components = trained_pipeline(self.parts, self.data, self.parts.described_model).components.values()
         return [component for component in components if isinstance(component, nn.Module)]
 
     def resume(self, checkpoint: Path | None) -> int:
@@ -146,7 +152,7 @@ class TrainingRun:
         with Interruption(self.parts.accelerator) as interruption, closing(log):
             for done in steps:
                 if self.ema is not None:
-                    self.ema.step(self.parts.plain_model.parameters())
+                    self.ema.step(local_parameters(self.parts.plain_model))
                 if self.expert_counts is not None and done.experts is not None:
                     self.expert_counts.add(done.experts.owners, self.args.batch_size)
                 learning_rate = current_learning_rate(self.parts.optimizer)
@@ -185,9 +191,12 @@ class TrainingRun:
         if pipeline_is_due or samples_are_due or checkpoint_is_due:
             self._expect_finite(done.step)
         # before the checkpoint, so that a run that is resumed from it has the pipeline too
-        if pipeline_is_due and accelerator.is_main_process:
+        if pipeline_is_due:
             with averaged_weights(self.parts.plain_model, self.ema):
-                save_whole(trained_pipeline(self.parts, self.data), Path(args.output_dir, f"pipeline-{done.step}"))
+                model = self.parts.whole_model()
+                if accelerator.is_main_process:
+                    pipeline = trained_pipeline(self.parts, self.data, model)
+                    save_whole(pipeline, Path(args.output_dir, f"pipeline-{done.step}"))
         if checkpoint_is_due:
             save_checkpoint(accelerator, args, done.step, self.record)
             # in this order, so that the best of a run that is killed in between is there
@@ -197,9 +206,10 @@ class TrainingRun:
                 remove_surplus_checkpoints(args, done.step)
         if pipeline_is_due or checkpoint_is_due:
             self._publish(done)
-        if samples_are_due and accelerator.is_main_process:
+        if samples_are_due and (accelerator.is_main_process or self.is_sharded):
             with averaged_weights(self.parts.plain_model, self.ema):
-                save_samples(self.parts, trained_pipeline(self.parts, self.data), args, done.step)
+                pipeline = trained_pipeline(self.parts, self.data, self.parts.plain_model)
+                save_samples(self.parts, pipeline, args, done.step)
 
     def _checkpoint_is_due(self, step: int) -> bool:
         """Whether a step ends with a checkpoint; the last one does, so that nothing is lost while the model is saved."""
@@ -241,9 +251,16 @@ class TrainingRun:
     def _publish(self, done: TrainingStep) -> None:
         """Give the present pipeline to the publisher; the one after the last step is the training's, and published later."""
         is_main_process = self.parts.accelerator.is_main_process
-        if self.publisher is not None and is_main_process and done.step < self.args.max_train_steps:
-            with averaged_weights(self.parts.plain_model, self.ema):
-                self.publisher(trained_pipeline(self.parts, self.data).save_pretrained, done.step)
+        if (
+            self.publisher is None
+            or done.step == self.args.max_train_steps
+            or not (is_main_process or self.is_sharded)
+        ):
+            return
+        with averaged_weights(self.parts.plain_model, self.ema):
+            model = self.parts.whole_model()
+            if is_main_process:
+                self.publisher(trained_pipeline(self.parts, self.data, model).save_pretrained, done.step)
 
     def save(self) -> None:
         """
@@ -252,14 +269,14 @@ class TrainingRun:
         Raises:
             ValueError: if its weights are not finite.
         """
-        model = self.parts.plain_model
-        self.finite.expect_finite_weights(model.state_dict().items(), self.args.max_train_steps)
+        self.finite.expect_finite_weights(self.parts.plain_model.state_dict().items(), self.args.max_train_steps)
+        model = self.parts.whole_model()
         if not self.parts.accelerator.is_main_process:
             return
         if self.parts.recipe.save is not None:
             self.parts.recipe.save(model)
         else:
-            save_whole(trained_pipeline(self.parts, self.data), Path(self.args.output_dir, "pipeline"))
+            save_whole(trained_pipeline(self.parts, self.data, model), Path(self.args.output_dir, "pipeline"))
 
 
 def prepare_run(
@@ -273,6 +290,7 @@ def prepare_run(
     """Everything that a training needs, on its device and registered for checkpoints; see [`train`]."""
     record = run_record(args, model, data, uses_loss_scaling=accelerator.mixed_precision == "fp16")
     check_batch(accelerator, args, objective, recipe)
+    check_sharding(accelerator, args, model, objective, recipe)
     data.num_samples(args)  # raises if the arguments do not fit the classes
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -281,6 +299,11 @@ def prepare_run(
     conditions = recipe.conditions or LabelConditions(model.config.class_dropout_prob)  # type: ignore[union-attr,arg-type]
     optimizer = make_optimizer(args, model, objective, recipe.learning_rates)
     lr_scheduler = make_lr_scheduler(args, optimizer)
+    structure = None
+    if accelerator.is_fsdp2:
+        structure = without_weights(model)
+        set_up_sharding(accelerator, model)
+        recipe = replace(recipe, shares_expert=True)
     prepared_model, optimizer = accelerator.prepare(model, optimizer)
     prepared_objective = accelerator.prepare(objective) if learns(objective) else objective.to(accelerator.device)
 
@@ -290,7 +313,11 @@ def prepare_run(
     if recipe.expert_intervals is not None:
         expert_counts = ExpertCounts(recipe.expert_intervals)
         accelerator.register_for_checkpointing(expert_counts)
-    ema = make_ema(args, accelerator.unwrap_model(prepared_model), optimizer)
+    ema: EMAModel | ScheduleFreeAverage | None
+    if structure is not None and args.ema_decay:
+        ema = ShardedAverage(accelerator, prepared_model, args.ema_decay)
+    else:
+        ema = make_ema(args, accelerator.unwrap_model(prepared_model), optimizer)
     if ema is not None:
         accelerator.register_for_checkpointing(ema)
     parts = TrainingParts(
@@ -303,6 +330,7 @@ def prepare_run(
         denoiser=recipe.denoiser or Denoiser(data.sample_shape),
         conditions=conditions,
         vae=data.vae,
+        structure=structure,
     )
     return TrainingRun(parts=parts, args=args, data=data, ema=ema, expert_counts=expert_counts, record=record)
 
