@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -91,9 +92,9 @@ class TrainingRun:
         return self.parts.plain_objective.train_intervals.num_train_timesteps
 
     @property
-    def is_sharded(self) -> bool:
-        """Whether each process has a slice of every weight."""
-        return self.parts.structure is not None
+    def saves(self) -> bool:
+        """Whether this process takes part in saving and sampling: the main process, or all of them if weights are sharded."""
+        return self.parts.accelerator.is_main_process or self.parts.structure is not None
 
     def describe(self) -> dict[str, Any]:
         """What the summary says of the model with its present weights; every process has to call."""
@@ -107,7 +108,9 @@ class TrainingRun:
         model = self.parts.described_model
         learned = [parameter for group in self.parts.optimizer.param_groups for parameter in group["params"]]
         averaged = [] if self.ema is None else model.parameters()
-        saved = [model] if self.parts.recipe.save is not None else self._pipeline_components()
+        recipe = self.parts.recipe
+        has_own_way = recipe.save is not None or recipe.save_to is not None
+        saved = [model] if has_own_way else self._pipeline_components()
         # weights, AdamW's two moments, averaged weights
         checkpoint = num_bytes(model.state_dict().values()) + 2 * num_bytes(learned) + num_bytes(averaged)
         return checkpoint + sum(num_bytes(module.state_dict().values()) for module in saved)
@@ -191,12 +194,9 @@ class TrainingRun:
         if pipeline_is_due or samples_are_due or checkpoint_is_due:
             self._expect_finite(done.step)
         # before the checkpoint, so that a run that is resumed from it has the pipeline too
-        if pipeline_is_due:
+        if pipeline_is_due and self.saves:
             with averaged_weights(self.parts.plain_model, self.ema):
-                model = self.parts.whole_model()
-                if accelerator.is_main_process:
-                    pipeline = trained_pipeline(self.parts, self.data, model)
-                    save_whole(pipeline, Path(args.output_dir, f"pipeline-{done.step}"))
+                self._save_to(Path(args.output_dir, f"{self.parts.recipe.saved_name}-{done.step}"))
         if checkpoint_is_due:
             save_checkpoint(accelerator, args, done.step, self.record)
             # in this order, so that the best of a run that is killed in between is there
@@ -206,7 +206,7 @@ class TrainingRun:
                 remove_surplus_checkpoints(args, done.step)
         if pipeline_is_due or checkpoint_is_due:
             self._publish(done)
-        if samples_are_due and (accelerator.is_main_process or self.is_sharded):
+        if samples_are_due and self.saves:
             with averaged_weights(self.parts.plain_model, self.ema):
                 pipeline = trained_pipeline(self.parts, self.data, self.parts.plain_model)
                 save_samples(self.parts, pipeline, args, done.step)
@@ -250,17 +250,12 @@ class TrainingRun:
 
     def _publish(self, done: TrainingStep) -> None:
         """Give the present pipeline to the publisher; the one after the last step is the training's, and published later."""
-        is_main_process = self.parts.accelerator.is_main_process
-        if (
-            self.publisher is None
-            or done.step == self.args.max_train_steps
-            or not (is_main_process or self.is_sharded)
-        ):
+        if self.publisher is None or done.step == self.args.max_train_steps or not self.saves:
             return
         with averaged_weights(self.parts.plain_model, self.ema):
             model = self.parts.whole_model()
-            if is_main_process:
-                self.publisher(trained_pipeline(self.parts, self.data, model).save_pretrained, done.step)
+            if self.parts.accelerator.is_main_process:
+                self.publisher(partial(self._write, model), done.step)
 
     def save(self) -> None:
         """
@@ -276,7 +271,21 @@ class TrainingRun:
         if self.parts.recipe.save is not None:
             self.parts.recipe.save(model)
         else:
-            save_whole(trained_pipeline(self.parts, self.data, model), Path(self.args.output_dir, "pipeline"))
+            self._write(model, Path(self.args.output_dir, self.parts.recipe.saved_name))
+
+    def _save_to(self, folder: Path) -> None:
+        """Save the model with its present weights in a folder; every process that `saves` has to call."""
+        model = self.parts.whole_model()
+        if self.parts.accelerator.is_main_process:
+            self._write(model, folder)
+
+    def _write(self, model: nn.Module, folder: Path) -> None:
+        """Write a whole model into a folder as the recipe says, or as a pipeline."""
+        recipe = self.parts.recipe
+        if recipe.save_to is not None:
+            recipe.save_to(model, folder)
+        else:
+            save_whole(trained_pipeline(self.parts, self.data, model), folder)
 
 
 def prepare_run(
@@ -340,7 +349,7 @@ def check_batch(accelerator: Accelerator, args: LoopArguments, objective: Object
     Check that a batch can be cut into micro-batches, and that only one of weighting and experts chooses its timesteps.
 
     Raises:
-        ValueError: if it cannot, or if both do.
+        ValueError: if it cannot, if both do, or if an expert has no timesteps.
     """
     num_slices = accelerator.num_processes * args.gradient_accumulation_steps
     num_clusters = objective.train_intervals.num_experts
@@ -349,6 +358,10 @@ def check_batch(accelerator: Accelerator, args: LoopArguments, objective: Object
             f"Expected `batch_size` to be divisible by {num_slices} (processes times accumulation steps) times "
             f"{num_clusters} (timestep clusters), but got {args.batch_size}."
         )
+    if recipe.expert_intervals is not None:
+        experts = range(recipe.expert_intervals.num_experts) if recipe.expert is None else [recipe.expert]
+        by_density = recipe.expert is None and recipe.expert_batches == "density"
+        objective.check_experts(recipe.expert_intervals, experts, by_density)
     if recipe.expert_intervals is not None and num_clusters > 1:
         weighting = getattr(args, "weighting", None)
         raise ValueError(
