@@ -213,7 +213,9 @@ def load_encoded(source: str, split: str = "train") -> Encoded:
         ValueError: if it is something else, or not whole.
     """
     if not source:
-        raise ValueError("Expected `dataset` to be a folder that encode_prompts.py wrote, or a Hub id, but got nothing.")
+        raise ValueError(
+            "Expected `dataset` to be a folder that encode_prompts.py wrote, or a Hub id, but got nothing."
+        )
     source = os.path.expanduser(source)
     encoding = read_json(_file_beside(source, ENCODING_NAME))
     if COMPONENTS not in encoding:
@@ -227,7 +229,10 @@ def load_encoded(source: str, split: str = "train") -> Encoded:
             "encode_prompts.py again, which goes on with the missing shards."
         )
     return Encoded(
-        source=source, rows=rows, encoding=encoding, empty_prompt=read_safetensors(_file_beside(source, EMPTY_PROMPT_NAME))
+        source=source,
+        rows=rows,
+        encoding=encoding,
+        empty_prompt=read_safetensors(_file_beside(source, EMPTY_PROMPT_NAME)),
     )
 
 

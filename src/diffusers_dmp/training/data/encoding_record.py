@@ -115,7 +115,9 @@ def check_components(recorded: Mapping[str, Any], found: Mapping[str, Any], enco
     """
     for name in sorted(recorded.keys() & found.keys()):
         for entry, before, now in _differences(recorded[name], found[name]):
-            what = f"another {entry}" if entry in ("weights", "vocabulary") else f"the {entry} {now!r} and not {before!r}"
+            what = (
+                f"another {entry}" if entry in ("weights", "vocabulary") else f"the {entry} {now!r} and not {before!r}"
+            )
             raise ValueError(
                 f"Expected {encoded!r} to be encoded by this pipeline's `{name}`, but it has {what}; take the pipeline "
                 "that encoded them, or encode them again into another folder."

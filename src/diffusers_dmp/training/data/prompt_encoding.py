@@ -46,11 +46,16 @@ class PromptEncodingArguments(SourceArguments, NumberChecks):
     """The images and captions to encode, and how they are encoded."""
 
     dataset: str = option(
-        "", "Folder of images, with captions in .txt files beside them or in metadata; parquet folder or file, or Hub id."
+        "",
+        "Folder of images, with captions in .txt files beside them or in metadata; parquet folder or file, or Hub id.",
     )
-    pipeline: str = option("", "Folder or Hub id of the text-to-image pipeline, of which text encoders and VAE are loaded.")
+    pipeline: str = option(
+        "", "Folder or Hub id of the text-to-image pipeline, of which text encoders and VAE are loaded."
+    )
     image_column: str = option("image", "Column of images in the data set.")
-    text_column: str = option("text", "Column of captions; in a folder of images that of the metadata, or else .txt files.")
+    text_column: str = option(
+        "text", "Column of captions; in a folder of images that of the metadata, or else .txt files."
+    )
     resolution: int = option(512, "Images are scaled and cropped to this many pixels, squared.")
     aspect_ratio_buckets: bool = option(
         False, "Crop each image to the nearest of several aspect ratios, of as many pixels, instead of to a square."
@@ -59,7 +64,8 @@ class PromptEncodingArguments(SourceArguments, NumberChecks):
     background: str = option(BACKGROUND, "Colour behind transparent pixels: a name or #rrggbb.")
     skip_unreadable: bool = option(False, "Leave out the images that cannot be read, and list them.")
     dtype: str = option(
-        "float32", "What text encoders compute in and shards are stored in: float32, float16 or bfloat16. The VAE computes in float32."
+        "float32",
+        "What text encoders compute in and shards are stored in: float32, float16 or bfloat16. The VAE computes in float32.",
     )
     batch_size: int = option(8, "Images that a process encodes at once.")
     shard_size: int = option(256, "Images per shard.")

@@ -22,8 +22,9 @@ class TextToImageArguments(
     pretrained_model_name_or_path: str | None = option(None, "The pipeline to train: folder or Hub id.")
     method: str = option(
         "lora_experts",
-        "lora_experts (a LoRA for each noise interval), lora (one for all), prompts (for a frozen transformer, DMP), routing "
-        "(the whole denoiser with task routing, DTR).",
+        "lora_experts (a LoRA for each noise interval), lora (one for all), denoiser_experts (a whole denoiser for each noise "
+        "interval), full (the whole denoiser), prompts (for a frozen transformer, DMP), routing (the whole denoiser with task "
+        "routing, DTR).",
     )
     random_flip: bool = option(
         False, "Mirror half of the images, which `encode_prompts.py --mirror true` encodes as well."

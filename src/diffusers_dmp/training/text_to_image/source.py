@@ -49,17 +49,21 @@ class SourcePipeline:
         self.pipeline.register_modules(scheduler=self.fresh_scheduler)
         return self.pipeline
 
-    def whole_pipeline(self) -> Any:
-        """A pipeline with all components, as it is saved: the denoiser is the trained one, the others are loaded."""
-        return self._with_other_components()
+    def whole_pipeline(self, denoiser: Any, **components: Any) -> Any:
+        """A pipeline with all components, as it is saved: this denoiser and `components`, and the others are loaded."""
+        return self._with_other_components(**{self.family.component: denoiser}, **components)
 
     def encoding_pipeline(self) -> Any:
         """A pipeline that encodes prompts: with its text encoders, and without the VAE."""
         return self._with_other_components(vae=None)
 
     def _with_other_components(self, **components: Any) -> Any:
-        own = {self.family.component: self.denoiser, "scheduler": self.fresh_scheduler}
-        return DiffusionPipeline.from_pretrained(self.name, dtype=self.dtype, **own, **components)
+        own = {self.family.component: self.denoiser, "scheduler": self.fresh_scheduler} | components
+        pipeline = DiffusionPipeline.from_pretrained(self.name, dtype=self.dtype, **own)
+        pipeline.register_modules(
+            **own
+        )  # Diffusers loads those that are optional, as Wan's transformers are, over what it got
+        return pipeline
 
 
 def load_source(name: str, dtype: torch.dtype, with_vae: bool = False) -> SourcePipeline:

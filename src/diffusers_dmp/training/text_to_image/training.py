@@ -92,16 +92,19 @@ def prepare_parts(accelerator: Accelerator, args: TextToImageArguments) -> TextT
     source.denoiser.requires_grad_(method.trains_weights)
     model, recipe = method.prepare(args, source, intervals)
     generate = None
-    if samples_images and accelerator.is_main_process:
+    if samples_images and (accelerator.is_main_process or accelerator.is_fsdp2):  # sharded weights generate everywhere
         generate = PromptSamples(source, args)
         source.pipeline.vae.to(accelerator.device)
-    source.denoiser.to(accelerator.device)
-    call = TextDenoiser(source.family.call, source.denoiser, source.num_train_timesteps)
+    has_idle_experts = intervals is not None and args.single_expert is not None and samples_images
+    if (
+        not method.trains_weights or has_idle_experts
+    ):  # those that are trained go there when they are wrapped or sharded
+        source.denoiser.to(accelerator.device)
     empty_prompt = {name: column.to(accelerator.device) for name, column in data.empty_prompt.items()}
     expert_batches: Any = "density" if args.expert_shares == "density" else args.expert_batches
     recipe = dataclasses.replace(
         recipe,
-        denoiser=recipe.denoiser or call,
+        denoiser=recipe.denoiser or TextDenoiser(source.family.call, source.denoiser, source.num_train_timesteps),
         conditions=TextConditions(empty_prompt, args.prompt_dropout_prob),
         expert_intervals=intervals,
         expert=args.single_expert if intervals is not None else None,

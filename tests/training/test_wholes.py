@@ -1,0 +1,143 @@
+"""Whole denoisers of text-to-image pipelines: all weights of one, or one for each noise interval."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, SD3Transformer2DModel
+from text_runs import encode_pipeline
+from tiny_pipelines import generate, wan
+
+from diffusers_dmp import DenoiserExperts, NoiseIntervals
+
+
+@pytest.fixture(scope="module")
+def sd3(tmp_path_factory):
+    return encode_pipeline("sd3", tmp_path_factory.mktemp("sd3"))
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory):
+    return encode_pipeline("sdxl", tmp_path_factory.mktemp("sdxl"))
+
+
+def train(encoded, folder, **arguments):
+    return encoded.train(folder, **{"rank": 16} | arguments)  # of LoRA, which is left at its default
+
+
+def summary(folder):
+    return json.loads((folder / "training_summary.json").read_text())
+
+
+def test_all_weights_are_trained_and_saved_as_a_whole_pipeline(sd3, tmp_path):
+    output = train(sd3, tmp_path, method="full", ema_decay=0.5, gradient_checkpointing=True)
+    trained, base = (DiffusionPipeline.from_pretrained(folder) for folder in (output / "pipeline", sd3.pipeline))
+    assert type(trained.transformer) is SD3Transformer2DModel
+    before, after = base.transformer.state_dict(), trained.transformer.state_dict()
+    assert sum(torch.equal(after[name], before[name]) for name in before) < len(before) / 10
+    assert not torch.equal(generate("sd3", trained), generate("sd3", base))
+    encoded = [pipe.encode_prompt(prompt="a", prompt_2="a", prompt_3="a")[0] for pipe in (trained, base)]
+    assert torch.equal(*encoded)  # the text encoders are there, and as they were
+
+
+SLOW_SDXL = ["sd3", pytest.param("sdxl", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("name", SLOW_SDXL)
+def test_experts_begin_as_copies_and_each_is_trained(name, request, tmp_path):
+    encoded = request.getfixturevalue(name)
+    boundary = {"timestep_boundaries": [500.0]}
+    output = train(encoded, tmp_path, method="denoiser_experts", ema_decay=0.0, **boundary)
+    trained, base = (DiffusionPipeline.from_pretrained(folder) for folder in (output / "pipeline", encoded.pipeline))
+    experts = getattr(trained, component(name))
+    assert type(experts) is DenoiserExperts and experts.intervals == NoiseIntervals((0, 500, 1000))
+    before = getattr(base, component(name)).state_dict()
+    for expert in experts.experts:
+        after = expert.state_dict()
+        assert sum(torch.equal(after[key], before[key]) for key in before) < len(before) / 10
+    assert summary(output)["samples_per_expert"] == [4, 4]
+    assert not torch.equal(generate(name, trained), generate(name, base))
+
+
+def component(name):
+    return "unet" if name == "sdxl" else "transformer"
+
+
+@pytest.mark.parametrize("name", SLOW_SDXL)
+def test_the_loss_of_an_expert_nobody_trained_does_not_move(name, request, tmp_path):
+    """While that of the trained one falls; the trained pipeline is where the next expert's training begins."""
+    encoded = request.getfixturevalue(name)
+    settings = {
+        "method": "denoiser_experts", "ema_decay": 0.0, "max_train_steps": 10, "timestep_boundaries": [500.0],
+        "learning_rate": 1e-2, "logging_steps": 10, "checkpointing_steps": 10, "batch_size": 8,
+    }  # fmt: skip
+    output = train(encoded, tmp_path / "first", expert="1", **settings)
+    folder = output / "expert_1" / "pipeline"
+    trained, base = (DiffusionPipeline.from_pretrained(each) for each in (folder, encoded.pipeline))
+    experts, denoiser = getattr(trained, component(name)), getattr(base, component(name))
+    first = validation_losses(encoded, encoded.pipeline, tmp_path / "before")
+    second = validation_losses(encoded, folder, tmp_path / "after")
+    assert second["validation_loss/0-500"] == first["validation_loss/0-500"]
+    assert second["validation_loss/500-1000"] < 0.98 * first["validation_loss/500-1000"]
+    untrained = experts.experts[0].state_dict()
+    assert all(torch.equal(tensor, untrained[key]) for key, tensor in denoiser.state_dict().items())
+
+
+def validation_losses(encoded, pipeline, folder):
+    """The losses by interval of a pipeline with or without experts, before a training begins."""
+    output = train(
+        encoded, folder, method="denoiser_experts", pretrained_model_name_or_path=str(pipeline), max_train_steps=1,
+        timestep_boundaries=[500.0], validation_dataset=str(encoded.shards), checkpointing_steps=1, ema_decay=0.0,
+        validation_repeats=4,
+    )  # fmt: skip
+    return summary(output)["before"]
+
+
+def test_experts_of_other_intervals(sd3, tmp_path):
+    settings = {"method": "denoiser_experts", "max_train_steps": 1, "checkpointing_steps": 1}
+    output = train(sd3, tmp_path / "first", sigma_boundaries=[0.5], **settings)
+    with pytest.raises(ValueError, match=r"Expected the boundaries .* `--timestep_boundaries 500`, but got 400."):
+        train(
+            sd3, tmp_path / "second", sigma_boundaries=[0.4],
+            pretrained_model_name_or_path=str(output / "pipeline"), **settings,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def wan22(tmp_path_factory):
+    """Two transformers, as Wan2.2's, with what the first encoded."""
+    folder = tmp_path_factory.mktemp("wan22")
+    encoded = encode_pipeline("wan", folder)
+    pipe = DiffusionPipeline.from_pretrained(encoded.pipeline)
+    pipe.register_modules(transformer_2=wan(seed=1))
+    pipe.register_to_config(boundary_ratio=0.875)
+    pipe.save_pretrained(encoded.pipeline)
+    return encoded
+
+
+@pytest.mark.parametrize("expert", ["all", "0"])
+def test_the_two_transformers_of_wan22(wan22, tmp_path, expert):
+    """Transformer and expert 1 have the much noise; what is trained is saved as the pipeline that it was."""
+    output = train(wan22, tmp_path, method="denoiser_experts", sigma_boundaries=[0.875], expert=expert, ema_decay=0.0)
+    folder = (output if expert == "all" else output / f"expert_{expert}") / "pipeline"
+    trained, base = (DiffusionPipeline.from_pretrained(each) for each in (folder, wan22.pipeline))
+    assert type(trained) is type(base) and trained.config.boundary_ratio == 0.875
+    moved = [
+        any(not torch.equal(a, b) for a, b in zip(*(getattr(each, name).parameters() for each in (trained, base))))
+        for name in ("transformer_2", "transformer")
+    ]
+    assert moved == [expert in ("all", "0"), expert in ("all", "1")]
+
+
+def test_the_boundary_of_wan22_decides(wan22, tmp_path):
+    with pytest.raises(ValueError, match="`--timestep_boundaries 875`, but got 900"):
+        train(wan22, tmp_path, method="denoiser_experts", sigma_boundaries=[0.9])
+
+
+def test_samples_of_one_expert_are_made_with_all(sd3, tmp_path):
+    output = train(
+        sd3, tmp_path, method="denoiser_experts", sigma_boundaries=[0.5], expert="0", max_train_steps=1,
+        checkpointing_steps=1, sample_steps=1, validation_prompts=["a"], sample_inference_steps=2, sample_height=16,
+        sample_width=16,
+    )  # fmt: skip
+    assert (output / "expert_0/samples/step-1.png").read_bytes()
