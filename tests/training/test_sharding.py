@@ -1,17 +1,15 @@
 """FSDP2: a training with sharded weights is the same training, on any number of processes."""
 
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import REPOSITORY, TINY_CONFIG
+from conftest import TINY_CONFIG
 from diffusers import DDPMScheduler, DiffusionPipeline
-from runs import TINY, train_here, weights
+from runs import TINY, launch_with_fsdp2, train_here, weights
 from sharded_launch import ENVIRONMENT, pretend_accelerators
 from tiny_pipelines import sd3
 from torch.distributed.fsdp import StateDictType
@@ -60,12 +58,7 @@ def train_in(folder, digits, held_out, **arguments):
 def launch_sharded(script, folder, digits, held_out, num_processes=2, **arguments):
     values = TINY | SETTINGS | arguments
     values |= {"dataset": digits, "validation_dataset": held_out, "output_dir": folder, "report_to": "none"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    command += [str(REPOSITORY / "tests/training/sharded_launch.py"), str(REPOSITORY / "training" / script)]
-    for name, value in values.items():
-        command += [f"--{name}", str(value)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
+    launch_with_fsdp2(script, num_processes, values)
 
 
 def metrics(folder):

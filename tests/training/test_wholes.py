@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 from diffusers import DiffusionPipeline, SD3Transformer2DModel
+from runs import launch_script, launch_with_fsdp2
 from text_runs import encode_pipeline
 from tiny_pipelines import generate, wan
 
 from diffusers_dmp import DenoiserExperts, NoiseIntervals
+from diffusers_dmp.training.metrics_file import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +143,44 @@ def test_samples_of_one_expert_are_made_with_all(sd3, tmp_path):
         sample_width=16,
     )  # fmt: skip
     assert (output / "expert_0/samples/step-1.png").read_bytes()
+
+
+SETTINGS = {
+    "full": {"method": "full"},
+    "mixed": {"method": "denoiser_experts", "sigma_boundaries": [0.5]},
+    "one": {"method": "denoiser_experts", "sigma_boundaries": [0.5], "expert_batches": "one"},
+    "expert": {"method": "denoiser_experts", "sigma_boundaries": [0.5], "expert": 1},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("launcher", ["fsdp2", "ddp"])
+def test_two_processes_follow_one(sd3, tmp_path, name, launcher):
+    """With validation, samples and averaged weights; with DDP also where a process has no sample of an expert."""
+    settings = SETTINGS[name] | {
+        "rank": 16, "max_grad_norm": 1.0, "ema_decay": 0.5, "validation_dataset": str(sd3.shards), "batch_size": 4,
+        "gradient_checkpointing": True, "sample_steps": 1, "validation_prompts": ["a"], "sample_inference_steps": 2,
+        "sample_height": 16, "sample_width": 16, "learning_rate": 1e-3,
+    }  # fmt: skip
+    if launcher == "ddp" and name == "mixed":
+        settings |= {"gradient_accumulation_steps": 2}  # one sample at a time
+    if launcher == "ddp" and name == "one":
+        settings |= {"max_train_steps": 1, "checkpointing_steps": 1}  # of which both processes happen to train one expert
+    one = train(sd3, tmp_path / "one", **settings)
+    arguments = sd3.arguments(tmp_path / "two", **settings)
+    if launcher == "fsdp2":
+        launch_with_fsdp2("train_text_to_image.py", 2, arguments)
+        assert list((tmp_path / "two").glob("**/checkpoint-2/pytorch_model_fsdp_0/__1_0.distcp"))
+    else:
+        launch_script("train_text_to_image.py", tmp_path / "two", 2, arguments)
+    one, two = (folder / "expert_1" if name == "expert" else folder for folder in (one, tmp_path / "two"))
+    for expected, found in zip(read_metrics(one / "metrics.jsonl"), read_metrics(two / "metrics.jsonl"), strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+    for moment in ("before", "after"):
+        assert summary(two)[moment] == pytest.approx(summary(one)[moment], rel=1e-4)
+    weights = [DiffusionPipeline.from_pretrained(each / "pipeline").transformer.state_dict() for each in (one, two)]
+    for key, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][key], tensor, atol=1e-4, rtol=1e-3)
+    assert (two / "samples/step-1.png").read_bytes() == (one / "samples/step-1.png").read_bytes()
