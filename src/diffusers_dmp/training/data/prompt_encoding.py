@@ -4,6 +4,7 @@ Legend: b samples encoded at once, H and W height and width in pixels, C latent 
 the latents.
 """
 
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,7 @@ def encode_prompts(args: PromptEncodingArguments, pipeline: Any = None) -> None:
     accelerator = make_shard_accelerator()
     with accelerator.main_process_first():
         dataset = load_images(args.dataset, args.image_column, args.dataset_split, None, args.text_column)
-    captions_of(dataset, args.text_column, args.dataset)
+    captions_of(dataset, args.text_column, args.dataset)  # raises if one is missing, before a pipeline is loaded
     if pipeline is None:
         pipeline = load_encoding_pipeline(args.pipeline, getattr(torch, args.dtype))
     text_pipeline = text_pipeline_of(pipeline)
@@ -105,6 +106,9 @@ def encode_prompts(args: PromptEncodingArguments, pipeline: Any = None) -> None:
     with accelerator.main_process_first():
         is_quiet = not accelerator.is_main_process
         dataset = readable_images(dataset, args.image_column, args.skip_unreadable, is_quiet, args.dataset)
+    if accelerator.is_main_process:
+        num_empty = captions_of(dataset, args.text_column, args.dataset).count("")
+        print(f"{args.dataset}: {len(dataset)} images with captions, of which {num_empty} are empty", file=sys.stderr)
     pipeline.to(accelerator.device)
     encoder = Encoder(args, pipeline, text_pipeline, buckets)
     empty_prompt = encoder.prompts([""])[0]  # raises if the pipeline has no text encoder
