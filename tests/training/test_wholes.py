@@ -1,6 +1,7 @@
 """Whole denoisers of text-to-image pipelines: all weights of one, or one for each noise interval."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -145,6 +146,28 @@ def test_samples_of_one_expert_are_made_with_all(sd3, tmp_path):
     assert (output / "expert_0/samples/step-1.png").read_bytes()
 
 
+def test_a_streamed_training_is_resumed_bit_for_bit(sd3, tmp_path):
+    settings = {
+        "method": "full", "streaming": True, "shuffle_buffer_size": 5, "max_train_steps": 4, "validation_dataset": str(sd3.shards),
+    }  # fmt: skip
+    whole = train(sd3, tmp_path / "whole", **settings)
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "resumed/checkpoint-2")
+    resumed = train(sd3, tmp_path / "resumed", resume_from_checkpoint="latest", **settings)
+    weights = [
+        DiffusionPipeline.from_pretrained(each / "pipeline").transformer.state_dict() for each in (whole, resumed)
+    ]
+    assert all(torch.equal(weights[0][name], tensor) for name, tensor in weights[1].items())
+    other = train(sd3, tmp_path / "other", **settings | {"streaming": False, "shuffle_buffer_size": 1000})
+    assert summary(other)["before"] == summary(whole)["before"]  # validation is not streamed
+
+
+def test_streams_are_not_read_by_workers(sd3, tmp_path):
+    with pytest.raises(ValueError, match="`dataloader_num_workers` to be 0 with `streaming`"):
+        train(sd3, tmp_path, streaming=True, dataloader_num_workers=1)
+    with pytest.raises(ValueError, match="`shuffle_buffer_size` to be at least 1, but got 0"):
+        train(sd3, tmp_path, streaming=True, shuffle_buffer_size=0)
+
+
 SETTINGS = {
     "full": {"method": "full"},
     "mixed": {"method": "denoiser_experts", "sigma_boundaries": [0.5]},
@@ -166,7 +189,10 @@ def test_two_processes_follow_one(sd3, tmp_path, name, launcher):
     if launcher == "ddp" and name == "mixed":
         settings |= {"gradient_accumulation_steps": 2}  # one sample at a time
     if launcher == "ddp" and name == "one":
-        settings |= {"max_train_steps": 1, "checkpointing_steps": 1}  # of which both processes happen to train one expert
+        settings |= {
+            "max_train_steps": 1,
+            "checkpointing_steps": 1,
+        }  # of which both processes happen to train one expert
     one = train(sd3, tmp_path / "one", **settings)
     arguments = sd3.arguments(tmp_path / "two", **settings)
     if launcher == "fsdp2":

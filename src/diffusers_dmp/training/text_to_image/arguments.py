@@ -8,14 +8,20 @@ from ...diffusion.noise import is_flow_matching
 from ..arguments import LoopArguments, ObjectiveArguments, PromptArguments, RoutingArguments, option
 from ..objectives.shifts import BY_RESOLUTION
 from .methods import METHODS
-from .option_groups import IntervalArguments, LoraArguments
+from .option_groups import IntervalArguments, LoraArguments, StreamingArguments
 
 GROUPS = (LoraArguments, IntervalArguments, PromptArguments, RoutingArguments)
 
 
 @dataclass(kw_only=True)
 class TextToImageArguments(
-    RoutingArguments, PromptArguments, LoraArguments, IntervalArguments, ObjectiveArguments, LoopArguments
+    RoutingArguments,
+    PromptArguments,
+    LoraArguments,
+    IntervalArguments,
+    StreamingArguments,
+    ObjectiveArguments,
+    LoopArguments,
 ):
     """A text-to-image pipeline of Diffusers, of which the denoiser is trained, or adapters of it."""
 
@@ -55,6 +61,7 @@ class TextToImageArguments(
 
     def __post_init__(self):
         LoopArguments.__post_init__(self)
+        self.check_streaming(self.dataloader_num_workers)
         if not self.pretrained_model_name_or_path:
             raise ValueError("Expected `pretrained_model_name_or_path` to name the pipeline to train, but got none.")
         if not self.dataset:

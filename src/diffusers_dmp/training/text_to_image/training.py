@@ -11,8 +11,9 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 from ..conditions import TextConditions
-from ..data.encoded_text import load_encoded_text
+from ..data.encoded_text import EncodedText, load_encoded_text
 from ..data.loop_data import LoopData
+from ..data.streamed_text import load_streamed_text
 from ..denoiser import TextDenoiser
 from ..objectives.ddpm import DiffusionObjective
 from ..objectives.flow import FlowObjective
@@ -85,7 +86,10 @@ def prepare_parts(accelerator: Accelerator, args: TextToImageArguments) -> TextT
     args.resolve_process(source.pipeline.scheduler)
     intervals = args.intervals(source.pipeline.scheduler) if method.has_experts else None
     objective = make_text_objective(args, source)
-    data = load_encoded_text(accelerator, args)
+    if args.streaming:
+        data: EncodedText = load_streamed_text(accelerator, args, args.shuffle_buffer_size)
+    else:
+        data = load_encoded_text(accelerator, args)
     data.check_pipeline(source.pipeline, source.name)
 
     set_seed(args.seed)  # for the first weights of adapters
