@@ -10,6 +10,7 @@ from accelerate.utils import set_seed
 from diffusers import DDPMScheduler
 from torch import nn
 
+from ...intervals import NoiseIntervals
 from ..conditions import TextConditions
 from ..data.encoded_text import EncodedText, load_encoded_text
 from ..data.loop_data import LoopData
@@ -25,7 +26,7 @@ from ..trainer import make_accelerator, train
 from .arguments import TextToImageArguments
 from .methods import METHODS
 from .samples import PromptSamples
-from .source import SourcePipeline, load_source
+from .source import SourcePipeline
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of frozen weights, by the mixed precision
 
@@ -79,45 +80,85 @@ def prepare_parts(accelerator: Accelerator, args: TextToImageArguments) -> TextT
         accelerator (`Accelerator`): For the device and the precision.
         args ([`TextToImageArguments`]): Everything that can be set.
     """
-    method = METHODS[args.method]
-    dtype = torch.float32 if method.trains_weights else DTYPES.get(accelerator.mixed_precision, torch.float32)
-    samples_images = bool(args.sample_steps)
-    source = load_source(str(args.pretrained_model_name_or_path), dtype, with_vae=samples_images)
-    args.resolve_process(source.pipeline.scheduler)
-    intervals = args.intervals(source.pipeline.scheduler) if method.has_experts else None
+    dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
+    trained = prepare_model(args, dtype)
+    source, intervals = trained.source, trained.intervals
     objective = make_text_objective(args, source)
     if args.streaming:
         data: EncodedText = load_streamed_text(accelerator, args, args.shuffle_buffer_size)
     else:
         data = load_encoded_text(accelerator, args)
     data.check_pipeline(source.pipeline, source.name)
-
-    set_seed(args.seed)  # for the first weights of adapters
-    source.denoiser.requires_grad_(method.trains_weights)
-    model, recipe = method.prepare(args, source, intervals)
     generate = None
-    if samples_images and (accelerator.is_main_process or accelerator.is_fsdp2):  # sharded weights generate everywhere
+    if args.sample_steps and (
+        accelerator.is_main_process or accelerator.is_fsdp2
+    ):  # sharded weights generate everywhere
         generate = PromptSamples(source, args)
         source.pipeline.vae.to(accelerator.device)
-    has_idle_experts = intervals is not None and args.single_expert is not None and samples_images
-    if (
-        not method.trains_weights or has_idle_experts
-    ):  # those that are trained go there when they are wrapped or sharded
-        source.denoiser.to(accelerator.device)
+    # what is trained goes there when it is wrapped or sharded; the experts beside it are needed for samples alone
+    if not METHODS[args.method].trains_weights or (generate is not None and args.single_expert is not None):
+        source.called.to(accelerator.device)
     empty_prompt = {name: column.to(accelerator.device) for name, column in data.empty_prompt.items()}
     expert_batches: Any = "density" if args.expert_shares == "density" else args.expert_batches
     recipe = dataclasses.replace(
-        recipe,
-        denoiser=recipe.denoiser or TextDenoiser(source.family.call, source.denoiser, source.num_train_timesteps),
+        trained.recipe,
+        denoiser=trained.recipe.denoiser
+        or TextDenoiser(source.family.call, source.denoiser, source.num_train_timesteps),
         conditions=TextConditions(empty_prompt, args.prompt_dropout_prob),
         expert_intervals=intervals,
-        expert=args.single_expert if intervals is not None else None,
+        expert=None if intervals is None else args.single_expert,
         expert_batches=expert_batches,
         passes_expert=False,
         make_pipeline=lambda model: source.sampling_pipeline(),
         generate=generate,
     )
-    return TextToImageParts(source=source, model=model, objective=objective, data=data, recipe=recipe)
+    return TextToImageParts(source=source, model=trained.model, objective=objective, data=data, recipe=recipe)
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainedModel:
+    """
+    What is trained, without what it is trained on.
+
+    Args:
+        source ([`SourcePipeline`]): The pipeline, with the denoiser.
+        intervals ([`NoiseIntervals`], *optional*): Of the experts.
+        model (`nn.Module`), recipe ([`TrainingRecipe`]): As the method has prepared them.
+    """
+
+    source: SourcePipeline
+    intervals: NoiseIntervals | None
+    model: nn.Module
+    recipe: TrainingRecipe
+
+
+def prepare_model(args: TextToImageArguments, frozen_dtype: torch.dtype) -> TrainedModel:
+    """
+    Load what is trained, as the method prepares it; the noise process in `args` becomes the pipeline's.
+
+    Args:
+        args ([`TextToImageArguments`]): For the pipeline, the method, and what samples need.
+        frozen_dtype (`torch.dtype`): Of weights that are not trained.
+
+    Raises:
+        ValueError: if the arguments do not fit the pipeline.
+    """
+    method = METHODS[args.method]
+    source = SourcePipeline(str(args.pretrained_model_name_or_path))
+    args.resolve_process(source.scheduler)
+    intervals, needed = None, None
+    if method.has_experts:
+        intervals = args.intervals(source.scheduler)
+        source.check_boundaries(intervals)
+        if args.single_expert is not None and not args.sample_steps:
+            needed = intervals.edges[args.single_expert], intervals.edges[args.single_expert + 1]
+    else:
+        source.expect_one_denoiser(args.method)
+    source.load(torch.float32 if method.trains_weights else frozen_dtype, bool(args.sample_steps), needed)
+    source.called.requires_grad_(method.trains_weights)
+    set_seed(args.seed)  # for the first weights of adapters
+    model, recipe = method.prepare(args, source, intervals)
+    return TrainedModel(source=source, intervals=intervals, model=model, recipe=recipe)
 
 
 def make_text_objective(args: TextToImageArguments, source: SourcePipeline) -> Objective:
@@ -128,7 +169,7 @@ def make_text_objective(args: TextToImageArguments, source: SourcePipeline) -> O
         args ([`TextToImageArguments`]): For the weighting and, for flow matching, density and shift.
         source ([`SourcePipeline`]): The pipeline.
     """
-    scheduler = source.pipeline.scheduler
+    scheduler = source.scheduler
     if args.objective != "flow":
         # its samples are x_t = √ᾱ_t·x0 + √(1-ᾱ_t)·ε, whatever the pipeline's own scheduler makes of them
         process: Any = DDPMScheduler.from_config(scheduler.config)

@@ -1,15 +1,14 @@
 """The methods `full` and `denoiser_experts`: all weights of the denoiser, or of one denoiser for each noise interval."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusers import DiffusionPipeline
 from torch import nn
 
 from ...intervals import NoiseIntervals
 from ...models.denoiser_experts import DenoiserExperts
-from ...models.pipeline_experts import experts_in_pipeline
 from ..denoiser import TextDenoiser
 from ..pipeline_output import save_whole
 from ..recipe import TrainingRecipe
@@ -42,32 +41,48 @@ def train_denoiser_experts(
     denoiser. With `--expert i`, one is trained, and the others are saved as they were.
     """
     assert intervals is not None  # a method with `IntervalArguments`
-    experts, has_two = first_experts(source, intervals)
     only = args.single_expert
+    has_two = source.boundary is not None
+    if has_two:
+        expect_intervals((0, source.boundary, source.num_train_timesteps), intervals, source)
+        if len(source.denoisers) == 1:
+            return _one_of_two(source)
+    experts = first_experts(source, intervals)
+    first, model = experts.experts[0], experts if only is None else experts.experts[only]
     if only is not None:
-        for index, expert in enumerate(experts.experts):
-            expert.requires_grad_(index == only)
+        experts.requires_grad_(False)
+        model.requires_grad_(True)
+    # samples are generated with what is trained, called as in the training
     source.pipeline.register_modules(**{source.family.component: experts} | ({SECOND: None} if has_two else {}))
     if has_two:
-        source.pipeline.register_to_config(boundary_ratio=None)  # these experts know the boundary
+        source.pipeline.register_to_config(boundary_ratio=None)
+    source.called = experts
 
     def save_to(model: nn.Module, folder: Path) -> None:
-        trained = list(model.experts if only is None else experts.experts)  # type: ignore[arg-type,union-attr]
+        trained: list[Any] = list(model.experts if only is None else experts.experts)  # type: ignore[arg-type]
         if only is not None:
             trained[only] = model
         if has_two:
-            low, high = trained
-            pipeline = source.whole_pipeline(high, **{SECOND: low})
+            saved = dict(zip((SECOND, source.family.component), trained))
         else:
-            pipeline = source.whole_pipeline(DenoiserExperts(trained, intervals))
-        save_whole(pipeline, folder)
+            saved = {source.family.component: DenoiserExperts(trained, intervals)}
+        save_whole(source.pipeline_with(**saved), folder)
 
-    call = TextDenoiser(source.family.call, experts.experts[0], source.num_train_timesteps)
-    model = experts if only is None else experts.experts[only]
-    return model, TrainingRecipe(passes_expert=False, denoiser=call, save_to=save_to)
+    call = TextDenoiser(source.family.call, first, source.num_train_timesteps)
+    return model, TrainingRecipe(denoiser=call, save_to=save_to)
 
 
-def first_experts(source: SourcePipeline, intervals: NoiseIntervals) -> tuple[DenoiserExperts, bool]:
+def _one_of_two(source: SourcePipeline) -> tuple[nn.Module, TrainingRecipe]:
+    """That one of Wan2.2's transformers which is loaded."""
+    ((name, model),) = source.denoisers.items()
+
+    def save_to(model: nn.Module, folder: Path) -> None:
+        save_whole(source.pipeline_with(**{name: model}), folder)
+
+    return model, TrainingRecipe(save_to=save_to)
+
+
+def first_experts(source: SourcePipeline, intervals: NoiseIntervals) -> DenoiserExperts:
     """
     The experts that a training begins with.
 
@@ -75,40 +90,31 @@ def first_experts(source: SourcePipeline, intervals: NoiseIntervals) -> tuple[De
         source ([`SourcePipeline`]): The pipeline.
         intervals ([`NoiseIntervals`]): Those that the arguments ask for.
 
-    Returns:
-        The experts, and whether they are the two transformers of a pipeline of Wan2.2.
-
     Raises:
         ValueError: if the pipeline has experts of other intervals.
     """
-    denoiser = source.denoiser
+    denoiser = source.called
     if isinstance(denoiser, DenoiserExperts):
-        expect_intervals(denoiser.intervals, intervals, source)
-        return denoiser, False
-    index: Any = DiffusionPipeline.load_config(source.name)
-    if index.get(SECOND, [None])[0] is not None and index.get("boundary_ratio") is not None:
-        second = getattr(source.pipeline, SECOND)
-        if second is None:
-            second = type(denoiser).from_pretrained(source.name, subfolder=SECOND, torch_dtype=source.dtype)
-        source.pipeline.register_modules(**{SECOND: second.requires_grad_(True)})
-        source.pipeline.register_to_config(boundary_ratio=index["boundary_ratio"])
-        found, own = experts_in_pipeline(source.pipeline)
-        expect_intervals(own, intervals, source)
-        return DenoiserExperts(found, intervals), True
-    copies = [denoiser, *(copy.deepcopy(denoiser) for _ in range(intervals.num_experts - 1))]
-    return DenoiserExperts(copies, intervals), False
+        expect_intervals(denoiser.intervals.edges, intervals, source)
+        return denoiser
+    copies = [copy.deepcopy(denoiser) for _ in range(intervals.num_experts - 1)]
+    return DenoiserExperts([denoiser, *copies], intervals)  # type: ignore[list-item]
 
 
-def expect_intervals(own: NoiseIntervals, wanted: NoiseIntervals, source: SourcePipeline) -> None:
+def expect_intervals(own: Sequence[float | None], wanted: NoiseIntervals, source: SourcePipeline) -> None:
     """
     Check that a pipeline's experts have the intervals that the arguments ask for.
+
+    Args:
+        own (`Sequence[float]`): The edges of the pipeline's experts.
+        wanted ([`NoiseIntervals`]): What the arguments ask for.
+        source ([`SourcePipeline`]): The pipeline.
 
     Raises:
         ValueError: if not.
     """
-    if own.edges != wanted.edges:
-        boundaries = " ".join(f"{edge:g}" for edge in own.edges[1:-1])
+    if tuple(own) != tuple(wanted.edges):
+        then, now = (" ".join(f"{edge:g}" for edge in edges[1:-1]) for edges in (own, wanted.edges))
         raise ValueError(
-            f"Expected the boundaries of the experts in {source.name!r}, `--timestep_boundaries {boundaries}`, but got "
-            f"{' '.join(f'{edge:g}' for edge in wanted.edges[1:-1])}."
+            f"Expected the boundaries of the experts in {source.name!r}, `--timestep_boundaries {then}`, but got {now}."
         )
