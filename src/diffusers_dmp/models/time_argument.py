@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..diffusion.timesteps import SINGLE_PRECISION
 from ..intervals import NoiseIntervals
 from ..saving.naming import full_name
-
-# Pipelines order the same operations differently, and a flow-matching scheduler with a shift may begin at t = 1000.002.
-SINGLE_PRECISION = 32 * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,10 +121,10 @@ class ObjectiveArguments:
     logit_mean: float = option(0.0, "For logit_normal: the mean of log(σ / (1 - σ)); above 0 for more noise.")
     logit_std: float = option(1.0, "For logit_normal: its standard deviation.")
     mode_scale: float = option(1.29, "For mode: how much more often the noise levels in the middle are trained.")
-    shift: str = option(
-        "1",
-        "For flow: a shift of the density, and of the sampling, towards the noise, such as 3; or resolution, by the number of "
-        "tokens of a sample.",
+    shift: str | None = option(
+        None,
+        "For flow: a shift of the density towards the noise, such as 3; or resolution, by the number of tokens of a sample. By "
+        "default that of the pretrained pipeline's scheduler, 1 without one.",
     )
 
     def resolve_objective(self) -> None:
@@ -140,8 +140,9 @@ class ObjectiveArguments:
         self.learn_sigma = not is_flow if self.learn_sigma is None else self.learn_sigma
         default = "flow_prediction" if is_flow else "epsilon"
         self.prediction_type = self.prediction_type or default
-        shift = parsed_shift(self.shift)
-        self.shift = shift if isinstance(shift, str) else f"{shift:g}"  # as YAML may have made a number of it
+        if self.shift is not None:
+            shift = parsed_shift(self.shift)
+            self.shift = shift if isinstance(shift, str) else repr(shift)  # YAML may have made a number of it
         self.noise_density()
         if is_flow and self.learn_sigma:
             raise ValueError(
@@ -374,6 +375,33 @@ class TrainingArguments(ObjectiveArguments, SharedTrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         self.resolve_objective()
+
+
+@dataclass(kw_only=True)
+class PromptArguments:
+    """Prompts for a frozen transformer (DMP)."""
+
+    prompt_mode: str = option("add", "add prompts to the image tokens, or prepend them.")
+    num_prompts: int | None = option(
+        None, "Number of prompts, if they are prepended; by default as many as image tokens."
+    )
+    depth: int | None = option(None, "Number of first blocks that get prompts; by default all.")
+    topk: float = option(1.0, "Share of the prompts that the gate selects.")
+    gate_learning_rate: float = option(
+        1e-3, "Learning rate of the gate and its noise; `learning_rate` is that of the prompts."
+    )
+    importance_loss_weight: float = option(1.0, "Weight of the loss that balances the prompts' weights.")
+    load_loss_weight: float = option(
+        1.0, "Weight of the loss that balances how often prompts are selected, for `topk` below 1."
+    )
+
+
+@dataclass(kw_only=True)
+class RoutingArguments:
+    """Denoising Task Routing (DTR)."""
+
+    sharing_ratio: float = option(0.8, "Share of the channels that a timestep uses, in (0, 1].")
+    routing_alpha: float = option(4.0, "The larger, the more the channel windows crowd towards the clean timesteps.")
 
 
 @dataclass(kw_only=True)

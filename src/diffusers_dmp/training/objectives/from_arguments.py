@@ -75,7 +75,7 @@ def make_flow_objective(args: TrainingArguments, model: nn.Module) -> FlowObject
         ValueError: if the weighting is unknown.
     """
     config: Any = model.config
-    shift = parsed_shift(args.shift)
+    shift = 1.0 if args.shift is None else parsed_shift(args.shift)
     if shift == BY_RESOLUTION:
         size = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
         shift = ResolutionShift(patch_size=config.patch_size)((config.in_channels, size, size))
