@@ -39,21 +39,23 @@ def compare_steps(settings: Settings, dtype: torch.dtype, batch_size: int) -> It
         model = with_loras(bare, num_experts)
         LoraExperts(names_of(num_experts), intervals).attach(model)
         middles = [(low + high) / 2 for low, high in zip(intervals.edges, intervals.edges[1:])]
+        step_of = partial(training_step, inputs=sd3_inputs(batch_size, device, dtype), compile=settings.compile)
+
         whole = [torch.full((batch_size,), middle, device=device) for middle in middles]
-        steps = partial(training_step, settings, model), partial(training_step, settings, plain)
-        # both are called equally often, so that each has a cycle of its own
-        yield settings.compare(
-            f"{case}: one of {num_experts} experts / one LoRA",
-            *(step(itertools.cycle(whole), batch_size, dtype) for step in steps),
-            ONE_TARGET,
-        )
+        baseline = step_of(plain, timesteps=itertools.repeat(whole[0]))
+        in_turn = step_of(model, timesteps=itertools.cycle(whole))
+        yield settings.compare(f"{case}: one of {num_experts} experts / one LoRA", in_turn, baseline, ONE_TARGET)
         if batch_size % num_experts == 0:
-            mixed = torch.tensor(middles, device=device).repeat(batch_size // num_experts)
+            mixed = itertools.repeat(torch.tensor(middles, device=device).repeat(batch_size // num_experts))
             yield settings.compare(
                 f"{case}: {num_experts} experts, mixed / one LoRA",
-                *(step(itertools.repeat(mixed), batch_size, dtype) for step in steps),
+                step_of(model, timesteps=mixed),
+                baseline,
                 MIXED_TARGET,
             )
+            # what smaller batches cost by themselves
+            parts = step_of(plain, timesteps=mixed, num_parts=num_experts)
+            yield settings.compare(f"{case}: one LoRA, the batch in {num_experts} parts / one LoRA", parts, baseline)
 
 
 def names_of(num_adapters: int) -> list[str]:
@@ -71,16 +73,23 @@ def with_loras(bare: Any, num_adapters: int) -> Any:
 
 
 def training_step(
-    settings: Settings, model: Any, timesteps: Iterator[torch.Tensor], batch_size: int, dtype: torch.dtype
+    model: Any,
+    inputs: dict[str, torch.Tensor],
+    timesteps: Iterator[torch.Tensor],
+    compile: bool,
+    num_parts: int = 1,
 ) -> Callable[[], object]:
     """Make a function of one step of AdamW on all adapters of a model, at the next of some timesteps (B,)."""
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad])
-    inputs = sd3_inputs(batch_size, settings.device, dtype)
     target = torch.randn_like(inputs["hidden_states"])
-    model = torch.compile(model) if settings.compile else model
+    model = torch.compile(model) if compile else model
 
     def step():
-        prediction = model(**inputs, timestep=next(timesteps), return_dict=False)[0]
+        arguments = inputs | {"timestep": next(timesteps)}
+        parts = [
+            {name: value.chunk(num_parts)[part] for name, value in arguments.items()} for part in range(num_parts)
+        ]
+        prediction = torch.cat([model(**part, return_dict=False)[0] for part in parts])
         F.mse_loss(prediction, target).backward()
         optimizer.step()
         optimizer.zero_grad()
