@@ -25,6 +25,9 @@ class TextToImageArguments(
         "lora_experts (a LoRA for each noise interval), lora (one for all), prompts (for a frozen transformer, DMP), routing "
         "(the whole denoiser with task routing, DTR).",
     )
+    random_flip: bool = option(
+        False, "Mirror half of the images, which `encode_prompts.py --mirror true` encodes as well."
+    )
     dataset: str = option("", "Folder of encoded images and captions, from encode_prompts.py of the same pipeline.")
     prompt_dropout_prob: float = option(
         0.1, "How often a prompt is replaced by the empty one, for classifier-free guidance."
@@ -35,7 +38,7 @@ class TextToImageArguments(
     objective: str | None = option(  # type: ignore[assignment]
         None, "The noise process: ddpm, or flow for flow matching; by default that of the pipeline's scheduler."
     )
-    shift: str | None = option(  # type: ignore[assignment]
+    shift: str | None = option(
         None,
         "For flow: a shift of the density towards the noise, such as 3; or resolution, by the number of tokens of a sample; by "
         "default as the pipeline's scheduler does it.",
@@ -47,9 +50,7 @@ class TextToImageArguments(
     )
     sample_height: int | None = option(None, "Height of the samples in pixels; by default the pipeline's own.")
     sample_width: int | None = option(None, "Width of the samples in pixels; by default the pipeline's own.")
-    sample_guidance_scale: float | None = option(
-        None, "Guidance scale of the samples; by default the pipeline's own."
-    )
+    sample_guidance_scale: float | None = option(None, "Guidance scale of the samples; by default the pipeline's own.")
 
     def __post_init__(self):
         LoopArguments.__post_init__(self)
@@ -60,9 +61,7 @@ class TextToImageArguments(
         if self.method not in METHODS:
             raise ValueError(f"Expected `method` to be one of {', '.join(METHODS)}, but got {self.method!r}.")
         if not 0 <= self.prompt_dropout_prob <= 1:
-            raise ValueError(
-                f"Expected `prompt_dropout_prob` to be in [0, 1], but got {self.prompt_dropout_prob}."
-            )
+            raise ValueError(f"Expected `prompt_dropout_prob` to be in [0, 1], but got {self.prompt_dropout_prob}.")
         if bool(self.sample_steps) != bool(self.validation_prompts):
             raise ValueError(
                 "Expected `sample_steps` and `validation_prompts` to be set together, but got "
@@ -121,8 +120,8 @@ class TextToImageArguments(
                     f"Expected `prediction_type` to be {own}, as the pipeline's scheduler says, but got {self.prediction_type!r}."
                 )
             self.prediction_type = own
-        if self.shift is None:
-            self.shift = shift_of(scheduler) if is_flow else "1"
+        if is_flow and self.shift is None:
+            self.shift = shift_of(scheduler)
         self.resolve_objective()
 
     def samples_in_words(self, count: int) -> str:

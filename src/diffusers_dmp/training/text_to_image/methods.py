@@ -36,7 +36,9 @@ class TrainingMethod:
             frozen, and in the precision of the training.
     """
 
-    prepare: "Callable[[TextToImageArguments, SourcePipeline, NoiseIntervals | None], tuple[nn.Module, TrainingRecipe]]"
+    prepare: (
+        "Callable[[TextToImageArguments, SourcePipeline, NoiseIntervals | None], tuple[nn.Module, TrainingRecipe]]"
+    )
     groups: tuple[type[Any], ...] = ()
     trains_weights: bool = False
 

@@ -55,7 +55,9 @@ class IntervalArguments:
         known = {"expert": experts, "expert_shares": EXPERT_SHARES, "expert_batches": EXPERT_BATCHES}
         for name, valid in known.items():
             if getattr(self, name) not in valid:
-                raise ValueError(f"Expected `{name}` to be one of {', '.join(valid)}, but got {getattr(self, name)!r}.")
+                raise ValueError(
+                    f"Expected `{name}` to be one of {', '.join(valid)}, but got {getattr(self, name)!r}."
+                )
         if self.expert_shares == "density" and self.expert_batches == "one":
             raise ValueError(
                 "Expected `expert_batches` to be mixed for the `expert_shares` density, with which each sample's noise level "

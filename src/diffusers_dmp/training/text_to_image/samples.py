@@ -38,7 +38,9 @@ class PromptSamples:
         for index, prompt in enumerate(self.prompts):
             arguments = embeddings_as_arguments(pipeline, prompt, self.empty, device) | self._settings(pipeline)
             own_generator = torch.Generator(device).manual_seed(seed + index)
-            output = pipeline(generator=own_generator, num_inference_steps=self.args.sample_inference_steps, **arguments)
+            output = pipeline(
+                generator=own_generator, num_inference_steps=self.args.sample_inference_steps, **arguments
+            )
             row.append(_first_image(output[0]))
         # the denoiser is trained at exact timesteps, not at those of the sampling
         pipeline.register_modules(scheduler=type(pipeline.scheduler).from_config(pipeline.scheduler.config))
@@ -59,9 +61,7 @@ class PromptSamples:
         return {name: value for name, value in given.items() if value is not None and name in known}
 
 
-def embeddings_as_arguments(
-    pipeline: Any, prompt: Columns, empty: Columns, device: torch.device
-) -> dict[str, Any]:
+def embeddings_as_arguments(pipeline: Any, prompt: Columns, empty: Columns, device: torch.device) -> dict[str, Any]:
     """
     The arguments of a pipeline's call for a prompt that is encoded, and for the empty one as the negative prompt.
 

@@ -59,7 +59,7 @@ class SourcePipeline:
 
     def _with_other_components(self, **components: Any) -> Any:
         own = {self.family.component: self.denoiser, "scheduler": self.fresh_scheduler}
-        return DiffusionPipeline.from_pretrained(self.name, torch_dtype=self.dtype, **own, **components)
+        return DiffusionPipeline.from_pretrained(self.name, dtype=self.dtype, **own, **components)
 
 
 def load_source(name: str, dtype: torch.dtype, with_vae: bool = False) -> SourcePipeline:
@@ -83,7 +83,7 @@ def load_source(name: str, dtype: torch.dtype, with_vae: bool = False) -> Source
     wanted = {"transformer", "unet", "scheduler", *(["vae"] if with_vae else [])}
     components = [key for key, value in index.items() if is_component(value) and value != [None, None]]
     left_out = {component: None for component in components if component not in wanted and component[0] != "_"}
-    pipeline = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype, **left_out)
+    pipeline = DiffusionPipeline.from_pretrained(name, dtype=dtype, **left_out)
     family = text_pipeline_of(pipeline)
     if getattr(pipeline, family.component, None) is None:
         raise ValueError(f"Expected {name!r} to be a pipeline with a `{family.component}`, but got one without.")

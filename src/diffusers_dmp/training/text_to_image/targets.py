@@ -35,7 +35,11 @@ def lora_targets_of(denoiser: nn.Module, names: Sequence[str] = ()) -> list[str]
     for name in names:
         if not _matches(name, modules):
             close = difflib.get_close_matches(name, _endings(modules), MAX_SHOWN, cutoff=0.5)
-            hint = f"close to it are {', '.join(close)}" if close else f"such are {', '.join(_endings(modules)[:MAX_SHOWN])}"
+            hint = (
+                f"close to it are {', '.join(close)}"
+                if close
+                else f"such are {', '.join(_endings(modules)[:MAX_SHOWN])}"
+            )
             raise ValueError(
                 f"Expected `target_modules` to be names, or ends of names, of linear layers or convolutions of the {class_name}, but "
                 f"got {name!r}; {hint}."
@@ -54,7 +58,9 @@ def _endings(modules: Sequence[str]) -> list[str]:
         parts = module.split(".")
         numbers = [index for index, part in enumerate(parts[:-1]) if part.isdigit()]
         # the number at the end, as in `to_out.0`, belongs to the name, and one of a `Sequential` as in `net.0.proj`, too
-        lists = [index for index in numbers if parts[index - 1].endswith(("blocks", "layers", "attentions", "resnets"))]
+        lists = [
+            index for index in numbers if parts[index - 1].endswith(("blocks", "layers", "attentions", "resnets"))
+        ]
         begin = lists[-1] + 1 if lists else 0
         for start in range(begin, len(parts)):
             if not parts[start].isdigit():

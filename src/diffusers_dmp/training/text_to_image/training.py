@@ -10,14 +10,14 @@ from accelerate.utils import set_seed
 from diffusers import DDPMScheduler
 from torch import nn
 
-from ...intervals import NoiseIntervals
 from ..conditions import TextConditions
+from ..data.encoded_text import load_encoded_text
 from ..data.loop_data import LoopData
 from ..denoiser import TextDenoiser
 from ..objectives.ddpm import DiffusionObjective
 from ..objectives.flow import FlowObjective
 from ..objectives.objective import Objective
-from ..objectives.shifts import BY_RESOLUTION, ResolutionShift
+from ..objectives.shifts import BY_RESOLUTION, ResolutionShift, parsed_shift
 from ..recipe import TrainingRecipe
 from ..run import Publisher
 from ..trainer import make_accelerator, train
@@ -79,17 +79,16 @@ def prepare_parts(accelerator: Accelerator, args: TextToImageArguments) -> TextT
         args ([`TextToImageArguments`]): Everything that can be set.
     """
     method = METHODS[args.method]
-    set_seed(args.seed)  # for the first weights of adapters
     dtype = torch.float32 if method.trains_weights else DTYPES.get(accelerator.mixed_precision, torch.float32)
     samples_images = bool(args.sample_steps)
     source = load_source(str(args.pretrained_model_name_or_path), dtype, with_vae=samples_images)
     args.resolve_process(source.pipeline.scheduler)
     intervals = args.intervals(source.pipeline.scheduler) if method.has_experts else None
     objective = make_text_objective(args, source)
-    if intervals is not None:
-        check_experts(args, objective, intervals)
-    data, empty_prompt = load_data(accelerator, args, source)
+    data = load_encoded_text(accelerator, args)
+    data.check_pipeline(source.pipeline, source.name)
 
+    set_seed(args.seed)  # for the first weights of adapters
     source.denoiser.requires_grad_(method.trains_weights)
     model, recipe = method.prepare(args, source, intervals)
     generate = None
@@ -98,26 +97,20 @@ def prepare_parts(accelerator: Accelerator, args: TextToImageArguments) -> TextT
         source.pipeline.vae.to(accelerator.device)
     source.denoiser.to(accelerator.device)
     call = TextDenoiser(source.family.call, source.denoiser, source.num_train_timesteps)
-    empty_prompt = {name: column.to(accelerator.device) for name, column in empty_prompt.items()}
+    empty_prompt = {name: column.to(accelerator.device) for name, column in data.empty_prompt.items()}
+    expert_batches: Any = "density" if args.expert_shares == "density" else args.expert_batches
     recipe = dataclasses.replace(
         recipe,
         denoiser=recipe.denoiser or call,
         conditions=TextConditions(empty_prompt, args.prompt_dropout_prob),
         expert_intervals=intervals,
         expert=args.single_expert if intervals is not None else None,
-        expert_batches="density" if args.expert_shares == "density" else args.expert_batches,
+        expert_batches=expert_batches,
         passes_expert=False,
         make_pipeline=lambda model: source.sampling_pipeline(),
         generate=generate,
     )
     return TextToImageParts(source=source, model=model, objective=objective, data=data, recipe=recipe)
-
-
-def load_data(
-    accelerator: Accelerator, args: TextToImageArguments, source: SourcePipeline
-) -> tuple[LoopData, dict[str, torch.Tensor]]:
-    """The encoded images and captions, and the columns of the empty prompt, each of shape (1, …)."""
-    raise NotImplementedError
 
 
 def make_text_objective(args: TextToImageArguments, source: SourcePipeline) -> Objective:
@@ -133,28 +126,10 @@ def make_text_objective(args: TextToImageArguments, source: SourcePipeline) -> O
         # its samples are x_t = √ᾱ_t·x0 + √(1-ᾱ_t)·ε, whatever the pipeline's own scheduler makes of them
         process: Any = DDPMScheduler.from_config(scheduler.config)
         return DiffusionObjective(process, args.weighting, None, args.uncertainty_learning_rate)
-    by_resolution, shift = None, 1.0
-    if args.shift == BY_RESOLUTION:
+    by_resolution, shift = None, parsed_shift(str(args.shift))
+    if shift == BY_RESOLUTION:
         patch_size = source.denoiser.config.get("patch_size") or 1
         patch_size = patch_size[-1] if isinstance(patch_size, (tuple, list)) else patch_size
         by_resolution = ResolutionShift.of_scheduler(scheduler, max(patch_size, source.family.packed_size))
-    else:
-        shift = float(str(args.shift))
-    return FlowObjective(
-        scheduler, args.noise_density(shift), by_resolution, args.weighting, args.uncertainty_learning_rate
-    )
-
-
-def check_experts(args: TextToImageArguments, objective: Objective, intervals: NoiseIntervals) -> None:
-    """
-    Check, before the first step, that each expert has noise levels to train on.
-
-    Raises:
-        ValueError: if one has none, or a vanishing share of them where they decide how often it is trained.
-    """
-    if not isinstance(objective, FlowObjective):
-        intervals.sample(torch.arange(intervals.num_experts), intervals.num_experts)  # whole timesteps
-    elif args.expert_shares == "density":
-        objective.density.check_shares(intervals)
-    else:
-        objective.check_experts(intervals)
+    density = args.noise_density(1.0 if by_resolution else float(shift))
+    return FlowObjective(scheduler, density, by_resolution, args.weighting, args.uncertainty_learning_rate)
