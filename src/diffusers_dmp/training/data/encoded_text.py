@@ -270,7 +270,8 @@ def check_shapes(encoded: Encoded, pipeline: Any) -> None:
         ValueError: if not.
     """
     text_pipeline = text_pipeline_of(pipeline)
-    config = getattr(pipeline, text_pipeline.component).config
+    denoisers = (getattr(pipeline, name, None) for name in text_pipeline.components)
+    config = next(each.config for each in denoisers if each is not None)  # of two (Wan2.2), both are of one shape
     sample = encoded.samples[0]
     channels = sample["mean"].shape[1]
     taken = config.get("in_channels")

@@ -81,7 +81,8 @@ def prepare_parts(accelerator: Accelerator, args: TextToImageArguments) -> TextT
     method = METHODS[args.method]
     dtype = torch.float32 if method.trains_weights else DTYPES.get(accelerator.mixed_precision, torch.float32)
     samples_images = bool(args.sample_steps)
-    source = load_source(str(args.pretrained_model_name_or_path), dtype, with_vae=samples_images)
+    trained_timesteps = args.trained_timesteps if method.has_experts else None
+    source = load_source(str(args.pretrained_model_name_or_path), dtype, samples_images, trained_timesteps)
     args.resolve_process(source.pipeline.scheduler)
     intervals = args.intervals(source.pipeline.scheduler) if method.has_experts else None
     objective = make_text_objective(args, source)
