@@ -85,7 +85,7 @@ def adapted(architecture: Architecture, args: TextToImageArguments) -> LoraDenoi
     names = [f"expert_{index}" for index in range(args.count_experts())]
     trained = names if args.single_expert is None else [names[args.single_expert]]
     with torch.device("meta"):
-        add_loras(model, args, names, trained)
+        add_loras(model, args, names, names, trained)
     return LoraDenoiser(model, trained)
 
 

@@ -3,6 +3,7 @@
 Legend: N images, B batch size of one optimiser step over all processes, b that of one micro-batch.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ from .loop_data import Batch, LoopData
 from .sources import open_source
 
 VALIDATION_BATCH_SIZE = 32
+
+logger = logging.getLogger(__name__)
 
 # entries of a denoiser's configuration that are the width of the prompt's tokens, in the order in which they decide
 TEXT_WIDTHS = ("joint_attention_dim", "caption_channels", "text_dim", "cap_feat_dim", "cross_attention_dim")
@@ -198,6 +201,18 @@ def load_encoded_text(accelerator: Accelerator, args: LoopArguments) -> EncodedT
         )
     if validation is not None:
         check_encodings_agree(training, validation)
+    counts = np.bincount(training.buckets)
+    small = [
+        f"{height} x {width} ({count})"
+        for (height, width), count in zip(training.sizes, counts)
+        if count < args.batch_size
+    ]
+    if small and accelerator.is_main_process:
+        logger.warning(
+            "Of some sizes there are fewer images than `batch_size`, %d, so that a batch of them has images several times: %s.",
+            args.batch_size,
+            shorten(small),
+        )
     return EncodedText(training=training, validation=validation)
 
 
@@ -213,7 +228,9 @@ def load_encoded(source: str, split: str = "train") -> Encoded:
         ValueError: if it is something else, or not whole.
     """
     if not source:
-        raise ValueError("Expected `dataset` to be a folder that encode_prompts.py wrote, or a Hub id, but got nothing.")
+        raise ValueError(
+            "Expected `dataset` to be a folder that encode_prompts.py wrote, or a Hub id, but got nothing."
+        )
     source = os.path.expanduser(source)
     encoding = read_json(_file_beside(source, ENCODING_NAME))
     if COMPONENTS not in encoding:
@@ -227,7 +244,10 @@ def load_encoded(source: str, split: str = "train") -> Encoded:
             "encode_prompts.py again, which goes on with the missing shards."
         )
     return Encoded(
-        source=source, rows=rows, encoding=encoding, empty_prompt=read_safetensors(_file_beside(source, EMPTY_PROMPT_NAME))
+        source=source,
+        rows=rows,
+        encoding=encoding,
+        empty_prompt=read_safetensors(_file_beside(source, EMPTY_PROMPT_NAME)),
     )
 
 
@@ -271,7 +291,7 @@ def check_shapes(encoded: Encoded, pipeline: Any) -> None:
     """
     text_pipeline = text_pipeline_of(pipeline)
     denoisers = (getattr(pipeline, name, None) for name in text_pipeline.components)
-    config = next(each.config for each in denoisers if each is not None)  # of two (Wan2.2), both are of one shape
+    config = next(denoiser for denoiser in denoisers if denoiser is not None).config  # of two, one may not be loaded
     sample = encoded.samples[0]
     channels = sample["mean"].shape[1]
     taken = config.get("in_channels")

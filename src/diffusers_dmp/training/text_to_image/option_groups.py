@@ -92,17 +92,6 @@ class IntervalArguments:
             return NoiseIntervals.from_snr(self.snr_boundaries, scheduler)
         return NoiseIntervals.from_timesteps(self.timestep_boundaries, total)
 
-    def trained_timesteps(self, scheduler: Any) -> tuple[float, float]:
-        """
-        The timesteps [low, high) of the experts that are trained.
-
-        Args:
-            scheduler ([`SchedulerMixin`]): See [`~IntervalArguments.intervals`].
-        """
-        edges = self.intervals(scheduler).edges
-        expert = self.single_expert
-        return (edges[0], edges[-1]) if expert is None else (edges[expert], edges[expert + 1])
-
 
 @dataclass(kw_only=True)
 class LoraArguments:
