@@ -96,7 +96,7 @@ def text_arguments(preset: str) -> TextToImageArguments:
 
 def text_step_memory(preset: str, architecture: str | None = None, **changes: Any) -> StepMemory:
     """
-    Estimate the memory of a preset's training step; of one micro-batch, as if it were of one expert.
+    Estimate the memory of a preset's training step.
 
     Args:
         preset (`str`): Its name.
@@ -105,13 +105,17 @@ def text_step_memory(preset: str, architecture: str | None = None, **changes: An
     """
     args = replace(text_arguments(preset), **changes)
     found = ARCHITECTURES[architecture or preset.partition("_")[0]]
-    model = adapted(found, args)
-    family = text_pipeline_of(getattr(diffusers, found.pipeline))
+    return adapted_step_memory(found, adapted(found, args), args)
+
+
+def adapted_step_memory(architecture: Architecture, model: LoraDenoiser, args: TextToImageArguments) -> StepMemory:
+    """Estimate the memory of a step with a micro-batch, as if all of it were of one expert."""
+    family = text_pipeline_of(getattr(diffusers, architecture.pipeline))
     denoiser = TextDenoiser(family.call, model.denoiser, NUM_TRAIN_TIMESTEPS)
     batch = args.batch_size // args.gradient_accumulation_steps
     with torch.device("meta"):
-        x_t, timesteps = torch.randn(batch, *found.latents), torch.zeros(batch)
-        conditions = {name: torch.randn(batch, *shape) for name, shape in found.columns.items()}
+        x_t, timesteps = torch.randn(batch, *architecture.latents), torch.zeros(batch)
+        conditions = {name: torch.randn(batch, *shape) for name, shape in architecture.columns.items()}
         return step_memory(
             model.denoiser,
             args,
