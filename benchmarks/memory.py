@@ -1,27 +1,20 @@
 """`python -m benchmarks.memory [preset …]`: the memory that a preset's training step takes on a CUDA GPU, estimated without one.
 
-A step is run on PyTorch's `meta` device, which has shapes and no numbers, and what autograd keeps for the backward pass is
-added up:
+A step is run on PyTorch's `meta` device; see step_memory.py.
 
-    parameters, their gradients, AdamW's moments and averaged weights, as far as they are there
-  + tensors kept for the backward pass, bfloat16 where CUDA's autocast computes in it
-  + three times the largest of them, for what the backward pass computes with.
-
-The one preset that was measured on a GPU is printed first, with its measurement.
+The one preset that was measured on a GPU is printed first, with its measurement. Presets of text-to-image pipelines, whose
+denoisers are frozen, are in text_memory.py.
 """
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from transformers import (
     DeiTConfig,
     DeiTForImageClassification,
@@ -50,74 +43,14 @@ from diffusers_dmp.training.objectives.distillation import StudentOutput, predic
 from diffusers_dmp.training.objectives.from_arguments import make_objective
 from diffusers_dmp.training.objectives.objective import NoisedBatch
 
+from .step_memory import step_memory
+from .text_memory import ARCHITECTURES, text_step_memory
+
 GIGABYTE = 1e9
-WORKING_TENSORS = 3
 VAE_WIDTH, VAE_TENSORS = 128, 4  # of Stable Diffusion's encoder at the images' full size, in float32
 ENTRY_POINTS = Path(__file__).parent.parent / "training"
 PRESETS = ENTRY_POINTS / "presets"
 MEASURED = ("patch_imagenet256", 66)  # GB, on an H100
-
-# What CUDA's autocast computes in bfloat16 and in float32, as far as the models here have it:
-# https://pytorch.org/docs/stable/amp.html#cuda-op-specific-behavior
-IN_BFLOAT16 = {
-    F.conv2d,
-    F.linear,
-    torch.matmul,
-    torch.Tensor.matmul,
-    torch.Tensor.__matmul__,
-    torch.bmm,
-    torch.baddbmm,
-}
-IN_FLOAT32 = {F.group_norm, F.layer_norm, F.softmax, torch.softmax, torch.Tensor.softmax, torch.exp, torch.pow}
-
-
-class MetaAutocast(TorchFunctionMode):
-    """CUDA's autocast and its memory-saving attention, for the `meta` device, which has neither."""
-
-    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention:
-            named = dict(zip(("query", "key", "value"), args)) | kwargs
-            inputs = [cast(named[name], torch.bfloat16) for name in ("query", "key", "value")]
-            return torch.ops.aten._scaled_dot_product_flash_attention(*inputs)[0]
-        if function in IN_BFLOAT16 | IN_FLOAT32:
-            dtype = torch.bfloat16 if function in IN_BFLOAT16 else torch.float32
-            args = tuple(cast(value, dtype) for value in args)
-            kwargs = {name: cast(value, dtype) for name, value in kwargs.items()}
-        return function(*args, **kwargs)
-
-
-def cast(value: Any, dtype: torch.dtype) -> Any:
-    """A floating-point tensor in another dtype; anything else as it is."""
-    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-
-class KeptTensors:
-    """The storages that are kept for the backward pass, each counted once."""
-
-    def __init__(self, without: Iterator[torch.Tensor]):
-        self.ignored = {tensor.untyped_storage()._cdata for tensor in without}
-        self.storages: dict[int, torch.UntypedStorage] = {}
-
-    def add(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.ignored:
-            self.storages[storage._cdata] = storage  # held, so that its identity is not another's later
-        return tensor
-
-    @property
-    def total(self) -> int:
-        return sum(storage.nbytes() for storage in self.storages.values())
-
-    @property
-    def largest(self) -> int:
-        return max((storage.nbytes() for storage in self.storages.values()), default=0)
-
-    @contextmanager
-    def recorded(self) -> Iterator[None]:
-        """A context whose operations keep tensors."""
-        with torch.autograd.graph.saved_tensors_hooks(self.add, lambda tensor: tensor):
-            yield
 
 
 def step_bytes(
@@ -135,29 +68,12 @@ def step_bytes(
     batch = args.batch_size // args.gradient_accumulation_steps
     x0, noise, x_t = (torch.randn(batch, *shape, device="meta") for _ in range(3))
     timesteps = torch.zeros(batch, dtype=torch.long, device="meta")
-    kept, inner = KeptTensors(model.parameters()), [KeptTensors(model.parameters())]
-
-    def checkpointed(layer: Callable, *layer_inputs: Any) -> Any:
-        for value in layer_inputs:
-            if isinstance(value, torch.Tensor):
-                kept.add(value)
-        inner.append(KeptTensors(model.parameters()))
-        with inner[-1].recorded():
-            return layer(*layer_inputs)
-
-    for module in model.modules():
-        if args.gradient_checkpointing and hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing, module._gradient_checkpointing_func = True, checkpointed
-    with kept.recorded():
-        with MetaAutocast():
-            prediction = model(x_t, timesteps, **inputs).sample.float()
-        objective(prediction, NoisedBatch(x0, noise, timesteps))
-    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    copies = 3 + (args.ema_decay > 0)  # gradients, two moments, averaged weights
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    weights += copies * sum(parameter.nbytes for parameter in learned)
-    working = WORKING_TENSORS * max(kept.largest, *(each.largest for each in inner))
-    return weights + kept.total + max(each.total for each in inner) + working
+    return step_memory(
+        model,
+        args,
+        lambda: model(x_t, timesteps, **inputs).sample,
+        lambda prediction: objective(prediction, NoisedBatch(x0, noise, timesteps)),
+    ).total
 
 
 def vae_bytes(args: SharedTrainingArguments) -> int:
@@ -171,6 +87,8 @@ def vae_bytes(args: SharedTrainingArguments) -> int:
 def estimate(preset: str, **changes: Any) -> float:
     """The memory that a preset takes, in GB."""
     system, _, data = preset.partition("_")
+    if system in ARCHITECTURES:
+        return text_step_memory(preset, **changes).total / GIGABYTE
     classes = 1000 if data.startswith("imagenet") else 1
     with torch.device("meta"):
         model, args, inputs = MAKERS[system](str(PRESETS / f"{preset}.yaml"), classes)
@@ -280,7 +198,7 @@ MAKERS = {"patch": make_patch, "dtr": make_dtr, "remix": make_remix, "dmp": make
 def published_presets() -> list[str]:
     """The presets of published models whose memory can be estimated."""
     names = [path.stem for path in sorted(PRESETS.glob("*.yaml"))]
-    return [name for name in names if name.partition("_")[0] in MAKERS and "digits" not in name]
+    return [name for name in names if name.partition("_")[0] in {*MAKERS, *ARCHITECTURES} and "digits" not in name]
 
 
 def main() -> None:

@@ -46,15 +46,18 @@ HEADER = "| what | rounds | ms | baseline ms | ratio (quartiles) | target |\n| -
 MIN_ROUNDS = 7
 
 
-def seconds(function: Callable[[], object], device: torch.device) -> float:
+Clock = Callable[[], float]
+
+
+def seconds(function: Callable[[], object], device: torch.device, clock: Clock = time.perf_counter) -> float:
     """Time one call, including the work that it started on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     function()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def compare(
@@ -64,6 +67,7 @@ def compare(
     device: torch.device,
     budget: float,
     target: float | None = None,
+    clock: Clock = time.perf_counter,
 ) -> Ratio:
     """
     Time both functions in each round, in alternating order, after calling both once to warm up.
@@ -74,6 +78,7 @@ def compare(
         device (`torch.device`): The device that they compute on.
         budget (`float`): The approximate time for all rounds in seconds; there are at least `MIN_ROUNDS`.
         target (`float`, *optional*): The largest ratio that is wanted.
+        clock (`Callable[[], float]`): Of the seconds that are compared.
     """
     for function in (candidate, baseline):
         function()
@@ -82,7 +87,7 @@ def compare(
     for i in range(max(MIN_ROUNDS, int(budget / pair_seconds))):
         pair = [(candidate, candidates), (baseline, baselines)]
         for function, times in pair if i % 2 else pair[::-1]:
-            times.append(seconds(function, device))
+            times.append(seconds(function, device, clock))
     ratios = [a / b for a, b in zip(candidates, baselines)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return Ratio(
@@ -109,6 +114,7 @@ class Settings:
         batch_sizes (`list[int]`): The batch sizes to measure, with each dtype.
         compile (`bool`): Whether to compile the models.
         budget (`float`): The time for each comparison, in seconds.
+        cpu_time (`bool`): Whether to count the time that processors spent on this process, which other processes hardly lengthen.
     """
 
     preset: str
@@ -117,6 +123,7 @@ class Settings:
     batch_sizes: list[int]
     compile: bool
     budget: float
+    cpu_time: bool = False
 
     def compare(
         self,
@@ -126,7 +133,8 @@ class Settings:
         target: float | None = None,
     ) -> Ratio:
         """Compare two functions on the device and within the budget; see [`compare`]."""
-        return compare(name, candidate, baseline, self.device, self.budget, target)
+        clock = time.process_time if self.cpu_time else time.perf_counter
+        return compare(name, candidate, baseline, self.device, self.budget, target, clock)
 
     def name_of(self, dtype: torch.dtype) -> str:
         """Return the name of a dtype for a table, with 'compiled' if the models are."""

@@ -13,16 +13,17 @@ SLOW = [pytest.param(system, marks=pytest.mark.slow) for system in ("remix", "pa
 SMALLER = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 8}
 
 
-@pytest.mark.parametrize("system", ["dtr", "dmp", "experts", *SLOW])
+@pytest.mark.parametrize("system", ["dtr", "dmp", "experts", "text_training", *SLOW])
 def test_a_benchmark_runs(system, monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY))
     from benchmarks import timing
     from benchmarks.__main__ import BENCHMARKS
 
     assert system in BENCHMARKS
-    if system == "experts":  # its denoisers have three times the blocks' parameters
-        from benchmarks import experts
+    if system in ("experts", "text_training"):  # their denoisers have three times the blocks' parameters
+        from benchmarks import experts, text_training
 
+        monkeypatch.setattr(text_training, "DEPTH", 0.5)
         monkeypatch.setitem(experts.DIT_PRESETS, "DiT-S/8", SMALLER)
         monkeypatch.setattr(experts, "FLUX_DEPTH", {"num_layers": 1, "num_single_layers": 2})
     monkeypatch.setattr(timing, "MIN_ROUNDS", 2)

@@ -8,6 +8,7 @@ from conftest import REPOSITORY
 
 from diffusers_dmp.training.arguments import DiTTrainingArguments
 from diffusers_dmp.training.parsing import parse_arguments
+from diffusers_dmp.training.text_to_image import TextToImageArguments
 
 
 def test_the_command_line_overrides_the_preset(tmp_path):
@@ -76,6 +77,7 @@ def test_every_preset_parses(preset, tmp_path, monkeypatch):
         "dmp": DMPTrainingArguments,
         "patch": PatchDiffusionTrainingArguments,
         "ppap": PPAPTrainingArguments,
+        **dict.fromkeys(["sd3", "flux", "wan22", "sdxl"], TextToImageArguments),
     }
     args = parse_arguments(arguments[preset.stem.split("_")[0]], ["--config", str(preset)])
     for name, value in yaml.safe_load(preset.read_text()).items():

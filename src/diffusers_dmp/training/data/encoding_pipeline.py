@@ -34,7 +34,8 @@ def load_encoding_pipeline(name_or_path: str, dtype: torch.dtype) -> DiffusionPi
         )
     check_saved_folder(name_or_path)
     config = DiffusionPipeline.load_config(name_or_path)
-    text_pipeline = text_pipeline_of(_pipeline_class(config["_class_name"]))
+    pipeline_class = _pipeline_class(config["_class_name"])
+    text_pipeline = text_pipeline_of(pipeline_class)
     left_out: dict[str, Any] = {
         name: None
         for name, entry in config.items()
@@ -43,7 +44,8 @@ def load_encoding_pipeline(name_or_path: str, dtype: torch.dtype) -> DiffusionPi
     if "requires_safety_checker" in config:  # without it, Diffusers would warn that no safety checker is loaded
         left_out["requires_safety_checker"] = False
     dtypes = {"default": dtype, "vae": torch.float32}
-    pipeline = DiffusionPipeline.from_pretrained(name_or_path, dtype=dtypes, **left_out)
+    # by its own class: of `DiffusionPipeline`, those that are optional (Wan's transformers) are loaded all the same
+    pipeline = pipeline_class.from_pretrained(name_or_path, dtype=dtypes, **left_out)
     expect_finite_pipeline(pipeline, name_or_path)
     return pipeline
 
@@ -75,7 +77,7 @@ def check_vae(pipeline: Any, text_pipeline: TextPipeline, resolution: int) -> in
     return multiple
 
 
-def _pipeline_class(name: "str | list[str]") -> type:
+def _pipeline_class(name: "str | list[str]") -> Any:
     """The class that a saved pipeline names."""
     pipeline_class = getattr(diffusers, name, None) if isinstance(name, str) else None
     if pipeline_class is None:
