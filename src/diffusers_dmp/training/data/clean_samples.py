@@ -6,8 +6,7 @@ Legend: b batch, C channels and S size of x0 (those of the latents, if there is 
 import torch
 from diffusers import AutoencoderKL
 
-from ...diffusion.latents import scale_latents
-from .latents import latent_distribution
+from ...diffusion.latents import latent_distribution, scale_latents
 
 
 @torch.no_grad()
