@@ -94,12 +94,11 @@ class TextPipeline:
         """
         return {}
 
-    def size_multiple(self, pipeline: Any) -> int:
-        """Return the number of pixels by which height and width of images have to be divisible."""
-        denoiser = next(filter(None, (getattr(pipeline, name, None) for name in self.components)))
-        patch_size = denoiser.config.get("patch_size") or 1
+    def size_multiple(self, vae: Any, config: Mapping[str, Any]) -> int:
+        """Return the number of pixels by which height and width of images have to be divisible, for a VAE and a denoiser's `config`."""
+        patch_size = config.get("patch_size") or 1
         patch = patch_size[-1] if isinstance(patch_size, (tuple, list)) else patch_size
-        return vae_downsampling(pipeline.vae) * max(patch, self.packed_size)
+        return vae_downsampling(vae) * max(patch, self.packed_size)
 
     def call(
         self,
