@@ -48,6 +48,8 @@ class Diagnosis:
             denoises there.
         sampling_steps (`list[int]` of length E): The number of denoising steps of each expert.
         training_samples (`list[int]` of length E, *optional*): The number of samples that each expert was trained on.
+        base_losses (`list[float]` of length E, *optional*): The loss in each interval of the denoiser without its LoRAs.
+        base_band_losses (`list[float]` of length K, *optional*): The same in each band.
     """
 
     edges: list[float]
@@ -56,6 +58,8 @@ class Diagnosis:
     swap_losses: list[list[float]]
     sampling_steps: list[int]
     training_samples: list[int] | None
+    base_losses: list[float] | None = None
+    base_band_losses: list[float] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields by name, for JSON."""
