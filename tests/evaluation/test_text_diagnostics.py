@@ -125,7 +125,8 @@ def run(*arguments) -> str:
 
 
 def test_the_command(folder, tmp_path):
-    """On shards with two sizes, without the text encoders."""
+    """On shards with two sizes, without the text encoders; beside the LoRAs is how many samples each was trained on."""
+    (folder / "training_summary.json").write_text(json.dumps({"samples_per_expert": [70, 30]}))
     said = run(
         folder / "sd3", "--dataset", folder / "encoded", "--output_dir", tmp_path, "--lora_experts", folder / "experts",
         "--num_bands", 2, "--num_images", 8, "--num_inference_steps", 10,
@@ -133,6 +134,7 @@ def test_the_command(folder, tmp_path):
     diagnosis = json.loads((tmp_path / "diagnosis.json").read_text())
     (low, high), (without, _) = diagnosis["swap_losses"][0], diagnosis["base_losses"]
     assert f"interval of expert 0: {low:.4f} by 0, {high:.4f} by 1, {without:.4f} without LoRA" in said
+    assert diagnosis["training_samples"] == [70, 30]
     assert len(diagnosis["base_band_losses"]) == 2 and (tmp_path / "diagnosis.png").is_file()
     assert len(load_encoded(str(folder / "encoded")).sizes) == 2
 

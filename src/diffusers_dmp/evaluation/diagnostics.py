@@ -103,7 +103,7 @@ def diagnose(
     scheduler = pipeline.scheduler
     losses = [partial(_noise_loss, *expert, scheduler, samples) for expert in experts]
     steps = steps_per_expert(intervals, scheduler, num_inference_steps)
-    return diagnosis_of(losses, intervals, steps, num_bands, _training_samples(training_summary or {}))
+    return diagnosis_of(losses, intervals, steps, num_bands, training_samples_in(training_summary or {}))
 
 
 def diagnosis_of(
@@ -265,7 +265,7 @@ def _noise_loss(
     return total / num_samples
 
 
-def _training_samples(summary: dict[str, Any]) -> list[int] | None:
+def training_samples_in(summary: dict[str, Any]) -> list[int] | None:
     """Read from a summary how many samples each expert was trained on, in one training or in one training per expert."""
     if "experts" in summary:
         return [sum(each["samples_per_expert"]) for each in summary["experts"]]

@@ -9,6 +9,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -19,6 +20,7 @@ from diffusers.utils.torch_utils import get_device
 from ..intervals import NoiseIntervals
 from ..plugins.lora_experts import LoraExperts
 from ..saving.finite import expect_finite_pipeline
+from ..saving.reading import read_json
 from ..saving.weight_files import check_saved_folder
 from ..training.conditions import LATENT_COLUMNS
 from ..training.data.encoded_rows import collate
@@ -26,9 +28,10 @@ from ..training.data.encoded_text import Encoded, batches_of_one_bucket, check_s
 from ..training.data.encoding_record import check_encoding
 from ..training.data.seeded_sampling import DTYPES
 from ..training.objectives.shifts import ResolutionShift
+from ..training.summary import SUMMARY_NAME
 from ..training.text_pipelines import TextPipeline, text_pipeline_of
 from .denoiser_diagnostics import DiagnosisOptions, diagnose_batches, losses_between
-from .diagnostics import SEED, Diagnosis
+from .diagnostics import SEED, Diagnosis, training_samples_in
 from .prompts import PROMPT
 
 BATCH_SIZE = 8
@@ -175,8 +178,13 @@ def diagnose_encoded(
     check_encoding(encoded.encoding, pipeline, str(folder), encoded.source)
     check_shapes(encoded, pipeline)
     pipeline.to(get_device())
-    experts = None if lora_experts is None else LoraExperts.from_pretrained(lora_experts)
-    return diagnose_text_pipeline(pipeline, _batches(encoded, num_images), experts, num_bands, num_inference_steps)
+    batches, counts = _batches(encoded, num_images), (num_bands, num_inference_steps)
+    if lora_experts is None:
+        return diagnose_text_pipeline(pipeline, batches, None, *counts)
+    diagnosis = diagnose_text_pipeline(pipeline, batches, LoraExperts.from_pretrained(lora_experts), *counts)
+    summary = Path(lora_experts).parent / SUMMARY_NAME  # in a training's `output_dir`
+    samples = training_samples_in(read_json(summary)) if summary.is_file() else None
+    return dataclasses.replace(diagnosis, training_samples=samples)
 
 
 def _batches(encoded: Encoded, num_images: int) -> list[Columns]:
