@@ -26,7 +26,6 @@ from ..text_pipelines import text_pipeline_of
 from .batches import endless_batches, slices_of_process
 from .bucket_batches import BucketBatchSampler
 from .encoded_rows import CAPTION, HEIGHT, PROMPT, WIDTH, Columns, collate, read_rows
-from .encoding_pipeline import denoiser_config
 from .encoding_record import COMPONENTS, EMPTY_PROMPT_NAME, ENCODING_NAME, check_components, check_encoding
 from .identity import digest
 from .images import LATENTS
@@ -271,7 +270,7 @@ def check_shapes(encoded: Encoded, pipeline: Any) -> None:
         ValueError: if not.
     """
     text_pipeline = text_pipeline_of(pipeline)
-    config = denoiser_config(pipeline, text_pipeline)
+    config = getattr(pipeline, text_pipeline.component).config
     sample = encoded.samples[0]
     channels = sample["mean"].shape[1]
     taken = config.get("in_channels")

@@ -5,7 +5,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoModel, DiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from ...saving.finite import expect_finite_pipeline
 from ...saving.weight_files import check_saved_folder
@@ -65,7 +65,7 @@ def check_vae(pipeline: Any, text_pipeline: TextPipeline, resolution: int) -> in
     """
     if getattr(pipeline, "vae", None) is None:
         raise ValueError(f"Expected `pipeline` to have a VAE, but got a {type(pipeline).__name__} without one.")
-    multiple = text_pipeline.size_multiple(pipeline.vae, denoiser_config(pipeline, text_pipeline))
+    multiple = text_pipeline.size_multiple(pipeline)
     if resolution % multiple:
         below = resolution // multiple * multiple
         raise ValueError(
@@ -73,20 +73,6 @@ def check_vae(pipeline: Any, text_pipeline: TextPipeline, resolution: int) -> in
             f"{below or multiple}, but got {resolution}."
         )
     return multiple
-
-
-def denoiser_config(pipeline: Any, text_pipeline: TextPipeline) -> dict[str, Any]:
-    """The configuration of a pipeline's denoiser, whether it is loaded or not; empty if there is none to be found."""
-    for name in text_pipeline.components:
-        denoiser = getattr(pipeline, name, None)
-        if denoiser is not None:
-            return dict(denoiser.config)
-    source = pipeline.name_or_path
-    if source is None:
-        return {}
-    saved = DiffusionPipeline.load_config(source)
-    present = [name for name in text_pipeline.components if _is_component(saved.get(name)) and saved[name][1]]
-    return AutoModel.load_config(source, subfolder=present[0]) if present else {}
 
 
 def _pipeline_class(name: "str | list[str]") -> type:
