@@ -378,6 +378,33 @@ class TrainingArguments(ObjectiveArguments, SharedTrainingArguments):
 
 
 @dataclass(kw_only=True)
+class PromptArguments:
+    """Prompts for a frozen transformer (DMP)."""
+
+    prompt_mode: str = option("add", "add prompts to the image tokens, or prepend them.")
+    num_prompts: int | None = option(
+        None, "Number of prompts, if they are prepended; by default as many as image tokens."
+    )
+    depth: int | None = option(None, "Number of first blocks that get prompts; by default all.")
+    topk: float = option(1.0, "Share of the prompts that the gate selects.")
+    gate_learning_rate: float = option(
+        1e-3, "Learning rate of the gate and its noise; `learning_rate` is that of the prompts."
+    )
+    importance_loss_weight: float = option(1.0, "Weight of the loss that balances the prompts' weights.")
+    load_loss_weight: float = option(
+        1.0, "Weight of the loss that balances how often prompts are selected, for `topk` below 1."
+    )
+
+
+@dataclass(kw_only=True)
+class RoutingArguments:
+    """Denoising Task Routing (DTR)."""
+
+    sharing_ratio: float = option(0.8, "Share of the channels that a timestep uses, in (0, 1].")
+    routing_alpha: float = option(4.0, "The larger, the more the channel windows crowd towards the clean timesteps.")
+
+
+@dataclass(kw_only=True)
 class DiTTrainingArguments(TrainingArguments):
     """A DiT that is trained from scratch or from a checkpoint."""
 

@@ -24,6 +24,7 @@ from diffusers_dmp.diffusion.timesteps import training_timesteps
 from diffusers_dmp.models.time_argument import ExpertFinder
 from diffusers_dmp.training.objectives.densities import (
     DENSITIES,
+    MIN_SHARE,
     MIN_TRUNCATED_SHARE,
     MODE_SCALES,
     NoiseDensity,
@@ -244,11 +245,14 @@ def test_the_share_above_the_boundary_of_wan(settings, share):
 def test_an_expert_without_noise_levels_is_named():
     density, intervals = NoiseDensity(name="logit_normal"), NoiseIntervals.from_sigmas([0.3, 0.99])
     with pytest.raises(ValueError, match=r"2.16e-06 for expert 2, σ in \[0.99, 1\).*logit_normal.*shift 1"):
-        density.check_shares(intervals)
-    assert intervals.index(density.sample(intervals, torch.tensor([2]))).item() == 2  # truncated, it has
+        density.check_shares(intervals, min_share=MIN_SHARE)
+    density.check_shares(intervals)  # enough to truncate the density to it
+    assert intervals.index(density.sample(intervals, torch.tensor([2]))).item() == 2
     beyond = NoiseIntervals.from_sigmas([0.3, 1 - 1e-4])
-    with pytest.raises(ValueError, match="expert 2"):
-        density.sample(beyond, torch.tensor([2]))
+    density.sample(beyond, torch.tensor([0, 1]))  # the others have their own
+    for check in (density.check_shares, lambda intervals: density.sample(intervals, torch.tensor([0, 2]))):
+        with pytest.raises(ValueError, match="at least 1e-12 .* got 0 for expert 2"):
+            check(beyond)
     with pytest.raises(ValueError, match="longer than 0.0095.* timesteps"):
         NoiseDensity().sample(NoiseIntervals.from_timesteps([500, 500.005]), torch.tensor([1]))
 

@@ -17,6 +17,7 @@ Legend: B batch, E experts, T training timesteps; t = σ·T.
 
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -137,26 +138,29 @@ class NoiseDensity:
         sigmas = torch.tensor(intervals.edges, dtype=torch.float64) / intervals.num_train_timesteps
         return self.cdf(sigmas).diff().tolist()
 
-    def check_shares(self, intervals: NoiseIntervals, min_share: float = MIN_SHARE) -> None:
+    def check_shares(
+        self, intervals: NoiseIntervals, experts: Iterable[int] | None = None, min_share: float = MIN_TRUNCATED_SHARE
+    ) -> None:
         """
         Check that no expert is left without noise levels to train on.
 
         Args:
             intervals ([`NoiseIntervals`]): E intervals.
-            min_share (`float`): The least share that an interval must have. `MIN_SHARE` where the experts of a batch are those of
-                whatever noise levels come; `MIN_TRUNCATED_SHARE` where each expert has its own, which then only need to exist.
+            experts (`Iterable[int]`, *optional*): The experts to check; all by default.
+            min_share (`float`): The least share that an interval must have: `MIN_TRUNCATED_SHARE` where an expert has samples of
+                its own, `MIN_SHARE` where it gets those that come by the density.
 
         Raises:
             ValueError: if one has less; expert, interval and share are named.
         """
-        total = intervals.num_train_timesteps
-        for expert, share in enumerate(self.shares(intervals)):
-            if share < min_share:
+        total, shares = intervals.num_train_timesteps, self.shares(intervals)
+        for expert in range(intervals.num_experts) if experts is None else experts:
+            if shares[expert] < min_share:
                 low, high = intervals.edges[expert : expert + 2]
                 raise ValueError(
-                    f"Expected every expert to own at least {min_share:g} of the probability, but got {share:.3g} for expert "
-                    f"{expert}, σ in [{low / total:.6g}, {high / total:.6g}), by {self}. Move the boundaries, or choose another "
-                    "`density` or `shift`."
+                    f"Expected every expert to own at least {min_share:g} of the probability, but got {shares[expert]:.3g} for "
+                    f"expert {expert}, σ in [{low / total:.6g}, {high / total:.6g}), by {self}. Move the boundaries, or choose "
+                    "another `density` or `shift`."
                 )
 
     def sample(
@@ -178,6 +182,9 @@ class NoiseDensity:
             ValueError: if an interval has no probability, or is too short for float32.
         """
         device = torch.device("cpu") if generator is None else generator.device
+        starved = _starved_experts(self, intervals)
+        if starved and owners.is_cpu:
+            self.check_shares(intervals, starved.intersection(owners.tolist()))
         lows, highs, below, above = _truncation(self, intervals, device)
         owners = owners.to(device, non_blocking=True)
         uniform = torch.rand(len(owners), generator=generator, dtype=below.dtype, device=device)
@@ -231,13 +238,19 @@ def owned_timesteps(low: float, high: float, num_train_timesteps: int) -> tuple[
 
 
 @functools.lru_cache(maxsize=256)
+def _starved_experts(density: NoiseDensity, intervals: NoiseIntervals) -> frozenset[int]:
+    """The experts with less than `MIN_TRUNCATED_SHARE`, which nothing can be sampled for."""
+    shares = density.shares(intervals)
+    return frozenset(expert for expert, share in enumerate(shares) if share < MIN_TRUNCATED_SHARE)
+
+
+@functools.lru_cache(maxsize=256)
 def _truncation(density: NoiseDensity, intervals: NoiseIntervals, device: torch.device) -> tuple[torch.Tensor, ...]:
     """
     The first and last timestep of each interval that are trained, and F at both: four tensors (E,).
 
     Cached, because each copy to an accelerator makes the CPU wait for it.
     """
-    density.check_shares(intervals, MIN_TRUNCATED_SHARE)
     total = intervals.num_train_timesteps
     bounds = [owned_timesteps(*edges, total) for edges in zip(intervals.edges, intervals.edges[1:])]
     timesteps = torch.tensor(bounds, dtype=torch.float64).T  # (2, E)

@@ -4,6 +4,7 @@ Legend: B batch, C channels, E experts, T training timesteps; x_t = (1-σ)·x0 +
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 import torch
 from diffusers import SchedulerMixin
@@ -11,10 +12,10 @@ from diffusers import SchedulerMixin
 from ...diffusion.noise import flow_signal_to_noise_ratio, is_flow_matching, levels_at, noisy_sample
 from ...diffusion.predictions import flow_velocity
 from ...intervals import NoiseIntervals
-from .densities import MIN_TRUNCATED_SHARE, NoiseDensity, owned_timesteps
+from .densities import MIN_SHARE, MIN_TRUNCATED_SHARE, NoiseDensity, owned_timesteps
 from .objective import NoisedBatch, Objective, ObjectiveOutput
 from .shifts import ResolutionShift
-from .timesteps import StepExperts
+from .timesteps import StepExperts, evenly_spread, owners_of_samples
 from .weighting import UncertaintyWeighting, loss_weighting
 
 NUM_UNCERTAINTY_CLUSTERS = 8  # DTR, section 5.1
@@ -68,7 +69,7 @@ class FlowObjective(Objective):
         batch_size: int,
         generator: torch.Generator,
         experts: StepExperts | None = None,
-        sample_shape: "tuple[int, ...] | torch.Size | None" = None,
+        sample_shape: tuple[int, ...] | None = None,
     ) -> torch.Tensor:
         """
         Sample the timesteps of one optimiser step; see [`Objective.sample_timesteps`].
@@ -88,11 +89,11 @@ class FlowObjective(Objective):
         """
         density = self.density_for(sample_shape)
         if experts is None:
-            return density.sample(self.train_intervals, _spread_evenly(self.train_intervals, batch_size), generator)
-        owners = torch.tensor(experts.owners).repeat_interleave(batch_size // len(experts.owners))
-        return density.sample(experts.intervals, owners, generator)
+            owners = evenly_spread(self.train_intervals.num_experts, batch_size)
+            return density.sample(self.train_intervals, owners, generator)
+        return density.sample(experts.intervals, owners_of_samples(experts.owners, batch_size), generator)
 
-    def density_for(self, sample_shape: "tuple[int, ...] | torch.Size | None" = None) -> NoiseDensity:
+    def density_for(self, sample_shape: tuple[int, ...] | None = None) -> NoiseDensity:
         """
         Return the density for samples of one shape.
 
@@ -108,17 +109,23 @@ class FlowObjective(Objective):
             raise ValueError("Expected `sample_shape` for a shift by resolution, but got None.")
         return dataclasses.replace(self.density, shift=self.resolution_shift(sample_shape))
 
-    def check_experts(self, intervals: NoiseIntervals) -> None:
+    def check_experts(self, intervals: NoiseIntervals, experts: Iterable[int], by_density: bool = False) -> None:
         """
-        Check, before the first step, that each expert has noise levels to train on.
+        Check, before the first step, that experts have probability; see [`Objective.check_experts`].
 
         Args:
-            intervals ([`NoiseIntervals`]): The experts' intervals.
+            intervals ([`NoiseIntervals`]): The intervals of all experts.
+            experts (`Iterable[int]`): Those that are trained.
+            by_density (`bool`): Whether they get the samples that the whole density brings. Then 10⁻⁴ is the least share.
 
         Raises:
-            ValueError: if an interval has no probability that float64 can divide; see [`NoiseDensity.check_shares`].
+            ValueError: if one has too little; its interval and share are named. See [`NoiseDensity.check_shares`].
         """
-        self.density.check_shares(intervals, MIN_TRUNCATED_SHARE)
+        densities = [self.density]
+        if self.resolution_shift is not None:
+            densities = [dataclasses.replace(self.density, shift=shift) for shift in self.resolution_shift.range]
+        for density in densities:
+            density.check_shares(intervals, experts, MIN_SHARE if by_density else MIN_TRUNCATED_SHARE)
 
     def evenly_spaced_timesteps(self, count: int, low: float, high: float) -> torch.Tensor:
         """
@@ -177,12 +184,3 @@ class FlowObjective(Objective):
         """
         sigma = timesteps.float().clamp(min=1) / self.num_train_timesteps
         return self.weighting(flow_signal_to_noise_ratio(sigma))
-
-
-def _spread_evenly(intervals: NoiseIntervals, batch_size: int) -> torch.Tensor:
-    """An expert for each of B samples, all equally often, and equally often in each equal slice of the batch: (B,)."""
-    if batch_size % intervals.num_experts:
-        raise ValueError(
-            f"Expected `batch_size` to be divisible by the {intervals.num_experts} timestep clusters, but got {batch_size}."
-        )
-    return torch.arange(batch_size) % intervals.num_experts

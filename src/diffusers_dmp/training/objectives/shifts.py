@@ -53,7 +53,7 @@ class ResolutionShift:
         settings = {name: scheduler.config.get(name) for name in names}
         return cls(**{name: value for name, value in settings.items() if value is not None}, patch_size=patch_size)
 
-    def __call__(self, sample_shape: "tuple[int, ...] | torch.Size") -> float:
+    def __call__(self, sample_shape: tuple[int, ...]) -> float:
         """
         Compute the shift s of samples of one shape.
 
@@ -63,7 +63,14 @@ class ResolutionShift:
         *frames, height, width = sample_shape[1:]
         num_tokens = math.prod(frames) * (height // self.patch_size) * (width // self.patch_size)
         slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
-        mu = self.base_shift + slope * (num_tokens - self.base_image_seq_len)
+        return self._shift(self.base_shift + slope * (num_tokens - self.base_image_seq_len))
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The shifts of `base_image_seq_len` and `max_image_seq_len` tokens."""
+        return self._shift(self.base_shift), self._shift(self.max_shift)
+
+    def _shift(self, mu: float) -> float:
         return math.exp(mu) if self.time_shift_type == "exponential" else mu
 
 
