@@ -58,7 +58,7 @@ def with_loras(names, intervals):
 
 
 def batches(count: int = 6) -> list[dict[str, torch.Tensor]]:
-    columns = {"mean": randn(count, 1, 4, 8, 8, seed=5), "std": torch.zeros(count, 1, 4, 8, 8)}
+    columns = {"mean": randn(count, 1, 4, 8, 8, seed=5), "std": randn(count, 1, 4, 8, 8, seed=6).abs()}
     return [columns | {"prompt_embeds": randn(count, 7, 32), "pooled_prompt_embeds": randn(count, 64)}]
 
 
@@ -66,7 +66,8 @@ def test_the_losses_of_one_denoiser_written_by_hand():
     """The mean of (v - (ε - x0))² at timesteps that cover each band evenly."""
     pipeline = RECIPES["sd3"].pipe(RECIPES["sd3"].denoiser())
     (columns,) = batches()
-    x0, noise = columns["mean"][:, 0], torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    in_latents, noise = (torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 0))
+    x0 = columns["mean"][:, 0] + columns["std"][:, 0] * in_latents
     expected = []
     for low in (0, 500):
         time = low + (torch.arange(6) + 0.5) / 6 * 500
@@ -101,7 +102,11 @@ def test_each_lora_and_none_of_them_everywhere(folder):
 def test_two_denoisers():
     """Wan 2.2: the second transformer owns the little noise."""
     pipeline = wan_pipe(wan(0), transformer_2=wan(1), boundary_ratio=0.5)
-    columns = {"mean": randn(2, 1, 16, 1, 2, 2), "std": randn(2, 1, 16, 1, 2, 2), "prompt_embeds": randn(2, 16, 32)}
+    columns = {
+        "mean": randn(2, 1, 16, 1, 2, 2),
+        "std": randn(2, 1, 16, 1, 2, 2).abs(),
+        "prompt_embeds": randn(2, 16, 32),
+    }
     diagnosis = diagnose_text_pipeline(pipeline, [columns], num_bands=2)
     by_second = diagnose_text_pipeline(wan_pipe(wan(1)), [columns], num_bands=2).band_losses[0]
     assert diagnosis.edges == [0, 500, 1000]

@@ -23,6 +23,7 @@ from ..saving.finite import expect_finite_pipeline
 from ..saving.reading import read_json
 from ..saving.weight_files import check_saved_folder
 from ..training.conditions import LATENT_COLUMNS
+from ..training.data.clean_samples import clean_samples
 from ..training.data.encoded_rows import collate
 from ..training.data.encoded_text import Encoded, batches_of_one_bucket, check_shapes
 from ..training.data.encoding_record import check_encoding
@@ -54,7 +55,7 @@ def diagnose_text_pipeline(
         pipeline ([`DiffusionPipeline`]): Of a family that can be trained, on the device to compute on; its text encoders and VAE
             are not needed. Its experts are its two denoisers (Wan 2.2), those of a [`DenoiserExperts`], or LoRAs.
         batches (of `Mapping[str, torch.Tensor]`): The samples, as many at once as are denoised at once, as batches of a training:
-            `mean` (n, M, C, [F,] h, w), and the columns of the prompts (n, …).
+            `mean` and `std` (n, M, C, [F,] h, w), and the columns of the prompts (n, …).
         experts ([`LoraExperts`], *optional*): LoRAs to attach for the diagnosis. The denoiser is measured without them, too.
         num_bands (`int`): The number of bands of timesteps.
         num_inference_steps (`int`): The length of the sampling whose steps are counted, for the most frequent shape.
@@ -71,8 +72,8 @@ def diagnose_text_pipeline(
         raise ValueError(
             "Expected no LoRA experts for a pipeline of two denoisers, but got some; diagnose either of them alone."
         )
-    device = pipeline.device
-    inputs = [_latents_and_conditions(batch, device) for batch in batches]
+    generator = torch.Generator().manual_seed(SEED + 1)  # not that of the noise
+    inputs = [_samples_and_conditions(batch, generator, pipeline.device) for batch in batches]
 
     def predict(denoiser: Any, x_t: torch.Tensor, time: torch.Tensor, **conditions: torch.Tensor) -> torch.Tensor:
         own = {name: each.to(x_t.dtype) if each.is_floating_point() else each for name, each in conditions.items()}
@@ -103,10 +104,15 @@ def _denoiser(pipeline: Any, text: TextPipeline) -> tuple[Any, NoiseIntervals | 
     return found, NoiseIntervals.from_sigmas([pipeline.config["boundary_ratio"]])
 
 
-def _latents_and_conditions(batch: Columns, device: torch.device) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The clean samples (n, C, …), and the other columns."""
+def _samples_and_conditions(
+    batch: Columns, generator: torch.Generator, device: torch.device
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Clean samples (n, C, …), taken from the latents' distribution as in training, and the other columns."""
     columns = {name: column.to(device) for name, column in batch.items()}
-    return columns["mean"][:, 0], {name: column for name, column in columns.items() if name not in LATENT_COLUMNS}
+    noise = torch.randn(batch["mean"][:, 0].shape, generator=generator).to(device)
+    no_flips = torch.zeros(len(noise), dtype=torch.bool, device=device)
+    x0 = clean_samples(columns, no_flips, noise)
+    return x0, {name: column for name, column in columns.items() if name not in LATENT_COLUMNS}
 
 
 def _schedule(scheduler: Any, patch_size: int, inputs: Sequence[tuple[torch.Tensor, Any]]) -> dict[str, float]:
