@@ -16,6 +16,11 @@ from diffusers_dmp import LoraExperts, NoiseIntervals
 from diffusers_dmp.evaluation.sample import SamplingArguments, sample_images
 
 PROMPTS = ["a red cat", "a blue dog on the moon", "three"]
+TEXT_PARTS = {
+    "sd3": ("context_embedder", "text_embedder"),
+    "sd15": ("attn2", "proj_out", "conv_out"),
+    "wan": ("text_embedder", "attn2", "proj_out"),
+}
 SIZES = {"sd3": (8, 16), "sd15": (8, 16), "wan": (16, 16)}
 
 
@@ -24,9 +29,19 @@ def folder(tmp_path_factory) -> Path:
     """Pipelines of text with their encoders, and a file of prompts."""
     folder = tmp_path_factory.mktemp("text")
     for name in SIZES:
-        with_text(name, RECIPES[name].pipe(RECIPES[name].denoiser())).save_pretrained(folder / name)
+        with_text(name, RECIPES[name].pipe(attentive(name))).save_pretrained(folder / name)
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     return folder
+
+
+def attentive(name: str) -> torch.nn.Module:
+    """A denoiser to which the prompt matters more than it does with small random weights."""
+    denoiser = RECIPES[name].denoiser()
+    with torch.no_grad():
+        for parameter_name, parameter in denoiser.named_parameters():
+            if any(part in parameter_name for part in TEXT_PARTS[name]):
+                parameter.mul_(20)
+    return denoiser
 
 
 def arguments(folder: Path, output: Path, name: str = "sd3", **others) -> SamplingArguments:
@@ -64,6 +79,8 @@ def test_prompt_seed_and_index_decide_each_image(name, folder, tmp_path):
     for index in (1, 3):
         expected = by_hand(pipeline, index, height=height, width=width, **frames)
         assert abs(images[index] - expected).max() <= 1
+        other = by_hand(pipeline, index, ["something else"], height=height, width=width, **frames)
+        assert abs(images[index] - other).max() > 1
     assert not np.array_equal(images[0], images[3])  # of the same prompt
 
 
