@@ -27,7 +27,7 @@ MEANINGS = {
     "split of the data set": ("dataset_split", "split|train_split"),
     "column of images": ("image_column", "image_key|images_column|image_field"),
     "column of labels": ("label_column", "class_column|label_key|labels_column"),
-    "size of images": ("image_size", "resolution|size|width|pixels"),
+    "size of images": ("image_size", "resolution|size|pixels"),
     "images at once": ("batch_size", "train_batch_size|per_device_batch_size|bs"),
     "seed": ("seed", "random_seed|manual_seed"),
     "precision of a computation": ("dtype", "precision|torch_dtype|data_type"),

@@ -81,12 +81,62 @@ def diagnose_denoiser(
     Raises:
         ValueError: if the experts' intervals are not known, or the inputs have the time.
     """
+    return diagnose_batches(denoiser, [(latents, inputs)], scheduler, num_inference_steps, options, **schedule)
+
+
+@torch.no_grad()
+def diagnose_batches(
+    denoiser: nn.Module | Sequence[nn.Module],
+    batches: Sequence[tuple[torch.Tensor, Mapping[str, Any]]],
+    scheduler: SchedulerMixin,
+    num_inference_steps: int = 50,
+    options: DiagnosisOptions = DiagnosisOptions(),
+    **schedule: Any,
+) -> Diagnosis:
+    """
+    Measure the loss of every expert of any denoiser at all noise levels, on samples of several shapes.
+
+    Args:
+        denoiser (`nn.Module` or a list of them): As in [`diagnose_denoiser`].
+        batches (of a `torch.Tensor` of shape (n, …) and a `Mapping`): For each shape, the latents and inputs of its samples.
+        scheduler, num_inference_steps, options, schedule: As in [`diagnose_denoiser`].
+
+    Returns:
+        [`Diagnosis`]: Of all samples together.
+
+    Raises:
+        ValueError: as [`diagnose_denoiser`].
+    """
     intervals, experts = _experts(denoiser, options.intervals)
-    samples = _Samples(latents, inputs, scheduler, options)
+    samples = _Samples(batches, scheduler, options)
     for expert in experts:
         samples.check(expert.denoiser)
     steps = steps_per_expert(intervals, scheduler, num_inference_steps, **schedule)
     return diagnosis_of([partial(samples.loss, expert) for expert in experts], intervals, steps, options.num_bands)
+
+
+@torch.no_grad()
+def losses_between(
+    denoiser: nn.Module,
+    batches: Sequence[tuple[torch.Tensor, Mapping[str, Any]]],
+    scheduler: SchedulerMixin,
+    edges: Sequence[float],
+    options: DiagnosisOptions = DiagnosisOptions(),
+) -> list[float]:
+    """
+    Measure the loss of one denoiser, with the noise and the timesteps that [`diagnose_batches`] measures its experts with.
+
+    Args:
+        denoiser (`nn.Module`): Without experts.
+        batches, scheduler, options: As in [`diagnose_batches`].
+        edges (of `float`): Timesteps in ascending order.
+
+    Returns:
+        `list[float]`: The loss between each two of them.
+    """
+    samples, expert = _Samples(batches, scheduler, options), _Expert(denoiser)
+    samples.check(denoiser)
+    return [samples.loss(expert, low, high) for low, high in zip(edges, edges[1:])]
 
 
 class _Expert:
@@ -131,24 +181,32 @@ def _experts(denoiser: Any, intervals: NoiseIntervals | None) -> tuple[NoiseInte
 
 
 class _Samples:
-    """Clean samples with their noise and the denoiser's other inputs."""
+    """Clean samples of one or several shapes with their noise and the denoiser's other inputs."""
 
     def __init__(
-        self, latents: torch.Tensor, inputs: Mapping[str, Any], scheduler: SchedulerMixin, options: DiagnosisOptions
+        self,
+        batches: Sequence[tuple[torch.Tensor, Mapping[str, Any]]],
+        scheduler: SchedulerMixin,
+        options: DiagnosisOptions,
     ):
-        self.x0 = latents.float()
-        self.noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(SEED)).to(latents.device)
-        self.inputs = dict(inputs)
+        generator = torch.Generator().manual_seed(SEED)
+        self.groups = [
+            _Group(latents.float(), torch.randn(latents.shape, generator=generator).to(latents.device), dict(inputs))
+            for latents, inputs in batches
+        ]
+        self.counts = [len(group.x0) for group in self.groups]
         self.scheduler = scheduler
         self.batch_size = options.batch_size
         self.prediction_type = options.prediction_type or expected_prediction_type(scheduler)
         self.predict = options.predict or _predict
+        self.has_own_names = options.predict is not None
 
     def check(self, denoiser: Any) -> None:
         """Check that the inputs are those of a denoiser."""
         names = argument_names_of(type(denoiser))
         own = {names[0], time_argument_of(denoiser).name}
-        unknown = [name for name in self.inputs if name in own or name not in names]
+        given = () if self.has_own_names else self.groups[0].inputs
+        unknown = [name for name in given if name in own or name not in names]
         if unknown:
             raise ValueError(
                 f"Expected `inputs` to hold the other arguments of {type(denoiser).__name__}'s `forward`, "
@@ -156,25 +214,49 @@ class _Samples:
             )
 
     def loss(self, expert: _Expert, low: float, high: float) -> float:
-        """The mean loss of an expert at timesteps that cover [low, high) evenly."""
-        x0, noise, scheduler = self.x0, self.noise, self.scheduler
-        count = len(x0)
-        timesteps = timesteps_between(low, high, count, is_flow_matching(scheduler)).to(x0.device)
-        shape = (-1, *[1] * (x0.ndim - 1))
-        alpha, sigma = (level.view(shape) for level in levels_at(scheduler, timesteps))
-        x_t = noisy_sample(x0, noise, alpha, sigma)
-        times = time_argument_of(expert.denoiser).told(timesteps, scheduler.config["num_train_timesteps"])
-        dtype = getattr(expert.denoiser, "dtype", x0.dtype)
-        total = 0.0
+        """The mean loss of an expert at timesteps that cover [low, high) evenly, in each shape and in all together."""
+        timesteps = timesteps_between(low, high, sum(self.counts), is_flow_matching(self.scheduler))
+        places = torch.cat([(torch.arange(count) + 0.5) / count for count in self.counts])
+        ranks = places.argsort(stable=True).argsort()
         with expert.everywhere():
-            for rows in torch.arange(count).split(self.batch_size):
-                inputs = take_samples(self.inputs, rows.tolist(), count)
-                output = self.predict(expert.denoiser, x_t[rows].to(dtype), times[rows], **inputs).float()
-                output = output[:, : x0.shape[1]]  # a learned variance follows in further channels
-                levels = alpha[rows], sigma[rows]
-                errors = prediction_error(output, x_t[rows], x0[rows], noise[rows], levels, self.prediction_type)
-                total += float(errors.sum())
-        return total / count
+            sums = [
+                self._sum_of_losses(expert.denoiser, group, own)
+                for group, own in zip(self.groups, timesteps[ranks].split(self.counts))
+            ]
+        return sum(sums) / sum(self.counts)
+
+    def _sum_of_losses(self, denoiser: Any, group: "_Group", timesteps: torch.Tensor) -> float:
+        x0, noise, count = group.x0, group.noise, len(group.x0)
+        timesteps = timesteps.to(x0.device)
+        shape = (-1, *[1] * (x0.ndim - 1))
+        alpha, sigma = (level.view(shape) for level in levels_at(self.scheduler, timesteps))
+        x_t = noisy_sample(x0, noise, alpha, sigma)
+        times = time_argument_of(denoiser).told(timesteps, self.scheduler.config["num_train_timesteps"])
+        dtype = getattr(denoiser, "dtype", x0.dtype)
+        total = 0.0
+        for rows in torch.arange(count).split(self.batch_size):
+            inputs = take_samples(group.inputs, rows.tolist(), count)
+            output = self.predict(denoiser, x_t[rows].to(dtype), times[rows], **inputs).float()
+            output = output[:, : x0.shape[1]]  # a learned variance follows in further channels
+            levels = alpha[rows], sigma[rows]
+            errors = prediction_error(output, x_t[rows], x0[rows], noise[rows], levels, self.prediction_type)
+            total += float(errors.sum())
+        return total
+
+
+@dataclass(frozen=True)
+class _Group:
+    """
+    Samples of one shape.
+
+    Args:
+        x0, noise (`torch.Tensor` of shape (n, …)): Clean samples and ε.
+        inputs (`dict`): The denoiser's other inputs for them.
+    """
+
+    x0: torch.Tensor
+    noise: torch.Tensor
+    inputs: dict[str, Any]
 
 
 def _predict(denoiser: nn.Module, x_t: torch.Tensor, time: torch.Tensor, **inputs: Any) -> torch.Tensor:

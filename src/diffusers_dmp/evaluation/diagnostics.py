@@ -48,6 +48,8 @@ class Diagnosis:
             denoises there.
         sampling_steps (`list[int]` of length E): The number of denoising steps of each expert.
         training_samples (`list[int]` of length E, *optional*): The number of samples that each expert was trained on.
+        base_losses (`list[float]` of length E, *optional*): The loss in each interval of the denoiser without its LoRAs.
+        base_band_losses (`list[float]` of length K, *optional*): The same in each band.
     """
 
     edges: list[float]
@@ -56,6 +58,8 @@ class Diagnosis:
     swap_losses: list[list[float]]
     sampling_steps: list[int]
     training_samples: list[int] | None
+    base_losses: list[float] | None = None
+    base_band_losses: list[float] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields by name, for JSON."""
@@ -99,7 +103,7 @@ def diagnose(
     scheduler = pipeline.scheduler
     losses = [partial(_noise_loss, *expert, scheduler, samples) for expert in experts]
     steps = steps_per_expert(intervals, scheduler, num_inference_steps)
-    return diagnosis_of(losses, intervals, steps, num_bands, _training_samples(training_summary or {}))
+    return diagnosis_of(losses, intervals, steps, num_bands, training_samples_in(training_summary or {}))
 
 
 def diagnosis_of(
@@ -261,7 +265,7 @@ def _noise_loss(
     return total / num_samples
 
 
-def _training_samples(summary: dict[str, Any]) -> list[int] | None:
+def training_samples_in(summary: dict[str, Any]) -> list[int] | None:
     """Read from a summary how many samples each expert was trained on, in one training or in one training per expert."""
     if "experts" in summary:
         return [sum(each["samples_per_expert"]) for each in summary["experts"]]

@@ -2,6 +2,8 @@
 
 python -m diffusers_dmp.evaluation.evaluate --generated outputs/demo/samples/samples.npz --reference outputs/demo/digits \\
   --extractor digits --output outputs/demo/evaluation.json
+
+and the CLIP score of images that were sampled from prompts: `--clip openai/clip-vit-base-patch32`.
 """
 
 import hashlib
@@ -18,12 +20,14 @@ import torch
 from ..saving.sources import check_source
 from ..training.arguments import option
 from ..training.parsing import run_entry_point
+from .clip_score import ClipScorer, clip_score
 from .features import DIGITS, INCEPTION, FeatureExtractor, Features, extract_features
 from .fingerprint import make_fingerprint, read_settings
 from .images import DatasetImages, open_images
 from .metrics import GaussianStatistics, frechet_distance, inception_score, kernel_distance, precision_and_recall
 from .npz import NpzImages, read_arrays
-from .sample import SETTINGS_NAME
+from .prompts import PROMPT, prompts_sha256, read_prompts
+from .sample import PROMPTS_NAME, SETTINGS_NAME
 
 MAX_REFERENCE = 10_000  # real images for precision and recall, as many as ADM's reference batches have
 
@@ -46,46 +50,85 @@ class EvaluationArguments:
     background: str = option("white", "Colour behind transparent pixels: a name or #rrggbb.")
     skip_unreadable: bool = option(False, "Leave out the images that cannot be read, and list them.")
     extractor: str = option("", "inception (or its file), digits, or a vision model's folder or Hub id.")
+    clip: str | None = option(None, "Folder or Hub id of a CLIP of transformers, for the CLIP score.")
+    prompts: str | None = option(
+        None, f"File with the prompts of the generated images; by default the {PROMPTS_NAME} beside them."
+    )
+    prompt_column: str = option(PROMPT, "Column of prompts, if the file has columns.")
     output: str = option("evaluation.json", "JSON file for the metrics, each with its fingerprint.")
     batch_size: int = option(100, "Images per batch.")
 
     def __post_init__(self):
-        for name in ("generated", "reference", "extractor"):
+        for name in ("generated", *(("reference", "extractor") if self.compares else ())):
             if not getattr(self, name):
                 raise ValueError(f"Expected `{name}` to be given, but got nothing.")
+        for name in ("generated", "reference", "extractor"):
             if getattr(self, name) not in (INCEPTION, DIGITS):
                 check_source(name, getattr(self, name), "file or folder")
+        check_source("clip", self.clip)
+        if self.clip and self.skip_unreadable:
+            raise ValueError(
+                "Expected no `skip_unreadable` with `clip`, as images after one left out would get others' prompts."
+            )
         if self.batch_size < 1:
             raise ValueError(f"Expected `batch_size` to be at least 1, but got {self.batch_size}.")
+
+    @property
+    def compares(self) -> bool:
+        """Whether the images are compared with real ones; otherwise the CLIP score alone is asked for."""
+        return bool(self.reference or self.extractor or not self.clip)
 
 
 def evaluate(args: EvaluationArguments) -> list[dict[str, Any]]:
     """
-    Compute all metrics that the extractor allows, and write them to `args.output`.
+    Compute all metrics that the extractor allows, and the CLIP score, and write them to `args.output`.
 
     Args:
         args ([`EvaluationArguments`]): What to compare, and with which extractor.
 
     Returns:
         One dictionary per metric with `metric`, `value`, `dataset` and `settings` (the fingerprint), as model cards store them:
-        FID, KID, precision and recall; sFID and Inception Score if the extractor has spatial features and logits.
+        FID, KID, precision and recall; sFID and Inception Score if the extractor has spatial features and logits; CLIP score
+        with a CLIP.
 
     Raises:
-        ValueError: if generated and real images differ in size, or if there are fewer images than features.
+        ValueError: if generated and real images differ in size, or if there are fewer images than features; if there are no
+            prompts for a CLIP, or not those that the images were sampled from.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sampling = read_settings(Path(args.generated).parent, SETTINGS_NAME)
+    generated = open_images(
+        args.generated,
+        image_column=args.generated_image_column,
+        background=args.background,
+        skip_unreadable=args.skip_unreadable,
+    )
+    prompts = _prompts(args, len(generated), sampling) if args.clip else []
+    results = _compare(args, generated, sampling, device) if args.compares else []
+    results += _score_prompts(args, generated, prompts, sampling, device) if args.clip else []
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return results
+
+
+def print_metrics(args: EvaluationArguments) -> None:
+    """Evaluate, and print each metric in a line."""
+    for result in evaluate(args):
+        print(f"{result['metric']}: {result['value']}")
+
+
+def _compare(
+    args: EvaluationArguments, generated: NpzImages | DatasetImages, sampling: dict[str, Any], device: torch.device
+) -> list[dict[str, Any]]:
+    """Compare generated images with real ones."""
     extractor = FeatureExtractor(args.extractor).to(device)
-    reading: dict[str, Any] = {"background": args.background, "skip_unreadable": args.skip_unreadable}
-    generated, reference = (
-        open_images(args.generated, image_column=args.generated_image_column, **reading),
-        open_images(args.reference, args.reference_split, args.image_column, **reading),
+    reference = open_images(
+        args.reference, args.reference_split, args.image_column, args.background, args.skip_unreadable
     )
     statistics = _stored_statistics(args.reference) if extractor.is_inception else {}
     size = _check_images(extractor, generated, reference, bool(statistics), device)
     found, _ = _features_and_hash(extractor, generated, args.batch_size, device)
     real, real_sha256 = _features_and_hash(extractor, reference, args.batch_size, device)
-    metrics = _compute_metrics(found, real, statistics)
     fingerprint = make_fingerprint(
         extractor.fingerprint,
         {
@@ -97,20 +140,45 @@ def evaluate(args: EvaluationArguments) -> list[dict[str, Any]]:
         {"num_samples": len(found.pooled), "image_size": size},
         sampling,
     )
-    dataset = Path(args.reference).name
-    results = [
-        {"metric": name, "value": round(value, 6), "dataset": dataset, "settings": fingerprint}
-        for name, value in metrics.items()
-    ]
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    return results
+    metrics = _compute_metrics(found, real, statistics)
+    return [_result(name, value, args.reference, fingerprint) for name, value in metrics.items()]
 
 
-def print_metrics(args: EvaluationArguments) -> None:
-    """Evaluate, and print each metric in a line."""
-    for result in evaluate(args):
-        print(f"{result['metric']}: {result['value']}")
+def _score_prompts(
+    args: EvaluationArguments,
+    generated: NpzImages | DatasetImages,
+    prompts: list[str],
+    sampling: dict[str, Any],
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """Compare generated images with their prompts."""
+    scorer = ClipScorer(str(args.clip)).to(device)
+    (first,) = next(generated.batches(1))
+    value = clip_score(scorer, generated.batches(args.batch_size), prompts)
+    fingerprint = make_fingerprint(
+        scorer.fingerprint,
+        {"num_prompts": len(prompts), "prompts_sha256": prompts_sha256(prompts)},
+        {"num_samples": len(generated), "image_size": list(first.shape[:2])},
+        sampling,
+    )
+    return [_result("CLIP score", value, args.prompts or sampling.get("prompts") or PROMPTS_NAME, fingerprint)]
+
+
+def _result(metric: str, value: float, source: str, fingerprint: dict[str, Any]) -> dict[str, Any]:
+    return {"metric": metric, "value": round(value, 6), "dataset": Path(source).name, "settings": fingerprint}
+
+
+def _prompts(args: EvaluationArguments, num_images: int, sampling: dict[str, Any]) -> list[str]:
+    """The prompts of the generated images, given or beside them; they have to be those that they were sampled from."""
+    beside = Path(args.generated).parent / PROMPTS_NAME
+    if args.prompts is None and not beside.is_file():
+        raise ValueError(f"Expected `prompts` for a CLIP score, as there is no {str(beside)!r}, but got nothing.")
+    prompts = read_prompts(args.prompts or beside, args.prompt_column)[:num_images]
+    if sampling.get("prompts_sha256") not in (None, prompts_sha256(prompts)):
+        raise ValueError(
+            f"Expected `prompts` to be those that the images were sampled from, as in {str(beside)!r}, but got others."
+        )
+    return prompts
 
 
 def _compute_metrics(

@@ -14,6 +14,8 @@ from ..saving.version import __version__
 # Metrics may be compared only if these entries are equal.
 DECISIVE = (
     "extractor_sha256",
+    "clip_sha256",
+    "prompts_sha256",
     "reference_sha256",
     "num_reference",
     "stored_statistics_sha256",
@@ -25,6 +27,7 @@ DECISIVE = (
     "vae_sha256",
     "guidance_scale",
     "guidance_channels",
+    "pipeline_arguments",
     "dtype",
     "tf32",
 )
@@ -37,8 +40,8 @@ def make_fingerprint(
     Make the fingerprint, one dictionary that JSON can store.
 
     Args:
-        extractor (`dict`): Name and hash of the feature extractor.
-        reference (`dict`): Name, hash and number of the real images.
+        extractor (`dict`): Name and hash of the feature extractor, or of the CLIP.
+        reference (`dict`): Name, hash and number of the real images, or of the prompts.
         images (`dict`): Number and size of the generated images.
         sampling (`dict`): The content of `sampling.json` beside the images; empty if there is no such file.
 

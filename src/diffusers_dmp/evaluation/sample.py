@@ -1,4 +1,4 @@
-"""Sample many images with a pipeline, for evaluation:
+"""Sample many images with a pipeline of classes, of text, or without conditions, for evaluation:
 
 accelerate launch -m diffusers_dmp.evaluation.sample --pipeline outputs/demo/pipeline --num_images 50000 --output_dir outputs/demo/samples
 """
@@ -15,18 +15,25 @@ import datasets
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm
 
-from ..models.inputs import has_classes
 from ..models.vision import network_sha256
+from ..plugins.lora_experts import LoraExperts
+from ..saving.finite import expect_finite_files
+from ..saving.sources import check_source
+from ..saving.whole import written_whole
 from ..training.arguments import option
+from ..training.data.folders import LABEL
 from ..training.data.seeded_sampling import SeededSamplingArguments, load_sampling_pipeline, sample_seeded
 from ..training.data.shards import make_shard_accelerator, remember_settings, write_shards
 from ..training.parsing import renamed, run_entry_point
 from .images import DatasetImages
 from .npz import write_npz
+from .prompts import PROMPT, prompts_sha256, read_prompts
+from .requests import Requests, make_requests
 
-NPZ_NAME, SETTINGS_NAME = "samples.npz", "sampling.json"
+NPZ_NAME, SETTINGS_NAME, PROMPTS_NAME = "samples.npz", "sampling.json", "prompts.json"
 SHARDS, PNG_FOLDER = "shards", "png"
 
 
@@ -40,18 +47,52 @@ class SamplingArguments(SeededSamplingArguments):
     num_inference_steps: int = option(250, "Denoising steps.")
     guidance_scale: float | None = option(None, "Scale of classifier-free guidance; by default the pipeline's own.")
     guidance_channels: int | None = option(None, "How many channels are guided; all by default.")
+    prompts: str | None = option(
+        None,
+        "For a pipeline of text: a .txt file with one prompt in each line, or a .jsonl, .json, .csv or .parquet file.",
+    )
+    prompt_column: str = option(PROMPT, "Column of prompts, if the file has columns.")
+    height: int | None = option(None, "Height of the images in pixels; by default the pipeline's own.")
+    width: int | None = option(None, "Width of the images in pixels; by default the pipeline's own.")
+    pipeline_arguments: str | None = option(
+        None,
+        'Further arguments of the pipeline\'s call, as JSON; for example {"true_cfg_scale": 4, "negative_prompt": " "}.',
+    )
+    lora_experts: str | None = option(None, "Folder or Hub id of LoRA experts to attach to the pipeline.")
     tf32: bool = option(False, "Allow TF32 in float32 products, on a GPU that has it.")
     png: bool = option(False, f"Write {PNG_FOLDER}/<index>.png as well.")
 
     number_field: ClassVar[str] = "num_images"
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("height", "width"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"Expected `{name}` to be at least 1, but got {getattr(self, name)}.")
+        self.further_arguments()
+        check_source("lora_experts", self.lora_experts)
+
+    def further_arguments(self) -> dict[str, Any]:
+        """Return `pipeline_arguments` as a dictionary."""
+        try:
+            found = json.loads(self.pipeline_arguments or "{}")
+        except json.JSONDecodeError:
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError(
+                f'Expected `pipeline_arguments` to be a JSON object such as {{"true_cfg_scale": 4}}, but got '
+                f"{self.pipeline_arguments!r}."
+            )
+        return found
 
 
 def sample_images(args: SamplingArguments) -> Path | None:
     """
     Write `samples.npz` in ADM's format: `arr_0` uint8 (N, H, W, 3), and if the pipeline has classes, `arr_1` with the labels.
 
-    Image i has the class i modulo the number of classes, and its random numbers depend on the seed and on i alone. The images of
-    an interrupted run are reused: the next run continues.
+    Image i has the class i modulo the number of classes, or the prompt i modulo the number of prompts, and its random numbers
+    depend on the seed and on i alone. The images of an interrupted run are reused: the next run continues. Of a pipeline of
+    videos, the first frame is the image. The prompts are written to `prompts.json`.
 
     Args:
         args ([`SamplingArguments`]): What to sample.
@@ -60,61 +101,81 @@ def sample_images(args: SamplingArguments) -> Path | None:
         The path of the file on the main process, None on the others.
 
     Raises:
-        ValueError: if `output_dir` contains images that were sampled with other settings.
+        ValueError: if `output_dir` contains images that were sampled with other settings, or the pipeline's call and the
+            arguments do not fit.
     """
+    prompts = None if args.prompts is None else read_prompts(args.prompts, args.prompt_column)[: args.num_images]
     accelerator = make_shard_accelerator()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     folder = Path(args.output_dir)
     with accelerator.main_process_first():
         source = args.pipeline if os.path.isdir(args.pipeline) else DiffusionPipeline.download(args.pipeline)
+        experts = _experts_folder(args)
     pipeline = load_sampling_pipeline(str(source), args, accelerator.device)
+    requests = _make_requests(pipeline, args, prompts)
+    if experts is not None:
+        LoraExperts.from_pretrained(experts).attach(pipeline)
     with accelerator.main_process_first():
-        remember_settings(folder / SETTINGS_NAME, sampling_settings(args, pipeline, Path(source)), "images")
+        settings = sampling_settings(args, pipeline, Path(source))
+        if prompts is not None:
+            settings |= {"num_prompts": len(prompts), "prompts_sha256": prompts_sha256(prompts)}
+        if experts is not None:
+            settings["lora_experts_sha256"] = _folder_sha256(experts)
+        remember_settings(folder / SETTINGS_NAME, settings, "images")
         (folder / SHARDS).mkdir(exist_ok=True)
-    num_classes = getattr(pipeline, "num_classes", None)
-    num_classes = num_classes if has_classes(num_classes) else None
+        if prompts is not None and not (folder / PROMPTS_NAME).exists():
+            with written_whole(folder / PROMPTS_NAME) as unfinished:
+                unfinished.write_text(json.dumps(prompts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def make_shard(rows: range, progress: tqdm) -> datasets.Dataset:
-        return _sample_shard(pipeline, args, rows, num_classes, progress)
+        return _sample_shard(pipeline, args, rows, requests, progress)
 
     write_shards(accelerator, folder / SHARDS, args.num_images, args.shard_size, make_shard, "Sampling")
     accelerator.wait_for_everyone()
-    path = _join_shards(folder, args, num_classes) if accelerator.is_main_process else None
+    path = _join_shards(folder, args, requests) if accelerator.is_main_process else None
     accelerator.end_training()
     return path
 
 
-def _labels(indices: range, num_classes: int) -> list[int]:
-    """Return the classes of images: each class in turn."""
-    return [index % num_classes for index in indices]
+def _experts_folder(args: SamplingArguments) -> Path | None:
+    """The local folder of the LoRA experts, whose weights are checked; None without any."""
+    if args.lora_experts is None:
+        return None
+    folder = Path(args.lora_experts)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(args.lora_experts, allow_patterns=["*.json", "*.safetensors"]))
+    expect_finite_files(folder)
+    return folder
+
+
+def _make_requests(pipeline: DiffusionPipeline, args: SamplingArguments, prompts: list[str] | None) -> Requests:
+    names = ("guidance_scale", "guidance_channels", "height", "width")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given |= args.further_arguments()
+    return make_requests(pipeline, prompts, given, num_inference_steps=args.num_inference_steps)
 
 
 def _sample_shard(
-    pipeline: DiffusionPipeline, args: SamplingArguments, rows: range, num_classes: int | None, progress: tqdm
+    pipeline: DiffusionPipeline, args: SamplingArguments, rows: range, requests: Requests, progress: tqdm
 ) -> datasets.Dataset:
     """Sample the images with the indices `rows`, batch by batch."""
-    arguments: dict[str, Any] = {"num_inference_steps": args.num_inference_steps}
-    for name in ("guidance_scale", "guidance_channels"):
-        if getattr(args, name) is not None:
-            arguments[name] = getattr(args, name)
     columns: dict[str, list] = {"image": []}
     features = {"image": datasets.Image()}
     for start in range(0, len(rows), args.batch_size):
         indices = rows[start : start + args.batch_size]
-        if num_classes is None:
-            arguments["batch_size"] = len(indices)
-        else:
-            arguments["class_labels"] = _labels(indices, num_classes)
-        columns["image"] += sample_seeded(pipeline, args.seed, indices, **arguments)
+        columns["image"] += sample_seeded(pipeline, args.seed, indices, **requests(indices))
         progress.update(len(indices))
-    if num_classes is not None:
-        columns["label"], features["label"] = _labels(rows, num_classes), datasets.Value("int64")
+    own = {PROMPT: ("string", requests.prompts_of(rows)), LABEL: ("int64", requests.labels_of(rows))}
+    for name, (kind, values) in own.items():
+        if values is not None:
+            columns[name], features[name] = values, datasets.Value(kind)
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
-def _join_shards(folder: Path, args: SamplingArguments, num_classes: int | None) -> Path:
+def _join_shards(folder: Path, args: SamplingArguments, requests: Requests) -> Path:
     """Write one `.npz` file from all shards, with one batch in memory at a time."""
-    labels = None if num_classes is None else np.array(_labels(range(args.num_images), num_classes))
+    classes = requests.labels_of(range(args.num_images))
+    labels = None if classes is None else np.array(classes)
     images = DatasetImages(str(folder / SHARDS))
     first = next(images.batches(1))
     path = folder / NPZ_NAME
@@ -138,8 +199,10 @@ def sampling_settings(args: SamplingArguments, pipeline: DiffusionPipeline, fold
     Returns:
         A dictionary that JSON can store. The batch size is not part of it: it changes images by rounding only.
     """
-    free = ("output_dir", "batch_size", "png")
+    free = ("output_dir", "batch_size", "png", "prompt_column")
     settings = {name: value for name, value in vars(args).items() if name not in free}
+    settings["prompts"] = None if args.prompts is None else Path(args.prompts).name
+    settings["pipeline_arguments"] = args.further_arguments() or None
     settings["num_samples"] = settings.pop("num_images")  # its name in older folders and in fingerprints
     scheduler, vae = pipeline.scheduler, getattr(pipeline, "vae", None)
     config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}

@@ -21,13 +21,19 @@ def diagnosis_figure(diagnosis: "Diagnosis") -> Figure:
 
     Left: the loss of each expert in each band of timesteps, divided by the loss of the best expert there. Middle: the loss in
     each expert's interval if another expert takes its place, divided by the owner's loss. Right: each expert's share of the
-    sampling steps and of the training samples.
+    sampling steps and of the training samples. If the experts are LoRAs, the last row on the left and the last column in the
+    middle are those of the denoiser without them.
 
     Args:
         diagnosis ([`Diagnosis`]): As [`diagnose`] returns it.
     """
     bands, swaps = torch.tensor(diagnosis.band_losses), torch.tensor(diagnosis.swap_losses)  # (E, K), (E, E)
     num_experts = len(swaps)
+    names = [str(expert) for expert in range(num_experts)]
+    if diagnosis.base_losses is not None:
+        bands = torch.cat([bands, torch.tensor([diagnosis.base_band_losses])])  # (E + 1, K)
+        swaps = torch.cat([swaps, torch.tensor([diagnosis.base_losses]).T], dim=1)  # (E, E + 1)
+        names.append("none")
     figure = Figure(figsize=(13, 3 + 0.5 * num_experts), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.6, 1, 0.8))
     by_band = bands / bands.min(0).values
@@ -35,7 +41,9 @@ def diagnosis_figure(diagnosis: "Diagnosis") -> Figure:
     left.set_xticks(range(by_band.shape[1]), [f"{low:g}" for low in diagnosis.bands[:-1]])
     left.set_xlabel("first timestep of the band")
     left.set_ylabel("expert")
+    left.set_yticks(range(len(names)), names)
     _show_ratios(middle, swaps / swaps.diagonal()[:, None], "loss divided by the owner's")
+    middle.set_xticks(range(len(names)), names)
     middle.set_xlabel("expert that denoises")
     middle.set_ylabel("interval of expert")
     shares = {"sampling steps": diagnosis.sampling_steps, "training samples": diagnosis.training_samples}

@@ -101,6 +101,17 @@ def read_yaml(path: "str | os.PathLike") -> dict[str, Any]:
     return _mapping({} if content is None else content, path, "a YAML mapping")
 
 
+def read_text(path: "str | os.PathLike") -> str:
+    """
+    Read a text file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is not text in UTF-8, or empty.
+    """
+    return _parsed(path, "text", str)
+
+
 def _parsed(path: "str | os.PathLike", kind: str, parse: Callable[[str], Any]) -> Any:
     """The content of a text file, with or without a byte order mark."""
     beginning_of(path, kind)

@@ -3,7 +3,8 @@
 That holds on one kind of device, and up to rounding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -100,15 +101,44 @@ def sample_seeded(
     pipeline: DiffusionPipeline, seed: int, indices: Sequence[int], **arguments: Any
 ) -> list[PIL.Image.Image]:
     """
-    Generate one image for each index.
+    Generate one image for each index; of a pipeline of videos, the first frame of each.
 
     Args:
         pipeline: A pipeline that accepts a list of generators.
         seed (`int`): Seeds an image's generator, together with the image's index.
         indices (`Sequence[int]`): The indices of the images.
         arguments: Further arguments of the pipeline's call.
+
+    Raises:
+        ValueError: if the pipeline also takes random numbers from PyTorch's global generator, and there are several images.
     """
     states = [np.random.SeedSequence([seed, index]).generate_state(1, np.uint64).item() for index in indices]
     device = pipeline.device  # a property that takes a pipeline a millisecond to compute
     generators = [torch.Generator(device).manual_seed(state) for state in states]
-    return pipeline(**arguments, generator=generators).images
+    with _own_global_numbers(states, device, type(pipeline).__name__):
+        output = pipeline(**arguments, generator=generators)
+    return [frames[0] for frames in output.frames] if hasattr(output, "frames") else output.images
+
+
+@contextmanager
+def _own_global_numbers(states: list[int], device: torch.device, class_name: str) -> Iterator[None]:
+    """
+    Seed PyTorch's global generators for one image, and refuse a pipeline that uses them for several.
+
+    Some schedulers do, such as those of flow matching with `stochastic_sampling`. The state from before comes back.
+    """
+    sources = [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
+    kept = [source.get_rng_state() for source in sources]
+    try:
+        torch.manual_seed(states[0])
+        before = [source.get_rng_state() for source in sources]
+        yield
+        is_used = any(not torch.equal(old, source.get_rng_state()) for old, source in zip(before, sources))
+    finally:
+        for state, source in zip(kept, sources):
+            source.set_rng_state(state)
+    if is_used and len(states) > 1:
+        raise ValueError(
+            f"Expected the random numbers of each image to be its own, but got a {class_name} with a scheduler that takes them from "
+            "PyTorch's global generator, for all images of a batch; `--batch_size 1` samples them one by one."
+        )
