@@ -24,7 +24,7 @@ from diffusers_dmp.training.objectives.from_arguments import make_objective, mak
 from diffusers_dmp.training.objectives.objective import NoisedBatch
 from diffusers_dmp.training.recipe import TrainingRecipe
 from diffusers_dmp.training.run import prepare_run
-from diffusers_dmp.training.validation import validation_loss
+from diffusers_dmp.training.validation import validation_losses
 
 SIZES = ("num_layers", "num_attention_heads", "attention_head_dim", "patch_size")
 TINY_DMP = {name: value for name, value in TINY.items() if name not in SIZES}
@@ -118,9 +118,9 @@ def test_the_validation_loss_is_the_mean_over_all_images(base_run, validation_di
     model = DiTModel.from_pretrained(base_run / "pipeline", subfolder="transformer")
     objective = make_objective(args, model, in_latents=False)
     dataset = load_images(str(validation_digits))
-    data = TrainingData(dataset=dataset, sample_shape=(1, 8, 8))
+    data = TrainingData(dataset=dataset, validation=dataset, sample_shape=(1, 8, 8))
     run = prepare_run(Accelerator(cpu=True), args, model, objective, data, TrainingRecipe())
-    loss = validation_loss(run.parts, args, dataset)
+    loss = validation_losses(run.parts, args, run.data)["validation_loss"]
 
     images = to_tensors(dataset, 8, 1)[:]
     x0, labels = torch.stack(images["images"] * 2), torch.tensor(images["class_labels"] * 2)

@@ -24,7 +24,7 @@ def step(number: int, losses: list[float], timesteps: list[int], **auxiliary: fl
 
 @pytest.fixture
 def check(tmp_path) -> FiniteCheck:
-    return FiniteCheck(Accelerator(cpu=True), DiTTrainingArguments(output_dir=str(tmp_path)))
+    return FiniteCheck(Accelerator(cpu=True), DiTTrainingArguments(output_dir=str(tmp_path)), 1000)
 
 
 def test_the_first_loss_that_is_not_finite_is_named(check):
@@ -55,7 +55,7 @@ def test_the_sum_counts_although_each_loss_is_finite(check):
 def test_what_helps_is_not_what_is_done_or_there_already(tmp_path):
     def message(**arguments) -> str:
         args = DiTTrainingArguments(output_dir=str(tmp_path), **arguments)
-        check = FiniteCheck(Accelerator(cpu=True), args)
+        check = FiniteCheck(Accelerator(cpu=True), args, 1000)
         with pytest.raises(ValueError) as found:
             check.expect_finite_weights([("x", torch.tensor(torch.nan))], 5)
         return str(found.value)

@@ -28,16 +28,16 @@ def train(digits: Path, output_dir: Path, **arguments) -> None:
 def validated_run(digits, tmp_path_factory) -> tuple[Path, str]:
     """Twelve steps that are validated every four, with losses that are lowest in the middle; and what they printed."""
     output_dir = tmp_path_factory.mktemp("validated")
-    measured = training_run.validation_loss
+    measured = training_run.validation_losses
     losses = {8: 0.0}  # instead of the measured one, so that step 8 is the best
 
-    def validation_loss(parts, args, dataset):
-        loss = measured(parts, args, dataset)
+    def validation_losses(parts, args, data):
+        found = measured(parts, args, data)
         step = parts.lr_scheduler.last_epoch
-        return losses.get(step, loss)
+        return found | {"validation_loss": losses.get(step, found["validation_loss"])}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_run, "validation_loss", validation_loss)
+        patch.setattr(training_run, "validation_losses", validation_losses)
         train(digits, output_dir, validation_dataset=str(digits), validation_steps=4, checkpoints_total_limit=1)
     return output_dir
 
@@ -97,7 +97,7 @@ def test_a_best_of_other_images_is_forgotten(tmp_path, caplog):
 def test_a_kill_while_the_best_is_saved_leaves_a_best(digits, tmp_path, monkeypatch, moment):
     """Whether the new one is complete by then or not, although only one is kept."""
     losses = iter([2.0, 1.0, 0.5])  # before, and after steps 4 and 8
-    monkeypatch.setattr(training_run, "validation_loss", lambda *arguments: next(losses))
+    monkeypatch.setattr(training_run, "validation_losses", lambda *arguments: {"validation_loss": next(losses)})
     owner, name = (training_run, moment) if "." not in moment else (training_run.BestCheckpoint, "save")
     save, calls = getattr(owner, name), []
 

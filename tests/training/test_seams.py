@@ -3,14 +3,15 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from tiny_pipelines import RECIPES
 from torch import nn
 
-from diffusers_dmp import DTRTransformer2DModel, PatchedUNet2DModel
+from diffusers_dmp import DTRTransformer2DModel, NoiseIntervals, PatchedUNet2DModel
 from diffusers_dmp.training import loop
 from diffusers_dmp.training.arguments import DiTTrainingArguments, TrainingArguments, model_arguments
-from diffusers_dmp.training.conditions import LabelConditions
-from diffusers_dmp.training.denoiser import Denoiser
+from diffusers_dmp.training.conditions import LabelConditions, TextConditions
+from diffusers_dmp.training.denoiser import Denoiser, TextDenoiser
 from diffusers_dmp.training.loop import TrainingParts, training_steps
 from diffusers_dmp.training.objectives.objective import Objective, ObjectiveOutput
 from diffusers_dmp.training.objectives.timesteps import StepExperts
@@ -106,18 +107,81 @@ def test_labels_as_conditions():
 
 
 def test_a_recipes_experts():
-    from diffusers_dmp import NoiseIntervals
-
     intervals = NoiseIntervals.uniform(4)
-    assert TrainingRecipe().step_experts(0, 0, 2) is None
+    assert TrainingRecipe().step_experts(0, 0, 2, 8) is None
     assert TrainingRecipe().noise_range(1000) == (0, 1000)
     one = TrainingRecipe(expert_intervals=intervals, expert=2)
-    assert one.step_experts(0, 0, 2) == StepExperts(intervals, [2, 2]) and not one.passes_expert
+    experts = one.step_experts(0, 0, 2, 8)
+    assert experts == StepExperts(intervals, [2, 2]) and one.expert_argument(experts, 0) is None
     assert one.noise_range(1000) == (500, 750)
     several = TrainingRecipe(expert_intervals=intervals)
-    owners = [several.step_experts(0, step, 2).owners for step in range(20)]
-    assert several.passes_expert and {owner for both in owners for owner in both} == {0, 1, 2, 3}
-    assert owners == [several.step_experts(0, step, 2).owners for step in range(20)]
+    steps = [several.step_experts(0, step, 2, 8) for step in range(20)]
+    assert {owner for experts in steps for owner in experts.owners} == {0, 1, 2, 3}
+    assert [[several.expert_argument(experts, process) for process in (0, 1)] for experts in steps] == [
+        experts.owners for experts in steps
+    ]
+    assert steps == [several.step_experts(0, step, 2, 8) for step in range(20)]
+    finds_its_expert = TrainingRecipe(expert_intervals=intervals, passes_expert=False)
+    assert (
+        finds_its_expert.step_experts(0, 0, 2, 8) == steps[0] and finds_its_expert.expert_argument(steps[0], 0) is None
+    )
+
+
+def test_batches_of_all_experts():
+    intervals = NoiseIntervals((0, 100, 300, 1000))
+    mixed = TrainingRecipe(expert_intervals=intervals, expert_batches="mixed")
+    owners = [mixed.step_experts(0, step, 2, 8).owners for step in range(3)]
+    assert (
+        owners[0] == [0, 1, 2, 0, 1, 2, 0, 1] and [sum(step.count(e) for step in owners) for e in range(3)] == [8] * 3
+    )
+    objective = Objective(DDPMScheduler())
+    experts = StepExperts(intervals, owners[1])
+    timesteps = objective.sample_timesteps(8, torch.Generator().manual_seed(0), experts)
+    assert intervals.index(timesteps).tolist() == owners[1]
+    by_density = TrainingRecipe(expert_intervals=intervals, expert_batches="density")
+    assert by_density.step_experts(0, 0, 2, 8) is None
+
+
+def test_dropped_prompts_are_the_empty_one():
+    """Also where the empty prompt has another length; a mask of the text, padded with zeros like it, follows."""
+    batch = {
+        "mean": torch.zeros(3, 1, 4, 2, 2),
+        "std": torch.zeros(3, 1, 4, 2, 2),
+        "prompt_embeds": torch.ones(3, 2, 5),
+        "prompt_embeds_mask": torch.ones(3, 2),
+        "pooled": torch.ones(3, 6),
+        "time_ids": torch.ones(3, 6),  # of the image, not of the prompt
+    }
+    empty = {
+        "prompt_embeds": torch.full((1, 4, 5), 7.0),
+        "prompt_embeds_mask": torch.ones(1, 4),
+        "pooled": torch.full((1, 6), 7.0),
+    }
+    conditions = TextConditions(empty, dropout_prob=0.5)
+    assert conditions(batch).keys() == batch.keys() - {"mean", "std"}
+    assert torch.equal(conditions(batch)["prompt_embeds"], batch["prompt_embeds"])  # none is dropped outside training
+    dropped = conditions(batch, torch.tensor([0.9, 0.2, 0.5]))
+    assert dropped["prompt_embeds"][:, :, 0].tolist() == [[1, 1, 0, 0], [7, 7, 7, 7], [1, 1, 0, 0]]
+    assert dropped["prompt_embeds_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]]
+    assert dropped["pooled"][:, 0].tolist() == [1, 7, 1] and torch.equal(dropped["time_ids"], batch["time_ids"])
+
+
+def test_the_denoiser_of_a_pipeline_is_told_the_time_as_its_class_is():
+    transformer = RECIPES["flux"].denoiser()
+    batch = {"mean": torch.zeros(2, 1, 1, 8, 6)}
+    calls = []
+
+    def call(model, config, x_t, time, conditions):
+        calls.append((model, config, time, conditions))
+        return x_t
+
+    denoiser = TextDenoiser(call, transformer, 1000)
+    assert denoiser.shape_of(batch) == (1, 8, 6)
+    x_t = torch.ones(2, 1, 8, 6)
+    assert denoiser(transformer, x_t, torch.tensor([250.0, 1000.0]), {"text": 1}).sample is x_t
+    model, config, time, conditions = calls[0]
+    assert model is transformer and config is transformer.config and conditions == {"text": 1}
+    assert time.tolist() == [0.25, 1.0]  # Flux counts from 1 to 0
 
 
 @pytest.mark.parametrize("low, high, expected", [(0, 1000, [0, 250, 500, 750]), (10.5, 14.5, [11, 12, 13, 14])])

@@ -1,49 +1,116 @@
-"""Latents of an `AutoencoderKL`, scaled as in every Diffusers pipeline: the diffusion model sees (z - shift)·scale.
+"""Latents of a VAE, scaled as in every Diffusers pipeline, and packed as some denoisers take them.
 
-Legend: B batch, C channels, H and W height and width.
+The diffusion model sees (z - shift)·scale: of an `AutoencoderKL` one shift and one scale, of the VAEs of Wan and Qwen-Image one
+for each channel.
+
+Legend: B batch, C channels, F frames (videos only), H and W height and width.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 
 
-def vae_downsampling(vae: AutoencoderKL | None) -> int:
+def vae_downsampling(vae: Any) -> int:
     """Return how many pixels a latent pixel stands for, along one axis; 1 without a VAE."""
-    return 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    if vae is None:
+        return 1
+    config = vae.config
+    if "scale_factor_spatial" in config:  # AutoencoderKLWan, of which one also cuts the image into patches
+        return config.scale_factor_spatial
+    if "temperal_downsample" in config:  # AutoencoderKLQwenImage
+        return 2 ** len(config.temperal_downsample)
+    return 2 ** (len(config.block_out_channels) - 1)
 
 
-def scale_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+def scale_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """
     Scale what a VAE has encoded to what a diffusion model learns.
 
     Args:
-        vae ([`AutoencoderKL`]): The VAE, whose configuration has scale and shift.
-        latents (`torch.Tensor` of shape (B, C, H, W)): A sample or the mean of `vae.encode(…).latent_dist`.
+        vae ([`AutoencoderKL`], [`AutoencoderKLWan`] or the like): The VAE, whose configuration has scale and shift, or mean and
+            standard deviation of each channel.
+        latents (`torch.Tensor` of shape (B, C, [F,] H, W)): A sample or the mean of `vae.encode(…).latent_dist`.
 
     Returns:
-        `torch.Tensor` of shape (B, C, H, W).
+        `torch.Tensor` of the same shape.
     """
-    return (latents - _shift(vae)) * vae.config.scaling_factor
+    shift, scale = latent_shift_and_scale(vae, latents)
+    return (latents - shift) * scale
 
 
-def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+def unscale_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """
+    Scale what a diffusion model has generated to what a VAE decodes, the inverse of [`scale_latents`].
+
+    Args:
+        vae ([`AutoencoderKL`], [`AutoencoderKLWan`] or the like): The VAE; see [`scale_latents`].
+        latents (`torch.Tensor` of shape (B, C, [F,] H, W)): Scaled latents.
+
+    Returns:
+        `torch.Tensor` of the same shape.
+    """
+    shift, scale = latent_shift_and_scale(vae, latents)
+    return latents / scale + shift
+
+
+def latent_shift_and_scale(vae: Any, latents: torch.Tensor) -> tuple[Any, Any]:
+    """
+    Return the shift and the scale of a VAE's latents: numbers, or tensors of one value for each channel.
+
+    Args:
+        vae ([`AutoencoderKL`], [`AutoencoderKLWan`] or the like): The VAE; see [`scale_latents`].
+        latents (`torch.Tensor` of shape (B, C, [F,] H, W)): Latents that they are to be applied to. Their standard deviations are
+            scaled by the scale alone.
+    """
+    config = vae.config
+    shift: Any = config.get("shift_factor") or 0
+    scale: Any = config.get("scaling_factor", 1)
+    # AutoencoderKLWan and AutoencoderKLQwenImage have these instead; an AutoencoderKL of SDXL may have them as well
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        shape = (1, -1) + (1,) * (latents.ndim - 2)
+        mean, std = (
+            torch.tensor(config[name], device=latents.device, dtype=latents.dtype).view(shape)
+            for name in ("latents_mean", "latents_std")
+        )
+        shift, scale = mean, scale / std
+    return shift, scale
+
+
+def latent_distribution(vae: Any, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Encode images into latents, of which a VAE gives a normal distribution.
+
+    Args:
+        vae ([`AutoencoderKL`], [`AutoencoderKLWan`] or the like): The VAE.
+        images (`torch.Tensor` of shape (B, 3, [F,] H·f, W·f)): Images or videos in [-1, 1].
+
+    Returns:
+        Mean and standard deviation (B, C, [F,] H, W), not yet scaled, in the dtype that the VAE computes in; see [`upcast`].
+    """
+    with upcast(vae):
+        posterior = vae.encode(images.to(vae.dtype)).latent_dist
+    return posterior.mean, posterior.std
+
+
+def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """
     Decode what a diffusion model has generated into images.
 
     Args:
-        vae ([`AutoencoderKL`]): The VAE, whose configuration has scale and shift.
-        latents (`torch.Tensor` of shape (B, C, H, W)): Scaled latents.
+        vae ([`AutoencoderKL`], [`AutoencoderKLWan`] or the like): The VAE; see [`scale_latents`].
+        latents (`torch.Tensor` of shape (B, C, [F,] H, W)): Scaled latents.
 
     Returns:
-        `torch.Tensor` of shape (B, 3, H·f, W·f): images in [-1, 1], in the dtype that the VAE computes in; see [`upcast`].
+        `torch.Tensor` of shape (B, 3, [F,] H·f, W·f): images in [-1, 1], in the dtype that the VAE computes in; see [`upcast`].
 
     Raises:
         ValueError: if the images of a float16 VAE that cannot be cast are not finite.
     """
-    latents = latents / vae.config.scaling_factor + _shift(vae)
+    latents = unscale_latents(vae, latents)
     with upcast(vae):
         images = vae.decode(latents.to(vae.dtype)).sample
     if _needs_upcast(vae) and not _can_be_cast(vae) and not images.isfinite().all():
@@ -85,5 +152,36 @@ def _can_be_cast(vae: AutoencoderKL) -> bool:
     )
 
 
-def _shift(vae: AutoencoderKL) -> float:
-    return vae.config.get("shift_factor") or 0
+def pack_latents(latents: torch.Tensor) -> torch.Tensor:
+    """
+    Make a sequence of patches of 2 x 2 latent pixels, as the denoisers of Flux and Qwen-Image take them.
+
+    Args:
+        latents (`torch.Tensor` of shape (B, C, H, W)): The latents, of even height and width.
+
+    Returns:
+        `torch.Tensor` of shape (B, H/2·W/2, 4·C), row by row; in each patch the channel counts slowest.
+
+    Raises:
+        ValueError: if height or width is odd.
+    """
+    height, width = latents.shape[-2:]
+    if height % 2 or width % 2:
+        raise ValueError(f"Expected `latents` to be of even height and width, but got {height} x {width}.")
+    return torch.nn.functional.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def unpack_latents(packed: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """
+    Make latents of a sequence of patches, the inverse of [`pack_latents`].
+
+    Args:
+        packed (`torch.Tensor` of shape (B, H/2·W/2, 4·C)): The patches.
+        height (`int`): H, in latent pixels.
+        width (`int`): W, in latent pixels.
+
+    Returns:
+        `torch.Tensor` of shape (B, C, H, W).
+    """
+    patches = packed.transpose(1, 2).unflatten(2, (height // 2, width // 2))
+    return torch.nn.functional.pixel_shuffle(patches, 2)

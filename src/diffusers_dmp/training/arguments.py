@@ -26,9 +26,24 @@ def option(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
+class NumberChecks:
+    """Checks of the numbers in a dataclass of arguments."""
+
+    def check_at_least_one(self, *names: str) -> None:
+        """
+        Check that numbers are positive.
+
+        Raises:
+            ValueError: if one of the arguments `names` is below 1.
+        """
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"Expected `{name}` to be at least 1, but got {getattr(self, name)}.")
+
+
 @dataclass(kw_only=True)
-class DataArguments:
-    """The images, as training and encoding read them."""
+class SourceArguments:
+    """Where data are read from."""
 
     dataset: str = option(
         "",
@@ -36,6 +51,13 @@ class DataArguments:
         "encode_latents.py), or Hub data set id.",
     )
     dataset_split: str = option("train", "Split of `dataset`.")
+    dataloader_num_workers: int = option(0, "Worker processes that read data.")
+
+
+@dataclass(kw_only=True)
+class DataArguments(SourceArguments, NumberChecks):
+    """The images, as training and encoding read them."""
+
     image_column: str = option("image", "Column of images in the data set.")
     teacher_image_column: str | None = option(
         None, "For PPAP: column of the same images, in the resolution that the teacher sees."
@@ -49,7 +71,6 @@ class DataArguments:
         "white", "Colour behind transparent pixels, unless there are 4 channels, and of padding: a name or #rrggbb."
     )
     skip_unreadable: bool = option(False, "Leave out the images that cannot be read, and list them.")
-    dataloader_num_workers: int = option(0, "Worker processes that read images.")
     vae: str | None = option(None, "Folder or Hub id of an AutoencoderKL, for training on its latents.")
 
     def __post_init__(self):
@@ -57,17 +78,6 @@ class DataArguments:
         if self.image_fit not in FITS:
             raise ValueError(f"Expected `image_fit` to be one of {', '.join(FITS)}, but got {self.image_fit!r}.")
         check_background(self.background)
-
-    def check_at_least_one(self, *names: str) -> None:
-        """
-        Check that numbers are positive.
-
-        Raises:
-            ValueError: if one of the arguments `names` is below 1.
-        """
-        for name in names:
-            if getattr(self, name) < 1:
-                raise ValueError(f"Expected `{name}` to be at least 1, but got {getattr(self, name)}.")
 
 
 @dataclass(kw_only=True)
@@ -168,8 +178,8 @@ class OutputArguments:
 
 
 @dataclass(kw_only=True)
-class SharedTrainingArguments(OutputArguments, OptimisationArguments, NoiseArguments, DataArguments):
-    """The arguments that every training has."""
+class LoopArguments(OutputArguments, OptimisationArguments, SourceArguments, NumberChecks):
+    """The arguments that the training loop reads, whatever it trains on."""
 
     validation_dataset: str | None = option(
         None,
@@ -183,21 +193,8 @@ class SharedTrainingArguments(OutputArguments, OptimisationArguments, NoiseArgum
     )
     seed: int = option(0, "Seed of all random numbers.")
     random_flip: bool = option(True, "Mirror half of the images.")
-    color_jitter: float = option(
-        0.0, "Change brightness, contrast and saturation of each image by random factors, 1 - this to 1 + this."
-    )
-    balance_classes: bool = option(
-        False,
-        "Train on all classes equally often, however many images each has; an image's turn comes the more often "
-        "the fewer its class has.",
-    )
-    class_repeats: list[str] = option(
-        [],
-        "How many times an epoch has the images of a class, for those that it has more than once: bus=3 'two words'=2 …",
-    )
 
     def __post_init__(self):
-        super().__post_init__()
         if self.mixed_precision is False:
             self.mixed_precision = "no"  # YAML reads a bare `no` as false
         self.check_at_least_one(
@@ -215,15 +212,6 @@ class SharedTrainingArguments(OutputArguments, OptimisationArguments, NoiseArgum
             raise ValueError(
                 f"Expected `validation_steps` to be 0 without a `validation_dataset`, but got {self.validation_steps}."
             )
-        if self.num_train_timesteps < 2:
-            raise ValueError(f"Expected `num_train_timesteps` to be at least 2, but got {self.num_train_timesteps}.")
-        if not 0 <= self.color_jitter <= 1:
-            raise ValueError(f"Expected `color_jitter` to be in [0, 1], but got {self.color_jitter}.")
-        if self.color_jitter and self.teacher_image_column is not None:
-            raise ValueError(
-                "Expected `color_jitter` to be 0 where the teacher has images of its own, but got "
-                f"{self.color_jitter}."
-            )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"Expected `ema_decay` to be in [0, 1), but got {self.ema_decay}.")
         if self.push_to_hub and self.hub_license is None:
@@ -236,15 +224,54 @@ class SharedTrainingArguments(OutputArguments, OptimisationArguments, NoiseArgum
                 raise ValueError(
                     f"Expected `push_to_hub` to be true where `{name}` is set, but got false and {getattr(self, name)!r}."
                 )
+        check_optimiser(self)
+        check_lr_schedule(self, {field.name: field.default for field in dataclasses.fields(OptimisationArguments)})
+        if self.report_to not in TRACKERS:
+            raise ValueError(f"Expected `report_to` to be one of {', '.join(TRACKERS)}, but got {self.report_to!r}.")
+
+    def samples_in_words(self, count: int) -> str:
+        """Say what a number of samples are."""
+        return f"{count} images"
+
+
+@dataclass(kw_only=True)
+class SharedTrainingArguments(LoopArguments, NoiseArguments, DataArguments):
+    """The arguments that every training on images has."""
+
+    color_jitter: float = option(
+        0.0, "Change brightness, contrast and saturation of each image by random factors, 1 - this to 1 + this."
+    )
+    balance_classes: bool = option(
+        False,
+        "Train on all classes equally often, however many images each has; an image's turn comes the more often "
+        "the fewer its class has.",
+    )
+    class_repeats: list[str] = option(
+        [],
+        "How many times an epoch has the images of a class, for those that it has more than once: bus=3 'two words'=2 …",
+    )
+
+    def __post_init__(self):
+        DataArguments.__post_init__(self)
+        LoopArguments.__post_init__(self)
+        if self.num_train_timesteps < 2:
+            raise ValueError(f"Expected `num_train_timesteps` to be at least 2, but got {self.num_train_timesteps}.")
+        if not 0 <= self.color_jitter <= 1:
+            raise ValueError(f"Expected `color_jitter` to be in [0, 1], but got {self.color_jitter}.")
+        if self.color_jitter and self.teacher_image_column is not None:
+            raise ValueError(
+                "Expected `color_jitter` to be 0 where the teacher has images of its own, but got "
+                f"{self.color_jitter}."
+            )
         self.repeats_by_class()
         if self.class_repeats and self.balance_classes:
             raise ValueError(
                 "Expected either `class_repeats` or `balance_classes`, which decides how often a class comes, but got both."
             )
-        check_optimiser(self)
-        check_lr_schedule(self, {field.name: field.default for field in dataclasses.fields(OptimisationArguments)})
-        if self.report_to not in TRACKERS:
-            raise ValueError(f"Expected `report_to` to be one of {', '.join(TRACKERS)}, but got {self.report_to!r}.")
+
+    def samples_in_words(self, count: int) -> str:
+        """Say what a number of samples are."""
+        return f"{count} images of {self.image_size} pixels"
 
     def repeats_by_class(self) -> dict[str, int]:
         """

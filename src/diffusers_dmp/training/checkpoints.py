@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 
 from ..saving.whole import finish, remove, unfinished_path
-from .arguments import SharedTrainingArguments
+from .arguments import LoopArguments
 from .resources import explained_disk_errors
 
 PREFIX = "checkpoint-"
@@ -61,14 +61,14 @@ def expect_no_checkpoints(output_dir: "str | os.PathLike") -> None:
         )
 
 
-def checkpoint_to_resume(args: SharedTrainingArguments, is_main_process: bool = True) -> Path | None:
+def checkpoint_to_resume(args: LoopArguments, is_main_process: bool = True) -> Path | None:
     """
     The checkpoint that `args.resume_from_checkpoint` asks for; None for a training from the beginning.
 
     'latest' is the last one that can be read; a warning names those that are passed over.
 
     Args:
-        args ([`SharedTrainingArguments`]): For the checkpoint, the output folder and the last step.
+        args ([`LoopArguments`]): For the checkpoint, the output folder and the last step.
         is_main_process (`bool`): Whether to warn.
 
     Raises:
@@ -173,9 +173,7 @@ def read_record(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def save_checkpoint(
-    accelerator: Accelerator, args: SharedTrainingArguments, step: int, record: dict[str, Any]
-) -> None:
+def save_checkpoint(accelerator: Accelerator, args: LoopArguments, step: int, record: dict[str, Any]) -> None:
     """
     Write a checkpoint with everything that resuming needs.
 
@@ -183,7 +181,7 @@ def save_checkpoint(
 
     Args:
         accelerator (`Accelerator`): Of all processes, each of which has to call.
-        args ([`SharedTrainingArguments`]): For the output folder.
+        args ([`LoopArguments`]): For the output folder.
         step (`int`): The number of steps done.
         record (`dict[str, Any]`): What a run that is resumed from it must have again.
 
@@ -205,12 +203,12 @@ def save_checkpoint(
             finish(path)  # a run that went back to an earlier checkpoint replaces the later ones
 
 
-def remove_surplus_checkpoints(args: SharedTrainingArguments, step: int) -> None:
+def remove_surplus_checkpoints(args: LoopArguments, step: int) -> None:
     """
     Remove old checkpoints beyond `checkpoints_total_limit`, but never the best.
 
     Args:
-        args ([`SharedTrainingArguments`]): For the output folder and the number of checkpoints to keep.
+        args ([`LoopArguments`]): For the output folder and the number of checkpoints to keep.
         step (`int`): The number of steps done.
     """
     if args.checkpoints_total_limit is None:

@@ -3,6 +3,7 @@
 Legend: B batch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from ..models.time_argument import time_argument_of
 
-@dataclass(frozen=True)
+
 class Denoiser:
     """
     Calls a denoiser as Diffusers' transformers are called: `model(x_t, timesteps, **conditions)`.
@@ -22,7 +24,12 @@ class Denoiser:
         sample_shape (`tuple[int, ...]`): The shape of one sample x_t, without the batch dimension.
     """
 
-    sample_shape: tuple[int, ...]
+    def __init__(self, sample_shape: tuple[int, ...] = ()):
+        self.sample_shape = sample_shape
+
+    def shape_of(self, batch: dict[str, torch.Tensor]) -> tuple[int, ...]:
+        """The shape of one sample x_t of a batch, without the batch dimension."""
+        return self.sample_shape
 
     def __call__(
         self,
@@ -47,3 +54,51 @@ class Denoiser:
         """
         arguments = conditions if expert is None else conditions | {"expert": expert}
         return model(x_t, timesteps, **arguments)
+
+
+@dataclass
+class Prediction(BaseOutput):
+    """
+    What a denoiser predicts.
+
+    Args:
+        sample (`torch.Tensor` of shape (B, …)): The prediction, of the shape of x_t.
+    """
+
+    sample: torch.Tensor
+
+
+class TextDenoiser(Denoiser):
+    """
+    Calls the denoiser of a text-to-image pipeline as that pipeline does.
+
+    The latents in a batch decide the shape of its samples.
+
+    Args:
+        call (`Callable`): [`TextPipeline.call`] of the pipeline's family.
+        denoiser (`nn.Module`): The denoiser, of which class and configuration are read.
+        num_train_timesteps (`int`): T.
+    """
+
+    def __init__(self, call: Callable[..., torch.Tensor], denoiser: nn.Module, num_train_timesteps: int):
+        super().__init__()
+        self.call = call
+        self.config = denoiser.config
+        self.time_argument = time_argument_of(denoiser)
+        self.num_train_timesteps = num_train_timesteps
+
+    def shape_of(self, batch: dict[str, torch.Tensor]) -> tuple[int, ...]:
+        """The shape of one sample x_t, (C, …), of the latents (B, 1 or 2, C, …) in a batch."""
+        return tuple(batch["mean"].shape[2:])
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x_t: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditions: dict[str, Any],
+        expert: int | None = None,
+    ) -> Prediction:
+        """See [`Denoiser`]; the denoiser finds the expert by the time that it is told."""
+        time = self.time_argument.told(timesteps, self.num_train_timesteps).to(x_t.device)
+        return Prediction(sample=self.call(model, self.config, x_t, time, conditions))

@@ -9,9 +9,9 @@ from typing import Any
 from accelerate.utils import set_seed
 from torch import nn
 
-from .arguments import SharedTrainingArguments
+from .arguments import LoopArguments
 from .checkpoints import expect_no_checkpoints
-from .data.training_data import TrainingData
+from .data.loop_data import LoopData
 from .objectives.objective import Objective
 from .recipe import TrainingRecipe
 from .resuming import CONTENTS, differing_arguments, recorded_arguments, resolved_arguments
@@ -44,8 +44,8 @@ class ExpertTraining:
 
 
 def train_experts(
-    args: SharedTrainingArguments,
-    data: TrainingData,
+    args: LoopArguments,
+    data: LoopData,
     folders: Sequence[Path],
     experts: Sequence[int],
     prepare: Callable[[int], ExpertTraining],
@@ -55,8 +55,8 @@ def train_experts(
     Train experts one after another; those that an interrupted run has finished are skipped when it is resumed.
 
     Args:
-        args ([`SharedTrainingArguments`]): Everything that can be set; `output_dir` is replaced by the expert's folder.
-        data ([`TrainingData`]): What they are trained on.
+        args ([`LoopArguments`]): Everything that can be set; `output_dir` is replaced by the expert's folder.
+        data ([`LoopData`]): What they are trained on.
         folders (`Sequence[Path]`): The folder of each expert there is.
         experts (`Sequence[int]`): The experts to train.
         prepare (`Callable[[int], ExpertTraining]`): Makes what an expert's training has of its own, when its turn comes.
@@ -80,7 +80,7 @@ def train_experts(
         train(accelerator, own_args, own.model, own.objective, data, own.recipe)
 
 
-def is_finished(args: SharedTrainingArguments) -> bool:
+def is_finished(args: LoopArguments) -> bool:
     """Whether a training with these arguments, but for those that may change, has ended in `args.output_dir`."""
     recorded, now = recorded_arguments(Path(args.output_dir)), resolved_arguments(args)
     return (

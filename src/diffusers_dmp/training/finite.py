@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from accelerate import Accelerator
 
-from .arguments import SharedTrainingArguments
+from .arguments import LoopArguments
 from .checkpoints import checkpoint_step, checkpoints
 from .loop import TrainingStep
 
@@ -16,12 +16,14 @@ class FiniteCheck:
 
     Args:
         accelerator (`Accelerator`): Of all processes.
-        args ([`SharedTrainingArguments`]): For T, to say how noisy the samples of that loss were, and for what helps.
+        args ([`LoopArguments`]): For what helps.
+        num_train_timesteps (`int`): T, to say how noisy the samples of that loss were.
     """
 
-    def __init__(self, accelerator: Accelerator, args: SharedTrainingArguments):
+    def __init__(self, accelerator: Accelerator, args: LoopArguments, num_train_timesteps: int):
         self.accelerator = accelerator
         self.args = args
+        self.num_train_timesteps = num_train_timesteps
         self.learning_rates: dict[int, float] = {}  # of the steps since the last check
         self.names = ["loss"]  # of the losses of a batch: those added to the samples' loss, and the sum
         # step, timestep of the sample or -1, loss, and its index in `names`; step -1 as long as all losses are finite
@@ -56,7 +58,7 @@ class FiniteCheck:
         if found:
             step, timestep, loss, index = min(found)
             name = self.names[int(index)].replace("_", " ")
-            noise_level = "" if timestep < 0 else f", at timestep {timestep:g} of {self.args.num_train_timesteps}"
+            noise_level = "" if timestep < 0 else f", at timestep {timestep:g} of {self.num_train_timesteps}"
             precision = self.accelerator.mixed_precision.replace("no", "float32")
             raise ValueError(
                 f"Expected the {name} to be finite, but got {loss} in step {int(step)} (learning rate "

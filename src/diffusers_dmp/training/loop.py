@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL
 from diffusers.utils import BaseOutput
 from torch import nn
 
-from .arguments import SharedTrainingArguments
+from .arguments import LoopArguments
 from .conditions import Conditions
 from .data.clean_samples import clean_samples
 from .data.color_jitter import NUM_FACTORS, jitter_colors, jitter_factors
@@ -127,25 +127,35 @@ class TrainingParts:
         return self.accelerator.unwrap_model(self.objective)
 
     def step_randomness(
-        self, args: SharedTrainingArguments, step: int, experts: StepExperts | None = None
+        self, args: LoopArguments, step: int, batch: dict[str, torch.Tensor], experts: StepExperts | None = None
     ) -> StepRandomness:
-        """The random numbers of a step, as a function of (seed, step) alone on one kind of device; there they lie, too."""
+        """
+        The random numbers of a step, as a function of (seed, step) alone on one kind of device; there they lie, too.
+
+        Args:
+            args ([`LoopArguments`]): For seed, batch size and flips.
+            step (`int`): The number of steps done.
+            batch (`dict[str, torch.Tensor]`): A micro-batch of the step: all of them have samples of its shape.
+            experts ([`StepExperts`], *optional*): The experts that the step trains.
+        """
         device = self.accelerator.device
         (state,) = np.random.SeedSequence([args.seed, step]).generate_state(1, np.uint64)
         generator = torch.Generator(device).manual_seed(int(state))
-        shape = (args.batch_size, *self.denoiser.sample_shape)
+        shape = (args.batch_size, *self.denoiser.shape_of(batch))
+        has_latents = self.vae is not None or "mean" in batch
+        color_jitter = getattr(args, "color_jitter", 0.0)  # of images alone
         flip_prob = FLIP_PROB if args.random_flip else 0.0
         # The order matters: with another one, every run would have other random numbers.
         randomness = StepRandomness(
             timesteps=self.plain_objective.sample_timesteps(args.batch_size, generator, experts),
             noise=torch.randn(shape, generator=generator, device=device),
-            latent_noise=None if self.vae is None else torch.randn(shape, generator=generator, device=device),
+            latent_noise=torch.randn(shape, generator=generator, device=device) if has_latents else None,
             dropout=torch.rand(args.batch_size, generator=generator, device=device),
             flips=torch.rand(args.batch_size, generator=generator, device=device) < flip_prob,
         )
-        if args.color_jitter:
+        if color_jitter:
             uniform = torch.rand(args.batch_size, NUM_FACTORS, generator=generator, device=device)
-            randomness.jitter = jitter_factors(uniform, args.color_jitter)
+            randomness.jitter = jitter_factors(uniform, color_jitter)
         return randomness
 
     def losses(
@@ -170,14 +180,14 @@ class TrainingParts:
 
 
 def training_steps(
-    parts: TrainingParts, args: SharedTrainingArguments, batches: Iterator[dict[str, torch.Tensor]], first_step: int
+    parts: TrainingParts, args: LoopArguments, batches: Iterator[dict[str, torch.Tensor]], first_step: int
 ) -> Iterator[TrainingStep]:
     """
     Train: one optimiser step for each item that is asked for.
 
     Args:
         parts ([`TrainingParts`]): What is trained, and by what.
-        args ([`SharedTrainingArguments`]): For batch size, seed, flips, clipping and the last step.
+        args ([`LoopArguments`]): For batch size, seed, flips, clipping and the last step.
         batches (`Iterator[dict]`): This process's micro-batches, of the columns that [`clean_samples`], the conditions and
             the objective read.
         first_step (`int`): The first step to do.
@@ -188,16 +198,15 @@ def training_steps(
     parts.model.train()
 
     for step in range(first_step, args.max_train_steps):
-        experts = parts.recipe.step_experts(args.seed, step, accelerator.num_processes)
-        own_expert = None
-        if experts is not None and parts.recipe.passes_expert:
-            own_expert = experts.owners[accelerator.process_index]
-        randomness = parts.step_randomness(args, step, experts)
+        experts = parts.recipe.step_experts(args.seed, step, accelerator.num_processes, args.batch_size)
+        own_expert = parts.recipe.expert_argument(experts, accelerator.process_index)
         auxiliary_weights = parts.recipe.auxiliary_weights(step)
         losses, sample_losses, timesteps, grad_norm = [], [], [], None
         auxiliary_losses: dict[str, torch.Tensor] = {}
         for micro_step in range(num_accumulated):
             batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in next(batches).items()}
+            if micro_step == 0:
+                randomness = parts.step_randomness(args, step, batch, experts)
             own = randomness.take(accelerator.process_index * num_accumulated + micro_step, num_slices)
 
             with accelerator.accumulate(parts.model, parts.objective):

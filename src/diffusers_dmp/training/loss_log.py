@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from ..intervals import NoiseIntervals
-from .arguments import SharedTrainingArguments
+from .arguments import LoopArguments
 from .loop import TrainingStep
 from .metrics_file import METRICS_NAME, MetricsFile
 from .progress import duration, progress_bar
@@ -18,7 +18,7 @@ ESTIMATE_STEPS = 10  # of a run, after which it is said how long the rest takes
 NUM_LOSS_BANDS = 8  # the number of uniform intervals of timesteps for which the loss is logged separately
 
 
-def trackable(args: SharedTrainingArguments) -> dict:
+def trackable(args: LoopArguments) -> dict:
     """The arguments in the form that trackers accept: numbers and strings."""
     return {
         name: value if isinstance(value, (int, float, str)) else json.dumps(value)
@@ -36,15 +36,16 @@ class LossLog:
 
     Args:
         accelerator (`Accelerator`): Of all processes, each of which has to call.
-        args ([`SharedTrainingArguments`]): For the number n, the last step, the batch size and the output folder.
+        args ([`LoopArguments`]): For the number n, the last step, the batch size and the output folder.
+        num_train_timesteps (`int`): T.
         first_step (`int`): The number of steps done before.
     """
 
-    def __init__(self, accelerator: Accelerator, args: SharedTrainingArguments, first_step: int):
+    def __init__(self, accelerator: Accelerator, args: LoopArguments, num_train_timesteps: int, first_step: int):
         self.accelerator = accelerator
         self.args = args
         self.first_step = first_step
-        self.bands = NoiseIntervals.uniform(min(NUM_LOSS_BANDS, args.num_train_timesteps), args.num_train_timesteps)
+        self.bands = NoiseIntervals.uniform(min(NUM_LOSS_BANDS, num_train_timesteps), num_train_timesteps)
         is_main = accelerator.is_main_process
         self.metrics = MetricsFile(Path(args.output_dir, METRICS_NAME), first_step) if is_main else None
         self.progress = progress_bar(args.max_train_steps, "Training", "step", first_step, disable=not is_main)

@@ -6,9 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from .arguments import SharedTrainingArguments
-from .data.batches import with_repeats
-from .data.images import describe_images
+from .arguments import LoopArguments
 from .metrics_file import METRICS_NAME
 from .run import TrainingRun
 
@@ -23,19 +21,18 @@ def describe_run(run: TrainingRun, first_step: int) -> str:
     """
     args, data, accelerator = run.args, run.data, run.parts.accelerator
     rows = {
-        "data": f"{args.dataset}: {describe_images(data.dataset, label_column=None)}",  # its classes are said already
+        "data": f"{args.dataset}: {data.describe()}",
         "validation": "none",
         "model": _describe_model(run.parts.plain_model),
-        "steps": _describe_steps(args, accelerator, len(with_repeats(data.dataset, args)), first_step),
+        "steps": _describe_steps(args, accelerator, data.num_samples(args), first_step),
         "device": _describe_device(accelerator),
         "output": _describe_output(run),
     }
-    if data.validation is not None:
+    if data.num_validation_samples(args):
         when = (
             f"before, every {args.validation_steps} steps and after" if args.validation_steps else "before and after"
         )
-        images = describe_images(data.validation, label_column=None)
-        rows["validation"] = f"{args.validation_dataset}: {images}; {when}"
+        rows["validation"] = f"{args.validation_dataset}: {data.describe_validation()}; {when}"
     return "\n".join(f"{name + ':':<12}{text}" for name, text in rows.items())
 
 
@@ -46,7 +43,7 @@ def _describe_model(model: nn.Module) -> str:
     return f"{type(model).__name__}, {total:,} parameters, {'all' if trained == total else f'{trained:,}'} of them trained"
 
 
-def _describe_steps(args: SharedTrainingArguments, accelerator: Accelerator, num_images: int, first_step: int) -> str:
+def _describe_steps(args: LoopArguments, accelerator: Accelerator, num_images: int, first_step: int) -> str:
     epochs = args.max_train_steps * args.batch_size / num_images
     parts = [f"{accelerator.num_processes} processes"] if accelerator.num_processes > 1 else []
     if args.gradient_accumulation_steps > 1:
@@ -56,7 +53,7 @@ def _describe_steps(args: SharedTrainingArguments, accelerator: Accelerator, num
     texts = [
         f"{args.max_train_steps} of {batch}",
         f"{epochs:,.{0 if epochs >= 100 else 2}f} epochs of {num_images} images",
-        "classes balanced" if args.balance_classes else "",
+        "classes balanced" if getattr(args, "balance_classes", False) else "",
         f"from step {first_step} on" if first_step else "",
         f"{args.optimizer}, {args.lr_scheduler} learning rate {args.learning_rate:g}",
     ]

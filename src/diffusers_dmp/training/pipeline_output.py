@@ -1,19 +1,20 @@
 """The pipeline of a trained model, and samples that it generates during the training."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
-from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 
 from ..pipelines import ClassConditionalPipeline
 from ..saving.whole import written_whole
-from .arguments import SharedTrainingArguments
-from .data.training_data import TrainingData
+from .arguments import LoopArguments
+from .data.loop_data import LoopData
 from .loop import TrainingParts
 from .resources import explained_disk_errors
 
@@ -21,10 +22,13 @@ CONFIGURATIONS = "pipeline_config"  # the folder in `output_dir`
 NUM_ROWS, MAX_COLUMNS = 4, 10  # of the grid of samples
 
 
-def trained_pipeline(parts: TrainingParts, data: TrainingData) -> ClassConditionalPipeline:
+def trained_pipeline(parts: TrainingParts, data: LoopData) -> Any:
     """The pipeline of a model with its present weights."""
+    if parts.recipe.make_pipeline is not None:
+        return parts.recipe.make_pipeline(parts.plain_model)
     scheduler = parts.plain_objective.scheduler
-    names = None if data.label_names is None else {str(label): name for label, name in enumerate(data.label_names)}
+    label_names = getattr(data, "label_names", None)
+    names = None if label_names is None else {str(label): name for label, name in enumerate(label_names)}
     return ClassConditionalPipeline(
         scheduler=type(scheduler).from_config(scheduler.config),  # a copy: sampling sets its timesteps
         vae=parts.vae,
@@ -48,28 +52,33 @@ def save_configurations(pipeline: ClassConditionalPipeline, output_dir: "str | o
                 component.save_config(unfinished / name)
 
 
-def save_samples(
-    accelerator: Accelerator, pipeline: ClassConditionalPipeline, args: SharedTrainingArguments, step: int
-) -> None:
-    """
-    Write a grid of samples to `samples/step-<step>.png` and to the trackers.
-
-    The grid has four rows, and up to ten classes in columns; ten columns without classes.
-    """
+def save_samples(parts: TrainingParts, pipeline: Any, args: LoopArguments, step: int) -> None:
+    """Write a grid of samples to `samples/step-<step>.png` and to the trackers."""
+    accelerator = parts.accelerator
     pipeline.set_progress_bar_config(disable=True)
-    columns = min(pipeline.num_classes or MAX_COLUMNS, MAX_COLUMNS)
-    labels = None if pipeline.num_classes is None else list(range(columns)) * NUM_ROWS
-    output: Any = pipeline(
-        class_labels=labels,
-        batch_size=NUM_ROWS * columns,
-        num_inference_steps=args.sample_inference_steps,
-        generator=torch.Generator(accelerator.device).manual_seed(args.seed),
-    )
+    generator = torch.Generator(accelerator.device).manual_seed(args.seed)
+    generate = parts.recipe.generate or partial(_generate_classes, args.sample_inference_steps)
+    rows = generate(pipeline, generator)
     path = Path(args.output_dir, "samples", f"step-{step}.png")
-    grid = make_image_grid(output.images, NUM_ROWS, columns)
+    grid = make_image_grid([image for row in rows for image in row], len(rows), len(rows[0]))
     with explained_disk_errors(path), written_whole(path) as unfinished:
         grid.save(unfinished, format="png")
     pixels = np.asarray(grid.convert("RGB"))[None]  # (1, H, W, 3)
     for tracker in accelerator.trackers:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         tracker.log_images({"samples": pixels}, step=step, **layout)
+
+
+def _generate_classes(
+    num_inference_steps: int, pipeline: ClassConditionalPipeline, generator: torch.Generator
+) -> list[list[PIL.Image.Image]]:
+    """Four rows of samples, with up to ten classes in columns; ten columns without classes."""
+    columns = min(pipeline.num_classes or MAX_COLUMNS, MAX_COLUMNS)
+    labels = None if pipeline.num_classes is None else list(range(columns)) * NUM_ROWS
+    output: Any = pipeline(
+        class_labels=labels,
+        batch_size=NUM_ROWS * columns,
+        num_inference_steps=num_inference_steps,
+        generator=generator,
+    )
+    return [output.images[row * columns :][:columns] for row in range(NUM_ROWS)]

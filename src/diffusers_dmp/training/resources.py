@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from ..saving.whole import remove, unfinished_path
-from .arguments import SharedTrainingArguments
+from .arguments import LoopArguments
 
 MEGABYTE, GIGABYTE = 1e6, 1e9
 # torch.OutOfMemoryError is the accelerators'; the CPU's allocator raises a RuntimeError with these words
@@ -84,13 +84,13 @@ def explained_disk_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def explained_memory_errors(accelerator: Accelerator, args: SharedTrainingArguments) -> Iterator[None]:
+def explained_memory_errors(accelerator: Accelerator, args: LoopArguments) -> Iterator[None]:
     """
     A context whose lack of memory is explained in one line.
 
     Args:
         accelerator (`Accelerator`): For the device and the number of processes.
-        args ([`SharedTrainingArguments`]): For the batch, the image size and what already saves memory.
+        args ([`LoopArguments`]): For the batch, the image size and what already saves memory.
 
     Raises:
         ValueError: if the device or the computer has not enough memory; it says what helps.
@@ -102,7 +102,7 @@ def explained_memory_errors(accelerator: Accelerator, args: SharedTrainingArgume
             raise
         micro_batch = args.batch_size // (accelerator.num_processes * args.gradient_accumulation_steps)
         raise ValueError(
-            f"Expected micro-batches of {micro_batch} images of {args.image_size} pixels to fit into the memory of "
+            f"Expected micro-batches of {args.samples_in_words(micro_batch)} to fit into the memory of "
             f"{_device_memory(accelerator.device)}, but got out of memory. {_remedies(accelerator, args, micro_batch)}"
         ) from error
 
@@ -117,7 +117,7 @@ def _device_memory(device: torch.device) -> str:
     return f"{name} ({in_words(total)}, of which this training had {in_words(used)})"
 
 
-def _remedies(accelerator: Accelerator, args: SharedTrainingArguments, micro_batch: int) -> str:
+def _remedies(accelerator: Accelerator, args: LoopArguments, micro_batch: int) -> str:
     """What helps, and is not done yet."""
     remedies = []
     if micro_batch > 1:

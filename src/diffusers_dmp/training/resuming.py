@@ -1,25 +1,20 @@
 """Resumed runs: what must be as it was, and what may change."""
 
 import dataclasses
-import hashlib
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import datasets
-import pyarrow.compute
-import torch
 import yaml
 from accelerate.utils.constants import SCALER_NAME
-from diffusers import AutoencoderKL
 from torch import nn
 
 from ..saving.reading import read_yaml
-from .arguments import OutputArguments, SharedTrainingArguments
+from .arguments import LoopArguments, OutputArguments
 from .checkpoints import read_record
-from .data.training_data import TrainingData
+from .data.loop_data import LoopData
 
 ARGUMENTS_NAME = "training_arguments.yaml"
 
@@ -54,7 +49,7 @@ def may_change(name: str) -> bool:
     return name in MAY_CHANGE or name.startswith(MAY_CHANGE_PREFIXES) or name.endswith(MAY_CHANGE_SUFFIX)
 
 
-def resolved_arguments(args: SharedTrainingArguments) -> dict[str, Any]:
+def resolved_arguments(args: LoopArguments) -> dict[str, Any]:
     """The arguments as YAML holds them, with absolute paths where there are files."""
     values = yaml.safe_load(yaml.safe_dump(dataclasses.asdict(args)))
     return _with_absolute_paths(values)
@@ -65,84 +60,28 @@ def _with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
     return values | {name: os.path.abspath(path) for name, path in paths.items() if os.path.exists(path)}
 
 
-def run_record(
-    args: SharedTrainingArguments, model: nn.Module, data: TrainingData, uses_loss_scaling: bool
-) -> dict[str, Any]:
+def run_record(args: LoopArguments, model: nn.Module, data: LoopData, uses_loss_scaling: bool) -> dict[str, Any]:
     """
     What a checkpoint records of its run: the arguments, and what identifies model and data wherever they lie.
 
     Args:
-        args ([`SharedTrainingArguments`]): Everything that can be set.
+        args ([`LoopArguments`]): Everything that can be set.
         model (`nn.Module`): The model, as it was handed to the training.
-        data ([`TrainingData`]): What it is trained on.
+        data ([`LoopData`]): What it is trained on.
         uses_loss_scaling (`bool`): Whether it is trained in fp16, whose scaling of the loss is a part of the checkpoint.
     """
-    images = images_identity(args, data.dataset)
-    identity = {
-        "model": type(model).__name__,
-        "images": images.pop("images"),
-        "classes": data.label_names,
-        **images,
-        "weights of the VAE": None if data.vae is None else _weights_digest(data.vae),
-    }
+    identity = {"model": type(model).__name__, **data.identity(args)}
     return {"arguments": resolved_arguments(args), "identity": identity, "loss_scaling": uses_loss_scaling}
 
 
-def images_identity(args: SharedTrainingArguments, dataset: datasets.Dataset) -> dict[str, Any]:
-    """What identifies a data set wherever it lies: its number of images, labels, and files' names."""
-    names = dataset.column_names
-    return {
-        "images": len(dataset),
-        "labels": _digest(map(str, dataset[args.label_column])) if args.label_column in names else None,
-        "image files": _digest(_file_names(dataset, args.image_column)) if args.image_column in names else None,
-    }
-
-
-def validation_identity(args: SharedTrainingArguments, data: TrainingData) -> dict[str, Any]:
-    """What a validation loss depends on, besides the weights and what may not change; empty without validation."""
-    if data.validation is None:
-        return {}
-    return {
-        **images_identity(args, data.validation),
-        "split": args.validation_split,
-        "repeats": args.validation_repeats,
-    }
-
-
-def _digest(texts: Iterable[str]) -> str:
-    """A short hash of texts in their order."""
-    total = hashlib.sha256()
-    for text in texts:
-        total.update(text.encode() + b"\n")
-    return total.hexdigest()[:12]
-
-
-def _file_names(dataset: Any, image_column: str) -> Iterable[str]:
-    """The names, without folders, of a data set's image files; empty ones where images have no name."""
-    column = dataset.select_columns([image_column]).with_format("arrow")
-    for rows in column.iter(10_000):
-        entries = rows[image_column]
-        if not pyarrow.types.is_struct(entries.type):
-            return
-        yield from (os.path.basename(path or "") for path in pyarrow.compute.struct_field(entries, "path").to_pylist())
-
-
-def _weights_digest(vae: AutoencoderKL) -> str:
-    """A short hash of a VAE's weights and scale."""
-    total = hashlib.sha256(repr((vae.config.scaling_factor, vae.config.get("shift_factor"))).encode())
-    for name, tensor in sorted(vae.state_dict().items()):
-        total.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()[:12]
-
-
-def expect_same_run(checkpoint: Path, record: dict[str, Any], args: SharedTrainingArguments) -> None:
+def expect_same_run(checkpoint: Path, record: dict[str, Any], args: LoopArguments) -> None:
     """
     Check that a run goes on with what its checkpoint was trained with, but for the arguments that may change.
 
     Args:
         checkpoint (`Path`): The checkpoint.
         record (`dict[str, Any]`): Of the run; see [`run_record`].
-        args ([`SharedTrainingArguments`]): Its arguments; fields that are not recorded are taken to have been the default.
+        args ([`LoopArguments`]): Its arguments; fields that are not recorded are taken to have been the default.
 
     Raises:
         ValueError: if not; all differences are listed.

@@ -14,12 +14,11 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from .arguments import SharedTrainingArguments
+from .arguments import LoopArguments
 from .best_checkpoint import BestCheckpoint
 from .checkpoints import PREFIX, checkpoint_step, remove_surplus_checkpoints, save_checkpoint
 from .conditions import LabelConditions
-from .data.batches import training_batches, with_repeats
-from .data.training_data import TrainingData
+from .data.loop_data import LoopData
 from .denoiser import Denoiser
 from .finite import FiniteCheck
 from .interruption import Interruption
@@ -40,8 +39,8 @@ from .optimisation import (
 from .pipeline_output import save_samples, save_whole, trained_pipeline
 from .recipe import TrainingRecipe
 from .resources import num_bytes
-from .resuming import run_record, validation_identity
-from .validation import validation_loss
+from .resuming import run_record
+from .validation import VALIDATION_LOSS, validation_losses
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +65,8 @@ class TrainingRun:
 
     Args:
         parts ([`TrainingParts`]): What is trained, and by what.
-        args ([`SharedTrainingArguments`]): Everything that can be set.
-        data ([`TrainingData`]): What it is trained on.
+        args ([`LoopArguments`]): Everything that can be set.
+        data ([`LoopData`]): What it is trained on.
         ema ([`EMAModel`] or [`ScheduleFreeAverage`], *optional*): The averaged weights.
         expert_counts ([`ExpertCounts`], *optional*): The number of samples that each expert was trained on.
         record (`dict[str, Any]`): What its checkpoints say of it; see [`run_record`].
@@ -75,21 +74,26 @@ class TrainingRun:
     """
 
     parts: TrainingParts
-    args: SharedTrainingArguments
-    data: TrainingData
+    args: LoopArguments
+    data: LoopData
     ema: EMAModel | ScheduleFreeAverage | None
     expert_counts: ExpertCounts | None
     record: dict[str, Any]
     publisher: Publisher | None = None
 
     def __post_init__(self):
-        self.finite = FiniteCheck(self.parts.accelerator, self.args)
+        self.finite = FiniteCheck(self.parts.accelerator, self.args, self.num_train_timesteps)
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """T of the noise process."""
+        return self.parts.plain_objective.train_intervals.num_train_timesteps
 
     def describe(self) -> dict[str, Any]:
         """What the summary says of the model with its present weights; every process has to call."""
         description = self.parts.recipe.describe(self.parts.plain_model)
-        if self.data.validation is not None:
-            description["validation_loss"] = validation_loss(self.parts, self.args, self.data.validation)
+        if self.data.num_validation_samples(self.args):
+            description |= validation_losses(self.parts, self.args, self.data)
         return description
 
     def needed_bytes(self) -> int:
@@ -133,10 +137,10 @@ class TrainingRun:
             ValueError: if a loss or a weight is not finite.
             SystemExit: after SIGTERM or Ctrl-C, when a checkpoint is written.
         """
-        batches = training_batches(self.parts.accelerator, self.args, self.data.dataset, first_step)
+        batches = self.data.training_batches(self.parts.accelerator, self.args, first_step)
         steps = training_steps(self.parts, self.args, batches, first_step)
-        log = LossLog(self.parts.accelerator, self.args, first_step)
-        validation = validation_identity(self.args, self.data)
+        log = LossLog(self.parts.accelerator, self.args, self.num_train_timesteps, first_step)
+        validation = self.data.validation_identity(self.args)
         best = BestCheckpoint(self.args.output_dir, first_step, validation, self.parts.accelerator.is_main_process)
         started = time.perf_counter()
         with Interruption(self.parts.accelerator) as interruption, closing(log):
@@ -161,13 +165,14 @@ class TrainingRun:
 
     def _validate_along_the_way(self, done: TrainingStep, best: BestCheckpoint) -> dict[str, float]:
         """The validation loss of the averaged weights, by its name, if it is due after a step."""
-        if not self.args.validation_steps or done.step % self.args.validation_steps or self.data.validation is None:
+        is_due = self.args.validation_steps and done.step % self.args.validation_steps == 0
+        if not is_due or not self.data.num_validation_samples(self.args):
             return {}
         self._expect_finite(done.step)
         with averaged_weights(self.parts.plain_model, self.ema):
-            loss = validation_loss(self.parts, self.args, self.data.validation)
-        best.add(done.step, loss)
-        return {"validation_loss": loss}
+            measured = validation_losses(self.parts, self.args, self.data)
+        best.add(done.step, measured[VALIDATION_LOSS])
+        return measured
 
     def _write_along_the_way(self, done: TrainingStep, best: BestCheckpoint) -> None:
         """The pipeline, checkpoint and samples that are due after a step."""
@@ -194,7 +199,7 @@ class TrainingRun:
             self._publish(done)
         if samples_are_due and accelerator.is_main_process:
             with averaged_weights(self.parts.plain_model, self.ema):
-                save_samples(accelerator, trained_pipeline(self.parts, self.data), args, done.step)
+                save_samples(self.parts, trained_pipeline(self.parts, self.data), args, done.step)
 
     def _checkpoint_is_due(self, step: int) -> bool:
         """Whether a step ends with a checkpoint; the last one does, so that nothing is lost while the model is saved."""
@@ -259,16 +264,16 @@ class TrainingRun:
 
 def prepare_run(
     accelerator: Accelerator,
-    args: SharedTrainingArguments,
+    args: LoopArguments,
     model: nn.Module,
     objective: Objective,
-    data: TrainingData,
+    data: LoopData,
     recipe: TrainingRecipe,
 ) -> TrainingRun:
     """Everything that a training needs, on its device and registered for checkpoints; see [`train`]."""
     record = run_record(args, model, data, uses_loss_scaling=accelerator.mixed_precision == "fp16")
     check_batch(accelerator, args, objective, recipe)
-    with_repeats(data.dataset, args)  # raises if the arguments do not fit the classes
+    data.num_samples(args)  # raises if the arguments do not fit the classes
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()  # type: ignore[operator]
     if data.vae is not None:
@@ -302,9 +307,7 @@ def prepare_run(
     return TrainingRun(parts=parts, args=args, data=data, ema=ema, expert_counts=expert_counts, record=record)
 
 
-def check_batch(
-    accelerator: Accelerator, args: SharedTrainingArguments, objective: Objective, recipe: TrainingRecipe
-) -> None:
+def check_batch(accelerator: Accelerator, args: LoopArguments, objective: Objective, recipe: TrainingRecipe) -> None:
     """
     Check that a batch can be cut into micro-batches, and that only one of weighting and experts chooses its timesteps.
 

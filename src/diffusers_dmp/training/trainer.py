@@ -14,9 +14,9 @@ from accelerate.utils import DistributedDataParallelKwargs, LoggerType, ProjectC
 from torch import nn
 
 from ..saving.whole import remove_leftovers, written_whole
-from .arguments import SharedTrainingArguments
+from .arguments import LoopArguments
 from .checkpoints import PREFIX, checkpoint_step, checkpoint_to_resume
-from .data.training_data import TrainingData
+from .data.loop_data import LoopData
 from .determinism import deterministic_algorithms, prepare_determinism
 from .loss_log import trackable
 from .objectives.objective import Objective
@@ -32,12 +32,12 @@ from .summary import SUMMARY_NAME, TrainingSummary
 logger = logging.getLogger(__name__)
 
 
-def make_accelerator(args: SharedTrainingArguments, find_unused_parameters: bool = False) -> Accelerator:
+def make_accelerator(args: LoopArguments, find_unused_parameters: bool = False) -> Accelerator:
     """
     The processes, devices and trackers of a training. It has to be made before CUDA is used.
 
     Args:
-        args ([`SharedTrainingArguments`]): For accumulation, precision, trackers, output folder and determinism.
+        args ([`LoopArguments`]): For accumulation, precision, trackers, output folder and determinism.
         find_unused_parameters (`bool`): Whether the model may have parameters that its output does not depend on.
 
     Raises:
@@ -69,10 +69,10 @@ def make_accelerator(args: SharedTrainingArguments, find_unused_parameters: bool
 
 def train(
     accelerator: Accelerator,
-    args: SharedTrainingArguments,
+    args: LoopArguments,
     model: nn.Module,
     objective: Objective,
-    data: TrainingData,
+    data: LoopData,
     recipe: TrainingRecipe | None = None,
     publisher: Publisher | None = None,
 ) -> None:
@@ -83,10 +83,10 @@ def train(
 
     Args:
         accelerator (`Accelerator`): As [`make_accelerator`] returns it.
-        args ([`SharedTrainingArguments`]): Everything that can be set.
+        args ([`LoopArguments`]): Everything that can be set.
         model (`nn.Module`): The model, on the CPU; or a module that stands for one, if `recipe` says how it is saved.
         objective ([`Objective`]): The noise process and the loss.
-        data ([`TrainingData`]): What it is trained on.
+        data ([`LoopData`]): What it is trained on.
         recipe ([`TrainingRecipe`], *optional*): What the system trains differently from a plain DiT.
         publisher ([`Publisher`], *optional*): Publishes what there is before the end, for `args.push_to_hub`; see
             `hub/pushing.py`.

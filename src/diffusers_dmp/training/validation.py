@@ -1,58 +1,52 @@
-"""The loss on held-out images, comparable between any two models.
+"""The loss on held-out samples, comparable between any two models.
 
-Each image has the same timesteps and noise every time; they do not depend on the training's seed.
+Each sample has the same timesteps and noise every time; they do not depend on the training's seed.
 """
 
-import datasets
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, Subset
 
-from .arguments import SharedTrainingArguments
+from .arguments import LoopArguments
 from .data.clean_samples import clean_samples
-from .data.images import training_items
-from .interruption import ignore_signals
+from .data.loop_data import LoopData
 from .loop import TrainingParts
 from .objectives.objective import NoisedBatch
 
 VALIDATION_SEED = 0  # independent of the training's seed, so that trainings with several seeds compare
-VALIDATION_BATCH_SIZE = 64
+VALIDATION_LOSS = "validation_loss"
 
 
 @torch.no_grad()
-def validation_loss(parts: TrainingParts, args: SharedTrainingArguments, dataset: datasets.Dataset) -> float:
+def validation_losses(parts: TrainingParts, args: LoopArguments, data: LoopData) -> dict[str, float]:
     """
-    The mean loss of all images, each noised `args.validation_repeats` times, in eval mode.
+    The mean loss of all held-out samples, each noised `args.validation_repeats` times, in eval mode.
 
-    The timesteps cover the range that the model is trained on evenly. No image is mirrored and no condition dropped. Each
+    The timesteps cover the range that the model is trained on evenly. No sample is mirrored and no condition dropped. Each
     process takes its share; the result is the same for any number of them, up to rounding.
 
     Args:
         parts ([`TrainingParts`]): The model and how it is called, in every process, each of which has to call.
-        args ([`SharedTrainingArguments`]): For image size, columns, workers and repeats.
-        dataset (`datasets.Dataset`): The held-out images, as [`load_images`] returns them.
+        args ([`LoopArguments`]): For workers and repeats.
+        data ([`LoopData`]): With held-out samples.
+
+    Returns:
+        `dict[str, float]`: `validation_loss`, and if there are several experts, the loss in the interval of each one that is
+        trained, such as `validation_loss/0-875`.
     """
     accelerator, model, objective = parts.accelerator, parts.plain_model, parts.plain_objective
-    items = training_items(dataset, args)
-    num_samples = len(dataset) * args.validation_repeats
+    num_samples = data.num_validation_samples(args)
     order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(VALIDATION_SEED))
-    low, high = parts.recipe.noise_range(args.num_train_timesteps)
+    intervals = parts.recipe.expert_intervals or objective.train_intervals
+    low, high = parts.recipe.noise_range(intervals.num_train_timesteps)
     timesteps = objective.evenly_spaced_timesteps(num_samples, low, high)[order]
-    own = range(accelerator.process_index, num_samples, accelerator.num_processes)
-    loader: DataLoader[dict[str, torch.Tensor]] = DataLoader(
-        Subset(ConcatDataset([items] * args.validation_repeats), own),
-        VALIDATION_BATCH_SIZE,
-        num_workers=args.dataloader_num_workers,
-        worker_init_fn=ignore_signals,
-        generator=torch.Generator(),  # without one, the loader would change the global random state
-    )
+    experts = intervals.index(timesteps) if parts.recipe.expert_intervals is not None else torch.zeros_like(order)
 
     was_training = model.training
     model.eval()
-    total = torch.zeros((), device=accelerator.device)
-    for number, batch in enumerate(loader):
+    totals = torch.zeros(intervals.num_experts, device=accelerator.device)
+    for samples, batch in data.validation_batches(accelerator, args):
         batch = {name: value.to(accelerator.device) for name, value in batch.items()}
-        samples = list(own[number * VALIDATION_BATCH_SIZE :][:VALIDATION_BATCH_SIZE])
-        noise, latent_noise = (each.to(accelerator.device) for each in sample_noise(samples, parts))
+        shape = parts.denoiser.shape_of(batch)
+        noise, latent_noise = (each.to(accelerator.device) for each in sample_noise(samples, shape))
         own_timesteps = timesteps[samples].to(accelerator.device)
         no_flips = torch.zeros(len(samples), dtype=torch.bool, device=accelerator.device)
         x0 = clean_samples(batch, no_flips, latent_noise, parts.vae)
@@ -60,15 +54,23 @@ def validation_loss(parts: TrainingParts, args: SharedTrainingArguments, dataset
         # timesteps on the CPU: a Remix-DiT reads them, which would make the CPU wait for an accelerator
         model_output = parts.denoiser(model, x_t, timesteps[samples], parts.conditions(batch))
         noised = NoisedBatch(x0, noise, own_timesteps, batch)
-        total += objective(model_output.sample, noised).sample_losses.sum()
+        losses = objective(model_output.sample, noised).sample_losses
+        totals.index_add_(0, experts[samples].to(accelerator.device), losses.to(totals.dtype))
     model.train(was_training)
-    return accelerator.reduce(total, "sum").item() / num_samples
+
+    sums = accelerator.reduce(totals, "sum").tolist()
+    measured = {VALIDATION_LOSS: sum(sums) / num_samples}
+    counts = experts.bincount(minlength=intervals.num_experts).tolist()
+    if parts.recipe.expert_intervals is not None and intervals.num_experts > 1:
+        for begin, end, total, count in zip(intervals.edges, intervals.edges[1:], sums, counts):
+            if count:
+                measured[f"{VALIDATION_LOSS}/{begin:g}-{end:g}"] = total / count
+    return measured
 
 
-def sample_noise(samples: list[int], parts: TrainingParts) -> tuple[torch.Tensor, torch.Tensor]:
-    """The noise of some samples and of their latents, (b, …) each, as a function of the samples' indices alone."""
+def sample_noise(samples: list[int], shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The noise of some samples and of their latents, (b, *shape) each, as a function of the samples' indices alone."""
     generators = [torch.Generator().manual_seed(VALIDATION_SEED + 1 + sample) for sample in samples]
-    shape = parts.denoiser.sample_shape
     noise, latent_noise = (
         torch.stack([torch.randn(shape, generator=generator) for generator in generators]) for _ in range(2)
     )

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Sampler
 
-from ..arguments import SharedTrainingArguments
+from ..arguments import LoopArguments, SharedTrainingArguments
 from ..interruption import ignore_signals
 from .images import class_names, training_items
 
@@ -164,15 +164,19 @@ def endless_batches(
     return iter(loader)
 
 
+def slices_of_process(accelerator: Accelerator, args: LoopArguments) -> tuple[int, range]:
+    """The number of micro-batches that a batch is cut into, over all processes, and which of them this process has."""
+    num_slices = accelerator.num_processes * args.gradient_accumulation_steps
+    first_slice = accelerator.process_index * args.gradient_accumulation_steps
+    return num_slices, range(first_slice, first_slice + args.gradient_accumulation_steps)
+
+
 def training_batches(
     accelerator: Accelerator, args: SharedTrainingArguments, dataset: datasets.Dataset, first_step: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     """This process's micro-batches of a training, from `first_step` on."""
-    num_slices = accelerator.num_processes * args.gradient_accumulation_steps
-    first_slice = accelerator.process_index * args.gradient_accumulation_steps
-    own_slices = range(first_slice, first_slice + args.gradient_accumulation_steps)
     dataset = with_repeats(dataset, args)
-    order = (args.batch_size, args.seed, num_slices, own_slices, first_step)
+    order = (args.batch_size, args.seed, *slices_of_process(accelerator, args), first_step)
     sampler = (
         BalancedBatchSampler(labels_of(dataset, args), *order)
         if args.balance_classes

@@ -6,8 +6,7 @@ Legend: b batch, C channels and S size of x0 (those of the latents, if there is 
 import torch
 from diffusers import AutoencoderKL
 
-from ...diffusion.latents import scale_latents
-from .latents import latent_distribution
+from ...diffusion.latents import latent_distribution, scale_latents
 
 
 @torch.no_grad()
@@ -22,10 +21,12 @@ def clean_samples(
 
     Args:
         batch (`dict[str, torch.Tensor]`): With `images` (b, C, H, W) in [-1, 1], or with `mean` and `std` of latents, both
-            (b, 2, C, S, S): of the image, and of its mirror image.
+            (b, 2, C, S, S): of the image, and of its mirror image. Latents of a training with text, (b, 1 or 2, C, …), are
+            scaled already.
         flips (`torch.BoolTensor` of shape (b,)): The samples to mirror.
         latent_noise (`torch.Tensor` of shape (b, C, S, S), *optional*): Standard normal, to sample the VAE's posterior.
-        vae ([`AutoencoderKL`], *optional*): To train on its latents; `latent_noise` is needed then.
+        vae ([`AutoencoderKL`], *optional*): To train on its latents; `latent_noise` is needed then. None if the latents in the
+            batch are scaled.
 
     Returns:
         `torch.Tensor` of shape (b, C, S, S): x0, scaled as the VAE's configuration says if it is a latent.
@@ -38,6 +39,6 @@ def clean_samples(
         if vae is None:
             return images
         mean, std = latent_distribution(vae, images)
-    assert vae is not None and latent_noise is not None  # `check_latents` refuses latents without a VAE
+    assert latent_noise is not None  # sampled for every batch of latents
     latents = mean + std * latent_noise.to(std.dtype)
-    return scale_latents(vae, latents).float()
+    return (latents if vae is None else scale_latents(vae, latents)).float()

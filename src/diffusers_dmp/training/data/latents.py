@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ...diffusion.latents import upcast, vae_downsampling
+from ...diffusion.latents import latent_distribution, vae_downsampling
 from ...saving.finite import expect_finite_weights
 from ...saving.reading import read_json
 from ...saving.weight_files import check_saved_folder
@@ -59,13 +59,6 @@ def load_vae(name_or_path: str) -> AutoencoderKL:
     vae = AutoencoderKL.from_pretrained(name_or_path)
     expect_finite_weights(vae, name_or_path)
     return vae.requires_grad_(False).eval()
-
-
-def latent_distribution(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation (b, C, S, S) of the latents, not yet scaled, of images (b, 3, H, W) in [-1, 1]."""
-    with upcast(vae):
-        posterior = vae.encode(images.to(vae.dtype)).latent_dist
-    return posterior.mean, posterior.std
 
 
 def encode_latents(args: EncodingArguments) -> None:

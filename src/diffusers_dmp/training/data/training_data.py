@@ -1,25 +1,34 @@
 """The data that a training runs on: data sets, class names and the VAE, checked against the arguments and one another."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from ...diffusion.latents import vae_downsampling
 from ..arguments import SharedTrainingArguments, TrainingArguments
-from .images import LATENTS, load_checked
+from ..interruption import ignore_signals
+from .batches import training_batches, with_repeats
+from .identity import images_identity, weights_digest
+from .images import LATENTS, describe_images, load_checked, training_items
 from .labels import class_names
 from .latents import check_latents, load_vae
 from .listing import shorten
+from .loop_data import Batch, LoopData
+
+VALIDATION_BATCH_SIZE = 64
 
 
 @dataclass(kw_only=True)
-class TrainingData:
+class TrainingData(LoopData):
     """
-    What a training runs on.
+    Images, with or without labels, or latents of them.
 
     Args:
         dataset (`datasets.Dataset`): The training images, as [`load_images`] returns them.
@@ -35,6 +44,60 @@ class TrainingData:
     label_names: list[str] | None = None
     vae: AutoencoderKL | None = None
     validation: datasets.Dataset | None = None
+
+    def num_samples(self, args: Any) -> int:
+        """See [`LoopData`]."""
+        return len(with_repeats(self.dataset, args))
+
+    def training_batches(self, accelerator: Accelerator, args: Any, first_step: int) -> Iterator[Batch]:
+        """See [`LoopData`]."""
+        return training_batches(accelerator, args, self.dataset, first_step)
+
+    def num_validation_samples(self, args: Any) -> int:
+        """See [`LoopData`]."""
+        return 0 if self.validation is None else len(self.validation) * args.validation_repeats
+
+    def validation_batches(self, accelerator: Accelerator, args: Any) -> Iterator[tuple[list[int], Batch]]:
+        """See [`LoopData`]."""
+        items = training_items(self.validation, args)
+        own = range(accelerator.process_index, self.num_validation_samples(args), accelerator.num_processes)
+        loader: DataLoader[Batch] = DataLoader(
+            Subset(ConcatDataset([items] * args.validation_repeats), own),
+            VALIDATION_BATCH_SIZE,
+            num_workers=args.dataloader_num_workers,
+            worker_init_fn=ignore_signals,
+            generator=torch.Generator(),  # without one, the loader would change the global random state
+        )
+        for number, batch in enumerate(loader):
+            yield list(own[number * VALIDATION_BATCH_SIZE :][:VALIDATION_BATCH_SIZE]), batch
+
+    def identity(self, args: Any) -> dict[str, Any]:
+        """See [`LoopData`]."""
+        images = images_identity(self.dataset, args.label_column, args.image_column)
+        return {
+            "images": images.pop("images"),
+            "classes": self.label_names,
+            **images,
+            "weights of the VAE": None if self.vae is None else weights_digest(self.vae),
+        }
+
+    def validation_identity(self, args: Any) -> dict[str, Any]:
+        """See [`LoopData`]."""
+        if self.validation is None:
+            return {}
+        return {
+            **images_identity(self.validation, args.label_column, args.image_column),
+            "split": args.validation_split,
+            "repeats": args.validation_repeats,
+        }
+
+    def describe(self) -> str:
+        """See [`LoopData`]."""
+        return describe_images(self.dataset, label_column=None)  # its classes are said already
+
+    def describe_validation(self) -> str:
+        """See [`LoopData`]."""
+        return "none" if self.validation is None else describe_images(self.validation, label_column=None)
 
     def model_config(self, args: TrainingArguments) -> dict[str, Any]:
         """The arguments of a model's constructor that the data decide: channels, size and number of classes."""

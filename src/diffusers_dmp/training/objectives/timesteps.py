@@ -11,11 +11,12 @@ from ...intervals import NoiseIntervals
 @dataclass(frozen=True)
 class StepExperts:
     """
-    The experts that one optimiser step trains: one in each process.
+    The experts that one optimiser step trains.
 
     Args:
         intervals ([`NoiseIntervals`]): The intervals of all experts.
-        owners (`list[int]` of length P): For each of P processes the expert that its part of the batch trains.
+        owners (`list[int]` of length P): The expert of each of P equal slices of the batch: as many as processes, each of which
+            then trains one expert, or as many as samples.
     """
 
     intervals: NoiseIntervals
@@ -25,6 +26,15 @@ class StepExperts:
 def random_experts(seed: int, step: int, num_experts: int, num_processes: int) -> list[int]:
     """One random expert for each process, as a function of (seed, step) alone; on the CPU, where models need to know it."""
     return np.random.default_rng([seed, step]).integers(num_experts, size=num_processes).tolist()
+
+
+def balanced_experts(step: int, num_experts: int, batch_size: int) -> list[int]:
+    """
+    One expert for each sample of a batch, all equally often; where the batch does not divide, over several steps.
+
+    Neighbours belong to different experts, so that equal slices of the batch are balanced as well.
+    """
+    return [(step * batch_size + sample) % num_experts for sample in range(batch_size)]
 
 
 def balanced_timesteps(
