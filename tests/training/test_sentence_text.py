@@ -1,0 +1,63 @@
+"""How the pipeline of sentences is trained: its own embeddings and call, on pixels or latents."""
+
+import torch
+from tiny_pipelines import image_vae, randn, seeded
+from tiny_sentences import sentence_pipe, transformer
+
+from diffusers_dmp import SentenceToImagePipeline
+from diffusers_dmp.models.time_argument import time_argument_of
+from diffusers_dmp.training.text_pipelines import text_pipeline_of
+
+PROMPTS = ["a photo of a dress", "an ankle boot"]
+
+
+def test_calls_the_transformer_as_the_pipeline_does():
+    pipeline = sentence_pipe()
+    text = text_pipeline_of(SentenceToImagePipeline)
+    columns = text.encode_prompts(pipeline, PROMPTS)
+    noisy = [randn(2, 1, 8, 8)]
+
+    def remember(pipe, step, timestep, tensors):
+        noisy.append(tensors["latents"])
+        return {}
+
+    expected = pipeline(
+        PROMPTS,
+        latents=noisy[0],
+        guidance_scale=1.0,
+        num_inference_steps=3,
+        output_type="latent",
+        callback_on_step_end=remember,
+    ).images
+    assert len(noisy) == 4 and torch.equal(noisy[-1], expected)
+    told = time_argument_of(pipeline.transformer)
+    for step, t in enumerate(pipeline.scheduler.timesteps):
+        time = told.told(t.expand(2), 1000)
+        with torch.no_grad():
+            velocity = text.call(pipeline.transformer, pipeline.transformer.config, noisy[step], time, columns)
+        sigma, following = pipeline.scheduler.sigmas[step : step + 2]
+        torch.testing.assert_close(noisy[step] + (following - sigma) * velocity, noisy[step + 1])
+
+
+def test_pixels_are_their_own_latents():
+    grey = randn(2, 1, 8, 8).clamp(-1, 1)
+    images = grey.expand(-1, 3, -1, -1)
+    text = text_pipeline_of(SentenceToImagePipeline)
+    pipeline = sentence_pipe()
+    mean, std = text.encode_images(pipeline, images)
+    torch.testing.assert_close(mean, grey)
+    assert std.shape == mean.shape and not std.any()
+    assert text.size_multiple(pipeline) == 4
+    mean, _ = text.encode_images(sentence_pipe(transformer(in_channels=3, out_channels=3)), images)
+    assert torch.equal(mean, images)
+
+
+def test_latents_of_a_vae_are_scaled():
+    vae = image_vae(4)
+    pipeline = sentence_pipe(transformer(in_channels=4, out_channels=4), vae=vae)
+    images = torch.rand(2, 3, 8, 8, generator=seeded()) * 2 - 1
+    mean, std = text_pipeline_of(pipeline).encode_images(pipeline, images)
+    with torch.no_grad():
+        latents = vae.encode(images).latent_dist
+    torch.testing.assert_close(mean, (latents.mean - vae.config.shift_factor) * vae.config.scaling_factor)
+    torch.testing.assert_close(std, latents.std * vae.config.scaling_factor)
