@@ -78,5 +78,5 @@ def test_written_pictures_are_read_back_exactly(tmp_path):
     captions = captions_of(LABELS)
     write_captioned_images(tmp_path / "new" / "train.parquet", PIXELS, captions)
     loaded = datasets.load_dataset("parquet", data_files=str(tmp_path / "new" / "train.parquet"), split="train")
-    assert loaded["caption"][:] == captions
+    assert loaded["text"][:] == captions
     assert np.array_equal(np.stack([np.asarray(image) for image in loaded["image"]]), PIXELS)

@@ -104,8 +104,8 @@ def write_captioned_images(path: "str | os.PathLike", images: np.ndarray, captio
         images (`np.ndarray` of shape (N, H, W)): uint8 grey values.
         captions (`Sequence[str]`): N of them.
     """
-    rows = {"image": [{"bytes": _png(image), "path": None} for image in images], "caption": list(captions)}
-    features = datasets.Features(image=datasets.Image(), caption=datasets.Value("string"))
+    rows = {"image": [{"bytes": _png(image), "path": None} for image in images], "text": list(captions)}
+    features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
 
