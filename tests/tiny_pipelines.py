@@ -56,7 +56,7 @@ def filled(model: torch.nn.Module, seed: int) -> Any:
     return model.eval()
 
 
-def image_vae(latent_channels: int) -> AutoencoderKL:
+def image_vae(latent_channels: int, shift_factor: float | None = 0.0609) -> AutoencoderKL:
     return AutoencoderKL(
         sample_size=32,
         block_out_channels=(4,),
@@ -64,7 +64,7 @@ def image_vae(latent_channels: int) -> AutoencoderKL:
         norm_num_groups=1,
         use_quant_conv=False,
         use_post_quant_conv=False,
-        shift_factor=0.0609,
+        shift_factor=shift_factor,
         scaling_factor=1.5035,
     ).eval()
 
@@ -198,7 +198,7 @@ def pixart(seed: int = 0, num_layers: int = 2, **config: Any) -> PixArtTransform
 
 
 def pixart_pipe(transformer: Any) -> PixArtSigmaPipeline:
-    return PixArtSigmaPipeline(transformer=transformer, scheduler=DDIMScheduler(), vae=image_vae(4), **TEXT)
+    return PixArtSigmaPipeline(transformer=transformer, scheduler=DDIMScheduler(), vae=image_vae(4, None), **TEXT)
 
 
 def pixart_call() -> dict[str, Any]:
@@ -327,7 +327,9 @@ def sdxl(seed: int = 0, **config: Any) -> UNet2DConditionModel:
 
 def sdxl_pipe(unet: Any) -> StableDiffusionXLPipeline:
     others = {"text_encoder_2": None, "tokenizer_2": None, "add_watermarker": False}
-    return StableDiffusionXLPipeline(unet=unet, scheduler=EulerDiscreteScheduler(), vae=image_vae(4), **TEXT, **others)
+    return StableDiffusionXLPipeline(
+        unet=unet, scheduler=EulerDiscreteScheduler(), vae=image_vae(4, None), **TEXT, **others
+    )
 
 
 def sdxl_call() -> dict[str, Any]:
@@ -348,7 +350,7 @@ def sd15(seed: int = 0, **config: Any) -> UNet2DConditionModel:
 
 def sd15_pipe(unet: Any) -> StableDiffusionPipeline:
     others = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return StableDiffusionPipeline(unet=unet, scheduler=DDIMScheduler(), vae=image_vae(4), **TEXT, **others)
+    return StableDiffusionPipeline(unet=unet, scheduler=DDIMScheduler(), vae=image_vae(4, None), **TEXT, **others)
 
 
 def sd15_call() -> dict[str, Any]:

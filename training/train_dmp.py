@@ -10,13 +10,13 @@ from pathlib import Path
 from diffusers_dmp import PromptPatch
 from diffusers_dmp.hub.pushing import with_hub
 from diffusers_dmp.saving.whole import written_whole
-from diffusers_dmp.training.arguments import TrainingArguments, option
-from diffusers_dmp.training.base_schedule import check_base_schedule
+from diffusers_dmp.training.arguments import PromptArguments, TrainingArguments, option
+from diffusers_dmp.training.base_schedule import check_base_process, check_base_schedule
 from diffusers_dmp.training.data.training_data import load_training_data
 from diffusers_dmp.training.dit_family import check_config, load_dit_family
 from diffusers_dmp.training.objectives.from_arguments import make_objective
 from diffusers_dmp.training.parsing import run_entry_point
-from diffusers_dmp.training.prompted import PromptedTransformer
+from diffusers_dmp.training.prompted import PromptedTransformer, balancing_weights, gate_learning_rates
 from diffusers_dmp.training.recipe import TrainingRecipe
 from diffusers_dmp.training.run import Publisher
 from diffusers_dmp.training.trainer import make_accelerator, train
@@ -26,7 +26,7 @@ GATES = {"dmp": "linear", "prompt_tuning": "none"}
 
 
 @dataclass(kw_only=True)
-class DMPTrainingArguments(TrainingArguments):
+class DMPTrainingArguments(PromptArguments, TrainingArguments):
     """Prompts, or one of the paper's baselines."""
 
     pretrained_model_name_or_path: str | None = option(
@@ -34,19 +34,6 @@ class DMPTrainingArguments(TrainingArguments):
     )
     method: str = option(
         "dmp", "dmp, or the paper's baselines: prompt_tuning (no gate), full_finetuning (no prompts)."
-    )
-    prompt_mode: str = option("add", "add prompts to the image tokens, or prepend them.")
-    num_prompts: int | None = option(
-        None, "Number of prompts, if they are prepended; by default as many as image tokens."
-    )
-    depth: int | None = option(None, "Number of first blocks that get prompts; by default all.")
-    topk: float = option(1.0, "Share of the prompts that the gate selects.")
-    gate_learning_rate: float = option(
-        1e-3, "Learning rate of the gate and its noise; `learning_rate` is that of the prompts."
-    )
-    importance_loss_weight: float = option(1.0, "Weight of the loss that balances the prompts' weights.")
-    load_loss_weight: float = option(
-        1.0, "Weight of the loss that balances how often prompts are selected, for `topk` below 1."
     )
 
     def __post_init__(self):
@@ -63,6 +50,7 @@ def train_dmp(args: DMPTrainingArguments, publisher: Publisher | None = None) ->
     """Train prompts for the frozen model, or the model itself."""
     accelerator = make_accelerator(args)
     data = load_training_data(accelerator, args)
+    check_base_process(args, args.pretrained_model_name_or_path)
     base = load_dit_family(args.pretrained_model_name_or_path)
     check_config(base, args.pretrained_model_name_or_path, data.model_config(args))
     check_base_schedule(args, base, args.pretrained_model_name_or_path, data.vae)
@@ -86,10 +74,8 @@ def train_dmp(args: DMPTrainingArguments, publisher: Publisher | None = None) ->
     patch.attach(base.to(accelerator.device).eval())
     recipe = TrainingRecipe(
         expert_intervals=expert_intervals,
-        learning_rates={
-            f"patch.{name}": args.gate_learning_rate for name, _ in patch.named_parameters() if name != "prompts"
-        },
-        auxiliary_weights=lambda step: loss_weights(args),
+        learning_rates=gate_learning_rates(args, patch),
+        auxiliary_weights=lambda step: balancing_weights(args, GATES[args.method]),
         components=lambda model: {"transformer": model.transformer, "prompt_patch": model.patch},
     )
     train(accelerator, args, PromptedTransformer(patch), objective, data, recipe, publisher)
@@ -97,13 +83,6 @@ def train_dmp(args: DMPTrainingArguments, publisher: Publisher | None = None) ->
         with written_whole(Path(args.output_dir, "patch")) as unfinished:
             shutil.copytree(Path(args.output_dir, "pipeline", "prompt_patch"), unfinished)
     accelerator.end_training()
-
-
-def loss_weights(args: DMPTrainingArguments) -> dict[str, float]:
-    """The weights of the balancing losses that the method has, by their names in the output."""
-    weights = {"importance_loss": args.importance_loss_weight, "load_loss": args.load_loss_weight}
-    names = {"dmp": ["importance_loss", "load_loss"] if args.topk < 1 else ["importance_loss"], "prompt_tuning": []}
-    return {name: weights[name] for name in names[args.method]}
 
 
 if __name__ == "__main__":

@@ -8,17 +8,15 @@ from functools import partial
 
 from diffusers_dmp import DTRTransformer2DModel
 from diffusers_dmp.hub.pushing import with_hub
-from diffusers_dmp.training.arguments import DiTTrainingArguments, option
+from diffusers_dmp.training.arguments import DiTTrainingArguments, RoutingArguments, option
 from diffusers_dmp.training.dit_family import train_dit
 from diffusers_dmp.training.parsing import run_entry_point
 
 
 @dataclass(kw_only=True)
-class DTRTrainingArguments(DiTTrainingArguments):
+class DTRTrainingArguments(RoutingArguments, DiTTrainingArguments):
     """A DiT with task routing."""
 
-    sharing_ratio: float = option(0.8, "Share of the channels that a timestep uses, in (0, 1].")
-    routing_alpha: float = option(4.0, "The larger, the more the channel windows crowd towards the clean timesteps.")
     routing: str = option("window", "window, or random for the paper's baseline.")
 
 

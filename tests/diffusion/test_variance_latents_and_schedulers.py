@@ -3,9 +3,24 @@
 import pytest
 import torch
 from conftest import randomised
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+    DDIMScheduler,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+)
 
-from diffusers_dmp.diffusion.latents import decode_latents, scale_latents, vae_downsampling
+from diffusers_dmp.diffusion.latents import (
+    decode_latents,
+    pack_latents,
+    scale_latents,
+    unpack_latents,
+    unscale_latents,
+    vae_downsampling,
+)
 from diffusers_dmp.diffusion.schedulers import SCHEDULERS, make_like
 from diffusers_dmp.diffusion.timesteps import check_timesteps, check_train_timesteps
 from diffusers_dmp.diffusion.variance import VARIANCE_TYPES, as_learned_range
@@ -35,6 +50,41 @@ def test_latents_are_decoded_as_they_were_before_they_were_scaled(shift_factor):
         torch.testing.assert_close(images, vae.decode(latents).sample, atol=1e-4, rtol=1e-4)
     assert images.shape[-1] == latents.shape[-1] * vae_downsampling(vae) == 8
     assert vae_downsampling(None) == 1
+
+
+STATISTICS = {"latents_mean": [0.5, -1.0, 2.0, 0.0], "latents_std": [0.5, 2.0, 1.0, 4.0]}
+
+
+def video_vae(kind, **config):
+    return kind(z_dim=4, base_dim=4, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True], **config)
+
+
+@pytest.mark.parametrize(
+    "vae, downsampling, scale",
+    [
+        (video_vae(AutoencoderKLWan, scale_factor_spatial=4, **STATISTICS), 4, 1),
+        (video_vae(AutoencoderKLQwenImage, **STATISTICS), 4, 1),
+        (AutoencoderKL(block_out_channels=(4,), norm_num_groups=1, scaling_factor=0.3, **STATISTICS), 1, 0.3),
+    ],
+    ids=["Wan", "Qwen-Image", "SDXL"],
+)
+@pytest.mark.parametrize("frames", [(), (2,)])
+def test_latents_with_statistics_of_each_channel(vae, downsampling, scale, frames):
+    latents = torch.randn(2, 4, *frames, 4, 4)
+    scaled = scale_latents(vae, latents)
+    for channel, (mean, std) in enumerate(zip(*STATISTICS.values())):
+        torch.testing.assert_close(scaled[:, channel], (latents[:, channel] - mean) / std * scale)
+    torch.testing.assert_close(unscale_latents(vae, scaled), latents)
+    assert vae_downsampling(vae) == downsampling
+
+
+def test_packed_latents():
+    latents = torch.randn(2, 3, 4, 6)
+    packed = pack_latents(latents)
+    assert torch.equal(packed, FluxPipeline._pack_latents(latents, 2, 3, 4, 6))
+    assert torch.equal(unpack_latents(packed, 4, 6), latents)
+    with pytest.raises(ValueError, match="even height and width, but got 3 x 6"):
+        pack_latents(latents[:, :, :3])
 
 
 @pytest.mark.parametrize("timesteps", [[0, 999], [0.0, 999.5, 1000.0], []])

@@ -70,7 +70,10 @@ def test_a_base_of_the_same_kind_is_accepted(tmp_path, caplog):
         (DDPMScheduler(variance_type="learned"), {}, ["`learn_sigma`"], "No arguments match"),
         (DDIMScheduler(rescale_betas_zero_snr=True), {}, ["`beta_schedule` 'linear' for a base of 'linear'"], "No arguments match"),
         (DDPMScheduler(trained_betas=[0.01] * 1000), {}, ["ᾱ at timestep 500"], "No arguments match"),
-        (FlowMatchEulerDiscreteScheduler(), {}, ["FlowMatchEulerDiscreteScheduler, which adds noise in another way"], "No arguments match"),
+        (FlowMatchEulerDiscreteScheduler(), {}, ["FlowMatchEulerDiscreteScheduler, which adds noise in another way"], "Give --objective flow."),
+        (DDPMScheduler(), {"objective": "flow"}, ["DDPMScheduler, which adds noise in another way"], "Give --objective ddpm."),
+        (FlowMatchEulerDiscreteScheduler(num_train_timesteps=500), {"objective": "flow"},
+         ["`num_train_timesteps` 1000 for a base of 500"], "Give --num_train_timesteps 500."),
     ],
 )  # fmt: skip
 def test_a_base_of_another_kind_is_refused_with_what_would_match(tmp_path, scheduler, given, differences, advice):
@@ -87,7 +90,7 @@ def test_a_base_of_another_kind_is_refused_with_what_would_match(tmp_path, sched
         words = message.partition("Give ")[2].removesuffix(".").split()
         kinds = {"beta_start": float, "beta_end": float, "num_train_timesteps": int}
         names = [word.removeprefix("--") for word in words[::2]]
-        given = {name: kinds.get(name, str)(value) for name, value in zip(names, words[1::2])}
+        given |= {name: kinds.get(name, str)(value) for name, value in zip(names, words[1::2])}
         check_base_schedule(arguments(**given), model, str(tmp_path / "transformer"))
 
 

@@ -23,7 +23,7 @@ VIDEO = (2, 3, 4, 4)  # channels, frames, height, width
 class ContinuousObjective(Objective):
     """A velocity at continuous timesteps, as flow matching has them."""
 
-    def sample_timesteps(self, batch_size, generator, experts=None):
+    def sample_timesteps(self, batch_size, generator, experts=None, sample_shape=None):
         return torch.rand(batch_size, generator=generator) * 1000
 
     def add_noise(self, x0, noise, timesteps):

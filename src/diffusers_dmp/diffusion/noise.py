@@ -42,6 +42,19 @@ def signal_to_noise_ratio(alphas_cumprod: torch.Tensor) -> torch.Tensor:
     return alphas_cumprod / (1 - alphas_cumprod)
 
 
+def flow_signal_to_noise_ratio(sigma: torch.Tensor) -> torch.Tensor:
+    """
+    Compute the signal-to-noise ratio ((1 - σ) / σ)² of flow matching.
+
+    Args:
+        sigma (`torch.Tensor` of any shape): σ, in [0, 1].
+
+    Returns:
+        The ratios, in the shape and dtype of `sigma`.
+    """
+    return ((1 - sigma) / sigma) ** 2
+
+
 def levels_at(scheduler: SchedulerMixin, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Compute α and σ at training timesteps: σ = t/T and α = 1 - σ for flow matching, those of ᾱ otherwise.

@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..diffusion.timesteps import SINGLE_PRECISION
 from ..intervals import NoiseIntervals
 from ..saving.naming import full_name
-
-# Pipelines order the same operations differently, and a flow-matching scheduler with a shift may begin at t = 1000.002.
-_SINGLE_PRECISION = 32 * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +111,7 @@ class TimeArgument:
         candidates = torch.stack([rounded_before, rounded_after]).to(timesteps)  # (2, K)
         scale = num_train_timesteps if self.at_pure_noise is None else self.at_pure_noise
         apart = (told.to(timesteps)[..., None, None] - candidates).abs()  # (B, N, 2, K)
-        same = (apart <= _SINGLE_PRECISION * scale).any(-2)  # (B, N, K)
+        same = (apart <= SINGLE_PRECISION * scale).any(-2)  # (B, N, K)
         noisiest = torch.where(same, known, -torch.inf).amax(-1)
         return torch.where(same.any(-1), noisiest, timesteps)
 

@@ -161,7 +161,7 @@ class LoraFoldersMixin(_Experts):
             intervals, tuple(weight for _, weight in found), self.intervals.num_train_timesteps, denoiser
         )
 
-    def save_pretrained(self, save_directory: File) -> None:
+    def save_pretrained(self, save_directory: File, names: Sequence[str] | None = None) -> None:
         """
         Save each adapter as a LoRA file in Diffusers' format, with its intervals in the metadata, and `lora_experts.json`.
 
@@ -170,9 +170,11 @@ class LoraFoldersMixin(_Experts):
 
         Args:
             save_directory: A folder, created if it does not exist.
+            names (`list[str]`, *optional*): Save these adapters alone, where the files of the others come from elsewhere, such as
+                from machines that train one expert each: `lora_experts.json` names all of them, and `from_pretrained` needs all.
 
         Raises:
-            ValueError: if the experts are attached to nothing, an adapter is no LoRA, or two denoisers have different adapters of
+            ValueError: if the experts are attached to nothing, have not these `names`, an adapter is no LoRA, or two denoisers have different adapters of
                 one name.
         """
         if not self._attachments:
@@ -182,7 +184,10 @@ class LoraFoldersMixin(_Experts):
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"Expected `save_directory` to be a folder, but got the file {str(folder)!r}.")
-        found = {name: self._saved_adapter(name) for name in self.names}
+        unknown = [name for name in names or () if name not in self.names]
+        if unknown:
+            raise ValueError(f"Expected `names` to be among {', '.join(self.names)}, but got {', '.join(unknown)}.")
+        found = {name: self._saved_adapter(name) for name in (self.names if names is None else names)}
         files = _file_names(self.names)
         denoiser = self._attachments[0].denoiser
         config = {

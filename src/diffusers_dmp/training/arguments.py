@@ -7,14 +7,20 @@ dataclass alone: [`model_arguments`] finds those that the model's constructor ta
 import dataclasses
 import inspect
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .data.decoding import check_background
 from .data.fitting import FITS
+from .objectives.shifts import parsed_shift
 from .optimisers import check_lr_schedule, check_optimiser
 from .parsing import parse_arguments as parse_arguments  # its former place
 
+if TYPE_CHECKING:
+    from .objectives.densities import NoiseDensity
+
 TRACKERS = ("tensorboard", "wandb", "none")
+OBJECTIVES = ("ddpm", "flow")
+_OF_FLOW = ("density", "logit_mean", "logit_std", "mode_scale", "shift")
 
 Arguments = TypeVar("Arguments")
 
@@ -96,12 +102,82 @@ class NoiseArguments:
 
 @dataclass(kw_only=True)
 class ObjectiveArguments:
-    """The loss of a denoiser."""
+    """The noise process and the loss of a denoiser."""
 
-    prediction_type: str = option("epsilon", "What the model predicts: epsilon, sample (x0) or v_prediction.")
-    learn_sigma: bool = option(True, "Whether the model learns the variance as well.")
+    objective: str = option("ddpm", "The noise process: ddpm, or flow for flow matching.")
+    prediction_type: str | None = option(
+        None,
+        "What the model predicts: epsilon (the default of ddpm), sample (x0) or v_prediction; flow_prediction (the velocity) "
+        "for flow.",
+    )
+    learn_sigma: bool | None = option(
+        None, "Whether the model learns the variance as well, for ddpm alone; by default it does."
+    )
     weighting: str = option("constant", "Loss weighting: constant, min_snr_5, p2_1_1, snr, uw, …")
     uncertainty_learning_rate: float = option(0.025, "Learning rate of the log-variances of the weighting `uw`.")
+    density: str = option(
+        "logit_normal", "For flow: how often which noise level is trained: logit_normal, uniform, mode or cosmap."
+    )
+    logit_mean: float = option(0.0, "For logit_normal: the mean of log(σ / (1 - σ)); above 0 for more noise.")
+    logit_std: float = option(1.0, "For logit_normal: its standard deviation.")
+    mode_scale: float = option(1.29, "For mode: how much more often the noise levels in the middle are trained.")
+    shift: str | None = option(
+        None,
+        "For flow: a shift of the density towards the noise, such as 3; or resolution, by the number of tokens of a sample. By "
+        "default that of the pretrained pipeline's scheduler, 1 without one.",
+    )
+
+    def resolve_objective(self) -> None:
+        """
+        Set what the objective decides by default, and check what it does not have.
+
+        Raises:
+            ValueError: if an argument is unknown, or is one of the other objective.
+        """
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"Expected `objective` to be one of {', '.join(OBJECTIVES)}, but got {self.objective!r}.")
+        is_flow = self.objective == "flow"
+        self.learn_sigma = not is_flow if self.learn_sigma is None else self.learn_sigma
+        default = "flow_prediction" if is_flow else "epsilon"
+        self.prediction_type = self.prediction_type or default
+        if self.shift is not None:
+            shift = parsed_shift(self.shift)
+            self.shift = shift if isinstance(shift, str) else repr(shift)  # YAML may have made a number of it
+        self.noise_density()
+        if is_flow and self.learn_sigma:
+            raise ValueError(
+                "Expected `learn_sigma` to be false for flow matching, which has no variance to learn, but got true."
+            )
+        if is_flow and self.prediction_type != default:
+            raise ValueError(
+                f"Expected `prediction_type` to be {default} for flow matching, but got {self.prediction_type!r}."
+            )
+        for field in dataclasses.fields(ObjectiveArguments):
+            value = getattr(self, field.name)
+            if not is_flow and field.name in _OF_FLOW and value != field.default:
+                raise ValueError(
+                    f"Expected `objective` to be flow where `{field.name}` is set, but got {self.objective} and {value!r}."
+                )
+
+    def noise_density(self, shift: float = 1.0) -> "NoiseDensity":
+        """
+        The density over the noise levels of flow matching.
+
+        Args:
+            shift (`float`): Its shift.
+
+        Raises:
+            ValueError: if there is no such density.
+        """
+        from .objectives.densities import NoiseDensity  # which imports Diffusers: that takes seconds
+
+        return NoiseDensity(
+            name=self.density,
+            logit_mean=self.logit_mean,
+            logit_std=self.logit_std,
+            mode_scale=self.mode_scale,
+            shift=shift,
+        )
 
 
 @dataclass(kw_only=True)
@@ -295,6 +371,37 @@ class SharedTrainingArguments(LoopArguments, NoiseArguments, DataArguments):
 @dataclass(kw_only=True)
 class TrainingArguments(ObjectiveArguments, SharedTrainingArguments):
     """The arguments that every training of a denoiser has."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.resolve_objective()
+
+
+@dataclass(kw_only=True)
+class PromptArguments:
+    """Prompts for a frozen transformer (DMP)."""
+
+    prompt_mode: str = option("add", "add prompts to the image tokens, or prepend them.")
+    num_prompts: int | None = option(
+        None, "Number of prompts, if they are prepended; by default as many as image tokens."
+    )
+    depth: int | None = option(None, "Number of first blocks that get prompts; by default all.")
+    topk: float = option(1.0, "Share of the prompts that the gate selects.")
+    gate_learning_rate: float = option(
+        1e-3, "Learning rate of the gate and its noise; `learning_rate` is that of the prompts."
+    )
+    importance_loss_weight: float = option(1.0, "Weight of the loss that balances the prompts' weights.")
+    load_loss_weight: float = option(
+        1.0, "Weight of the loss that balances how often prompts are selected, for `topk` below 1."
+    )
+
+
+@dataclass(kw_only=True)
+class RoutingArguments:
+    """Denoising Task Routing (DTR)."""
+
+    sharing_ratio: float = option(0.8, "Share of the channels that a timestep uses, in (0, 1].")
+    routing_alpha: float = option(4.0, "The larger, the more the channel windows crowd towards the clean timesteps.")
 
 
 @dataclass(kw_only=True)

@@ -47,12 +47,12 @@ def check_base_schedule(
     """
     scheduler = base_scheduler(name_or_path)
     if scheduler is None:
+        noise = "" if args.objective == "flow" else f"beta_schedule {args.beta_schedule}, "
         logger.warning(
-            "No scheduler in or beside %r says how it was trained; it is assumed: prediction_type %s, beta_schedule %s, "
-            "num_train_timesteps %d.",
+            "No scheduler in or beside %r says how it was trained; it is assumed: prediction_type %s, %snum_train_timesteps %d.",
             name_or_path,
             args.prediction_type,
-            args.beta_schedule,
+            noise,
             args.num_train_timesteps,
         )
         return
@@ -66,6 +66,38 @@ def check_base_schedule(
             f"Expected the training to continue as {name_or_path!r} was trained, but got "
             f"{'; '.join(differences + other_vae)}. {'. '.join(advice)}."
         )
+
+
+def check_base_process(args: TrainingArguments, name_or_path: str) -> None:
+    """
+    Check, before a base is loaded, that the arguments ask for its noise process: its number of channels depends on it.
+
+    Args:
+        args ([`TrainingArguments`]): For the objective.
+        name_or_path (`str`): Where the base is loaded from.
+
+    Raises:
+        ValueError: if they ask for the other one; the argument that matches is named.
+    """
+    scheduler = base_scheduler(name_or_path)
+    if scheduler is not None and _process(scheduler) not in (args.objective, None):
+        raise ValueError(
+            f"Expected the training to continue as {name_or_path!r} was trained, but got "
+            f"{_other_process(args, scheduler)}. Give --objective {_process(scheduler)}."
+        )
+
+
+def _process(scheduler: SchedulerMixin) -> str | None:
+    """The objective of a scheduler's noise process; None if there is none."""
+    if is_flow_matching(scheduler):
+        return "flow"
+    return "ddpm" if hasattr(scheduler, "alphas_cumprod") else None
+
+
+def _other_process(args: TrainingArguments, scheduler: SchedulerMixin) -> str:
+    return (
+        f"a base with a {type(scheduler).__name__}, which adds noise in another way than `objective` {args.objective}"
+    )
 
 
 def base_scheduler(name_or_path: str) -> SchedulerMixin | None:
@@ -103,9 +135,8 @@ def _pipeline_of(name_or_path: str) -> "Path | str":
 
 def _differences(args: TrainingArguments, base: nn.Module, scheduler: SchedulerMixin) -> Iterator[str]:
     """Say in words what differs."""
-    own = make_scheduler(args, in_latents=False)
-    if is_flow_matching(scheduler) or not hasattr(scheduler, "alphas_cumprod"):
-        yield f"a base with a {type(scheduler).__name__}, which adds noise in another way than DDPM"
+    if _process(scheduler) != args.objective:
+        yield _other_process(args, scheduler)
         return
     for name, given, trained in (
         ("num_train_timesteps", args.num_train_timesteps, scheduler.config.num_train_timesteps),
@@ -113,6 +144,9 @@ def _differences(args: TrainingArguments, base: nn.Module, scheduler: SchedulerM
     ):
         if given != trained:
             yield f"`{name}` {given!r} for a base of {trained!r}"
+    if args.objective == "flow":
+        return
+    own = make_scheduler(args, in_latents=False)
     variance_type = scheduler.config.get("variance_type")
     if args.learn_sigma and variance_type == "learned":
         yield "`learn_sigma` as learned_range for a base that predicts the variance itself"
@@ -141,7 +175,13 @@ def _vae_differences(vae: AutoencoderKL, name_or_path: str) -> Iterator[str]:
 
 def _matching(args: TrainingArguments, base: nn.Module, scheduler: SchedulerMixin) -> str:
     """Say with which arguments the training would match."""
-    wanted: dict[str, Any] = {"prediction_type": _prediction_type(base, scheduler)}
+    wanted: dict[str, Any]
+    process = _process(scheduler)
+    if "flow" in (process, args.objective):
+        wanted = {"objective": process, "num_train_timesteps": scheduler.config.get("num_train_timesteps")}
+        changed = {name: value for name, value in wanted.items() if value is not None and getattr(args, name) != value}
+        return _advice(changed)
+    wanted = {"prediction_type": _prediction_type(base, scheduler)}
     for name in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end"):
         wanted[name] = scheduler.config.get(name)
     changed = {name: value for name, value in wanted.items() if value is not None and getattr(args, name) != value}
@@ -152,11 +192,17 @@ def _matching(args: TrainingArguments, base: nn.Module, scheduler: SchedulerMixi
         reproduced = are_same_levels(own.alphas_cumprod, scheduler.alphas_cumprod)
     except (AttributeError, NotImplementedError, TypeError):
         reproduced = False
-    if not reproduced or not changed:
+    return _advice(changed if reproduced else {})
+
+
+def _advice(changed: dict[str, Any]) -> str:
+    """Say which arguments to give, or that none match."""
+    if not changed:
         return "No arguments match; convert the base, or train a new one"
     return "Give " + " ".join(f"--{name} {value}" for name, value in changed.items())
 
 
 def _prediction_type(base: nn.Module, scheduler: SchedulerMixin) -> str:
     config: Any = base.config
-    return config.get("prediction_type") or scheduler.config.get("prediction_type", "epsilon")
+    default = "flow_prediction" if is_flow_matching(scheduler) else "epsilon"
+    return config.get("prediction_type") or scheduler.config.get("prediction_type") or default

@@ -55,8 +55,12 @@ class TextConditions:
         self.dropout_prob = dropout_prob
 
     def __call__(self, batch: dict[str, torch.Tensor], dropout: torch.Tensor | None = None) -> dict[str, Any]:
-        """All columns but those of the latents, (B, …); see [`Conditions`]."""
-        columns = {name: column for name, column in batch.items() if name not in LATENT_COLUMNS}
+        """All columns but those of the latents, (B, …), in float32 if they are floats; see [`Conditions`]."""
+        columns = {
+            name: column.float() if column.is_floating_point() else column  # shards may have stored half of the bits
+            for name, column in batch.items()
+            if name not in LATENT_COLUMNS
+        }
         if dropout is None or not self.dropout_prob:
             return columns
         is_dropped = dropout < self.dropout_prob

@@ -147,7 +147,7 @@ class TrainingParts:
         flip_prob = FLIP_PROB if args.random_flip else 0.0
         # The order matters: with another one, every run would have other random numbers.
         randomness = StepRandomness(
-            timesteps=self.plain_objective.sample_timesteps(args.batch_size, generator, experts),
+            timesteps=self.plain_objective.sample_timesteps(args.batch_size, generator, experts, shape[1:]),
             noise=torch.randn(shape, generator=generator, device=device),
             latent_noise=torch.randn(shape, generator=generator, device=device) if has_latents else None,
             dropout=torch.rand(args.batch_size, generator=generator, device=device),

@@ -77,5 +77,6 @@ def _describe_output(run: TrainingRun) -> str:
     if args.sample_steps:
         parts.append(f"samples every {args.sample_steps} steps")
     parts.append(METRICS_NAME if args.report_to == "none" else f"{METRICS_NAME}, logs for {args.report_to}")
-    parts.append("the finished pipeline" if run.parts.recipe.save is None else "the finished weights")
+    is_pipeline = run.parts.recipe.save is None and run.parts.recipe.saved_name == "pipeline"
+    parts.append("the finished pipeline" if is_pipeline else "the finished weights")
     return f"{args.output_dir}: {', '.join(parts)}"

@@ -1,18 +1,15 @@
 """Prompts in training, for a transformer that is frozen."""
 
-from typing import Any
-
 from torch import nn
 
 from ..plugins import PromptPatch
+from .adapted import AdaptedDenoiser
+from .arguments import PromptArguments
 
 
-class PromptedTransformer(nn.Module):
+class PromptedTransformer(AdaptedDenoiser):
     """
-    A transformer of which the attached prompts are trained and nothing else. It is called as the transformer is.
-
-    Its parameters, its state and its mode are those of the prompts, so that optimiser, averaging, checkpoints and
-    communication between processes handle a few megabytes.
+    A transformer of which the attached prompts are trained and nothing else; see [`AdaptedDenoiser`].
 
     Args:
         patch ([`PromptPatch`]): Attached to its transformer, which should be in eval mode on the device of the training.
@@ -22,26 +19,25 @@ class PromptedTransformer(nn.Module):
     """
 
     def __init__(self, patch: PromptPatch):
-        super().__init__()
         if patch.transformer is None:
             raise ValueError("Expected `patch` to be attached to a transformer, but got one that is not.")
+        super().__init__(patch.transformer)
         self.patch = patch
-        self._transformer = (patch.transformer,)  # in a tuple, so that it is no submodule
 
     @property
     def transformer(self) -> nn.Module:
         """The transformer that the prompts are attached to."""
-        return self._transformer[0]
+        return self.denoiser
 
-    @property
-    def config(self) -> Any:
-        """The configuration of the transformer."""
-        return self.transformer.config
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """See the transformer's `forward`."""
-        return self.transformer(*args, **kwargs)
+def gate_learning_rates(args: PromptArguments, patch: PromptPatch) -> dict[str, float]:
+    """The learning rates of a [`PromptedTransformer`]'s parameters that have one of their own: those of the gate."""
+    return {f"patch.{name}": args.gate_learning_rate for name, _ in patch.named_parameters() if name != "prompts"}
 
-    def enable_gradient_checkpointing(self) -> None:
-        """See [`ModelMixin.enable_gradient_checkpointing`]."""
-        self.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+
+def balancing_weights(args: PromptArguments, gate: str) -> dict[str, float]:
+    """The weights of the balancing losses that prompts with such a gate have, by their names in the output."""
+    if gate == "none":
+        return {}
+    weights = {"importance_loss": args.importance_loss_weight}
+    return weights | {"load_loss": args.load_loss_weight} if args.topk < 1 else weights

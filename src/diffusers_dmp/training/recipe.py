@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import PIL.Image
@@ -39,6 +40,9 @@ class TrainingRecipe:
         components (`Callable[[nn.Module], dict[str, ModelMixin]]`): The components of the saved pipeline that the trained
             model stands for.
         save (`Callable[[nn.Module], None]`, *optional*): Saves the trained model in the place of a pipeline.
+        save_to (`Callable[[nn.Module, Path], None]`, *optional*): Saves the model with its present weights in a folder, at the end
+            and along the way; by default its pipeline is saved.
+        saved_name (`str`): That folder's name in `output_dir`, which along the way is followed by the step.
         make_pipeline (`Callable[[nn.Module], DiffusionPipeline]`, *optional*): The pipeline of the model with its present
             weights; by default a [`ClassConditionalPipeline`] of the `components`.
         generate (`Callable[[DiffusionPipeline, torch.Generator], list[list[PIL.Image.Image]]]`, *optional*): Generates a grid
@@ -56,6 +60,8 @@ class TrainingRecipe:
     describe: Callable[[nn.Module], dict[str, Any]] = lambda model: {}
     components: Callable[[nn.Module], dict[str, ModelMixin]] = lambda model: {"transformer": model}
     save: Callable[[nn.Module], None] | None = None
+    save_to: Callable[[nn.Module, Path], None] | None = None
+    saved_name: str = "pipeline"
     make_pipeline: Callable[[nn.Module], DiffusionPipeline] | None = None
     generate: Callable[[Any, torch.Generator], list[list[PIL.Image.Image]]] | None = None
 

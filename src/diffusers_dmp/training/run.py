@@ -101,7 +101,9 @@ class TrainingRun:
         model = self.parts.plain_model
         learned = [parameter for group in self.parts.optimizer.param_groups for parameter in group["params"]]
         averaged = [] if self.ema is None else self.ema.shadow_params
-        saved = [model] if self.parts.recipe.save is not None else self._pipeline_components()
+        recipe = self.parts.recipe
+        has_own_way = recipe.save is not None or recipe.save_to is not None
+        saved = [model] if has_own_way else self._pipeline_components()
         # weights, AdamW's two moments, averaged weights
         checkpoint = num_bytes(model.state_dict().values()) + 2 * num_bytes(learned) + num_bytes(averaged)
         return checkpoint + sum(num_bytes(module.state_dict().values()) for module in saved)
@@ -187,7 +189,7 @@ class TrainingRun:
         # before the checkpoint, so that a run that is resumed from it has the pipeline too
         if pipeline_is_due and accelerator.is_main_process:
             with averaged_weights(self.parts.plain_model, self.ema):
-                save_whole(trained_pipeline(self.parts, self.data), Path(args.output_dir, f"pipeline-{done.step}"))
+                self._save_to(Path(args.output_dir, f"{self.parts.recipe.saved_name}-{done.step}"))
         if checkpoint_is_due:
             save_checkpoint(accelerator, args, done.step, self.record)
             # in this order, so that the best of a run that is killed in between is there
@@ -243,7 +245,7 @@ class TrainingRun:
         is_main_process = self.parts.accelerator.is_main_process
         if self.publisher is not None and is_main_process and done.step < self.args.max_train_steps:
             with averaged_weights(self.parts.plain_model, self.ema):
-                self.publisher(trained_pipeline(self.parts, self.data).save_pretrained, done.step)
+                self.publisher(self._save_to, done.step)
 
     def save(self) -> None:
         """
@@ -259,7 +261,15 @@ class TrainingRun:
         if self.parts.recipe.save is not None:
             self.parts.recipe.save(model)
         else:
-            save_whole(trained_pipeline(self.parts, self.data), Path(self.args.output_dir, "pipeline"))
+            self._save_to(Path(self.args.output_dir, self.parts.recipe.saved_name))
+
+    def _save_to(self, folder: Path) -> None:
+        """Save the model with its present weights in a folder, as the recipe says, or as a pipeline."""
+        recipe = self.parts.recipe
+        if recipe.save_to is not None:
+            recipe.save_to(self.parts.plain_model, folder)
+        else:
+            save_whole(trained_pipeline(self.parts, self.data), folder)
 
 
 def prepare_run(
@@ -312,7 +322,7 @@ def check_batch(accelerator: Accelerator, args: LoopArguments, objective: Object
     Check that a batch can be cut into micro-batches, and that only one of weighting and experts chooses its timesteps.
 
     Raises:
-        ValueError: if it cannot, or if both do.
+        ValueError: if it cannot, if both do, or if an expert has no timesteps.
     """
     num_slices = accelerator.num_processes * args.gradient_accumulation_steps
     num_clusters = objective.train_intervals.num_experts
@@ -321,6 +331,10 @@ def check_batch(accelerator: Accelerator, args: LoopArguments, objective: Object
             f"Expected `batch_size` to be divisible by {num_slices} (processes times accumulation steps) times "
             f"{num_clusters} (timestep clusters), but got {args.batch_size}."
         )
+    if recipe.expert_intervals is not None:
+        experts = range(recipe.expert_intervals.num_experts) if recipe.expert is None else [recipe.expert]
+        by_density = recipe.expert is None and recipe.expert_batches == "density"
+        objective.check_experts(recipe.expert_intervals, experts, by_density)
     if recipe.expert_intervals is not None and num_clusters > 1:
         weighting = getattr(args, "weighting", None)
         raise ValueError(

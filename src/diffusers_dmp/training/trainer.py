@@ -124,7 +124,7 @@ def train(
             prepare_output_dir(run, checkpoint, first_step)
         if args.report_to != "none":
             accelerator.init_trackers(Path(args.output_dir).name, config=trackable(args))
-        if accelerator.is_main_process and run.parts.recipe.save is None:
+        if accelerator.is_main_process and run.parts.recipe.save is None and run.parts.recipe.save_to is None:
             save_configurations(trained_pipeline(run.parts, data), args.output_dir)
 
         if accelerator.is_main_process:
@@ -151,7 +151,7 @@ def is_complete(run: TrainingRun) -> bool:
     return (
         recorded.get("max_train_steps") == run.args.max_train_steps
         and (folder / SUMMARY_NAME).is_file()  # written last
-        and (run.parts.recipe.save is not None or (folder / "pipeline").is_dir())
+        and (run.parts.recipe.save is not None or (folder / run.parts.recipe.saved_name).is_dir())
     )
 
 
@@ -163,7 +163,7 @@ def prepare_output_dir(run: TrainingRun, checkpoint: Path | None, first_step: in
     if checkpoint is not None and first_step == args.max_train_steps:  # nothing is trained with the new ones
         values |= arguments_of_training(checkpoint, values)
         has_summary = (recorded_arguments(Path(args.output_dir)) or {}).get("max_train_steps") == first_step
-    for prefix in (PREFIX, "pipeline"):
+    for prefix in (PREFIX, run.parts.recipe.saved_name):
         remove_leftovers(Path(args.output_dir), prefix)
     if not has_summary:
         Path(args.output_dir, SUMMARY_NAME).unlink(missing_ok=True)  # this run is not finished

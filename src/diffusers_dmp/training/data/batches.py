@@ -5,7 +5,7 @@ Legend: B batch size of one optimiser step over all processes, N images.
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import datasets
 import numpy as np
@@ -141,7 +141,11 @@ def labels_of(dataset: datasets.Dataset, args: SharedTrainingArguments) -> np.nd
 
 
 def endless_batches(
-    dataset: datasets.Dataset, sampler: GlobalBatchSampler, num_workers: int, pin_memory: bool
+    dataset: datasets.Dataset,
+    sampler: GlobalBatchSampler,
+    num_workers: int,
+    pin_memory: bool,
+    collate: Callable[[list], dict[str, torch.Tensor]] | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """
     The sampler's batches as dictionaries of stacked tensors.
@@ -151,12 +155,14 @@ def endless_batches(
         sampler ([`GlobalBatchSampler`]): Decides which items a batch has.
         num_workers (`int`): Processes that read ahead; 0 for none.
         pin_memory (`bool`): Whether batches lie in pinned memory, from which copies to a GPU need not be waited for.
+        collate (`Callable`, *optional*): Makes a batch of a list of items; by default their tensors are stacked.
     """
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,
+        collate_fn=collate,
         worker_init_fn=ignore_signals,
         # nothing here depends on the loader's base seed, but without a generator it would change the global random state
         generator=torch.Generator().manual_seed(0),

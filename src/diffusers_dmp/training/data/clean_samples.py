@@ -33,7 +33,7 @@ def clean_samples(
     """
     if "mean" in batch:
         index = torch.arange(len(flips), device=flips.device)
-        mean, std = (batch[name][index, flips.long()] for name in ("mean", "std"))
+        mean, std = (batch[name][index, flips.long()].float() for name in ("mean", "std"))
     else:
         images = torch.where(flips[:, None, None, None], batch["images"].flip(-1), batch["images"])
         if vae is None:

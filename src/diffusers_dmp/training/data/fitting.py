@@ -30,9 +30,21 @@ def center_crop(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
     The image is halved with a box filter while it is at least twice too large, then scaled bicubically until its shorter
     side has `size` pixels, then cropped.
     """
-    image = _scale(image, size, min)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    return crop_to_size(image, size, size)[0]
+
+
+def crop_to_size(image: PIL.Image.Image, height: int, width: int) -> tuple[PIL.Image.Image, tuple[int, int]]:
+    """
+    Scale an image until it just covers `height` x `width` pixels, and crop its centre.
+
+    It is scaled as in [`center_crop`].
+
+    Returns:
+        The image, and how many pixels were cut off at the top and at the left, after scaling.
+    """
+    image = _scale(image, height, width, max)
+    top, left = (image.height - height) // 2, (image.width - width) // 2
+    return image.crop((left, top, left + width, top + height)), (top, left)
 
 
 def pad_to_square(image: PIL.Image.Image, size: int, background: str) -> PIL.Image.Image:
@@ -41,19 +53,24 @@ def pad_to_square(image: PIL.Image.Image, size: int, background: str) -> PIL.Ima
 
     It is scaled as in [`center_crop`].
     """
-    image = _scale(image, size, max)
+    image = _scale(image, size, size, min)
     square = PIL.Image.new(image.mode, (size, size), PIL.ImageColor.getcolor(background, image.mode))
     square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
     return square
 
 
-def _scale(image: PIL.Image.Image, size: int, side: Callable[[tuple[int, int]], int]) -> PIL.Image.Image:
-    """Scale an image until its shorter side (`min`) or its longer one (`max`) has `size` pixels."""
-    while side(image.size) >= 2 * size:
+def _scale(
+    image: PIL.Image.Image, height: int, width: int, choose: Callable[[float, float], float]
+) -> PIL.Image.Image:
+    """Scale an image until it just covers `height` x `width` pixels (`max`), or just fits into them (`min`)."""
+
+    def factor() -> float:
+        return choose(height / image.height, width / image.width)
+
+    while factor() <= 0.5:
         image = image.resize((max(image.width // 2, 1), max(image.height // 2, 1)), PIL.Image.Resampling.BOX)
-    if side(image.size) != size:
-        scale = size / side(image.size)
-        shape = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
+    if factor() != 1:
+        shape = (max(round(image.width * factor()), 1), max(round(image.height * factor()), 1))
         image = image.resize(shape, PIL.Image.Resampling.BICUBIC)
     return image
 

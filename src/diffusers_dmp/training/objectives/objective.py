@@ -4,6 +4,7 @@ Legend: B batch; the other dimensions of a sample are its own.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -68,7 +69,11 @@ class Objective(nn.Module):
         self.train_intervals = NoiseIntervals.uniform(1, scheduler.config.num_train_timesteps)
 
     def sample_timesteps(
-        self, batch_size: int, generator: torch.Generator, experts: StepExperts | None = None
+        self,
+        batch_size: int,
+        generator: torch.Generator,
+        experts: StepExperts | None = None,
+        sample_shape: tuple[int, ...] | None = None,
     ) -> torch.Tensor:
         """
         Sample the timesteps of one optimiser step.
@@ -78,6 +83,8 @@ class Objective(nn.Module):
             generator (`torch.Generator`): Its device is the result's.
             experts ([`StepExperts`], *optional*): The experts that the step trains, whose intervals the timesteps are from;
                 by default the timesteps are spread evenly over `train_intervals`.
+            sample_shape (`tuple[int, ...]`, *optional*): The shape of a sample without the batch, which may decide how often
+                which noise level is trained.
 
         Returns:
             `torch.LongTensor` of shape (B,).
@@ -85,6 +92,25 @@ class Objective(nn.Module):
         if experts is None:
             return balanced_timesteps(self.train_intervals, batch_size, generator)
         return expert_timesteps(experts.intervals, experts.owners, batch_size, generator)
+
+    def check_experts(self, intervals: NoiseIntervals, experts: Iterable[int], by_density: bool = False) -> None:
+        """
+        Check, before the first step, that experts have noise levels to train on.
+
+        Args:
+            intervals ([`NoiseIntervals`]): The intervals of all experts.
+            experts (`Iterable[int]`): Those that are trained.
+            by_density (`bool`): Whether they get the samples that come without `experts`, instead of samples of their own.
+
+        Raises:
+            ValueError: if one has none.
+        """
+        for expert in experts:
+            low, high = intervals.edges[expert : expert + 2]
+            if math.ceil(low) == math.ceil(high):
+                raise ValueError(
+                    f"Expected every expert to own a whole timestep, but got [{low}, {high}) for expert {expert}."
+                )
 
     def evenly_spaced_timesteps(self, count: int, low: float, high: float) -> torch.Tensor:
         """

@@ -57,13 +57,23 @@ def balanced_timesteps(
     Raises:
         ValueError: if B is not divisible by E.
     """
-    if batch_size % intervals.num_experts:
-        raise ValueError(
-            f"Expected `batch_size` to be divisible by the {intervals.num_experts} timestep clusters, but got {batch_size}."
-        )
     device = generator.device if generator is not None else None
-    experts = torch.arange(batch_size, device=device) % intervals.num_experts
+    experts = evenly_spread(intervals.num_experts, batch_size, device)
     return intervals.sample(experts, batch_size, generator)
+
+
+def evenly_spread(num_experts: int, batch_size: int, device: torch.device | None = None) -> torch.Tensor:
+    """
+    One expert for each sample of a batch, all equally often, also in equal slices of it: (B,).
+
+    Raises:
+        ValueError: if the batch is not divisible by the number of experts.
+    """
+    if batch_size % num_experts:
+        raise ValueError(
+            f"Expected `batch_size` to be divisible by the {num_experts} timestep clusters, but got {batch_size}."
+        )
+    return torch.arange(batch_size, device=device) % num_experts
 
 
 def expert_timesteps(
@@ -82,5 +92,9 @@ def expert_timesteps(
     Returns:
         `torch.LongTensor` of shape (B,), in integer steps.
     """
-    experts = torch.tensor(owners).repeat_interleave(batch_size // len(owners))
-    return intervals.sample(experts, batch_size, generator)
+    return intervals.sample(owners_of_samples(owners, batch_size), batch_size, generator)
+
+
+def owners_of_samples(owners: list[int], batch_size: int) -> torch.Tensor:
+    """The expert of each sample, (B,), from those of P equal slices of the batch; on the CPU."""
+    return torch.tensor(owners).repeat_interleave(batch_size // len(owners))

@@ -72,7 +72,17 @@ class TextPipeline:
 
         Returns:
             Mean and standard deviation of the latents (b, C, [F,] h, w), in float32, not packed.
+
+        Raises:
+            ValueError: if height or width is not divisible by [`~TextPipeline.size_multiple`].
         """
+        height, width = images.shape[-2:]
+        multiple = self.size_multiple(pipeline)
+        if height % multiple or width % multiple:
+            raise ValueError(
+                f"Expected height and width of images to be divisible by the {multiple} pixels of a {type(pipeline).__name__}'s "
+                f"latents, but got {height} x {width}."
+            )
         mean, std = latent_distribution(pipeline.vae, images.to(pipeline.vae.device))
         mean, std = mean.float(), std.float()
         _, scale = latent_shift_and_scale(pipeline.vae, std)
@@ -95,9 +105,16 @@ class TextPipeline:
         return {}
 
     def size_multiple(self, pipeline: Any) -> int:
-        """Return the number of pixels by which height and width of images have to be divisible."""
-        denoiser = next(filter(None, (getattr(pipeline, name, None) for name in self.components)))
-        patch_size = denoiser.config.get("patch_size") or 1
+        """
+        Return the number of pixels by which height and width of images have to be divisible.
+
+        Args:
+            pipeline ([`DiffusionPipeline`]): With its VAE.
+        """
+        denoisers = (getattr(pipeline, name, None) for name in self.components)
+        denoiser = next((each for each in denoisers if each is not None), None)
+        # without a denoiser, which encoding does not need: that of all published ones
+        patch_size = 2 if denoiser is None else denoiser.config.get("patch_size") or 1
         patch = patch_size[-1] if isinstance(patch_size, (tuple, list)) else patch_size
         return vae_downsampling(pipeline.vae) * max(patch, self.packed_size)
 

@@ -37,7 +37,7 @@ class StableDiffusionText(TextPipeline):
 class StableDiffusionXLText(StableDiffusionText):
     """[`StableDiffusionXLPipeline`], of which the U-Net is also told the sizes of the image."""
 
-    text_components = ("tokenizer_2", "text_encoder_2")  # all that the refiner has
+    text_components = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
 
     def prompt_columns(self, pipeline: Any, prompts: list[str]) -> Columns:
         """`prompt_embeds` (b, L, D) and `pooled_prompt_embeds` (b, P)."""

@@ -26,8 +26,20 @@ class WanText(TextPipeline):
         return {"prompt_embeds": embeds}
 
     def encode_images(self, pipeline: Any, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation (b, C, F, h, w), F = 1 for images; see [`~TextPipeline.encode_images`]."""
-        return super().encode_images(pipeline, images if images.ndim == 5 else images[:, :, None])
+        """
+        Mean and standard deviation (b, C, f, h, w), f = 1 for images; see [`~TextPipeline.encode_images`].
+
+        Raises:
+            ValueError: also if the number of frames is not one of 1, 5, 9 and so on: the VAE would leave out the last ones.
+        """
+        videos = images if images.ndim == 5 else images[:, :, None]
+        frames, compressed = videos.shape[2], pipeline.vae.config.scale_factor_temporal
+        if (frames - 1) % compressed:
+            raise ValueError(
+                f"Expected videos of one frame and a multiple of {compressed}, which the VAE makes one frame of, but got {frames} "
+                "frames."
+            )
+        return super().encode_images(pipeline, videos)
 
     def call(
         self,

@@ -1,0 +1,91 @@
+"""Pipelines of which only text encoders and VAE are loaded, to encode captions and images."""
+
+import os
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+
+from ...saving.finite import expect_finite_pipeline
+from ...saving.weight_files import check_saved_folder
+from ..text_pipelines import TextPipeline, text_pipeline_of
+
+ENCODERS = ("vae", "text_encoder", "tokenizer", "scheduler")  # how the names of the components that are loaded begin
+
+
+def load_encoding_pipeline(name_or_path: str, dtype: torch.dtype) -> DiffusionPipeline:
+    """
+    Load a text-to-image pipeline without its denoiser and what else encoding does not need.
+
+    Args:
+        name_or_path (`str`): Its folder or Hub id.
+        dtype (`torch.dtype`): Of its text encoders; the VAE is loaded in float32.
+
+    Raises:
+        ValueError: if its family is not known (see [`register_conditions`]), a file of a local folder is damaged, or weights are not
+            finite.
+    """
+    if not name_or_path:
+        raise ValueError("Expected `pipeline` to be a folder or Hub id, but got nothing.")
+    if os.path.isdir(name_or_path) and not os.path.isfile(os.path.join(name_or_path, "model_index.json")):
+        raise ValueError(
+            f"Expected `pipeline` to be the folder of a Diffusers pipeline, but got {name_or_path!r} without a model_index.json."
+        )
+    check_saved_folder(name_or_path)
+    config = DiffusionPipeline.load_config(name_or_path)
+    text_pipeline = text_pipeline_of(_pipeline_class(config["_class_name"]))
+    left_out: dict[str, Any] = {
+        name: None
+        for name, entry in config.items()
+        if _is_component(entry) and not name.startswith((*ENCODERS, *text_pipeline.text_components))
+    }
+    if "requires_safety_checker" in config:  # without it, Diffusers would warn that no safety checker is loaded
+        left_out["requires_safety_checker"] = False
+    dtypes = {"default": dtype, "vae": torch.float32}
+    pipeline = DiffusionPipeline.from_pretrained(name_or_path, dtype=dtypes, **left_out)
+    expect_finite_pipeline(pipeline, name_or_path)
+    return pipeline
+
+
+def check_vae(pipeline: Any, text_pipeline: TextPipeline, resolution: int) -> int:
+    """
+    Check that a pipeline's VAE encodes images of this resolution.
+
+    Args:
+        pipeline ([`DiffusionPipeline`]): The pipeline.
+        text_pipeline ([`TextPipeline`]): Of its family.
+        resolution (`int`): Height and width of square images, in pixels.
+
+    Returns:
+        `int`: The number of pixels by which height and width of images have to be divisible.
+
+    Raises:
+        ValueError: if it has no VAE, or images of that size cannot be encoded.
+    """
+    if getattr(pipeline, "vae", None) is None:
+        raise ValueError(f"Expected `pipeline` to have a VAE, but got a {type(pipeline).__name__} without one.")
+    multiple = text_pipeline.size_multiple(pipeline)
+    if resolution % multiple:
+        below = resolution // multiple * multiple
+        raise ValueError(
+            f"Expected `resolution` to be divisible by the {multiple} pixels of this pipeline's latents and patches, such as "
+            f"{below or multiple}, but got {resolution}."
+        )
+    return multiple
+
+
+def _pipeline_class(name: "str | list[str]") -> type:
+    """The class that a saved pipeline names."""
+    pipeline_class = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if pipeline_class is None:
+        raise ValueError(
+            f"Expected `pipeline` to be of a class of Diffusers, but got {name!r}; in Python, load it yourself, "
+            "`register_conditions(…)` for its class, and call `encode_prompts(args, pipeline)`."
+        )
+    return pipeline_class
+
+
+def _is_component(entry: Any) -> bool:
+    """Whether an entry of a `model_index.json` names a component: a library and a class, or two nulls for one that is left out."""
+    return isinstance(entry, (list, tuple)) and len(entry) == 2 and all(each is None or isinstance(each, str) for each in entry)

@@ -1,0 +1,135 @@
+"""A whole training of a text-to-image pipeline: its parts by the method that the arguments name, and the one loop."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import DDPMScheduler
+from torch import nn
+
+from ..conditions import TextConditions
+from ..data.encoded_text import load_encoded_text
+from ..data.loop_data import LoopData
+from ..denoiser import TextDenoiser
+from ..objectives.ddpm import DiffusionObjective
+from ..objectives.flow import FlowObjective
+from ..objectives.objective import Objective
+from ..objectives.shifts import BY_RESOLUTION, ResolutionShift, parsed_shift
+from ..recipe import TrainingRecipe
+from ..run import Publisher
+from ..trainer import make_accelerator, train
+from .arguments import TextToImageArguments
+from .methods import METHODS
+from .samples import PromptSamples
+from .source import SourcePipeline, load_source
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of frozen weights, by the mixed precision
+
+
+@dataclasses.dataclass(kw_only=True)
+class TextToImageParts:
+    """
+    What a text-to-image training hands to the loop.
+
+    Args:
+        source ([`SourcePipeline`]): The pipeline, with the denoiser that is trained.
+        model (`nn.Module`): What is trained, called as the denoiser is.
+        objective ([`Objective`]), data ([`LoopData`]), recipe ([`TrainingRecipe`]): See [`train`].
+    """
+
+    source: SourcePipeline
+    model: nn.Module
+    objective: Objective
+    data: LoopData
+    recipe: TrainingRecipe
+
+
+def train_text_to_image(args: TextToImageArguments, publisher: Publisher | None = None) -> None:
+    """
+    Train the denoiser of a text-to-image pipeline, or adapters of it.
+
+    Args:
+        args ([`TextToImageArguments`]): Everything that can be set.
+        publisher ([`Publisher`], *optional*): See [`train`].
+
+    Raises:
+        ValueError: if the arguments do not fit each other, the pipeline or the data; see also [`train`].
+        OSError: if there is no such pipeline.
+    """
+    method = METHODS[args.method]
+    expert = args.single_expert if method.has_experts else None
+    if expert is not None:
+        args = dataclasses.replace(args, output_dir=str(Path(args.output_dir, f"expert_{expert}")))
+    has_several = method.has_experts and expert is None and args.count_experts() > 1
+    accelerator = make_accelerator(args, find_unused_parameters=has_several)
+    parts = prepare_parts(accelerator, args)
+    train(accelerator, args, parts.model, parts.objective, parts.data, parts.recipe, publisher)
+    accelerator.end_training()
+
+
+def prepare_parts(accelerator: Accelerator, args: TextToImageArguments) -> TextToImageParts:
+    """
+    Everything that a training hands to the loop; the noise process in `args` becomes the pipeline's.
+
+    Args:
+        accelerator (`Accelerator`): For the device and the precision.
+        args ([`TextToImageArguments`]): Everything that can be set.
+    """
+    method = METHODS[args.method]
+    dtype = torch.float32 if method.trains_weights else DTYPES.get(accelerator.mixed_precision, torch.float32)
+    samples_images = bool(args.sample_steps)
+    source = load_source(str(args.pretrained_model_name_or_path), dtype, with_vae=samples_images)
+    args.resolve_process(source.pipeline.scheduler)
+    intervals = args.intervals(source.pipeline.scheduler) if method.has_experts else None
+    objective = make_text_objective(args, source)
+    data = load_encoded_text(accelerator, args)
+    data.check_pipeline(source.pipeline, source.name)
+
+    set_seed(args.seed)  # for the first weights of adapters
+    source.denoiser.requires_grad_(method.trains_weights)
+    model, recipe = method.prepare(args, source, intervals)
+    generate = None
+    if samples_images and accelerator.is_main_process:
+        generate = PromptSamples(source, args)
+        source.pipeline.vae.to(accelerator.device)
+    source.denoiser.to(accelerator.device)
+    call = TextDenoiser(source.family.call, source.denoiser, source.num_train_timesteps)
+    empty_prompt = {name: column.to(accelerator.device) for name, column in data.empty_prompt.items()}
+    expert_batches: Any = "density" if args.expert_shares == "density" else args.expert_batches
+    recipe = dataclasses.replace(
+        recipe,
+        denoiser=recipe.denoiser or call,
+        conditions=TextConditions(empty_prompt, args.prompt_dropout_prob),
+        expert_intervals=intervals,
+        expert=args.single_expert if intervals is not None else None,
+        expert_batches=expert_batches,
+        passes_expert=False,
+        make_pipeline=lambda model: source.sampling_pipeline(),
+        generate=generate,
+    )
+    return TextToImageParts(source=source, model=model, objective=objective, data=data, recipe=recipe)
+
+
+def make_text_objective(args: TextToImageArguments, source: SourcePipeline) -> Objective:
+    """
+    The loss of a pipeline's denoiser, in the noise process that the pipeline was made for.
+
+    Args:
+        args ([`TextToImageArguments`]): For the weighting and, for flow matching, density and shift.
+        source ([`SourcePipeline`]): The pipeline.
+    """
+    scheduler = source.pipeline.scheduler
+    if args.objective != "flow":
+        # its samples are x_t = √ᾱ_t·x0 + √(1-ᾱ_t)·ε, whatever the pipeline's own scheduler makes of them
+        process: Any = DDPMScheduler.from_config(scheduler.config)
+        return DiffusionObjective(process, args.weighting, None, args.uncertainty_learning_rate)
+    by_resolution, shift = None, parsed_shift(str(args.shift))
+    if shift == BY_RESOLUTION:
+        patch_size = source.denoiser.config.get("patch_size") or 1
+        patch_size = patch_size[-1] if isinstance(patch_size, (tuple, list)) else patch_size
+        by_resolution = ResolutionShift.of_scheduler(scheduler, max(patch_size, source.family.packed_size))
+    density = args.noise_density(1.0 if by_resolution else float(shift))
+    return FlowObjective(scheduler, density, by_resolution, args.weighting, args.uncertainty_learning_rate)
