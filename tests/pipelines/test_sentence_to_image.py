@@ -157,6 +157,9 @@ def test_saved_and_loaded(pipeline, tmp_path):
     assert torch.equal(loaded(**call, generator=seeded()).images, pipeline(**call, generator=seeded()).images)
     without_text = DiffusionPipeline.from_pretrained(tmp_path, text_encoder=None, tokenizer=None)
     assert without_text.text_encoder is None and without_text.tokenizer is None
+    only_text = DiffusionPipeline.from_pretrained(tmp_path, transformer=None)
+    assert torch.equal(only_text.encode_prompt(PROMPTS)[0], pipeline.encode_prompt(PROMPTS)[0])
+    assert only_text.config.image_channels == 1
 
 
 @pytest.mark.slow

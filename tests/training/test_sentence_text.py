@@ -1,11 +1,14 @@
 """How the pipeline of sentences is trained: its own embeddings and call, on pixels or latents."""
 
+import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
 from tiny_pipelines import image_vae, randn, seeded
 from tiny_sentences import sentence_pipe, transformer
 
 from diffusers_dmp import SentenceToImagePipeline
 from diffusers_dmp.models.time_argument import time_argument_of
+from diffusers_dmp.training.data.encoding_pipeline import check_vae
 from diffusers_dmp.training.text_pipelines import text_pipeline_of
 
 PROMPTS = ["a photo of a dress", "an ankle boot"]
@@ -48,6 +51,8 @@ def test_pixels_are_their_own_latents():
     torch.testing.assert_close(mean, grey)
     assert std.shape == mean.shape and not std.any()
     assert text.size_multiple(pipeline) == 4
+    pipeline.transformer = None  # as encode_prompts.py loads it
+    assert torch.equal(text.encode_images(pipeline, images)[0], mean)
     mean, _ = text.encode_images(sentence_pipe(transformer(in_channels=3, out_channels=3)), images)
     assert torch.equal(mean, images)
 
@@ -61,3 +66,12 @@ def test_latents_of_a_vae_are_scaled():
         latents = vae.encode(images).latent_dist
     torch.testing.assert_close(mean, (latents.mean - vae.config.shift_factor) * vae.config.scaling_factor)
     torch.testing.assert_close(std, latents.std * vae.config.scaling_factor)
+
+
+def test_only_families_that_denoise_pixels_go_without_a_vae():
+    pipeline = sentence_pipe()
+    assert check_vae(pipeline, text_pipeline_of(pipeline), 28) == 4
+    with pytest.raises(ValueError, match="`resolution` to be divisible by the 4 pixels .* such as 28, but got 30"):
+        check_vae(pipeline, text_pipeline_of(pipeline), 30)
+    with pytest.raises(ValueError, match="`pipeline` to have a VAE"):
+        check_vae(pipeline, text_pipeline_of(StableDiffusion3Pipeline), 28)

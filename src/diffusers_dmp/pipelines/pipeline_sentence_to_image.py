@@ -36,13 +36,16 @@ class SentenceToImagePipeline(StandalonePipelineMixin, DiffusionPipeline, SD3Lor
     way, so that LoRA files, [`LoraExperts`] and [`DenoiserExperts`] work alike.
 
     Args:
-        transformer ([`ModelMixin`]): An `SD3Transformer2DModel`, or [`DenoiserExperts`] made of them.
+        transformer ([`ModelMixin`]): An `SD3Transformer2DModel`, or [`DenoiserExperts`] made of them. None for a pipeline that
+            encodes prompts alone.
         scheduler ([`SchedulerMixin`]): A flow-matching scheduler, such as `FlowMatchEulerDiscreteScheduler`.
         text_encoder (`PreTrainedModel`, *optional*): An encoder of the hidden size `joint_attention_dim` and
             `pooled_projection_dim`. Without it, the pipeline is called with embeddings.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): The encoder's.
         vae ([`AutoencoderKL`], *optional*): For a transformer of latents.
         max_sequence_length (`int`): L, to which prompts are padded: the one that the transformer was trained with.
+        image_channels (`int`, *optional*): The channels of images without a VAE; by default those of the transformer. It is saved
+            with the pipeline.
 
     Raises:
         ValueError: if the transformer is wrapped by PEFT, `max_sequence_length` is no integer from 1, or the encoder has another
@@ -63,6 +66,7 @@ class SentenceToImagePipeline(StandalonePipelineMixin, DiffusionPipeline, SD3Lor
         tokenizer: PreTrainedTokenizerBase | None = None,
         vae: AutoencoderKL | None = None,
         max_sequence_length: int = 16,
+        image_channels: int | None = None,
     ):
         super().__init__()
         check_component("transformer", transformer)
@@ -70,7 +74,10 @@ class SentenceToImagePipeline(StandalonePipelineMixin, DiffusionPipeline, SD3Lor
         self.register_modules(
             transformer=transformer, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer, vae=vae
         )
-        self.register_to_config(max_sequence_length=checked_count("max_sequence_length", max_sequence_length))
+        self.register_to_config(
+            max_sequence_length=checked_count("max_sequence_length", max_sequence_length),
+            image_channels=image_channels or (transformer and transformer.config.in_channels),
+        )
         self.vae_scale_factor = vae_downsampling(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 

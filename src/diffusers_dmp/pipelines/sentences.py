@@ -51,9 +51,9 @@ def given_embeddings(
     return embeddings
 
 
-def check_text_width(text_encoder: PreTrainedModel | None, transformer: ModelMixin) -> None:
+def check_text_width(text_encoder: PreTrainedModel | None, transformer: ModelMixin | None) -> None:
     """Check that a transformer takes the embeddings of a text encoder."""
-    if text_encoder is None:
+    if text_encoder is None or transformer is None:
         return
     width = text_encoder.config.hidden_size
     expected = {name: transformer.config[name] for name in ("joint_attention_dim", "pooled_projection_dim")}
