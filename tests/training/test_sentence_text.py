@@ -8,7 +8,9 @@ from tiny_sentences import sentence_pipe, transformer
 
 from diffusers_dmp import SentenceToImagePipeline
 from diffusers_dmp.models.time_argument import time_argument_of
+from diffusers_dmp.training.data import prompt_encoding
 from diffusers_dmp.training.data.encoding_pipeline import check_vae
+from diffusers_dmp.training.data.prompt_encoding import Encoder, PromptEncodingArguments
 from diffusers_dmp.training.text_pipelines import text_pipeline_of
 
 PROMPTS = ["a photo of a dress", "an ankle boot"]
@@ -75,3 +77,21 @@ def test_only_families_that_denoise_pixels_go_without_a_vae():
         check_vae(pipeline, text_pipeline_of(pipeline), 30)
     with pytest.raises(ValueError, match="`pipeline` to have a VAE"):
         check_vae(pipeline, text_pipeline_of(StableDiffusion3Pipeline), 28)
+
+
+def test_a_caption_that_comes_again_is_encoded_once(monkeypatch):
+    pipeline = sentence_pipe()
+    encoder = Encoder(PromptEncodingArguments(resolution=8), pipeline, text_pipeline_of(pipeline), [(8, 8)])
+    encoded = []
+    encode_prompt = pipeline.encode_prompt
+    pipeline.encode_prompt = lambda prompts: (encoded.extend(prompts), encode_prompt(prompts))[1]
+    captions = [PROMPTS[0], PROMPTS[1], PROMPTS[0]]
+    first, again = encoder.prompts(captions), encoder.prompts(captions[::-1])
+    assert encoded == PROMPTS
+    expected, pooled = encode_prompt(captions)
+    for row, reversed_row, embeds, mean in zip(first, again[::-1], expected, pooled, strict=True):
+        torch.testing.assert_close(row, {"prompt_embeds": embeds, "pooled_prompt_embeds": mean})
+        torch.testing.assert_close(reversed_row, row, rtol=0, atol=0)
+    monkeypatch.setattr(prompt_encoding, "MAX_REMEMBERED", 1)
+    encoder.prompts(["a dress"])
+    assert list(encoder.remembered) == ["a dress"]

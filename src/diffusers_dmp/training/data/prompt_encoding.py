@@ -5,7 +5,7 @@ the latents.
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from .scan import readable_images
 from .shards import make_shard_accelerator, remember_settings, write_shards
 
 DTYPES = ("float32", "float16", "bfloat16")
+MAX_REMEMBERED = 64  # captions of which the columns are kept, for data sets in which they come again
 
 
 @dataclass(kw_only=True)
@@ -161,6 +162,7 @@ class Encoder:
     pipeline: Any
     text_pipeline: TextPipeline
     buckets: list[Size]
+    remembered: dict[str, Columns] = field(default_factory=dict)  # the columns of the last captions
 
     @property
     def dtype(self) -> torch.dtype:
@@ -219,13 +221,17 @@ class Encoder:
         ]
 
     def prompts(self, captions: list[str]) -> list[Columns]:
-        """The columns of each caption, on the CPU, in the dtype that is stored."""
-        columns = self.text_pipeline.encode_prompts(self.pipeline, captions)
-        prompts = [
-            {name: self._stored(column[index]) for name, column in columns.items()} for index in range(len(captions))
-        ]
-        for prompt, caption in zip(prompts, captions):
-            self._expect_finite(prompt, [caption])
+        """The columns of each caption, on the CPU, in the dtype that is stored; a caption that comes again is encoded once."""
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self.remembered]
+        if new:
+            columns = self.text_pipeline.encode_prompts(self.pipeline, new)
+            for index, caption in enumerate(new):
+                prompt = {name: self._stored(column[index]).clone() for name, column in columns.items()}
+                self._expect_finite(prompt, [caption])
+                self.remembered[caption] = prompt
+        prompts = [self.remembered[caption] for caption in captions]
+        for caption in list(self.remembered)[:-MAX_REMEMBERED]:
+            del self.remembered[caption]
         return prompts
 
     def sizes(self, items: list[_Item]) -> list[Columns]:
