@@ -1,15 +1,28 @@
 """Text-to-image training: every method through the entry point, and that an expert trains at the noise levels it is used at."""
 
+import dataclasses
 import json
+from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
+import yaml
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
-from text_runs import encode_pipeline
+from text_runs import encode_pipeline, fresh_processes
 from tiny_pipelines import generate
 
-from diffusers_dmp import LoraExperts, NoiseIntervals
+from diffusers_dmp import LoraExperts, NoiseIntervals, PromptPatch, TaskRouting
+from diffusers_dmp.models.time_argument import ExpertFinder
+from diffusers_dmp.training.loop import training_steps
+from diffusers_dmp.training.run import TrainingRun, prepare_run
+from diffusers_dmp.training.text_to_image import TextToImageArguments
+from diffusers_dmp.training.text_to_image.training import TextToImageParts, prepare_parts
+from diffusers_dmp.training.trainer import make_accelerator
+from diffusers_dmp.training.validation import validation_losses
+
+FAMILIES = ["sd3", "flux", "pixart", "sdxl"]
 
 
 @pytest.fixture(scope="session")
@@ -25,26 +38,229 @@ def encoded(tmp_path_factory):
     return of
 
 
-def test_lora_experts_are_trained_saved_and_attached(encoded, tmp_path):
+def prepared(arguments: dict) -> tuple[TextToImageArguments, TextToImageParts, TrainingRun]:
+    """A training before its first step."""
+    fresh_processes()
+    args = TextToImageArguments(**arguments)
+    accelerator = make_accelerator(args)
+    parts = prepare_parts(accelerator, args)
+    return args, parts, prepare_run(accelerator, args, parts.model, parts.objective, parts.data, parts.recipe)
+
+
+def do_steps(args: TextToImageArguments, run: TrainingRun) -> list:
+    batches = run.data.training_batches(run.parts.accelerator, args, 0)
+    return list(training_steps(run.parts, args, batches, 0))
+
+
+def loras(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_loss_moves_in_the_interval_of_the_expert_that_is_trained_alone(encoded, tmp_path, name):
+    """Both intervals are measured with all experts attached; that of the expert nobody trained gives the very same loss."""
+    family = encoded(name)
+    arguments = {
+        "method": "lora_experts",
+        "num_experts": 2,
+        "expert": "0",
+        "learning_rate": 2e-2,
+        "max_train_steps": 12,
+    }
+    arguments |= {"validation_dataset": str(family.shards), "validation_repeats": 2, "rank": 8}
+    args, _, run = prepared(family.arguments(tmp_path, **arguments))
+    everything = dataclasses.replace(run.parts, recipe=dataclasses.replace(run.parts.recipe, expert=None))
+    before = validation_losses(everything, args, run.data)
+    do_steps(args, run)
+    after = validation_losses(everything, args, run.data)
+    assert after["validation_loss/500-1000"] == before["validation_loss/500-1000"]
+    assert after["validation_loss/0-500"] < before["validation_loss/0-500"] - 1e-5
+
+
+@pytest.mark.parametrize(
+    "name, shares", [*((name, "balanced") for name in FAMILIES), ("sd3", "density"), ("pixart", "density")]
+)
+def test_a_sample_is_trained_by_the_expert_that_owns_it_in_inference(encoded, tmp_path, monkeypatch, name, shares):
+    arguments = {"method": "lora_experts", "timestep_boundaries": [300, 700], "expert_shares": shares, "batch_size": 6}
+    args, parts, run = prepared(encoded(name).arguments(tmp_path, **arguments))
+    found = []
+
+    class Recorded(ExpertFinder):
+        def __call__(self, *arguments):
+            experts = super().__call__(*arguments)
+            found.append(experts)
+            return experts
+
+    attached = LoraExperts.attached_to(parts.source.denoiser)
+    (attachment,) = attached._attachments
+    monkeypatch.setattr(attachment, "finder", Recorded(parts.source.denoiser, attached.intervals))
+    steps = do_steps(args, run)
+    first_passes = [
+        owners for owners in found if len(owners) == 6
+    ]  # the others are those of the parts of a mixed batch
+    owners = [attached.intervals.index(step.timesteps).tolist() for step in steps]
+    assert first_passes == owners and len({*sum(owners, [])}) >= 2
+    if shares == "balanced":
+        assert [step.experts.owners for step in steps] == owners
+        assert [sorted(each) for each in owners] == [[0, 0, 1, 1, 2, 2]] * len(steps)
+
+
+def test_lora_experts_are_saved_and_put_back(encoded, tmp_path):
+    """A fresh pipeline with the saved files generates what the training's own pipeline generates."""
     sd3 = encoded("sd3")
-    output = sd3.train(tmp_path, method="lora_experts", sigma_boundaries=[0.5], ranks=[4, 2])
-    folder = output / "loras"
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "expert_0.safetensors",
-        "expert_1.safetensors",
-        "lora_experts.json",
-    ]
-    ranks = [
-        {
-            tensor.shape[0]
-            for name, tensor in load_file(folder / f"expert_{expert}.safetensors").items()
-            if "lora_A" in name
-        }
-        for expert in (0, 1)
-    ]
-    assert ranks == [{4}, {2}]  # the first is that for the least noise
+    arguments = {"method": "lora_experts", "sigma_boundaries": [0.5], "ranks": [4, 2], "lora_alpha": 3.0}
+    args, parts, run = prepared(sd3.arguments(tmp_path, **arguments))
+    do_steps(args, run)
+    folder = tmp_path / "loras"
+    parts.recipe.save_to(parts.model, folder)
+    trained = generate("sd3", DiffusionPipeline.from_pretrained(sd3.pipeline, transformer=parts.source.denoiser))
     pipe = DiffusionPipeline.from_pretrained(sd3.pipeline)
     before = generate("sd3", pipe)
     experts = LoraExperts.from_pretrained(folder).attach(pipe)
-    assert experts.intervals == NoiseIntervals((0, 500, 1000)) and not torch.equal(generate("sd3", pipe), before)
-    assert json.loads((folder / "lora_experts.json").read_text())["denoiser"] == "SD3Transformer2DModel"
+    assert torch.equal(generate("sd3", pipe), trained) and not torch.equal(trained, before)
+    assert experts.intervals == NoiseIntervals((0, 500, 1000))
+    ranks = {
+        name: {tensor.shape[0] for key, tensor in tensors.items() if "lora_A" in key}
+        for name, tensors in loras(folder).items()
+    }
+    assert ranks == {"expert_0": {4}, "expert_1": {2}}  # the first is that for the least noise
+    experts.detach()
+    assert torch.equal(generate("sd3", pipe), before)
+
+
+def test_experts_are_trained_one_by_one_into_one_folder(encoded, tmp_path):
+    """The folders of two machines, copied together, are what `from_pretrained` reads; each alone names what is missing."""
+    sd3 = encoded("sd3")
+    arguments = {"method": "lora_experts", "sigma_boundaries": [0.5], "pipeline_steps": 1}
+    sd3.train(tmp_path, expert="1", **arguments)
+    with pytest.raises((OSError, ValueError), match="expert_0"):
+        LoraExperts.from_pretrained(tmp_path / "loras")
+    sd3.train(tmp_path, expert="0", **arguments)
+    experts = LoraExperts.from_pretrained(tmp_path / "loras").attach(DiffusionPipeline.from_pretrained(sd3.pipeline))
+    assert experts.names == ["expert_0", "expert_1"]
+    assert loras(tmp_path / "loras-1").keys() == {"expert_0", "expert_1"}  # along the way, too
+    for expert in (0, 1):
+        recorded = yaml.safe_load((tmp_path / f"expert_{expert}" / "training_arguments.yaml").read_text())
+        assert recorded["expert"] == str(expert) and recorded["objective"] == "flow"
+
+
+def test_one_lora(encoded, tmp_path):
+    """In the file that `load_lora_weights(folder)` looks for, and drawn from prompts along the way."""
+    sd3 = encoded("sd3")
+    samples = {
+        "sample_steps": 1,
+        "validation_prompts": ["left", "top"],
+        "sample_inference_steps": 2,
+        "sample_guidance_scale": 3.0,
+    }
+    sd3.train(tmp_path, method="lora", sample_height=8, sample_width=8, **samples)
+    sizes = [PIL.Image.open(tmp_path / "samples" / f"step-{step}.png").size for step in (1, 2)]
+    assert sizes == [(16, 8)] * 2
+    pipe = DiffusionPipeline.from_pretrained(sd3.pipeline)
+    before = generate("sd3", pipe)
+    pipe.load_lora_weights(tmp_path / "loras")
+    assert not torch.equal(generate("sd3", pipe), before)
+    assert LoraExperts.from_pretrained(tmp_path / "loras").intervals.num_experts == 1
+
+
+def test_prompts(encoded, tmp_path):
+    sd3 = encoded("sd3")
+    arguments = {"num_prompts": 64, "topk": 0.5, "gate_learning_rate": 1e-2}
+    sd3.train(tmp_path, method="prompts", **arguments)
+    patch = PromptPatch.from_pretrained(tmp_path / "patch")
+    assert all(weight.abs().max() > 0 for weight in patch.state_dict().values())
+    patch.attach(DiffusionPipeline.from_pretrained(sd3.pipeline).transformer)
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {"importance_loss", "load_loss"} <= {name.rpartition("/")[2] for each in metrics for name in each}
+
+
+def test_routing(encoded, tmp_path):
+    """The whole pipeline is saved, text encoders included, with the routing in the denoiser's configuration."""
+    sd3 = encoded("sd3")
+    sd3.train(tmp_path, method="routing", sharing_ratio=0.5)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    (routing,) = TaskRouting.restore(pipe)
+    assert routing.sharing_ratio == 0.5 and pipe.text_encoder_3 is not None
+    base = DiffusionPipeline.from_pretrained(sd3.pipeline).transformer.state_dict()
+    changed = [not torch.equal(weight, base[name]) for name, weight in pipe.transformer.state_dict().items()]
+    assert sum(changed) > len(changed) / 2
+
+
+def test_a_resumed_run_is_the_same(encoded, tmp_path):
+    sd3 = encoded("sd3")
+    arguments = {"method": "lora_experts", "sigma_boundaries": [0.5], "max_train_steps": 4, "lora_dropout": 0.2}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    sd3.train(whole, **arguments)
+    sd3.train(cut, **arguments | {"max_train_steps": 2})
+    sd3.train(cut, resume_from_checkpoint="latest", **arguments)
+    for name, tensors in loras(whole / "loras").items():
+        assert all(torch.equal(tensor, loras(cut / "loras")[name][key]) for key, tensor in tensors.items())
+
+
+def test_frozen_weights_take_the_precision_of_the_training(encoded, tmp_path):
+    """Adapters stay in float32; gradient checkpointing computes the same."""
+    arguments = {"method": "lora_experts", "sigma_boundaries": [0.5], "mixed_precision": "bf16", "max_train_steps": 1}
+    trained = []
+    for checkpointing in (False, True):
+        settings = arguments | {"gradient_checkpointing": checkpointing}
+        args, parts, run = prepared(encoded("sd3").arguments(tmp_path, **settings))
+        do_steps(args, run)
+        trained.append({name: value.clone() for name, value in parts.model.state_dict().items()})
+        frozen = [each for each in parts.source.denoiser.parameters() if not each.requires_grad]
+        assert {each.dtype for each in frozen} == {torch.bfloat16}
+        assert {each.dtype for each in parts.model.parameters()} == {torch.float32}
+        assert all(each.requires_grad for each in parts.model.parameters())
+    assert all(torch.equal(value, trained[1][name]) for name, value in trained[0].items())
+
+
+BAD = {
+    "method": ({"method": "lorax"}, "`method` to be one of lora, lora_experts, .*'lorax'"),
+    "no boundaries": ({}, "exactly one of `sigma_boundaries`, .* got none"),
+    "two kinds of boundaries": (
+        {"sigma_boundaries": [0.5], "num_experts": 2},
+        "got `?sigma_boundaries`? and `?num_experts",
+    ),
+    "descending boundaries": ({"sigma_boundaries": [0.875, 0.5]}, "`sigmas` to ascend strictly between 0 and 1"),
+    "boundaries in another unit": ({"sigma_boundaries": [875.0]}, "`sigmas` to ascend strictly between 0 and 1"),
+    "ranks": ({"num_experts": 3, "ranks": [64, 16]}, "one number for each of 3 experts, .* got 2: 64 16"),
+    "rank": ({"num_experts": 2, "rank": 0}, "`rank` to be at least 1, but got 0"),
+    "expert": ({"num_experts": 2, "expert": "2"}, "`expert` to be one of all, 0, 1, but got '2'"),
+    "shares": ({"num_experts": 2, "expert_shares": "equal"}, "`expert_shares` to be one of balanced, density"),
+    "one by density": ({"num_experts": 2, "expert_shares": "density", "expert_batches": "one"}, "to be mixed"),
+    "an option of another method": (
+        {"num_experts": 2, "sharing_ratio": 0.5},
+        "`method` to be routing where `sharing_ratio`",
+    ),
+    "experts of one LoRA": (
+        {"method": "lora", "num_experts": 2},
+        "`method` to be lora_experts where `num_experts` is set",
+    ),
+    "target module": ({"num_experts": 2, "target_modules": ["to_qq"]}, "got 'to_qq'; close to it are .*to_q"),
+    "learned variance": ({"num_experts": 2, "learn_sigma": True}, "`learn_sigma` to be false for flow matching"),
+    "prediction type": ({"num_experts": 2, "prediction_type": "epsilon"}, "`prediction_type` to be flow_prediction"),
+    "process": ({"num_experts": 2, "objective": "ddpm"}, "`objective` to be flow, as the pipeline's FlowMatchEuler"),
+    "no share": (
+        {"sigma_boundaries": [1e-6], "expert_shares": "density"},
+        "at least 0.0001 of the probability, but got .* for expert 0",
+    ),
+    "samples without prompts": (
+        {"num_experts": 2, "sample_steps": 1},
+        "`sample_steps` and `validation_prompts` to be set",
+    ),
+    "data set": ({"num_experts": 2, "dataset": "/nowhere"}, "/nowhere"),
+    "steps": ({"num_experts": 2, "max_train_steps": 0}, "`max_train_steps` to be at least 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_before_the_first_step(encoded, tmp_path, case):
+    arguments, message = BAD[case]
+    output_dir = tmp_path / "output"
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        encoded("sd3").train(output_dir, **{"method": "lora_experts"} | arguments)
+    assert "\n" not in str(caught.value) and not output_dir.exists()
+
+
+def test_data_of_another_pipeline_are_refused(encoded, tmp_path):
+    with pytest.raises(ValueError, match="FluxPipeline"):
+        encoded("sd3").train(tmp_path, method="lora", dataset=str(encoded("flux").shards))

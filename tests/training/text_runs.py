@@ -23,7 +23,6 @@ TINY_TEXT = {
     "logging_steps": 1,
     "checkpointing_steps": 2,
     "report_to": "none",
-    "rank": 4,
 }
 
 

@@ -22,7 +22,7 @@ ARGUMENTS_NAME = "training_arguments.yaml"
 MAY_CHANGE = {
     # what is written, logged and kept
     *(field.name for field in dataclasses.fields(OutputArguments)),
-    "expert",
+    "expert", "sample_height", "sample_width", "sample_guidance_scale",
     # how far and how fast it is optimised
     "max_train_steps", "learning_rate", "min_lr_rate", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm",
     "ema_decay",

@@ -1,5 +1,6 @@
 """The methods `lora` and `lora_experts`: one LoRA for all noise levels, or one for each interval of them."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -86,10 +87,12 @@ def add_loras(denoiser: nn.Module, args: LoraArguments, names: Sequence[str], tr
             init_lora_weights="gaussian",
             target_modules=target_modules,
         )
-        if isinstance(denoiser, PeftAdapterMixin):
-            denoiser.add_adapter(config, adapter_name=name)
-        else:
-            inject_adapter_in_model(config, denoiser, name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # that of the expert before
+            if isinstance(denoiser, PeftAdapterMixin):
+                denoiser.add_adapter(config, adapter_name=name)
+            else:
+                inject_adapter_in_model(config, denoiser, name)
     set_requires_grad(denoiser, list(names), False)
     set_requires_grad(denoiser, list(trained), True)
     cast_training_params(denoiser, torch.float32)

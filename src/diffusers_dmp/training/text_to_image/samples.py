@@ -54,6 +54,7 @@ class PromptSamples:
             "width": args.sample_width,
             "guidance_scale": args.sample_guidance_scale,
             "num_frames": 1,  # of a video
+            "output_type": "pil",
         }
         if args.sample_height or args.sample_width:
             given["use_resolution_binning"] = False  # PixArt generates other sizes otherwise
