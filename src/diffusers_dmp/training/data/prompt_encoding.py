@@ -4,6 +4,7 @@ Legend: b samples encoded at once, H and W height and width in pixels, C latent 
 the latents.
 """
 
+import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,11 +48,16 @@ class PromptEncodingArguments(SourceArguments, NumberChecks):
     """The images and captions to encode, and how they are encoded."""
 
     dataset: str = option(
-        "", "Folder of images, with captions in .txt files beside them or in metadata; parquet folder or file, or Hub id."
+        "",
+        "Folder of images, with captions in .txt files beside them or in metadata; parquet folder or file, or Hub id.",
     )
-    pipeline: str = option("", "Folder or Hub id of the text-to-image pipeline, of which text encoders and VAE are loaded.")
+    pipeline: str = option(
+        "", "Folder or Hub id of the text-to-image pipeline, of which text encoders and VAE are loaded."
+    )
     image_column: str = option("image", "Column of images in the data set.")
-    text_column: str = option("text", "Column of captions; in a folder of images that of the metadata, or else .txt files.")
+    text_column: str = option(
+        "text", "Column of captions; in a folder of images that of the metadata, or else .txt files."
+    )
     resolution: int = option(512, "Images are scaled and cropped to this many pixels, squared.")
     aspect_ratio_buckets: bool = option(
         False, "Crop each image to the nearest of several aspect ratios, of as many pixels, instead of to a square."
@@ -60,7 +66,8 @@ class PromptEncodingArguments(SourceArguments, NumberChecks):
     background: str = option(BACKGROUND, "Colour behind transparent pixels: a name or #rrggbb.")
     skip_unreadable: bool = option(False, "Leave out the images that cannot be read, and list them.")
     dtype: str = option(
-        "float32", "What text encoders compute in and shards are stored in: float32, float16 or bfloat16. The VAE computes in float32."
+        "float32",
+        "What text encoders compute in and shards are stored in: float32, float16 or bfloat16. The VAE computes in float32.",
     )
     batch_size: int = option(8, "Images that a process encodes at once.")
     shard_size: int = option(256, "Images per shard.")
@@ -90,7 +97,7 @@ def encode_prompts(args: PromptEncodingArguments, pipeline: Any = None) -> None:
     accelerator = make_shard_accelerator()
     with accelerator.main_process_first():
         dataset = load_images(args.dataset, args.image_column, args.dataset_split, None, args.text_column)
-    captions_of(dataset, args.text_column, args.dataset)
+    captions_of(dataset, args.text_column, args.dataset)  # raises if one is missing, before a pipeline is loaded
     if pipeline is None:
         pipeline = load_encoding_pipeline(args.pipeline, getattr(torch, args.dtype))
     text_pipeline = text_pipeline_of(pipeline)
@@ -100,6 +107,9 @@ def encode_prompts(args: PromptEncodingArguments, pipeline: Any = None) -> None:
     with accelerator.main_process_first():
         is_quiet = not accelerator.is_main_process
         dataset = readable_images(dataset, args.image_column, args.skip_unreadable, is_quiet, args.dataset)
+    if accelerator.is_main_process:
+        num_empty = captions_of(dataset, args.text_column, args.dataset).count("")
+        print(f"{args.dataset}: {len(dataset)} images with captions, of which {num_empty} are empty", file=sys.stderr)
     pipeline.to(accelerator.device)
     encoder = Encoder(args, pipeline, text_pipeline, buckets)
     empty_prompt = encoder.prompts([""])[0]  # raises if the pipeline has no text encoder
