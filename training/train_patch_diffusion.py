@@ -43,6 +43,11 @@ class PatchDiffusionTrainingArguments(ExpertArguments, TrainingArguments):
     class_dropout_prob: float = option(0.1, "How often a label is dropped, for classifier-free guidance.")
 
     def __post_init__(self):
+        if self.objective != "ddpm":
+            raise ValueError(
+                "Expected `objective` to be ddpm for patch diffusion, whose models predict x0 or noise of a DDPM schedule, but "
+                f"got {self.objective!r}."
+            )
         super().__post_init__()
         self.check_expert(len(self.snr_boundaries) + 1)
 

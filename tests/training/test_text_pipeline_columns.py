@@ -37,6 +37,31 @@ def test_prompts_are_encoded_as_if_each_were_alone(name):
         assert all(mask.all() and len(mask) == len(each) for mask, each in zip(masks, columns["prompt_embeds"]))
 
 
+@pytest.mark.parametrize("name", ["sd3", "wan", "pixart", "zimage", "sdxl", "sd15"])
+def test_the_empty_prompt_is_what_guidance_guides_away_from(name):
+    pipe, text_pipeline = make(name)
+    arguments = {"prompt_2": None, "prompt_3": None} if name == "sd3" else {}
+    if name == "sd15":
+        arguments = {"device": torch.device("cpu"), "num_images_per_prompt": 1}
+    if name == "wan":
+        arguments = {"max_sequence_length": 512}
+    with torch.no_grad():
+        encoded = pipe.encode_prompt(["a cat"], do_classifier_free_guidance=True, **arguments)
+    negatives = encoded[2:] if name == "pixart" else encoded[1::2]
+    columns = text_pipeline.encode_prompts(pipe, [""])
+    for column, negative in zip(columns.values(), negatives):
+        torch.testing.assert_close(column[0], negative[0])
+
+
+def test_sdxl_without_zeros_for_the_empty_prompt():
+    pipe, text_pipeline = make("sdxl")
+    empty, cat = text_pipeline.encode_prompts(pipe, ["", "a cat"])["pooled_prompt_embeds"]
+    assert empty.abs().max() == 0 and cat.abs().max() > 0
+    pipe.register_to_config(force_zeros_for_empty_prompt=False)
+    embeds = text_pipeline.encode_prompts(pipe, [""])["prompt_embeds"]
+    assert torch.equal(embeds, pipe.encode_prompt("", do_classifier_free_guidance=False)[0])
+
+
 def test_sd3_without_t5():
     pipe, text_pipeline = make("sd3")
     with_t5 = text_pipeline.encode_prompts(pipe, PROMPTS)["prompt_embeds"]
@@ -113,6 +138,8 @@ def test_sizes_fit_the_latents(name, multiple):
             ValueError, match=rf"divisible by the {multiple} pixels of a \w+'s latents, but got 32 x 33"
         ):
             text_pipeline.encode_images(pipe, randn(1, 3, 32, 33))
+    pipe.register_modules(**dict.fromkeys(text_pipeline.components))
+    assert text_pipeline.size_multiple(pipe) in (multiple, 2)  # without the denoiser, patches of two latent pixels
 
 
 def test_what_sdxl_is_told_about_sizes():

@@ -5,15 +5,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, PixArtAlphaPipeline
-from tiny_pipelines import RECIPES, flux, image_vae, pixart, randn, seeded, wan, wan_pipe
+from conftest import REPOSITORY
+from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtAlphaPipeline,
+)
+from tiny_pipelines import RECIPES, filled, flux, image_vae, pixart, randn, seeded, wan, wan_pipe
 from tiny_text import text_components, with_text
 from torch.nn.utils.rnn import pad_sequence
 
 from diffusers_dmp import DenoiserExperts, NoiseIntervals
 from diffusers_dmp.diffusion.latents import unpack_latents
 from diffusers_dmp.models.time_argument import time_argument_of
-from diffusers_dmp.training.text_pipelines import text_pipeline_of
+from diffusers_dmp.training.text_pipelines import registry, text_pipeline_of
 from diffusers_dmp.training.text_pipelines.flux import FluxText
 
 PROMPTS = ["a handwritten seven", "a cat"]  # not of one length
@@ -148,6 +155,29 @@ def test_pixart_alpha_is_told_the_size():
     resized = conditions | text_pipeline.size_columns(*torch.tensor([[[64, 64]] * 2, [[0, 0]] * 2, [[8, 16]] * 2]))
     called = text_pipeline.call(transformer, transformer.config, x_t, time, resized)
     assert not torch.allclose(called, prediction, atol=1e-3)
+
+
+@torch.no_grad()
+def test_the_example_in_the_docs_teaches_a_family(monkeypatch):
+    monkeypatch.setattr(registry, "_REGISTERED", {})
+    example = (REPOSITORY / "docs" / "text_pipelines.md").read_text().split("```python\n")[-1].split("```")[0]
+    exec(example, {})
+    sizes = {"sample_size": 16, "pos_embed_max_size": 64, "attention_head_dim": 8, "num_attention_heads": 4}
+    depth = {
+        "num_mmdit_layers": 1,
+        "num_single_dit_layers": 1,
+        "joint_attention_dim": 32,
+        "caption_projection_dim": 32,
+    }
+    transformer = filled(AuraFlowTransformer2DModel(**sizes, **depth), 0)
+    scheduler, vae = FlowMatchEulerDiscreteScheduler(), image_vae(4)
+    pipe = AuraFlowPipeline(transformer=transformer, scheduler=scheduler, vae=vae, **text_components("wan"))
+    text_pipeline = text_pipeline_of(pipe)
+    conditions = conditions_of(text_pipeline, pipe)
+    for _, x_t, time, prediction in steps_of("auraflow", pipe, transformer):
+        assert torch.equal(text_pipeline.call(transformer, transformer.config, x_t, time, conditions), prediction)
+    mean, _ = text_pipeline.encode_images(pipe, randn(1, 3, 8, 16))
+    torch.testing.assert_close(mean, (vae.encode(randn(1, 3, 8, 16)).latent_dist.mean - 0.0609) * 1.5035)
 
 
 @pytest.mark.parametrize("config", [{"boundary_ratio": 0.9}, {"expand_timesteps": True}])

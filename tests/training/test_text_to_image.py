@@ -11,10 +11,11 @@ import yaml
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from text_runs import encode_pipeline, fresh_processes
-from tiny_pipelines import generate
+from tiny_pipelines import generate, wan, wan_pipe
 
 from diffusers_dmp import LoraExperts, NoiseIntervals, PromptPatch, TaskRouting
 from diffusers_dmp.models.time_argument import ExpertFinder
+from diffusers_dmp.saving.adapters import adapter_names
 from diffusers_dmp.training.loop import training_steps
 from diffusers_dmp.training.run import TrainingRun, prepare_run
 from diffusers_dmp.training.text_to_image import TextToImageArguments
@@ -142,6 +143,42 @@ def test_experts_are_trained_one_by_one_into_one_folder(encoded, tmp_path):
     for expert in (0, 1):
         recorded = yaml.safe_load((tmp_path / f"expert_{expert}" / "training_arguments.yaml").read_text())
         assert recorded["expert"] == str(expert) and recorded["objective"] == "flow"
+
+
+def test_two_transformers(tmp_path):
+    """Wan2.2: each expert's LoRA is in the transformer that owns its noise, one by one with that transformer alone in memory."""
+    pipe = wan_pipe(wan(), transformer_2=wan(seed=1), boundary_ratio=0.875)
+    wan22 = encode_pipeline("wan", tmp_path / "encoded", pipe)
+    for boundaries, method in (([0.5], "lora_experts"), ([], "lora")):
+        with pytest.raises(ValueError, match="changes its denoiser"):
+            wan22.train(tmp_path / "refused", method=method, sigma_boundaries=boundaries)
+    arguments = {
+        "method": "lora_experts",
+        "sigma_boundaries": [0.5, 0.875],
+        "max_train_steps": 1,
+        "checkpointing_steps": 9,
+    }
+    arguments |= {"batch_size": 6, "ema_decay": 0.0, "learning_rate": 1e-3}
+    args, parts, run = prepared(wan22.arguments(tmp_path, **arguments))
+    owned = [adapter_names(parts.source.denoisers[name]) for name in ("transformer", "transformer_2")]
+    assert owned == [{"expert_2"}, {"expert_0", "expert_1"}]
+    do_steps(args, run)
+    trained = {
+        key.rpartition(".")[0].rpartition(".")[2]
+        for key, value in parts.model.state_dict().items()
+        if "lora_B" in key and value.any()
+    }
+    assert trained == {"expert_0", "expert_1", "expert_2"}
+
+    for expert, component in enumerate(("transformer_2", "transformer_2", "transformer")):
+        args, parts, run = prepared(wan22.arguments(tmp_path, expert=str(expert), **arguments))
+        assert [*parts.source.denoisers] == [component]
+        do_steps(args, run)
+        parts.recipe.save_to(parts.model, tmp_path / "loras")
+    pipe = DiffusionPipeline.from_pretrained(wan22.pipeline)
+    before = generate("wan", pipe)
+    LoraExperts.from_pretrained(tmp_path / "loras").attach(pipe)
+    assert not torch.equal(generate("wan", pipe), before)
 
 
 def test_one_lora(encoded, tmp_path):

@@ -57,8 +57,8 @@ class EncodedPipeline:
         return output_dir
 
 
-def encode_pipeline(name: str, folder: Path) -> EncodedPipeline:
-    """Save a tiny pipeline, and let it encode a few images and captions."""
+def encode_pipeline(name: str, folder: Path, pipe: Any = None) -> EncodedPipeline:
+    """Save a tiny pipeline, by default that of `RECIPES`, and let it encode a few images and captions."""
     images, pipeline, shards = folder / "images", folder / "pipeline", folder / "shards"
     images.mkdir(parents=True)
     generator = np.random.default_rng(0)
@@ -71,7 +71,7 @@ def encode_pipeline(name: str, folder: Path) -> EncodedPipeline:
         pixels = np.clip(ramp[..., None] * np.array([1.0, 0.7, 0.4]) + generator.normal(0, 8, (size, size, 3)), 0, 255)
         PIL.Image.fromarray(pixels.astype(np.uint8)).save(images / f"{number}.png")
         (images / f"{number}.txt").write_text(f"bright {'left' if number % 2 else 'top'}, number {number}")
-    with_text(name, RECIPES[name].pipe(RECIPES[name].denoiser())).save_pretrained(pipeline)
+    with_text(name, pipe or RECIPES[name].pipe(RECIPES[name].denoiser())).save_pretrained(pipeline)
     fresh_processes()
     encode_prompts(
         PromptEncodingArguments(

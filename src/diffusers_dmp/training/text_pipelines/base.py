@@ -40,7 +40,8 @@ class TextPipeline:
 
         Args:
             pipeline ([`DiffusionPipeline`]): With its text encoders.
-            prompts (`list[str]`): b prompts. A prompt that is longer than an encoder takes is cut, as in inference.
+            prompts (`list[str]`): b prompts. One that is longer than an encoder takes is cut, as in inference; an empty one stands
+                for the pipeline's unconditional prediction.
 
         Returns:
             Columns by name: tensors of shape (b, …), or lists of b tensors of which the first dimension differs. Such a column

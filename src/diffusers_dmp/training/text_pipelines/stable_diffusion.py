@@ -40,8 +40,16 @@ class StableDiffusionXLText(StableDiffusionText):
     text_components = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
 
     def prompt_columns(self, pipeline: Any, prompts: list[str]) -> Columns:
-        """`prompt_embeds` (b, L, D) and `pooled_prompt_embeds` (b, P)."""
+        """
+        `prompt_embeds` (b, L, D) and `pooled_prompt_embeds` (b, P).
+
+        Of an empty prompt they are zeros if the pipeline's `force_zeros_for_empty_prompt` says so: with guidance, this is its
+        unconditional prediction, which training with dropped captions has to be for.
+        """
         embeds, _, pooled, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
+        if pipeline.config.force_zeros_for_empty_prompt:
+            is_given = torch.tensor([prompt != "" for prompt in prompts], device=embeds.device)
+            embeds, pooled = embeds * is_given[:, None, None], pooled * is_given[:, None]
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def size_columns(

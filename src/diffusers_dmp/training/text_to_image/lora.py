@@ -12,6 +12,7 @@ from torch import nn
 
 from ...intervals import NoiseIntervals
 from ...plugins.lora_experts import LoraExperts
+from ...plugins.lora_targets import lora_targets
 from ..adapted import LoraDenoiser
 from ..recipe import TrainingRecipe
 from .option_groups import LoraArguments
@@ -29,7 +30,7 @@ def train_lora(
     args: "TextToImageArguments", source: SourcePipeline, intervals: NoiseIntervals | None
 ) -> tuple[nn.Module, TrainingRecipe]:
     """One LoRA; see [`TrainingMethod`]."""
-    add_loras(source.denoiser, args, [SINGLE_NAME], [SINGLE_NAME])
+    add_loras(source.denoiser, args, [SINGLE_NAME], [SINGLE_NAME], [SINGLE_NAME])
 
     def save_to(model: nn.Module, folder: Path) -> None:
         everything = NoiseIntervals.uniform(1, source.num_train_timesteps)
@@ -52,24 +53,29 @@ def train_lora_experts(
     assert intervals is not None  # a method with `IntervalArguments`
     names = [f"expert_{expert}" for expert in range(intervals.num_experts)]
     trained = names if args.single_expert is None else [names[args.single_expert]]
-    add_loras(source.denoiser, args, names, trained)
-    experts = LoraExperts(names, intervals).attach(source.pipeline)
+    experts = LoraExperts(names, intervals)
+    for target in lora_targets(source.pipeline, experts.adapters, intervals):
+        add_loras(target.denoiser, args, names, target.names, trained)
+    experts.attach(source.pipeline)
     recipe = TrainingRecipe(
         passes_expert=False,
         save_to=lambda model, folder: experts.save_pretrained(folder, trained),
         saved_name=FOLDER if args.single_expert is None else f"../{FOLDER}",
     )
-    return LoraDenoiser(source.denoiser, trained), recipe
+    return LoraDenoiser(source.called, trained), recipe
 
 
-def add_loras(denoiser: nn.Module, args: LoraArguments, names: Sequence[str], trained: Sequence[str]) -> None:
+def add_loras(
+    denoiser: nn.Module, args: LoraArguments, names: Sequence[str], owned: Sequence[str], trained: Sequence[str]
+) -> None:
     """
     Put LoRA into a denoiser, in float32, which change nothing before they are trained.
 
     Args:
         denoiser (`nn.Module`): The denoiser, which requires no gradients.
         args ([`LoraArguments`]): For ranks, α, dropout and target modules.
-        names (`Sequence[str]`): Their names, that of the expert for the least noise first.
+        names (`Sequence[str]`): The names of all experts, that for the least noise first.
+        owned (`Sequence[str]`): Those that belong to this denoiser.
         trained (`Sequence[str]`): Those that require gradients.
 
     Raises:
@@ -80,6 +86,8 @@ def add_loras(denoiser: nn.Module, args: LoraArguments, names: Sequence[str], tr
 
     target_modules = lora_targets_of(denoiser, args.target_modules)
     for name, rank in zip(names, args.expert_ranks(len(names)), strict=True):
+        if name not in owned:
+            continue
         config = LoraConfig(
             r=rank,
             lora_alpha=rank if args.lora_alpha is None else args.lora_alpha,  # type: ignore[arg-type]
@@ -93,7 +101,7 @@ def add_loras(denoiser: nn.Module, args: LoraArguments, names: Sequence[str], tr
                 denoiser.add_adapter(config, adapter_name=name)
             else:
                 inject_adapter_in_model(config, denoiser, name)
-    set_requires_grad(denoiser, list(names), False)
-    set_requires_grad(denoiser, list(trained), True)
+    set_requires_grad(denoiser, list(owned), False)
+    set_requires_grad(denoiser, [name for name in owned if name in trained], True)
     cast_training_params(denoiser, torch.float32)
     denoiser.eval()

@@ -23,6 +23,6 @@ def train_routing(
     routing.attach(source.denoiser)
 
     def save_to(model: nn.Module, folder: Path) -> None:
-        save_whole(source.whole_pipeline(), folder)
+        save_whole(source.whole_pipeline(model), folder)
 
     return source.denoiser, TrainingRecipe(save_to=save_to)

@@ -1,90 +1,139 @@
 """The pipeline that a text-to-image training begins with: only what the training needs of it is loaded."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from torch import nn
 
+from ...intervals import NoiseIntervals
+from ...models.denoiser_experts import DenoiserExperts
 from ...saving.mixins import is_component
 from ..text_pipelines import TextPipeline, text_pipeline_of
 
 
-@dataclass
 class SourcePipeline:
     """
-    The pipeline that a training begins with.
+    The pipeline that a training begins with. At first its scheduler alone is loaded.
 
     Args:
         name (`str`): Its folder or Hub id.
-        pipeline ([`DiffusionPipeline`]): With the denoiser that is trained and the scheduler; where samples are generated, with
-            the VAE as well.
-        family ([`TextPipeline`]): How it encodes prompts and calls its denoiser.
-        dtype (`torch.dtype`): Of what is not trained.
+
+    Raises:
+        OSError: if there is no such pipeline.
+        ValueError: if its family is not known.
     """
 
-    name: str
-    pipeline: Any
+    pipeline: Any  # with the components that `load` has loaded
     family: TextPipeline
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the components
+    called: nn.Module  # the denoiser, or the two of Wan2.2 as one module: what the training calls
 
-    @property
-    def denoiser(self) -> Any:
-        """The denoiser that is trained."""
-        return getattr(self.pipeline, self.family.component)
+    def __init__(self, name: str):
+        self.name = name
+        self.index: Any = DiffusionPipeline.load_config(name)
+        known_class = getattr(diffusers, str(self.index.get("_class_name")), None)
+        if known_class is not None:  # or else it is seen when it is loaded
+            self.family = text_pipeline_of(known_class)
+        # the class itself: `DiffusionPipeline` loads optional components (Wan's transformers) although they are given
+        self.pipeline_class: Any = known_class or DiffusionPipeline
+        scheduler_class = getattr(diffusers, self.index["scheduler"][1])
+        self.scheduler: Any = scheduler_class.from_pretrained(name, subfolder="scheduler")
 
     @property
     def num_train_timesteps(self) -> int:
         """T."""
-        return self.pipeline.scheduler.config["num_train_timesteps"]
+        return self.scheduler.config["num_train_timesteps"]
 
     @property
+    def boundary(self) -> float | None:
+        """The timestep at which the pipeline changes from one denoiser to another; None for a pipeline with one."""
+        ratio = self.index.get("boundary_ratio")
+        has_two = self.index.get("transformer_2", [None, None]) != [None, None]
+        return None if ratio is None or not has_two else round(ratio * self.num_train_timesteps, 9)
+
+    def load(self, dtype: torch.dtype, with_vae: bool = False, needed: tuple[float, float] | None = None) -> None:
+        """
+        Load the denoiser, or both.
+
+        Args:
+            dtype (`torch.dtype`): Of the weights.
+            with_vae (`bool`): Whether to load the VAE as well.
+            needed (`tuple[float, float]`, *optional*): Of two denoisers, load the one that owns these timesteps alone.
+
+        Raises:
+            ValueError: if the pipeline's family is not known, or it has no denoiser.
+        """
+        wanted = {"transformer", "transformer_2", "unet", *(["vae"] if with_vae else [])}
+        if self.boundary is not None and needed is not None:
+            wanted -= {"transformer_2" if needed[0] >= self.boundary else "transformer"}
+        components = [name for name, value in self.index.items() if is_component(value)]
+        own = {name: None for name in components if name not in wanted} | {"scheduler": self.fresh_scheduler()}
+        pipeline = self.pipeline_class.from_pretrained(self.name, dtype=dtype, **own)
+        self.pipeline, self.dtype = pipeline, dtype
+        self.family = text_pipeline_of(pipeline)
+        if not self.denoisers:
+            raise ValueError(
+                f"Expected {self.name!r} to be a pipeline with a `{self.family.component}`, but got one without."
+            )
+        self.called = self.denoiser if len(self.denoisers) == 1 else DenoiserExperts.from_pipeline(pipeline)
+
+    @property
+    def denoisers(self) -> dict[str, Any]:
+        """The denoisers that are loaded, by the names of their components."""
+        found = {name: getattr(self.pipeline, name, None) for name in self.family.components}
+        return {name: denoiser for name, denoiser in found.items() if denoiser is not None}
+
+    @property
+    def denoiser(self) -> Any:
+        """The denoiser; of two, that for the most noise."""
+        return next(iter(self.denoisers.values()))
+
     def fresh_scheduler(self) -> Any:
         """A copy of the scheduler that has sampled nothing yet."""
-        return type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
+        return type(self.scheduler).from_config(self.scheduler.config)
 
     def sampling_pipeline(self) -> Any:
         """The pipeline without its text encoders, with a scheduler that has sampled nothing yet."""
-        self.pipeline.register_modules(scheduler=self.fresh_scheduler)
+        self.pipeline.register_modules(scheduler=self.fresh_scheduler())
         return self.pipeline
-
-    def whole_pipeline(self) -> Any:
-        """A pipeline with all components, as it is saved: the denoiser is the trained one, the others are loaded."""
-        return self._with_other_components()
 
     def encoding_pipeline(self) -> Any:
         """A pipeline that encodes prompts: with its text encoders, and without the VAE."""
-        return self._with_other_components(vae=None)
+        return self._with_others(**self.denoisers, vae=None)
 
-    def _with_other_components(self, **components: Any) -> Any:
-        own = {self.family.component: self.denoiser, "scheduler": self.fresh_scheduler}
-        return DiffusionPipeline.from_pretrained(self.name, dtype=self.dtype, **own, **components)
+    def whole_pipeline(self, denoiser: nn.Module) -> Any:
+        """A pipeline with all components, as it is saved: with a denoiser that is trained, and the others as they are."""
+        return self._with_others(**{self.family.component: denoiser})
 
+    def _with_others(self, **components: Any) -> Any:
+        components["scheduler"] = self.fresh_scheduler()
+        return self.pipeline_class.from_pretrained(self.name, dtype=self.dtype, **components)
 
-def load_source(name: str, dtype: torch.dtype, with_vae: bool = False) -> SourcePipeline:
-    """
-    Load the denoiser and the scheduler of a pipeline.
+    def expect_one_denoiser(self, method: str) -> None:
+        """
+        Check that the pipeline has one denoiser.
 
-    Args:
-        name (`str`): A folder or Hub id.
-        dtype (`torch.dtype`): Of the weights.
-        with_vae (`bool`): Whether to load the VAE as well.
+        Raises:
+            ValueError: if it changes from one to another.
+        """
+        if self.boundary is not None:
+            raise ValueError(
+                f"Expected `method` to be lora_experts for {self.name!r}, which changes its denoiser at the timestep "
+                f"{self.boundary:g}, but got {method!r}."
+            )
 
-    Raises:
-        OSError: if there is no such pipeline.
-        ValueError: if its family is not known, or it has another denoiser than that.
-    """
-    index: Any = DiffusionPipeline.load_config(name)
-    class_name = index.get("_class_name")
-    known_class = getattr(diffusers, class_name, None) if isinstance(class_name, str) else None
-    if known_class is not None:
-        text_pipeline_of(known_class)  # before weights are loaded
-    wanted = {"transformer", "unet", "scheduler", *(["vae"] if with_vae else [])}
-    components = [key for key, value in index.items() if is_component(value) and value != [None, None]]
-    left_out = {component: None for component in components if component not in wanted and component[0] != "_"}
-    pipeline = DiffusionPipeline.from_pretrained(name, dtype=dtype, **left_out)
-    family = text_pipeline_of(pipeline)
-    if getattr(pipeline, family.component, None) is None:
-        raise ValueError(f"Expected {name!r} to be a pipeline with a `{family.component}`, but got one without.")
-    return SourcePipeline(name, pipeline, family, dtype)
+    def check_boundaries(self, intervals: NoiseIntervals) -> None:
+        """
+        Check that each interval is denoised by one denoiser.
+
+        Raises:
+            ValueError: if the pipeline changes its denoiser inside one.
+        """
+        if self.boundary is not None and self.boundary not in intervals.edges:
+            raise ValueError(
+                f"Expected the intervals to have a boundary where {self.name!r} changes its denoiser, at the timestep "
+                f"{self.boundary:g} (σ {self.boundary / self.num_train_timesteps:g}), but got the edges "
+                f"{', '.join(f'{edge:g}' for edge in intervals.edges)}."
+            )

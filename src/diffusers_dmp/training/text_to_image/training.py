@@ -10,6 +10,7 @@ from accelerate.utils import set_seed
 from diffusers import DDPMScheduler
 from torch import nn
 
+from ...intervals import NoiseIntervals
 from ..conditions import TextConditions
 from ..data.encoded_text import load_encoded_text
 from ..data.loop_data import LoopData
@@ -24,7 +25,7 @@ from ..trainer import make_accelerator, train
 from .arguments import TextToImageArguments
 from .methods import METHODS
 from .samples import PromptSamples
-from .source import SourcePipeline, load_source
+from .source import SourcePipeline
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of frozen weights, by the mixed precision
 
@@ -79,23 +80,23 @@ def prepare_parts(accelerator: Accelerator, args: TextToImageArguments) -> TextT
         args ([`TextToImageArguments`]): Everything that can be set.
     """
     method = METHODS[args.method]
-    dtype = torch.float32 if method.trains_weights else DTYPES.get(accelerator.mixed_precision, torch.float32)
-    samples_images = bool(args.sample_steps)
-    source = load_source(str(args.pretrained_model_name_or_path), dtype, with_vae=samples_images)
-    args.resolve_process(source.pipeline.scheduler)
-    intervals = args.intervals(source.pipeline.scheduler) if method.has_experts else None
+    source = SourcePipeline(str(args.pretrained_model_name_or_path))
+    args.resolve_process(source.scheduler)
+    intervals = args.intervals(source.scheduler) if method.has_experts else None
+    expert = None if intervals is None else args.single_expert
+    load_weights(source, accelerator, args, intervals)
     objective = make_text_objective(args, source)
     data = load_encoded_text(accelerator, args)
     data.check_pipeline(source.pipeline, source.name)
 
     set_seed(args.seed)  # for the first weights of adapters
-    source.denoiser.requires_grad_(method.trains_weights)
+    source.called.requires_grad_(method.trains_weights)
     model, recipe = method.prepare(args, source, intervals)
     generate = None
-    if samples_images and accelerator.is_main_process:
+    if args.sample_steps and accelerator.is_main_process:
         generate = PromptSamples(source, args)
         source.pipeline.vae.to(accelerator.device)
-    source.denoiser.to(accelerator.device)
+    source.called.to(accelerator.device)
     call = TextDenoiser(source.family.call, source.denoiser, source.num_train_timesteps)
     empty_prompt = {name: column.to(accelerator.device) for name, column in data.empty_prompt.items()}
     expert_batches: Any = "density" if args.expert_shares == "density" else args.expert_batches
@@ -104,13 +105,34 @@ def prepare_parts(accelerator: Accelerator, args: TextToImageArguments) -> TextT
         denoiser=recipe.denoiser or call,
         conditions=TextConditions(empty_prompt, args.prompt_dropout_prob),
         expert_intervals=intervals,
-        expert=args.single_expert if intervals is not None else None,
+        expert=expert,
         expert_batches=expert_batches,
         passes_expert=False,
         make_pipeline=lambda model: source.sampling_pipeline(),
         generate=generate,
     )
     return TextToImageParts(source=source, model=model, objective=objective, data=data, recipe=recipe)
+
+
+def load_weights(
+    source: SourcePipeline, accelerator: Accelerator, args: TextToImageArguments, intervals: NoiseIntervals | None
+) -> None:
+    """
+    Load what is trained, and what samples need: in the precision of the training, if it is frozen.
+
+    Raises:
+        ValueError: if the pipeline has two denoisers, and the method or the intervals do not fit them.
+    """
+    method = METHODS[args.method]
+    needed = None
+    if intervals is None:
+        source.expect_one_denoiser(args.method)
+    else:
+        source.check_boundaries(intervals)
+        if args.single_expert is not None and not args.sample_steps:
+            needed = intervals.edges[args.single_expert], intervals.edges[args.single_expert + 1]
+    dtype = torch.float32 if method.trains_weights else DTYPES.get(accelerator.mixed_precision, torch.float32)
+    source.load(dtype, with_vae=bool(args.sample_steps), needed=needed)
 
 
 def make_text_objective(args: TextToImageArguments, source: SourcePipeline) -> Objective:
@@ -121,7 +143,7 @@ def make_text_objective(args: TextToImageArguments, source: SourcePipeline) -> O
         args ([`TextToImageArguments`]): For the weighting and, for flow matching, density and shift.
         source ([`SourcePipeline`]): The pipeline.
     """
-    scheduler = source.pipeline.scheduler
+    scheduler = source.scheduler
     if args.objective != "flow":
         # its samples are x_t = √ᾱ_t·x0 + √(1-ᾱ_t)·ε, whatever the pipeline's own scheduler makes of them
         process: Any = DDPMScheduler.from_config(scheduler.config)
