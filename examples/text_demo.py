@@ -8,6 +8,7 @@ The reports run in processes of their own, which share nothing but folders with 
 """
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ from diffusers_dmp.plots import comparison_figure, sample_grid
 from diffusers_dmp.terminal import OneLineParser, run_command
 
 OUTPUT = Path("outputs/demo_text")
+STARTED = "started"  # holds when the demo began
 SIZE = 28  # pixels
 HELD_OUT = 1000  # pictures of clothes for the validation loss
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -60,6 +62,8 @@ SAMPLE_BATCH = 100
 
 def write_data(folder: Path) -> None:
     """Write the pictures with captions of both data sets, and the pipeline that the training starts from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / STARTED).write_text(str(time.time()))
     for split, name in (("train", "train"), ("test", "validation")):
         images, labels = fashion_images(split)
         images, labels = (images, labels) if split == "train" else (images[:HELD_OUT], labels[:HELD_OUT])
@@ -149,8 +153,10 @@ def report_digits(folder: Path) -> None:
                 "recognised": round(recognised, 4),
                 **({} if name is None else training_figures(folder / name)),
             }
-        grids[f"{title}: {recognised:.0%} recognised"] = as_grid(images)
+        grids[f"{title}: {recognised:.0%} recognised"] = as_grid(images, pixel_size=1)
     comparison_figure(grids).savefig(folder / "digits.png", dpi=100)
+    if (folder / STARTED).exists():  # breaks count, if the demo was interrupted
+        summary["total_seconds"] = round(time.time() - float((folder / STARTED).read_text()))
     write_json(folder / "digits.json", summary)
     (folder / "digits.md").write_text(loss_table(summary["adaptations"]))
     print(loss_table(summary["adaptations"]), f"Look at {folder / 'digits.png'}.", sep="\n")
