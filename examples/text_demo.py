@@ -36,6 +36,8 @@ SIZE = 28  # pixels
 HELD_OUT = 1000  # pictures of clothes for the validation loss
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGIT_PHRASES = ("a handwritten {}", "the digit {}", "{} written by hand", "a scan of a handwritten {}")
+# words of no caption, which only the encoder of sentences knows
+UNSEEN = ("jeans", "a jumper", "high heels", "a blouse", "trainers", "a handbag", "a rucksack", "wellingtons")
 # Stable Diffusion 3's transformer at a reduced size: 49 patches of 4 x 4 pixels and 16 tokens of text
 TRANSFORMER = {
     "sample_size": SIZE,
@@ -114,11 +116,13 @@ def with_closed_gates(transformer: SD3Transformer2DModel) -> SD3Transformer2DMod
 
 
 def report_clothes(folder: Path) -> None:
-    """Draw clothes from prompts, and count those that a classifier of the real ones recognises."""
+    """Draw clothes from prompts, also in words of no caption, and count those that a classifier of the real ones recognises."""
     pipeline = loaded(folder / "base" / "pipeline")
     prompts = [f"a photo of {name}" for name in CLOTHES for _ in range(SAMPLES_PER_CLASS)]
     images = draw(pipeline, prompts)
     as_grid(images).save(folder / "clothes.png")
+    unseen = draw(pipeline, [f"a photo of {name}" for name in UNSEEN for _ in range(SHOWN_PER_CLASS)])
+    as_grid(unseen, per_class=SHOWN_PER_CLASS).save(folder / "unseen.png")
 
     classifier = fit_resnet(folder / "classifier", fashion_images()[0][..., None], fashion_images()[1], list(CLOTHES))
     real, real_labels = fashion_images("test")
@@ -132,7 +136,7 @@ def report_clothes(folder: Path) -> None:
         **training_figures(folder / "base"),
     }
     write_json(folder / "clothes.json", summary)
-    print(f"The pipeline is in {folder / 'base' / 'pipeline'}. Look at {folder / 'clothes.png'}.")
+    print(f"The pipeline is in {folder / 'base' / 'pipeline'}. Look at clothes.png and unseen.png.")
 
 
 def report_digits(folder: Path) -> None:
@@ -192,9 +196,9 @@ def draw(pipeline: SentenceToImagePipeline, prompts: list[str]) -> list[Image.Im
     return images
 
 
-def as_grid(images: list[Image.Image], pixel_size: int = 2) -> Image.Image:
-    """The first pictures of each class, in a column."""
-    columns = [images[begin:][:SHOWN_PER_CLASS] for begin in range(0, len(images), SAMPLES_PER_CLASS)]
+def as_grid(images: list[Image.Image], pixel_size: int = 2, per_class: int | None = None) -> Image.Image:
+    """The first pictures of each class, in a column; `images` holds `per_class` of each, one class after the other."""
+    columns = [images[begin:][:SHOWN_PER_CLASS] for begin in range(0, len(images), per_class or SAMPLES_PER_CLASS)]
     return sample_grid(columns, pixel_size=pixel_size)
 
 

@@ -85,6 +85,9 @@ def test_the_pictures_of_clothes(demo, folder, monkeypatch):
     assert report["samples"] == 20 and report["steps"] == 1 and report["parameters"] > 0
     assert 0 <= report["recognised"] <= 1 and 0 <= report["recognised_of_real_pictures"] <= 1
     assert PIL.Image.open(folder / "clothes.png").size == (2 * (10 * 29 + 1), 2 * (1 * 29 + 1))
+    assert PIL.Image.open(folder / "unseen.png").size == (2 * (8 * 29 + 1), 2 * (1 * 29 + 1))
+    captions = " ".join(demo.captions_of(np.arange(10).repeat(50)))
+    assert not [name for name in demo.UNSEEN if name.split()[-1] in captions.split()]
 
 
 class _Classifier(torch.nn.Module):
