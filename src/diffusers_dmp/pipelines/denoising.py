@@ -21,10 +21,8 @@ from .denoiser_inputs import Conversion, DenoiserInputs, prepare_guidance
 from .image_inputs import prepare_latents, prepare_low_res
 from .labels import is_for_all, prepare_labels
 from .scheduling import owners_of_steps, prepare_scheduler, set_timesteps, step_arguments, with_trained_noise
-from .settings import DenoiserSettings, GenerationSettings
+from .settings import DenoiserSettings, GenerationSettings, check_outputs
 from .trained_noise import TrainedNoiseMixin
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 class DenoisingMixin(TrainedNoiseMixin):
@@ -96,7 +94,7 @@ class DenoisingMixin(TrainedNoiseMixin):
             intervals ([`NoiseIntervals`], *optional*): Which denoiser owns which timesteps; None for a single denoiser.
         """
         device = self._execution_device
-        self._check_outputs(settings)
+        check_outputs(settings, self._callback_tensor_inputs)
 
         # 1. Steps
         scheduler = with_trained_noise(self.scheduler, self._trained_scheduler)
@@ -145,18 +143,6 @@ class DenoisingMixin(TrainedNoiseMixin):
             images = self.image_processor.postprocess(decoded, output_type=settings.output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if settings.return_dict else (images,)
-
-    def _check_outputs(self, settings: GenerationSettings) -> None:
-        if settings.output_type not in OUTPUT_TYPES:
-            raise ValueError(
-                f"Expected `output_type` to be 'pil', 'np', 'pt' or 'latent', but got {settings.output_type!r}."
-            )
-        unknown_inputs = set(settings.callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown_inputs:
-            raise ValueError(
-                f"Expected `callback_on_step_end_tensor_inputs` to be among {self._callback_tensor_inputs}, "
-                f"but got {sorted(unknown_inputs)}."
-            )
 
     def _prepare_inputs(
         self, settings: GenerationSettings, denoisers: list[DenoiserSettings], timesteps: torch.Tensor

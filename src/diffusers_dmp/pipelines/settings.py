@@ -10,6 +10,8 @@ import torch
 from diffusers.image_processor import PipelineImageInput
 from diffusers.models.modeling_utils import ModelMixin
 
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
 
 @dataclass(kw_only=True)
 class GenerationSettings:
@@ -68,6 +70,28 @@ class DenoiserSettings:
     denoiser: ModelMixin
     prediction_type: str
     guidance_scale: Any
+
+
+def check_outputs(settings: GenerationSettings, tensor_inputs: list[str]) -> None:
+    """
+    Check the kind of images and the tensors for the callback that a call asks for.
+
+    Args:
+        settings ([`GenerationSettings`]): The arguments of the call.
+        tensor_inputs (`list[str]`): The tensors that the pipeline can give to a callback.
+
+    Raises:
+        ValueError: if one of them is unknown.
+    """
+    if settings.output_type not in OUTPUT_TYPES:
+        raise ValueError(
+            f"Expected `output_type` to be 'pil', 'np', 'pt' or 'latent', but got {settings.output_type!r}."
+        )
+    unknown_inputs = set(settings.callback_on_step_end_tensor_inputs) - set(tensor_inputs)
+    if unknown_inputs:
+        raise ValueError(
+            f"Expected `callback_on_step_end_tensor_inputs` to be among {tensor_inputs}, but got {sorted(unknown_inputs)}."
+        )
 
 
 def checked_count(name: str, value: Any) -> int:

@@ -63,9 +63,9 @@ def check_vae(pipeline: Any, text_pipeline: TextPipeline, resolution: int) -> in
         `int`: The number of pixels by which height and width of images have to be divisible.
 
     Raises:
-        ValueError: if it has no VAE, or images of that size cannot be encoded.
+        ValueError: if it has no VAE, which its family needs, or images of that size cannot be encoded.
     """
-    if getattr(pipeline, "vae", None) is None:
+    if text_pipeline.needs_vae and getattr(pipeline, "vae", None) is None:
         raise ValueError(f"Expected `pipeline` to have a VAE, but got a {type(pipeline).__name__} without one.")
     multiple = text_pipeline.size_multiple(pipeline)
     if resolution % multiple:

@@ -5,7 +5,7 @@ Legend: b samples encoded at once, H and W height and width in pixels, M 1, or 2
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
@@ -22,6 +22,7 @@ from .fitting import crop_to_size, to_tensor
 from .images import LATENTS
 
 DTYPES = ("float32", "float16", "bfloat16")
+MAX_REMEMBERED = 64  # captions of which the columns are kept, for data sets in which they come again
 
 
 @dataclass(kw_only=True)
@@ -106,6 +107,7 @@ class Encoder:
     pipeline: Any
     text_pipeline: TextPipeline
     buckets: list[Size]
+    remembered: dict[str, Columns] = field(default_factory=dict)  # the columns of the last captions of a shard
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,6 +121,7 @@ class Encoder:
         Raises:
             ValueError: if what is encoded is not finite.
         """
+        self.remembered.clear()  # a shard is the same, to the last bit, whichever was encoded before
         encoded: list[dict[str, Any]] = [{} for _ in range(len(rows))]
         waiting: dict[torch.Size, list[_Item]] = defaultdict(list)  # by shape, until they are a batch
         loader = DataLoader(
@@ -164,13 +167,17 @@ class Encoder:
         ]
 
     def prompts(self, captions: list[str]) -> list[Columns]:
-        """The columns of each caption, on the CPU, in the dtype that is stored."""
-        columns = self.text_pipeline.encode_prompts(self.pipeline, captions)
-        prompts = [
-            {name: self._stored(column[index]) for name, column in columns.items()} for index in range(len(captions))
-        ]
-        for prompt, caption in zip(prompts, captions):
-            self._expect_finite(prompt, [caption])
+        """The columns of each caption, on the CPU, in the dtype that is stored; a caption that comes again is encoded once."""
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self.remembered]
+        if new:
+            columns = self.text_pipeline.encode_prompts(self.pipeline, new)
+            for index, caption in enumerate(new):
+                prompt = {name: self._stored(column[index]).clone() for name, column in columns.items()}
+                self._expect_finite(prompt, [caption])
+                self.remembered[caption] = prompt
+        prompts = [self.remembered[caption] for caption in captions]
+        for caption in list(self.remembered)[:-MAX_REMEMBERED]:
+            del self.remembered[caption]
         return prompts
 
     def sizes(self, items: list[_Item]) -> list[Columns]:

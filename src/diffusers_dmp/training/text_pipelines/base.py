@@ -29,6 +29,8 @@ class TextPipeline:
     """The names of all denoisers that a pipeline of this family may have, that for the most noise first."""
     text_components: tuple[str, ...] = ("tokenizer", "text_encoder")
     """The components without which a pipeline cannot encode prompts."""
+    needs_vae: bool = True
+    """Whether pipelines have to have a VAE; others may denoise pixels."""
     packed_size: int = 1
     """How many latent pixels, along one axis, the pipeline packs into one before it calls the denoiser."""
 

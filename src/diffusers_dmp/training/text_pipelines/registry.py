@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from ...saving.naming import full_name
+from ...saving.naming import PACKAGE, full_name
 from .base import TextPipeline
 from .flux import FluxText
 from .pixart import PixArtAlphaText, PixArtSigmaText
 from .qwen_image import QwenImageText
 from .sd3 import StableDiffusion3Text
+from .sentence_to_image import SentenceToImageText
 from .stable_diffusion import StableDiffusionText, StableDiffusionXLText
 from .wan import WanText
 from .z_image import ZImageText
@@ -24,7 +25,7 @@ _DIFFUSERS: dict[str, TextPipeline] = {
     "WanPipeline": WanText(),
     "ZImagePipeline": ZImageText(),
 }
-_REGISTERED: dict[str, TextPipeline] = {}
+_REGISTERED: dict[str, TextPipeline] = {f"{PACKAGE}.SentenceToImagePipeline": SentenceToImageText()}
 
 
 def register_conditions(pipeline_class: type, text_pipeline: TextPipeline) -> None:
