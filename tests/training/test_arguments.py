@@ -130,3 +130,12 @@ def test_a_mistyped_argument():
         parse_arguments(DiTTrainingArguments, ["--datset", "here"])
     with pytest.raises(ValueError, match="got --conf"):  # no abbreviation: it would be no preset
         parse_arguments(DiTTrainingArguments, ["--conf", "dit_rgb32"])
+
+
+def test_what_the_objective_decides_may_be_given(tmp_path):
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("objective: flow\nlearn_sigma: false\nshift: 3\n")
+    args = parse_arguments(DiTTrainingArguments, ["--config", str(preset), "--density", "mode"])
+    assert (args.prediction_type, args.learn_sigma, args.shift) == ("flow_prediction", False, "3.0")
+    args = parse_arguments(DiTTrainingArguments, ["--learn_sigma", "false", "--prediction_type", "sample"])
+    assert (args.objective, args.prediction_type, args.learn_sigma) == ("ddpm", "sample", False)

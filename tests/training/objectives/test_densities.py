@@ -114,6 +114,7 @@ def owners_told(found: list[int], batch_size: int) -> list[int]:
     return found * batch_size if len(found) == 1 else found
 
 
+@settings(max_examples=60)
 @given(densities, noise_intervals(), st.sampled_from(CONVENTIONS), st.integers(0, 2**32 - 1))
 def test_a_sample_belongs_to_the_expert_that_it_trains(density, intervals, convention, seed):
     """By the rule itself, and by what any denoiser makes of the time that it is told."""
@@ -127,7 +128,7 @@ def test_a_sample_belongs_to_the_expert_that_it_trains(density, intervals, conve
     assert owners_told(found, len(owners)) == owners.tolist()
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(densities, noise_intervals(), st.sampled_from(CONVENTIONS), st.sampled_from(DTYPES), st.integers(0, 2**32 - 1))
 def test_a_sampling_gives_each_noise_level_to_the_expert_that_trained_it(density, intervals, convention, dtype, seed):
     """A scheduler that visits the noise levels of a training batch, in whatever dtype the pipeline tells the time."""
