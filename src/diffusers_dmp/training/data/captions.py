@@ -19,7 +19,9 @@ def captions_of(dataset: datasets.Dataset, column: str, source: str) -> list[str
     """
     feature = dataset.features[column]
     if getattr(feature, "dtype", None) not in ("string", "large_string"):
-        raise ValueError(f"Expected `text_column` to be a column of text, but got {feature} for {column!r} in {source!r}.")
+        raise ValueError(
+            f"Expected `text_column` to be a column of text, but got {feature} for {column!r} in {source!r}."
+        )
     captions = list(dataset[column])
     missing = [f"row {row}" for row, caption in enumerate(captions) if caption is None]
     if missing:

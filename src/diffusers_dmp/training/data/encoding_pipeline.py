@@ -88,4 +88,8 @@ def _pipeline_class(name: "str | list[str]") -> type:
 
 def _is_component(entry: Any) -> bool:
     """Whether an entry of a `model_index.json` names a component: a library and a class, or two nulls for one that is left out."""
-    return isinstance(entry, (list, tuple)) and len(entry) == 2 and all(each is None or isinstance(each, str) for each in entry)
+    return (
+        isinstance(entry, (list, tuple))
+        and len(entry) == 2
+        and all(each is None or isinstance(each, str) for each in entry)
+    )

@@ -16,10 +16,8 @@ ENCODING_NAME = "encoding.json"  # the settings of the encoding, beside the shar
 EMPTY_PROMPT_NAME = "empty_prompt.safetensors"
 COMPONENTS = "components"  # the entry of the components' records
 
-# entries of configurations that change no output, or differ between versions of a library
-WITHOUT_EFFECT = {
-    "architectures", "dtype", "force_upcast", "sample_size", "torch_dtype", "transformers_version", "use_cache",
-}  # fmt: skip
+# numbers in configurations that change no output, or that libraries change when they load them
+WITHOUT_EFFECT = ("sample_size", "_token_id")  # how such an entry's name ends
 
 
 def encoders_of(pipeline: Any) -> dict[str, Any]:
@@ -39,18 +37,19 @@ def component_record(component: Any) -> dict[str, Any]:
         component: A VAE, a text encoder or a tokenizer.
 
     Returns:
-        `dict[str, Any]`: Of a model its class, configuration, dtype and a hash of its weights; of a tokenizer a hash of its
-        vocabulary.
+        `dict[str, Any]`: Of a model its class, the sizes in its configuration, dtype and a hash of its weights; of a tokenizer a
+        hash of its vocabulary.
     """
     if isinstance(component, nn.Module):
-        config = dict(component.config) if isinstance(component.config, Mapping) else component.config.to_dict()
+        settings: Any = component.config
+        config = settings if isinstance(settings, Mapping) else settings.to_dict()  # of Diffusers, of transformers
         record = {
             "class": type(component).__name__,
-            "config": _with_effect(config),
+            "config": _sizes(config),
             "dtype": str(component.dtype).removeprefix("torch."),
             "weights": rounded_digest(component),
         }
-        return json.loads(json.dumps(record, default=str))
+        return json.loads(json.dumps(record))  # lists, as they are read again
     return {"vocabulary": _short_hash(json.dumps(sorted(component.get_vocab().items())).encode())}
 
 
@@ -97,7 +96,7 @@ def check_encoding(
     for name in encoding[COMPONENTS].keys() - loaded.keys():
         config = Path(source or "", name, "config.json")
         if source and config.is_file():
-            loaded[name] = {"config": _with_effect(read_json(config))}
+            loaded[name] = {"config": _sizes(read_json(config))}
     check_components(encoding[COMPONENTS], loaded, encoded)
 
 
@@ -115,7 +114,9 @@ def check_components(recorded: Mapping[str, Any], found: Mapping[str, Any], enco
     """
     for name in sorted(recorded.keys() & found.keys()):
         for entry, before, now in _differences(recorded[name], found[name]):
-            what = f"another {entry}" if entry in ("weights", "vocabulary") else f"the {entry} {now!r} and not {before!r}"
+            what = (
+                f"another {entry}" if entry in ("weights", "vocabulary") else f"the {entry} {now!r} and not {before!r}"
+            )
             raise ValueError(
                 f"Expected {encoded!r} to be encoded by this pipeline's `{name}`, but it has {what}; take the pipeline "
                 "that encoded them, or encode them again into another folder."
@@ -135,12 +136,23 @@ def _differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> Itera
             yield entry, before, now
 
 
-def _with_effect(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        str(name): _with_effect(value) if isinstance(value, Mapping) else value
-        for name, value in config.items()
-        if name not in WITHOUT_EFFECT and not str(name).startswith("_")
-    }
+def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    The numbers and lists of numbers in a configuration, those of nested ones, too.
+
+    Other entries are not compared: transformers changes some while it loads a model, so that they differ from those in its folder.
+    """
+    sizes = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            sizes[str(name)] = _sizes(value)
+        elif _is_number(value) or (isinstance(value, (list, tuple)) and value and all(map(_is_number, value))):
+            sizes[str(name)] = value
+    return {name: value for name, value in sizes.items() if not name.endswith(WITHOUT_EFFECT)}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _short_hash(data: bytes) -> str:
