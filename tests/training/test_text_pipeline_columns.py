@@ -10,7 +10,7 @@ from diffusers_dmp.diffusion.latents import pack_latents
 from diffusers_dmp.training.text_pipelines import TextPipeline, register_conditions, registry, text_pipeline_of
 from diffusers_dmp.training.text_pipelines.flux import FluxText
 
-PROMPTS = ["a handwritten seven", "", "a cat"]
+PROMPTS = ("a handwritten seven", "")
 RAGGED = ("qwen", "zimage")
 
 
@@ -31,7 +31,7 @@ def test_prompts_are_encoded_as_if_each_were_alone(name):
             torch.testing.assert_close(columns[key][index], alone[key][0], atol=1e-5, rtol=1e-4)
             assert not columns[key][index].requires_grad
     lengths = {len(each) for each in columns["prompt_embeds"]}
-    assert len(lengths) == (3 if name in RAGGED else 1)
+    assert len(lengths) == (2 if name in RAGGED else 1)
     if name in RAGGED:
         masks = columns["prompt_embeds_mask"]
         assert all(mask.all() and len(mask) == len(each) for mask, each in zip(masks, columns["prompt_embeds"]))
@@ -95,7 +95,7 @@ def decoded_by_the_pipeline(pipe, name, latents):
     else:
         callback = {"callback_on_step_end": lambda pipe, step, timestep, tensors: {"latents": latents}}
     frames = {"num_frames": 5} if name == "wan" else {}
-    sizes = {"height": 32, "width": 64, "num_inference_steps": 1, "generator": seeded()}
+    sizes = {"height": 16, "width": 32, "num_inference_steps": 1, "generator": seeded()}
     return pipe("a cat", output_type="pt", return_dict=False, **sizes, **frames, **callback)[0]
 
 
@@ -105,7 +105,7 @@ def test_the_pipeline_decodes_what_is_encoded(name):
     pipe, text_pipeline = make(name)
     if name == "qwen":
         pipe.vae.register_to_config(latents_mean=[0.5, -1.0, 2.0, 0.0], latents_std=[0.5, 2.0, 1.0, 4.0])
-    images = (randn(1, 3, 5, 32, 64) if name == "wan" else randn(1, 3, 32, 64)).clamp(-1, 1)
+    images = (randn(1, 3, 5, 16, 32) if name == "wan" else randn(1, 3, 16, 32)).clamp(-1, 1)
     mean, std = text_pipeline.encode_images(pipe, images)
     assert mean.shape == std.shape and mean.dtype == std.dtype == torch.float32
 

@@ -23,7 +23,7 @@ from diffusers_dmp.models.time_argument import time_argument_of
 from diffusers_dmp.training.text_pipelines import registry, text_pipeline_of
 from diffusers_dmp.training.text_pipelines.flux import FluxText
 
-PROMPTS = ["a handwritten seven", "a cat"]  # not of one length
+PROMPTS = ("a handwritten seven", "a cat")  # not of one length
 WITHOUT_GUIDANCE = {"guidance_scale": 1.0}
 GUIDANCE_ELSEWHERE = {"flux": {"guidance_scale": 3.5}, "qwen": {}, "zimage": {"guidance_scale": 0.0}}
 SDXL_SIZES = {"original_size": (12, 10), "crops_coords_top_left": (1, 2), "target_size": (8, 16)}
@@ -78,7 +78,7 @@ def steps_of(name, pipe, *denoisers, **call):
     unguided = GUIDANCE_ELSEWHERE.get(name, WITHOUT_GUIDANCE)
     arguments = {"num_inference_steps": 2, "output_type": "latent", "generator": seeded(), **sizes, **unguided, **call}
     pipe.set_progress_bar_config(disable=True)
-    pipe(PROMPTS, **arguments)
+    pipe(list(PROMPTS), **arguments)  # Z-Image changes the list
     for hook in hooks:
         hook.remove()
     latent_size = (8, 16)

@@ -44,7 +44,7 @@ class FluxText(TextPipeline):
         batch_size, _, height, width = x_t.shape
         text = conditions["prompt_embeds"]
         guidance = None
-        if config["guidance_embeds"]:
+        if config.get("guidance_embeds"):
             guidance = torch.full((batch_size,), self.guidance_scale, device=x_t.device)
         velocity = model(
             hidden_states=pack_latents(x_t),
