@@ -367,7 +367,7 @@ def test_training_another_pipeline_than_the_one_that_encoded_is_refused(encoded,
         data.check_pipeline(more)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", ["flux", "wan", "zimage", "qwen"])  # all kinds of text encoders and VAEs
 def test_an_encoder_is_known_whether_it_is_loaded_or_not(name, tmp_path):
     """What transformers changes in a configuration while it loads a model makes no difference."""
     pipe = with_text(name, RECIPES[name].pipe(RECIPES[name].denoiser()))
