@@ -144,7 +144,7 @@ def _own_global_numbers(states: list[int], device: torch.device, class_name: str
             source.set_rng_state(state)
     if numbers.are_used and len(states) > 1:
         raise ValueError(
-            f"Expected the random numbers of each image to be its own, but got a {class_name} with a scheduler that takes them from "
+            f"Expected the random numbers of each image to be its own, but got a {class_name} whose scheduler or model takes them from "
             "PyTorch's global generator, for all images of a batch; `--batch_size 1` samples them one by one."
         )
 
