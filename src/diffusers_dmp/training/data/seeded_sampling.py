@@ -162,5 +162,6 @@ class _GlobalNumbers(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: "dict[str, Any] | None" = None
     ) -> Any:
         kwargs = kwargs or {}
-        self.are_used = self.are_used or (func in RANDOM and kwargs.get("generator") is None)
+        if func in RANDOM and kwargs.get("generator") is None:
+            self.are_used = True
         return func(*args, **kwargs)
