@@ -13,6 +13,7 @@ import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch.overrides import TorchFunctionMode
 
 from ...diffusion.noise import is_flow_matching
 from ...diffusion.noise_schedules import clips, ends_in_pure_noise
@@ -24,6 +25,12 @@ from ...saving.weight_files import check_saved_folder
 from ..arguments import option
 
 DTYPES = ("float32", "float16", "bfloat16")
+RANDOM = frozenset(
+    {
+        torch.bernoulli, torch.multinomial, torch.normal, torch.rand, torch.rand_like, torch.randint, torch.randint_like,
+        torch.randn, torch.randn_like, torch.Tensor.normal_, torch.Tensor.uniform_,
+    }
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -129,16 +136,33 @@ def _own_global_numbers(states: list[int], device: torch.device, class_name: str
     """
     sources = [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
     kept = [source.get_rng_state() for source in sources]
+    torch.manual_seed(states[0])
     try:
-        torch.manual_seed(states[0])
-        before = [source.get_rng_state() for source in sources]
-        yield
-        is_used = any(not torch.equal(old, source.get_rng_state()) for old, source in zip(before, sources))
+        with _GlobalNumbers() as numbers:
+            yield
     finally:
         for state, source in zip(kept, sources):
             source.set_rng_state(state)
-    if is_used and len(states) > 1:
+    if numbers.are_used and len(states) > 1:
         raise ValueError(
-            f"Expected the random numbers of each image to be its own, but got a {class_name} with a scheduler that takes them from "
+            f"Expected the random numbers of each image to be its own, but got a {class_name} whose scheduler or model takes them from "
             "PyTorch's global generator, for all images of a batch; `--batch_size 1` samples them one by one."
         )
+
+
+class _GlobalNumbers(TorchFunctionMode):
+    """
+    Notes whether random numbers are taken from PyTorch's global generators.
+
+    It watches calls and not the generators' states, which a kernel may advance without using the numbers.
+    """
+
+    are_used = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: "dict[str, Any] | None" = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in RANDOM and kwargs.get("generator") is None:
+            self.are_used = True
+        return func(*args, **kwargs)
