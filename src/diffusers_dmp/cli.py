@@ -110,6 +110,16 @@ def encode_latents(arguments: Annotated[list[str] | None, typer.Argument(help="A
     _run_script("encode_latents", arguments or [])
 
 
+@app.command("encode_prompts", cls=ScriptCommand)
+def encode_prompts(arguments: Annotated[list[str] | None, typer.Argument(help="As for `train`.")] = None) -> None:
+    """
+    Encode images and their captions with a text-to-image pipeline's VAE and text encoders, once. `--help` explains its arguments.
+
+    diffusers-dmp encode_prompts --pipeline path/to/pipeline --dataset path/to/images --output_dir outputs/encoded
+    """
+    _run_script("encode_prompts", arguments or [])
+
+
 @app.command("generate_guidance_data", cls=ScriptCommand)
 def generate_guidance_data(
     arguments: Annotated[list[str] | None, typer.Argument(help="As for `train`.")] = None,

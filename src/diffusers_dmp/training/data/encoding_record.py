@@ -41,7 +41,8 @@ def component_record(component: Any) -> dict[str, Any]:
         hash of its vocabulary.
     """
     if isinstance(component, nn.Module):
-        config = dict(component.config) if isinstance(component.config, Mapping) else component.config.to_dict()
+        settings: Any = component.config
+        config = settings if isinstance(settings, Mapping) else settings.to_dict()  # of Diffusers, of transformers
         record = {
             "class": type(component).__name__,
             "config": _sizes(config),
