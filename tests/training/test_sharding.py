@@ -28,6 +28,7 @@ from diffusers_dmp.training.objectives.ddpm import DiffusionObjective
 from diffusers_dmp.training.recipe import TrainingRecipe
 from diffusers_dmp.training.run import TrainingRun
 from diffusers_dmp.training.sharding import check_sharding, local, reshard, with_all_experts, without_weights
+from diffusers_dmp.training.trainer import make_accelerator
 
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 SETTINGS = {
@@ -163,6 +164,13 @@ def test_mixed_precision_rounds_no_timesteps(digits, tmp_path, sharded, monkeypa
     assert timesteps.dtype == torch.float32 and (timesteps != timesteps.bfloat16().float()).any()
     assert set(dtypes) == {torch.bfloat16}
     assert all(tensor.isfinite().all() and tensor.dtype == torch.float32 for tensor in weights(tmp_path).values())
+
+
+def test_without_an_accelerator_nothing_is_sharded(digits, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    accelerator = make_accelerator(TrainingArguments(output_dir=str(tmp_path), report_to="none"))
+    assert not accelerator.is_fsdp2 and "The weights are not sharded" in caplog.text
 
 
 def test_forward_passes_without_a_backward_leave_slices(sharded):
