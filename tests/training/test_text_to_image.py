@@ -191,15 +191,11 @@ def test_two_transformers(tmp_path):
 
 
 def test_one_lora(encoded, tmp_path):
-    """In the file that `load_lora_weights(folder)` looks for, and drawn from prompts along the way."""
+    """In the file that `load_lora_weights(folder)` looks for, and with samples from prompts along the way."""
     sd3 = encoded("sd3")
-    samples = {
-        "sample_steps": 1,
-        "validation_prompts": ["left", "top"],
-        "sample_inference_steps": 2,
-        "sample_guidance_scale": 3.0,
-    }
-    sd3.train(tmp_path, method="lora", sample_height=8, sample_width=8, **samples)
+    samples = {"sample_steps": 1, "validation_prompts": ["left", "top"], "sample_inference_steps": 2}
+    arguments = {"method": "lora", "sample_height": 8, "sample_width": 8, "sample_guidance_scale": 3.0} | samples
+    sd3.train(tmp_path, **arguments)
     sizes = [PIL.Image.open(tmp_path / "samples" / f"step-{step}.png").size for step in (1, 2)]
     assert sizes == [(16, 8)] * 2
     pipe = DiffusionPipeline.from_pretrained(sd3.pipeline)
@@ -207,6 +203,24 @@ def test_one_lora(encoded, tmp_path):
     pipe.load_lora_weights(tmp_path / "loras")
     assert not torch.equal(generate("sd3", pipe), before)
     assert LoraExperts.from_pretrained(tmp_path / "loras").intervals.num_experts == 1
+
+
+def test_samples_have_the_same_noise_every_time(encoded, tmp_path):
+    """As from a pipeline with its text encoders; afterwards, training goes on without the timesteps of the sampling."""
+    sd3 = encoded("sd3")
+    samples = {"sample_steps": 1, "validation_prompts": ["left", "top"], "sample_inference_steps": 2}
+    arguments = {"method": "lora_experts", "num_experts": 2, "sample_height": 8, "sample_width": 8} | samples
+    args, parts, _ = prepared(sd3.arguments(tmp_path, **arguments))
+    rows = []
+    for _ in range(2):
+        pipeline = parts.recipe.make_pipeline(parts.model)
+        rows += parts.recipe.generate(pipeline, torch.Generator().manual_seed(3))
+        assert getattr(pipeline.scheduler, "num_inference_steps", None) is None
+    own = DiffusionPipeline.from_pretrained(sd3.pipeline)
+    settings = {"num_inference_steps": 2, "height": 8, "width": 8}
+    expected = own("top", generator=torch.Generator().manual_seed(4), **settings).images[0]
+    (left, top), (left_again, top_again) = rows
+    assert left == left_again and top == top_again == expected and left != top
 
 
 def test_prompts(encoded, tmp_path):
