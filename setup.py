@@ -26,7 +26,7 @@ setup(
     package_data={
         "diffusers_dmp": ["py.typed"],
         "diffusers_dmp.cards": ["*.md", "*/*.md"],
-        "diffusers_dmp.entry_points": ["presets/*.yaml"],
+        "diffusers_dmp.entry_points": ["presets/*.yaml", "accelerate/*.yaml"],
     },
     entry_points={"console_scripts": ["diffusers-dmp = diffusers_dmp.cli:main"]},
     python_requires=">=3.11",

@@ -10,7 +10,7 @@ import sys
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
-# what `accelerate launch` makes of the shipped configurations
+# what `accelerate launch` makes of the shipped configurations: see test_accelerate_configs.py
 ENVIRONMENT = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",

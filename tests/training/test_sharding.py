@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 from conftest import TINY_CONFIG
 from diffusers import DDPMScheduler, DiffusionPipeline
 from runs import TINY, launch_with_fsdp2, train_here, weights
+from safetensors.torch import load_file
 from sharded_launch import ENVIRONMENT, pretend_accelerators
 from tiny_pipelines import sd3
 from torch.distributed.fsdp import StateDictType
@@ -20,12 +21,14 @@ from diffusers_dmp.evaluation.digits import write_image_folder
 from diffusers_dmp.models.dit.layers import DiTBlock
 from diffusers_dmp.training.arguments import TrainingArguments
 from diffusers_dmp.training.data.training_data import VALIDATION_BATCH_SIZE
+from diffusers_dmp.training.export import export_checkpoint
 from diffusers_dmp.training.finite import FiniteCheck
 from diffusers_dmp.training.metrics_file import read_metrics
 from diffusers_dmp.training.objectives.ddpm import DiffusionObjective
 from diffusers_dmp.training.recipe import TrainingRecipe
 from diffusers_dmp.training.run import TrainingRun
 from diffusers_dmp.training.sharding import check_sharding, local, reshard, with_all_experts, without_weights
+from diffusers_dmp.training.trainer import make_accelerator
 
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 SETTINGS = {
@@ -96,6 +99,13 @@ def test_a_sharded_training_is_the_same_training_and_is_resumed(
         reference / "pipeline_config/transformer/config.json"
     ).read_text()
 
+    for use_ema in (True, False):
+        export_checkpoint(tmp_path / "checkpoint-4", tmp_path / f"exported_{use_ema}", use_ema)
+    exported = [load_weights(tmp_path / f"exported_{use_ema}") for use_ema in (True, False)]
+    saved = weights(tmp_path)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in exported[0].items())
+    assert not any(torch.equal(tensor, saved[name]) for name, tensor in exported[1].items())
+
     shutil.rmtree(tmp_path / "checkpoint-4")
     loaded = []
     resume = TrainingRun.resume
@@ -110,6 +120,10 @@ def test_a_sharded_training_is_the_same_training_and_is_resumed(
     expect_same_training(tmp_path, reference, steps=(3, 4))
     average = load_average(reference / "checkpoint-2")
     assert all(torch.allclose(each, expected, atol=1e-6) for each, expected in zip(loaded, average, strict=True))
+
+
+def load_weights(pipeline):
+    return load_file(pipeline / "transformer/diffusion_pytorch_model.safetensors")
 
 
 def load_average(checkpoint):
@@ -150,6 +164,13 @@ def test_mixed_precision_rounds_no_timesteps(digits, tmp_path, sharded, monkeypa
     assert timesteps.dtype == torch.float32 and (timesteps != timesteps.bfloat16().float()).any()
     assert set(dtypes) == {torch.bfloat16}
     assert all(tensor.isfinite().all() and tensor.dtype == torch.float32 for tensor in weights(tmp_path).values())
+
+
+def test_without_an_accelerator_nothing_is_sharded(digits, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    accelerator = make_accelerator(TrainingArguments(output_dir=str(tmp_path), report_to="none"))
+    assert not accelerator.is_fsdp2 and "The weights are not sharded" in caplog.text
 
 
 def test_forward_passes_without_a_backward_leave_slices(sharded):

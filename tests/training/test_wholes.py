@@ -11,6 +11,7 @@ from text_runs import encode_pipeline
 from tiny_pipelines import generate, wan
 
 from diffusers_dmp import DenoiserExperts, NoiseIntervals
+from diffusers_dmp.training.export import export_checkpoint
 from diffusers_dmp.training.metrics_file import read_metrics
 
 
@@ -59,6 +60,9 @@ def test_experts_begin_as_copies_and_each_is_trained(name, request, tmp_path):
         after = expert.state_dict()
         assert sum(torch.equal(after[key], before[key]) for key in before) < len(before) / 10
     assert summary(output)["samples_per_expert"] == [4, 4]
+    export_checkpoint(output / "checkpoint-2", tmp_path / "exported")
+    exported = getattr(DiffusionPipeline.from_pretrained(tmp_path / "exported"), component(name)).state_dict()
+    assert all(torch.equal(tensor, exported[key]) for key, tensor in experts.state_dict().items())
     assert not torch.equal(generate(name, trained), generate(name, base))
 
 

@@ -27,6 +27,7 @@ from .objectives.distillation import ExpertStudent
 from .pipeline_output import CONFIGURATIONS
 from .prompted import PromptedTransformer
 from .resuming import ARGUMENTS_NAME, OF_ONE_COMMAND, recorded_arguments
+from .sharding import is_sharded_checkpoint, load_sharded_weights
 from .text_to_image import TextToImageArguments
 from .text_to_image.training import prepare_model
 
@@ -166,6 +167,9 @@ def load_checkpoint_weights(module: nn.Module, checkpoint: Path, use_ema: bool) 
         ValueError: if the weights are missing, cannot be read or are those of another module.
     """
     path = checkpoint / MODEL_NAME
+    if is_sharded_checkpoint(checkpoint):
+        load_sharded_weights(module, checkpoint, use_ema)
+        return
     try:
         module.load_state_dict({_without_wrappers(name): tensor for name, tensor in read_safetensors(path).items()})
         average = _average(checkpoint) if use_ema else None

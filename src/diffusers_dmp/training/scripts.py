@@ -5,6 +5,7 @@ from pathlib import Path
 _PACKAGE = Path(__file__).parents[1]
 SCRIPTS = next(folder for folder in (_PACKAGE / "entry_points", _PACKAGE.parents[1] / "training") if folder.is_dir())
 PRESETS = SCRIPTS / "presets"
+ACCELERATE_CONFIGS = SCRIPTS / "accelerate"  # for `accelerate launch --config_file`
 SUFFIX = ".yaml"
 
 

@@ -252,10 +252,41 @@ def expect_same_sharding(accelerator: Accelerator, checkpoint: Path) -> None:
     Raises:
         ValueError: if not.
     """
-    was_sharded = (checkpoint / WEIGHTS_FOLDER).is_dir()
+    was_sharded = is_sharded_checkpoint(checkpoint)
     if was_sharded != accelerator.is_fsdp2:
         then, now = (("FSDP2" if sharded else "no FSDP2") for sharded in (was_sharded, accelerator.is_fsdp2))
         raise ValueError(
             f"Expected the training to be launched as {checkpoint} was, with {then}, but got {now}; the number of processes "
             "may change."
         )
+
+
+def is_sharded_checkpoint(checkpoint: Path) -> bool:
+    """Whether a checkpoint is of a sharded training."""
+    return (checkpoint / WEIGHTS_FOLDER).is_dir()
+
+
+def load_sharded_weights(module: nn.Module, checkpoint: Path, use_ema: bool) -> None:
+    """
+    Load the weights of a sharded checkpoint into a module that is whole, in a process of its own.
+
+    Args:
+        module (`nn.Module`): As it was trained.
+        checkpoint (`Path`): The folder.
+        use_ema (`bool`): Load the averaged weights over it, if there are any.
+
+    Raises:
+        ValueError: if they are those of another module, or cannot be read.
+    """
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    folders: dict[str, Any] = {WEIGHTS_FOLDER: {"model": module.state_dict()}}
+    if use_ema and (checkpoint / AVERAGE_FOLDER).is_dir():
+        folders[AVERAGE_FOLDER] = parameters
+    for folder, state in folders.items():
+        try:  # into the module's own memory
+            torch.distributed.checkpoint.load(state, checkpoint_id=checkpoint / folder, no_dist=True)
+        except Exception as error:  # of the reader and of pickle, which have no class in common
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"Expected {str(checkpoint)!r} to hold the weights of a {type(module).__name__}, but got {reason}"
+            ) from error

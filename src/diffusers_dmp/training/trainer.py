@@ -10,7 +10,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, LoggerType, ProjectConfiguration, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, LoggerType, ProjectConfiguration, set_seed
 from torch import nn
 
 from ..saving.whole import remove_leftovers, written_whole
@@ -65,6 +65,9 @@ def make_accelerator(args: LoopArguments, find_unused_parameters: bool = False) 
             "The launcher prepared for several processes, but started one: on CPUs, `accelerate launch` wants "
             "`--multi_gpu` beside `--num_processes`."
         )
+    wants_shards = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if wants_shards and accelerator.distributed_type is not DistributedType.FSDP and accelerator.is_main_process:
+        logger.warning("The weights are not sharded: Accelerate does that on accelerators alone, and here is none.")
     return accelerator
 
 
