@@ -9,16 +9,19 @@ import pytest
 import torch
 import yaml
 from diffusers import DiffusionPipeline
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from text_runs import encode_pipeline, fresh_processes
 from tiny_pipelines import generate, wan, wan_pipe
 
 from diffusers_dmp import LoraExperts, NoiseIntervals, PromptPatch, TaskRouting
+from diffusers_dmp.hub.pushing import with_card, with_hub
 from diffusers_dmp.models.time_argument import ExpertFinder
 from diffusers_dmp.saving.adapters import adapter_names
+from diffusers_dmp.training.export import export_checkpoint
 from diffusers_dmp.training.loop import training_steps
 from diffusers_dmp.training.run import TrainingRun, prepare_run
-from diffusers_dmp.training.text_to_image import TextToImageArguments
+from diffusers_dmp.training.text_to_image import TextToImageArguments, train_text_to_image
 from diffusers_dmp.training.text_to_image.training import TextToImageParts, prepare_parts
 from diffusers_dmp.training.trainer import make_accelerator
 from diffusers_dmp.training.validation import validation_losses
@@ -57,6 +60,12 @@ def loras(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     return {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
+def assert_same_loras(folder: Path, other: Path) -> None:
+    assert (folder / "lora_experts.json").read_text() == (other / "lora_experts.json").read_text()
+    for name, tensors in loras(folder).items():
+        assert all(torch.equal(tensor, loras(other)[name][key]) for key, tensor in tensors.items())
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_loss_moves_in_the_interval_of_the_expert_that_is_trained_alone(encoded, tmp_path, name):
     """Both intervals are measured with all experts attached; that of the expert nobody trained gives the very same loss."""
@@ -65,10 +74,10 @@ def test_the_loss_moves_in_the_interval_of_the_expert_that_is_trained_alone(enco
         "method": "lora_experts",
         "num_experts": 2,
         "expert": "0",
-        "learning_rate": 2e-2,
-        "max_train_steps": 12,
+        "learning_rate": 5e-2,
+        "max_train_steps": 6,
     }
-    arguments |= {"validation_dataset": str(family.shards), "validation_repeats": 2, "rank": 8}
+    arguments |= {"validation_dataset": str(family.shards), "rank": 8}
     args, _, run = prepared(family.arguments(tmp_path, **arguments))
     everything = dataclasses.replace(run.parts, recipe=dataclasses.replace(run.parts.recipe, expert=None))
     before = validation_losses(everything, args, run.data)
@@ -82,7 +91,13 @@ def test_the_loss_moves_in_the_interval_of_the_expert_that_is_trained_alone(enco
     "name, shares", [*((name, "balanced") for name in FAMILIES), ("sd3", "density"), ("pixart", "density")]
 )
 def test_a_sample_is_trained_by_the_expert_that_owns_it_in_inference(encoded, tmp_path, monkeypatch, name, shares):
-    arguments = {"method": "lora_experts", "timestep_boundaries": [300, 700], "expert_shares": shares, "batch_size": 6}
+    arguments = {
+        "method": "lora_experts",
+        "timestep_boundaries": [300, 700],
+        "expert_shares": shares,
+        "batch_size": 6,
+        "max_train_steps": 1,
+    }
     args, parts, run = prepared(encoded(name).arguments(tmp_path, **arguments))
     found = []
 
@@ -170,27 +185,26 @@ def test_two_transformers(tmp_path):
     }
     assert trained == {"expert_0", "expert_1", "expert_2"}
 
-    for expert, component in enumerate(("transformer_2", "transformer_2", "transformer")):
-        args, parts, run = prepared(wan22.arguments(tmp_path, expert=str(expert), **arguments))
-        assert [*parts.source.denoisers] == [component]
-        do_steps(args, run)
-        parts.recipe.save_to(parts.model, tmp_path / "loras")
+    parts.recipe.save_to(parts.model, tmp_path / "loras")
     pipe = DiffusionPipeline.from_pretrained(wan22.pipeline)
     before = generate("wan", pipe)
     LoraExperts.from_pretrained(tmp_path / "loras").attach(pipe)
     assert not torch.equal(generate("wan", pipe), before)
 
+    for expert, component in (("1", "transformer_2"), ("2", "transformer")):
+        _, parts, _ = prepared(wan22.arguments(tmp_path, expert=expert, **arguments))
+        assert [*parts.source.denoisers] == [component]
+        parts.recipe.save_to(parts.model, tmp_path / "apart")
+    assert loras(tmp_path / "apart").keys() == {"expert_1", "expert_2"}
+    assert loras(tmp_path / "apart")["expert_2"].keys() == loras(tmp_path / "loras")["expert_2"].keys()
+
 
 def test_one_lora(encoded, tmp_path):
-    """In the file that `load_lora_weights(folder)` looks for, and drawn from prompts along the way."""
+    """In the file that `load_lora_weights(folder)` looks for, and with samples from prompts along the way."""
     sd3 = encoded("sd3")
-    samples = {
-        "sample_steps": 1,
-        "validation_prompts": ["left", "top"],
-        "sample_inference_steps": 2,
-        "sample_guidance_scale": 3.0,
-    }
-    sd3.train(tmp_path, method="lora", sample_height=8, sample_width=8, **samples)
+    samples = {"sample_steps": 1, "validation_prompts": ["left", "top"], "sample_inference_steps": 2}
+    arguments = {"method": "lora", "sample_height": 8, "sample_width": 8, "sample_guidance_scale": 3.0} | samples
+    sd3.train(tmp_path, **arguments)
     sizes = [PIL.Image.open(tmp_path / "samples" / f"step-{step}.png").size for step in (1, 2)]
     assert sizes == [(16, 8)] * 2
     pipe = DiffusionPipeline.from_pretrained(sd3.pipeline)
@@ -198,6 +212,24 @@ def test_one_lora(encoded, tmp_path):
     pipe.load_lora_weights(tmp_path / "loras")
     assert not torch.equal(generate("sd3", pipe), before)
     assert LoraExperts.from_pretrained(tmp_path / "loras").intervals.num_experts == 1
+
+
+def test_samples_have_the_same_noise_every_time(encoded, tmp_path):
+    """As from a pipeline with its text encoders; afterwards, training goes on without the timesteps of the sampling."""
+    sd3 = encoded("sd3")
+    samples = {"sample_steps": 1, "validation_prompts": ["left", "top"], "sample_inference_steps": 2}
+    arguments = {"method": "lora_experts", "num_experts": 2, "sample_height": 8, "sample_width": 8} | samples
+    args, parts, _ = prepared(sd3.arguments(tmp_path, **arguments))
+    rows = []
+    for _ in range(2):
+        pipeline = parts.recipe.make_pipeline(parts.model)
+        rows += parts.recipe.generate(pipeline, torch.Generator().manual_seed(3))
+        assert getattr(pipeline.scheduler, "num_inference_steps", None) is None
+    own = DiffusionPipeline.from_pretrained(sd3.pipeline)
+    settings = {"num_inference_steps": 2, "height": 8, "width": 8}
+    expected = own("top", generator=torch.Generator().manual_seed(4), **settings).images[0]
+    (left, top), (left_again, top_again) = rows
+    assert left == left_again and top == top_again == expected and left != top
 
 
 def test_prompts(encoded, tmp_path):
@@ -225,13 +257,14 @@ def test_routing(encoded, tmp_path):
 
 def test_a_resumed_run_is_the_same(encoded, tmp_path):
     sd3 = encoded("sd3")
-    arguments = {"method": "lora_experts", "sigma_boundaries": [0.5], "max_train_steps": 4, "lora_dropout": 0.2}
+    arguments = {"method": "lora_experts", "sigma_boundaries": [0.5], "lora_dropout": 0.2}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     sd3.train(whole, **arguments)
-    sd3.train(cut, **arguments | {"max_train_steps": 2})
+    sd3.train(cut, max_train_steps=1, **arguments)
     sd3.train(cut, resume_from_checkpoint="latest", **arguments)
-    for name, tensors in loras(whole / "loras").items():
-        assert all(torch.equal(tensor, loras(cut / "loras")[name][key]) for key, tensor in tensors.items())
+    assert_same_loras(whole / "loras", cut / "loras")
+    export_checkpoint(whole / "checkpoint-2", tmp_path / "exported")
+    assert_same_loras(whole / "loras", tmp_path / "exported")
 
 
 def test_frozen_weights_take_the_precision_of_the_training(encoded, tmp_path):
@@ -296,6 +329,25 @@ def test_bad_input_is_refused_before_the_first_step(encoded, tmp_path, case):
     with pytest.raises((ValueError, OSError), match=message) as caught:
         encoded("sd3").train(output_dir, **{"method": "lora_experts"} | arguments)
     assert "\n" not in str(caught.value) and not output_dir.exists()
+
+
+def test_published_with_a_card_of_the_intervals(encoded, hub, monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    settings = {"method": "lora_experts", "sigma_boundaries": [0.5], "push_to_hub": True, "hub_license": "mit"}
+    fresh_processes()
+    arguments = encoded("sd3").arguments(tmp_path / "left-or-top", **settings)
+    with_hub(with_card(train_text_to_image))(TextToImageArguments(**arguments))
+    files = hub.repos["user/left-or-top"].files
+    assert {"README.md", "lora_experts.json", "expert_0.safetensors", "expert_1.safetensors"} <= files.keys()
+    beside = (tmp_path / "left-or-top" / "loras" / "README.md").read_text()
+    for card in (beside, files["README.md"].decode()):
+        assert "expert_0: timesteps 0 to 500 of 1000 (σ 0 to 0.5 in flow matching)" in card and "license: mit" in card
+        assert "sigma_boundaries:" in card and str(tmp_path) not in card.replace(
+            str(tmp_path / "left-or-top" / "loras"), ""
+        )
+    with pytest.raises(ValueError, match="`push_to_hub` to be false for the method routing"):
+        encoded("sd3").train(tmp_path, method="routing", push_to_hub=True, hub_license="mit")
 
 
 def test_data_of_another_pipeline_are_refused(encoded, tmp_path):
