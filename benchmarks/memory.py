@@ -44,7 +44,7 @@ from diffusers_dmp.training.objectives.from_arguments import make_objective
 from diffusers_dmp.training.objectives.objective import NoisedBatch
 
 from .step_memory import step_memory
-from .text_memory import ARCHITECTURES, text_step_memory
+from .text_memory import ARCHITECTURES, describe, text_step_memory
 
 GIGABYTE = 1e9
 VAE_WIDTH, VAE_TENSORS = 128, 4  # of Stable Diffusion's encoder at the images' full size, in float32
@@ -206,7 +206,8 @@ def main() -> None:
     name, measured = MEASURED
     print(f"{name}: estimated {estimate(name):.0f} GB, measured {measured} GB")
     for preset in sys.argv[1:] or published_presets():
-        print(f"{preset}: estimated {estimate(preset):.0f} GB", flush=True)
+        is_text = preset.partition("_")[0] in ARCHITECTURES
+        print(describe(preset) if is_text else f"{preset}: estimated {estimate(preset):.0f} GB", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ The configurations in `architectures/` are those of the published checkpoints th
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,17 @@ def text_step_memory(preset: str, architecture: str | None = None, **changes: An
     args = replace(text_arguments(preset), **changes)
     found = ARCHITECTURES[architecture or preset.partition("_")[0]]
     return adapted_step_memory(found, adapted(found, args), args)
+
+
+def describe(preset: str) -> str:
+    """Say how many parameters a preset trains, and what memory a step takes."""
+    args = text_arguments(preset)
+    architecture = ARCHITECTURES[preset.partition("_")[0]]
+    model = adapted(architecture, args)
+    memory = adapted_step_memory(architecture, model, args)
+    parts = [f"{bytes / 1e9:.2f} {name}" for name, bytes in asdict(memory).items()]
+    trained = sum(parameter.numel() for parameter in model.parameters())
+    return f"{preset}: {trained:,} parameters trained, estimated {memory.total / 1e9:.0f} GB ({', '.join(parts)})"
 
 
 def adapted_step_memory(architecture: Architecture, model: LoraDenoiser, args: TextToImageArguments) -> StepMemory:

@@ -69,6 +69,7 @@ def test_the_report_of_prompts(demo_folder, monkeypatch):
         "README.md",
         "CONTRIBUTING.md",
         "docs/training.md",
+        "docs/text_to_image.md",
         "docs/weights.md",
         "docs/prompts.md",
         "docs/routing.md",
