@@ -32,6 +32,14 @@ def test_a_benchmark_runs(system, monkeypatch):
     assert all(ratio.candidate_ms > 0 and ratio.rounds == 2 for ratio in ratios)
 
 
+def test_reading_encoded_text_is_timed(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(REPOSITORY))
+    from benchmarks import encoded_text
+
+    encoded_text.write_shards(tmp_path, 2, torch.bfloat16)
+    assert all(number > 0 for number in encoded_text.measure(tmp_path, num_batches=1))
+
+
 @pytest.fixture
 def memory(monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY))

@@ -8,9 +8,9 @@ from tiny_sentences import sentence_pipe, transformer
 
 from diffusers_dmp import SentenceToImagePipeline
 from diffusers_dmp.models.time_argument import time_argument_of
-from diffusers_dmp.training.data import prompt_encoding
+from diffusers_dmp.training.data import prompt_encoder
 from diffusers_dmp.training.data.encoding_pipeline import check_vae
-from diffusers_dmp.training.data.prompt_encoding import Encoder, PromptEncodingArguments
+from diffusers_dmp.training.data.prompt_encoder import Encoder, PromptEncodingArguments
 from diffusers_dmp.training.text_pipelines import text_pipeline_of
 
 PROMPTS = ["a photo of a dress", "an ankle boot"]
@@ -92,6 +92,6 @@ def test_a_caption_that_comes_again_is_encoded_once(monkeypatch):
     for row, reversed_row, embeds, mean in zip(first, again[::-1], expected, pooled, strict=True):
         torch.testing.assert_close(row, {"prompt_embeds": embeds, "pooled_prompt_embeds": mean})
         torch.testing.assert_close(reversed_row, row, rtol=0, atol=0)
-    monkeypatch.setattr(prompt_encoding, "MAX_REMEMBERED", 1)
+    monkeypatch.setattr(prompt_encoder, "MAX_REMEMBERED", 1)
     encoder.prompts(["a dress"])
     assert list(encoder.remembered) == ["a dress"]

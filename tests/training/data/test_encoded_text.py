@@ -248,6 +248,8 @@ def test_captions_from_metadata_or_a_parquet_column(images, tmp_path):
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     loaded = load_images(str(folder), label_column=None, text_column="text")
     assert captions_of(loaded, "text", str(folder)) == CAPTIONS
+    with pytest.raises(ValueError, match=r"to be a column of the metadata in .*, \['text'\], but got 'caption'"):
+        load_images(str(folder), label_column=None, text_column="caption")
     loaded.rename_column("text", "prompt").to_parquet(tmp_path / "data.parquet")
     table = load_images(str(tmp_path / "data.parquet"), label_column=None, text_column="prompt")
     assert captions_of(table, "prompt", "data") == CAPTIONS

@@ -74,6 +74,11 @@ def read_image_folder(
         )
     if text_column is not None:
         in_metadata = text_column in metadata.columns
+        if metadata.columns and not in_metadata and not listing.captions:
+            raise ValueError(
+                f"Expected `text_column` to be a column of the metadata in {listing.folder!r}, {sorted(metadata.columns)}, but got "
+                f"{text_column!r}."
+            )
         texts = metadata.column(text_column, images, listing) if in_metadata else read_captions(listing, images)
         columns[text_column] = _as_array(text_column, texts)
 
