@@ -9,16 +9,19 @@ import pytest
 import torch
 import yaml
 from diffusers import DiffusionPipeline
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from text_runs import encode_pipeline, fresh_processes
 from tiny_pipelines import generate, wan, wan_pipe
 
 from diffusers_dmp import LoraExperts, NoiseIntervals, PromptPatch, TaskRouting
+from diffusers_dmp.hub.pushing import with_card, with_hub
 from diffusers_dmp.models.time_argument import ExpertFinder
 from diffusers_dmp.saving.adapters import adapter_names
+from diffusers_dmp.training.export import export_checkpoint
 from diffusers_dmp.training.loop import training_steps
 from diffusers_dmp.training.run import TrainingRun, prepare_run
-from diffusers_dmp.training.text_to_image import TextToImageArguments
+from diffusers_dmp.training.text_to_image import TextToImageArguments, train_text_to_image
 from diffusers_dmp.training.text_to_image.training import TextToImageParts, prepare_parts
 from diffusers_dmp.training.trainer import make_accelerator
 from diffusers_dmp.training.validation import validation_losses
@@ -55,6 +58,12 @@ def do_steps(args: TextToImageArguments, run: TrainingRun) -> list:
 
 def loras(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     return {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def assert_same_loras(folder: Path, other: Path) -> None:
+    assert (folder / "lora_experts.json").read_text() == (other / "lora_experts.json").read_text()
+    for name, tensors in loras(folder).items():
+        assert all(torch.equal(tensor, loras(other)[name][key]) for key, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -230,8 +239,9 @@ def test_a_resumed_run_is_the_same(encoded, tmp_path):
     sd3.train(whole, **arguments)
     sd3.train(cut, **arguments | {"max_train_steps": 2})
     sd3.train(cut, resume_from_checkpoint="latest", **arguments)
-    for name, tensors in loras(whole / "loras").items():
-        assert all(torch.equal(tensor, loras(cut / "loras")[name][key]) for key, tensor in tensors.items())
+    assert_same_loras(whole / "loras", cut / "loras")
+    export_checkpoint(whole / "checkpoint-4", tmp_path / "exported")
+    assert_same_loras(whole / "loras", tmp_path / "exported")
 
 
 def test_frozen_weights_take_the_precision_of_the_training(encoded, tmp_path):
@@ -296,6 +306,25 @@ def test_bad_input_is_refused_before_the_first_step(encoded, tmp_path, case):
     with pytest.raises((ValueError, OSError), match=message) as caught:
         encoded("sd3").train(output_dir, **{"method": "lora_experts"} | arguments)
     assert "\n" not in str(caught.value) and not output_dir.exists()
+
+
+def test_published_with_a_card_of_the_intervals(encoded, hub, monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    settings = {"method": "lora_experts", "sigma_boundaries": [0.5], "push_to_hub": True, "hub_license": "mit"}
+    fresh_processes()
+    arguments = encoded("sd3").arguments(tmp_path / "left-or-top", **settings)
+    with_hub(with_card(train_text_to_image))(TextToImageArguments(**arguments))
+    files = hub.repos["user/left-or-top"].files
+    assert {"README.md", "lora_experts.json", "expert_0.safetensors", "expert_1.safetensors"} <= files.keys()
+    beside = (tmp_path / "left-or-top" / "loras" / "README.md").read_text()
+    for card in (beside, files["README.md"].decode()):
+        assert "expert_0: timesteps 0 to 500 of 1000 (σ 0 to 0.5 in flow matching)" in card and "license: mit" in card
+        assert "sigma_boundaries:" in card and str(tmp_path) not in card.replace(
+            str(tmp_path / "left-or-top" / "loras"), ""
+        )
+    with pytest.raises(ValueError, match="`push_to_hub` to be false for the method routing"):
+        encoded("sd3").train(tmp_path, method="routing", push_to_hub=True, hub_license="mit")
 
 
 def test_data_of_another_pipeline_are_refused(encoded, tmp_path):

@@ -19,14 +19,20 @@ CARDS = next(folder for folder in (_PACKAGE / "cards", _PACKAGE.parents[1] / "pi
 
 
 def model_card(
-    contents: FolderContents, repo_id: str, license: str, base_model: str | None = None, dataset: str | None = None
+    contents: FolderContents,
+    repo_id: str,
+    license: str | None,
+    base_model: str | None = None,
+    dataset: str | None = None,
+    name: str | None = None,
 ) -> str:
     """
     Render the model card of a repository from `pipelines/<system>/card.md`, and check its metadata.
 
     Args:
         contents ([`FolderContents`]): What is published.
-        repo_id, license, base_model, dataset: See [`publish`].
+        repo_id, license, base_model, dataset: See [`publish`]; instead of a repository a folder, whose licence may be unknown.
+        name (`str`, *optional*): The title; by default the repository's name.
     """
     from ..models.inputs import has_classes  # here, because it loads the models, which folders do not need
 
@@ -40,7 +46,7 @@ def model_card(
         base_model=base_model,
         datasets=[dataset] if dataset else None,
         tags=["diffusers-dmp", system.key, *system.tags, f"arxiv:{system.paper}"],
-        model_name=repo_id.rpartition("/")[2],
+        model_name=name or repo_id.rpartition("/")[2],
         eval_results=[_eval_result(result, task) for result in evaluation] or None if task else None,
     )
     pictures = [picture.name for picture in contents.pictures]

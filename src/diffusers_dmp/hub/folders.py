@@ -19,7 +19,7 @@ from ..systems import SYSTEMS, owned_timesteps, saved_intervals, system_of_class
 from .lora_info import expert_rows, experts_in_words
 
 PIPELINE_CONFIG, MODEL_CONFIG = "model_index.json", "config.json"
-ARTEFACTS = ("pipeline", "experts", "patch")  # the folders in a training's `output_dir`
+ARTEFACTS = ("pipeline", "experts", "patch", "loras")  # the folders in a training's `output_dir`
 ARGUMENTS, SUMMARY, EVALUATION = "training_arguments.yaml", "training_summary.json", "evaluation.json"
 SAMPLES = "samples.png"
 PICTURES = (SAMPLES, *(f"{name}.png" for system in SYSTEMS.values() for name in system.pictures))
@@ -187,9 +187,8 @@ def expect_no_pickles(contents: FolderContents) -> None:
 def _records(path: Path) -> Path:
     """The folder with a training's records: its `output_dir` if the pipeline lies in one, else the pipeline's own folder."""
     beside = path.resolve().parent
-    was_trained_there = (
-        (beside / ARGUMENTS).is_file() or (beside / SUMMARY).is_file() or (beside / EVALUATION).is_file()
-    )
+    records = (ARGUMENTS, SUMMARY, EVALUATION, f"expert_*/{ARGUMENTS}")
+    was_trained_there = any(file.is_file() for name in records for file in beside.glob(name))
     return beside if path.resolve().name in ARTEFACTS and was_trained_there else path
 
 

@@ -26,6 +26,7 @@ from ..saving.naming import EXPERTS_KEY
 from ..saving.reading import read_json
 from ..saving.version import __version__
 from ..saving.weight_files import check_saved_folder
+from ..saving.whole import written_whole
 from ..systems import SYSTEMS
 from .cards import model_card, published_evaluation, published_settings
 from .folders import (
@@ -151,6 +152,30 @@ def publish(
     message = f"{contents.class_name} by diffusers_dmp {__version__}"
     api.create_commit(repo_id, operations, commit_message=message)
     return Publication(repo_id, publication.files, publication.card, str(url))
+
+
+def write_card(folder: "str | os.PathLike", license: str | None = None) -> Path:
+    """
+    Write the model card of what a training has made beside it, as `README.md`.
+
+    Args:
+        folder: See [`read_folder`].
+        license (`str`, *optional*): The licence of the weights, if it is known.
+
+    Returns:
+        `Path`: The file.
+
+    Raises:
+        ValueError: if the folder holds nothing of this package.
+    """
+    contents = read_folder(folder)
+    dataset = _hub_id(contents.training.get("dataset"))
+    name = Path(folder).resolve().name
+    card = model_card(contents, contents.path.as_posix(), license, _base_model(contents), dataset, name)
+    path = contents.path / "README.md"
+    with written_whole(path) as unfinished:
+        unfinished.write_text(card, encoding="utf-8")
+    return path
 
 
 def _publication(

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, get_token
 
-from ..training.arguments import SharedTrainingArguments
+from ..saving.lora_files import LORA_CONFIG, read_lora_config
+from ..training.arguments import LoopArguments
 from ..training.checkpoints import checkpoints
 from .folders import ARGUMENTS
-from .publishing import publish
+from .publishing import publish, write_card
 
 FOLDER = ".hub_upload"  # in `output_dir`: what is being uploaded
+LORAS = "loras"  # in `output_dir`
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ def with_hub(train: Callable[..., Any], along_the_way: bool = True) -> Callable[
         `Callable`: Takes the arguments of the training, too.
     """
 
-    def train_and_push(args: SharedTrainingArguments) -> None:
+    def train_and_push(args: LoopArguments) -> None:
         if not args.push_to_hub:
             train(args)
             return
@@ -44,6 +46,26 @@ def with_hub(train: Callable[..., Any], along_the_way: bool = True) -> Callable[
             train(args, **({"publisher": push} if along_the_way else {}))
 
     return train_and_push
+
+
+def with_card(train: Callable[..., Any]) -> Callable[..., None]:
+    """
+    Let an entry point write the model card of LoRA, with their noise intervals, beside them, when all of them are there.
+
+    Args:
+        train (`Callable`): Takes the arguments of a training, and perhaps others.
+    """
+
+    def train_and_describe(args: LoopArguments, **others: Any) -> None:
+        train(args, **others)
+        folder = Path(args.output_dir, LORAS)
+        is_main_process = int(os.environ.get("RANK", 0)) == 0
+        if is_main_process and (folder / LORA_CONFIG).is_file():
+            files = read_lora_config(folder)["files"].values()
+            if all((folder / file).is_file() for file in files):
+                write_card(args.output_dir, args.hub_license)
+
+    return train_and_describe
 
 
 class HubPush:
@@ -55,7 +77,7 @@ class HubPush:
     takes its time, others are left out. The first that fails is warned about.
 
     Args:
-        args ([`SharedTrainingArguments`]): For the repository, its licence, and the output folder.
+        args ([`LoopArguments`]): For the repository, its licence, and the output folder.
         token (`str`, *optional*): By default the token of `hf auth login` or HF_TOKEN.
         endpoint (`str`, *optional*): The address of another Hub.
 
@@ -63,7 +85,7 @@ class HubPush:
         ValueError: if there is no token that can write, or if the repository cannot be made or belongs to something else.
     """
 
-    def __init__(self, args: SharedTrainingArguments, token: str | None = None, endpoint: str | None = None):
+    def __init__(self, args: LoopArguments, token: str | None = None, endpoint: str | None = None):
         self.args = args
         self.is_main_process = int(os.environ.get("RANK", 0)) == 0
         self.to_hub: dict[str, Any] = {
@@ -126,7 +148,7 @@ class HubPush:
         print(f"Published at {url}", flush=True)
 
 
-def prepare_repository(args: SharedTrainingArguments, token: str | None = None, endpoint: str | None = None) -> str:
+def prepare_repository(args: LoopArguments, token: str | None = None, endpoint: str | None = None) -> str:
     """
     Make the repository of a training, or check the one that there is.
 
@@ -166,7 +188,7 @@ def prepare_repository(args: SharedTrainingArguments, token: str | None = None, 
     return repo_id
 
 
-def _check_repository(api: HfApi, repo_id: str, args: SharedTrainingArguments) -> None:
+def _check_repository(api: HfApi, repo_id: str, args: LoopArguments) -> None:
     """Check that a repository may be overwritten, and is private if it is to be."""
     files = sorted(set(api.list_repo_files(repo_id)) - {".gitattributes"})
     # `latest` without a checkpoint is a new training, too

@@ -1,7 +1,8 @@
-"""A pipeline of a training's checkpoint, without the training's data; for PPAP the guidance experts."""
+"""A pipeline of a training's checkpoint, without the training's data; for PPAP the guidance experts, for others what they save."""
 
+import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,8 @@ from .objectives.distillation import ExpertStudent
 from .pipeline_output import CONFIGURATIONS
 from .prompted import PromptedTransformer
 from .resuming import ARGUMENTS_NAME, OF_ONE_COMMAND, recorded_arguments
+from .text_to_image import TextToImageArguments
+from .text_to_image.training import prepare_model
 
 MODEL_NAME = "model.safetensors"  # as Accelerate names the weights of a checkpoint's first model
 INDEX_NAME = "model_index.json"
@@ -34,7 +37,8 @@ _WRAPPERS = ("module.", "_orig_mod.")  # of several processes, and of compiled m
 
 def export_checkpoint(checkpoint: Path, folder: Path, use_ema: bool = True) -> None:
     """
-    Make a pipeline of a training's checkpoint, as the end of the training would; for PPAP the guidance experts.
+    Make a pipeline of a training's checkpoint, as the end of the training would; for PPAP the guidance experts, and of a
+    text-to-image training what its method saves: LoRA, prompts, or a pipeline.
 
     Args:
         checkpoint (`Path`): A folder `checkpoint-<step>` where its training wrote it.
@@ -46,10 +50,14 @@ def export_checkpoint(checkpoint: Path, folder: Path, use_ema: bool = True) -> N
     """
     _check(checkpoint, folder)
     arguments = _read_arguments(checkpoint)
-    is_guidance = "base_model" in arguments
-    made = _experts(checkpoint, arguments, use_ema) if is_guidance else _pipeline(checkpoint, arguments, use_ema)
+    if "base_model" in arguments:
+        save = _experts(checkpoint, arguments, use_ema).save_pretrained
+    elif "prompt_dropout_prob" in arguments:  # of text-to-image trainings alone
+        save = _text_to_image(checkpoint, arguments, use_ema)
+    else:
+        save = _pipeline(checkpoint, arguments, use_ema).save_pretrained
     with written_whole(folder) as unfinished:
-        made.save_pretrained(unfinished)
+        save(unfinished)
         # the steps that were done, for the model card
         arguments |= {"max_train_steps": checkpoint_step(checkpoint)}
         arguments = {name: value for name, value in arguments.items() if name not in OF_ONE_COMMAND}
@@ -103,6 +111,16 @@ def _pipeline(checkpoint: Path, arguments: Mapping[str, Any], use_ema: bool) -> 
     accepted = inspect.signature(ClassConditionalPipeline).parameters.keys() - components.keys()
     settings = {name: index[name] for name in accepted & index.keys() if not is_component(index[name])}
     return ClassConditionalPipeline(**components, **settings)
+
+
+def _text_to_image(checkpoint: Path, arguments: Mapping[str, Any], use_ema: bool) -> Callable[[Path], Any]:
+    """What saves the trained part of a text-to-image pipeline, as its method does, with the weights of the checkpoint."""
+    own = {name: value for name, value in arguments.items() if name not in OF_ONE_COMMAND}
+    args = TextToImageArguments(**own | {"sample_steps": 0, "validation_prompts": []})
+    trained = prepare_model(args, torch.float32)
+    load_checkpoint_weights(trained.model, checkpoint, use_ema)
+    assert trained.recipe.save_to is not None  # all methods have it
+    return functools.partial(trained.recipe.save_to, trained.model)
 
 
 def _experts(checkpoint: Path, arguments: Mapping[str, Any], use_ema: bool) -> GuidanceExperts:

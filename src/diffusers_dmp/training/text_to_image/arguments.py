@@ -90,6 +90,11 @@ class TextToImageArguments(
                     "Expected `expert` to be 'all' for `push_to_hub`, which uploads all experts together, but got "
                     f"{self.expert!r}."
                 )
+        if self.push_to_hub and not method.can_be_published:
+            raise ValueError(
+                f"Expected `push_to_hub` to be false for the method {self.method}, whose pipeline is one of Diffusers' own: load it and "
+                "call its `push_to_hub`; but got true."
+            )
         if LoraArguments in method.groups:
             self.check_lora(self.count_experts())
 

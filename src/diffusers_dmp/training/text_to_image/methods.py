@@ -34,6 +34,7 @@ class TrainingMethod:
         groups (`tuple[type, ...]`): The dataclasses of options that this method reads; options of others are refused.
         trains_weights (`bool`): Whether the denoiser's own weights are trained, which are then in float32. Otherwise they are
             frozen, and in the precision of the training.
+        can_be_published (`bool`): Whether `push_to_hub` knows what it saves; pipelines of Diffusers' own classes upload themselves.
     """
 
     prepare: (
@@ -41,6 +42,7 @@ class TrainingMethod:
     )
     groups: tuple[type[Any], ...] = ()
     trains_weights: bool = False
+    can_be_published: bool = True
 
     @property
     def has_experts(self) -> bool:
@@ -52,5 +54,7 @@ METHODS: Mapping[str, TrainingMethod] = {
     "lora": TrainingMethod(prepare=train_lora, groups=(LoraArguments,)),
     "lora_experts": TrainingMethod(prepare=train_lora_experts, groups=(LoraArguments, IntervalArguments)),
     "prompts": TrainingMethod(prepare=train_prompts, groups=(PromptArguments,)),
-    "routing": TrainingMethod(prepare=train_routing, groups=(RoutingArguments,), trains_weights=True),
+    "routing": TrainingMethod(
+        prepare=train_routing, groups=(RoutingArguments,), trains_weights=True, can_be_published=False
+    ),
 }

@@ -79,19 +79,12 @@ def prepare_parts(accelerator: Accelerator, args: TextToImageArguments) -> TextT
         accelerator (`Accelerator`): For the device and the precision.
         args ([`TextToImageArguments`]): Everything that can be set.
     """
-    method = METHODS[args.method]
-    source = SourcePipeline(str(args.pretrained_model_name_or_path))
-    args.resolve_process(source.scheduler)
-    intervals = args.intervals(source.scheduler) if method.has_experts else None
-    expert = None if intervals is None else args.single_expert
-    load_weights(source, accelerator, args, intervals)
+    dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
+    trained = prepare_model(args, dtype)
+    source, intervals = trained.source, trained.intervals
     objective = make_text_objective(args, source)
     data = load_encoded_text(accelerator, args)
     data.check_pipeline(source.pipeline, source.name)
-
-    set_seed(args.seed)  # for the first weights of adapters
-    source.called.requires_grad_(method.trains_weights)
-    model, recipe = method.prepare(args, source, intervals)
     generate = None
     if args.sample_steps and accelerator.is_main_process:
         generate = PromptSamples(source, args)
@@ -101,38 +94,63 @@ def prepare_parts(accelerator: Accelerator, args: TextToImageArguments) -> TextT
     empty_prompt = {name: column.to(accelerator.device) for name, column in data.empty_prompt.items()}
     expert_batches: Any = "density" if args.expert_shares == "density" else args.expert_batches
     recipe = dataclasses.replace(
-        recipe,
-        denoiser=recipe.denoiser or call,
+        trained.recipe,
+        denoiser=trained.recipe.denoiser or call,
         conditions=TextConditions(empty_prompt, args.prompt_dropout_prob),
         expert_intervals=intervals,
-        expert=expert,
+        expert=None if intervals is None else args.single_expert,
         expert_batches=expert_batches,
         passes_expert=False,
         make_pipeline=lambda model: source.sampling_pipeline(),
         generate=generate,
     )
-    return TextToImageParts(source=source, model=model, objective=objective, data=data, recipe=recipe)
+    return TextToImageParts(source=source, model=trained.model, objective=objective, data=data, recipe=recipe)
 
 
-def load_weights(
-    source: SourcePipeline, accelerator: Accelerator, args: TextToImageArguments, intervals: NoiseIntervals | None
-) -> None:
+@dataclasses.dataclass(kw_only=True)
+class TrainedModel:
     """
-    Load what is trained, and what samples need: in the precision of the training, if it is frozen.
+    What is trained, without what it is trained on.
+
+    Args:
+        source ([`SourcePipeline`]): The pipeline, with the denoiser.
+        intervals ([`NoiseIntervals`], *optional*): Of the experts.
+        model (`nn.Module`), recipe ([`TrainingRecipe`]): As the method has prepared them.
+    """
+
+    source: SourcePipeline
+    intervals: NoiseIntervals | None
+    model: nn.Module
+    recipe: TrainingRecipe
+
+
+def prepare_model(args: TextToImageArguments, frozen_dtype: torch.dtype) -> TrainedModel:
+    """
+    Load what is trained, as the method prepares it; the noise process in `args` becomes the pipeline's.
+
+    Args:
+        args ([`TextToImageArguments`]): For the pipeline, the method, and what samples need.
+        frozen_dtype (`torch.dtype`): Of weights that are not trained.
 
     Raises:
-        ValueError: if the pipeline has two denoisers, and the method or the intervals do not fit them.
+        ValueError: if the arguments do not fit the pipeline.
     """
     method = METHODS[args.method]
-    needed = None
-    if intervals is None:
-        source.expect_one_denoiser(args.method)
-    else:
+    source = SourcePipeline(str(args.pretrained_model_name_or_path))
+    args.resolve_process(source.scheduler)
+    intervals, needed = None, None
+    if method.has_experts:
+        intervals = args.intervals(source.scheduler)
         source.check_boundaries(intervals)
         if args.single_expert is not None and not args.sample_steps:
             needed = intervals.edges[args.single_expert], intervals.edges[args.single_expert + 1]
-    dtype = torch.float32 if method.trains_weights else DTYPES.get(accelerator.mixed_precision, torch.float32)
-    source.load(dtype, with_vae=bool(args.sample_steps), needed=needed)
+    else:
+        source.expect_one_denoiser(args.method)
+    source.load(torch.float32 if method.trains_weights else frozen_dtype, bool(args.sample_steps), needed)
+    source.called.requires_grad_(method.trains_weights)
+    set_seed(args.seed)  # for the first weights of adapters
+    model, recipe = method.prepare(args, source, intervals)
+    return TrainedModel(source=source, intervals=intervals, model=model, recipe=recipe)
 
 
 def make_text_objective(args: TextToImageArguments, source: SourcePipeline) -> Objective:
