@@ -44,10 +44,20 @@ def launch_script(script: str, output_dir: Path, num_processes: int, arguments: 
     command += ["--num_processes", str(num_processes), "--num_cpu_threads_per_process", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(REPOSITORY / "training" / script)]
     for name, value in (arguments | {"output_dir": str(output_dir)}).items():
-        command += [f"--{name}", str(value)]
+        command += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stderr
+
+
+def launch_with_fsdp2(script: str, num_processes: int, arguments: dict) -> None:
+    """An entry point with sharded weights, in processes of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    command += [str(REPOSITORY / "tests/training/sharded_launch.py"), str(REPOSITORY / "training" / script)]
+    for name, value in arguments.items():
+        command += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
 
 
 def train_here(model_class, digits: Path, output_dir: Path, **arguments) -> None:

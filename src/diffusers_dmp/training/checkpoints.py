@@ -197,7 +197,8 @@ def save_checkpoint(accelerator: Accelerator, args: LoopArguments, step: int, re
         accelerator.save_state(str(unfinished))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            files = {file.name: file.stat().st_size for file in sorted(unfinished.iterdir())}
+            found = sorted(file for file in unfinished.rglob("*") if file.is_file())  # sharded weights are in folders
+            files = {file.relative_to(unfinished).as_posix(): file.stat().st_size for file in found}
             text = json.dumps({"files": files, **record}, indent=2)
             (unfinished / RECORD_NAME).write_text(text + "\n", encoding="utf-8")
             finish(path)  # a run that went back to an earlier checkpoint replaces the later ones

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from .arguments import LoopArguments
 from .checkpoints import checkpoint_step, checkpoints
 from .loop import TrainingStep
+from .sharding import local
 
 
 class FiniteCheck:
@@ -68,7 +69,7 @@ class FiniteCheck:
 
     def expect_finite_weights(self, weights: Iterable[tuple[str, torch.Tensor]], step: int) -> None:
         """
-        Check weights before they are saved.
+        Check weights before they are saved; every process has to call, with its slices of those that are sharded.
 
         Args:
             weights (`Iterable`): Tensors and their names.
@@ -78,9 +79,10 @@ class FiniteCheck:
             ValueError: if one has a value that is not finite.
         """
         names, tensors = zip(*weights)
-        finite = torch.stack([tensor.isfinite().all() for tensor in tensors])
+        finite = torch.stack([local(tensor).isfinite().all() for tensor in tensors])
+        finite = self.accelerator.gather(finite.to(self.accelerator.device, torch.uint8)[None]).amin(0)
         if not finite.all():
-            first = names[finite.tolist().index(False)]
+            first = names[finite.tolist().index(0)]
             raise ValueError(
                 f"Expected the weights to be finite, but got others in {first!r} after step {step}; {self._advice(step)}"
             )

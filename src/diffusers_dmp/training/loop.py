@@ -12,6 +12,7 @@ Legend: B batch size of one optimiser step over all processes, b that of one mic
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,7 @@ from .denoiser import Denoiser
 from .objectives.objective import NoisedBatch, Objective, ObjectiveOutput
 from .objectives.timesteps import StepExperts
 from .recipe import TrainingRecipe
+from .sharding import gathered
 
 FLIP_PROB = 0.5
 
@@ -104,6 +106,7 @@ class TrainingParts:
         denoiser ([`Denoiser`]): How the model is called.
         conditions ([`Conditions`]): What the model is conditioned on.
         vae ([`AutoencoderKL`], *optional*): Frozen, on the accelerator's device, to train on its latents.
+        structure (`nn.Module`, *optional*): The model without weights, where those of `model` are sharded.
     """
 
     accelerator: Accelerator
@@ -115,11 +118,27 @@ class TrainingParts:
     denoiser: Denoiser
     conditions: Conditions
     vae: AutoencoderKL | None
+    structure: nn.Module | None = None
 
     @property
     def plain_model(self) -> nn.Module:
         """The model without what `accelerator.prepare` wrapped it in."""
         return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def described_model(self) -> nn.Module:
+        """The model for its classes, configurations and shapes; it may be without weights."""
+        return self.plain_model if self.structure is None else self.structure
+
+    def whole_model(self) -> nn.Module:
+        """The model with all of its weights in the main process, to be saved there; every process has to call."""
+        if self.structure is None:
+            return self.plain_model
+        return gathered(self.accelerator, self.model, self.structure)
+
+    def precision(self) -> AbstractContextManager:
+        """The mixed precision of a forward pass, where `accelerator.prepare` did not put it into the model."""
+        return nullcontext() if self.structure is None else self.accelerator.autocast()
 
     @property
     def plain_objective(self) -> Objective:
@@ -174,7 +193,8 @@ class TrainingParts:
         x0 = clean_samples(batch, own.flips, own.latent_noise, self.vae)
         x_t = self.plain_objective.add_noise(x0, own.noise, own.timesteps)
         conditions = self.conditions(batch, own.dropout)
-        model_output = self.denoiser(self.model, x_t, own.timesteps, conditions, expert)
+        with self.precision():
+            model_output = self.denoiser(self.model, x_t, own.timesteps, conditions, expert)
         noised = NoisedBatch(x0, own.noise, own.timesteps, batch)
         return self.objective(model_output.sample, noised), model_output
 
@@ -195,6 +215,7 @@ def training_steps(
     accelerator = parts.accelerator
     num_accumulated = accelerator.gradient_accumulation_steps
     num_slices = accelerator.num_processes * num_accumulated
+    synchronised = [parts.model] if parts.structure is not None else [parts.model, parts.objective]
     parts.model.train()
 
     for step in range(first_step, args.max_train_steps):
@@ -209,7 +230,7 @@ def training_steps(
                 randomness = parts.step_randomness(args, step, batch, experts)
             own = randomness.take(accelerator.process_index * num_accumulated + micro_step, num_slices)
 
-            with accelerator.accumulate(parts.model, parts.objective):
+            with accelerator.accumulate(*synchronised):
                 output, model_output = parts.losses(batch, own, own_expert)
                 auxiliary_losses = {name: model_output[name] for name in auxiliary_weights}
                 auxiliary_loss = sum(auxiliary_weights[name] * value for name, value in auxiliary_losses.items())

@@ -12,6 +12,7 @@ from transformers import get_scheduler
 from .arguments import OptimisationArguments
 from .objectives.objective import Objective
 from .optimisers import SCHEDULES, WARMUP
+from .sharding import local_parameters, reshard
 
 # of a parameter group, which the arguments decide; the last two are schedule-free's and Prodigy's
 HYPERPARAMETERS = ("lr", "initial_lr", "weight_decay", "betas", "warmup_steps", "safeguard_warmup")
@@ -202,12 +203,13 @@ def averaged_weights(model: nn.Module, ema: EMAModel | ScheduleFreeAverage | Non
         ema ([`EMAModel`] or [`ScheduleFreeAverage`], *optional*): The average.
     """
     if ema is not None:
-        ema.store(model.parameters())
-        ema.copy_to(model.parameters())
+        ema.store(local_parameters(model))
+        ema.copy_to(local_parameters(model))
     model.eval()
     try:
         yield
     finally:
         model.train()
+        reshard(model)
         if ema is not None:
-            ema.restore(model.parameters())
+            ema.restore(local_parameters(model))

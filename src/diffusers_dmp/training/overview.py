@@ -23,7 +23,7 @@ def describe_run(run: TrainingRun, first_step: int) -> str:
     rows = {
         "data": f"{args.dataset}: {data.describe()}",
         "validation": "none",
-        "model": _describe_model(run.parts.plain_model),
+        "model": _describe_model(run.parts.described_model),
         "steps": _describe_steps(args, accelerator, data.num_samples(args), first_step),
         "device": _describe_device(accelerator),
         "output": _describe_output(run),

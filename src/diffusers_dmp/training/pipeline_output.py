@@ -10,6 +10,7 @@ import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
+from torch import nn
 
 from ..pipelines import ClassConditionalPipeline
 from ..saving.whole import written_whole
@@ -22,10 +23,17 @@ CONFIGURATIONS = "pipeline_config"  # the folder in `output_dir`
 NUM_ROWS, MAX_COLUMNS = 4, 10  # of the grid of samples
 
 
-def trained_pipeline(parts: TrainingParts, data: LoopData) -> Any:
-    """The pipeline of a model with its present weights."""
+def trained_pipeline(parts: TrainingParts, data: LoopData, model: nn.Module) -> Any:
+    """
+    The pipeline of a model with its present weights.
+
+    Args:
+        parts ([`TrainingParts`]), data ([`LoopData`]): Of the training.
+        model (`nn.Module`): One of `parts`: `whole_model()` to save the pipeline, `plain_model` to generate with it in every
+            process, `described_model` for its configuration.
+    """
     if parts.recipe.make_pipeline is not None:
-        return parts.recipe.make_pipeline(parts.plain_model)
+        return parts.recipe.make_pipeline(model)
     scheduler = parts.plain_objective.scheduler
     label_names = getattr(data, "label_names", None)
     names = None if label_names is None else {str(label): name for label, name in enumerate(label_names)}
@@ -33,7 +41,7 @@ def trained_pipeline(parts: TrainingParts, data: LoopData) -> Any:
         scheduler=type(scheduler).from_config(scheduler.config),  # a copy: sampling sets its timesteps
         vae=parts.vae,
         id2label=names,
-        **parts.recipe.components(parts.plain_model),
+        **parts.recipe.components(model),
     )
 
 
@@ -53,12 +61,15 @@ def save_configurations(pipeline: ClassConditionalPipeline, output_dir: "str | o
 
 
 def save_samples(parts: TrainingParts, pipeline: Any, args: LoopArguments, step: int) -> None:
-    """Write a grid of samples to `samples/step-<step>.png` and to the trackers."""
+    """Write a grid of samples to `samples/step-<step>.png` and to the trackers; sharded weights want it called everywhere."""
     accelerator = parts.accelerator
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator(accelerator.device).manual_seed(args.seed)
     generate = parts.recipe.generate or partial(_generate_classes, args.sample_inference_steps)
-    rows = generate(pipeline, generator)
+    with parts.precision():
+        rows = generate(pipeline, generator)
+    if not accelerator.is_main_process:
+        return
     path = Path(args.output_dir, "samples", f"step-{step}.png")
     grid = make_image_grid([image for row in rows for image in row], len(rows), len(rows[0]))
     with explained_disk_errors(path), written_whole(path) as unfinished:

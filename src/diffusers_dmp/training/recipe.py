@@ -32,6 +32,7 @@ class TrainingRecipe:
         expert_batches (`str`): Which experts a step trains, without `expert`: "one" random expert in each process, at timesteps
             from that expert's interval alone; "mixed", all of them, with equally many samples; or those that the "density" of
             the timesteps brings.
+        shares_expert (`bool`): Whether "one" expert is the same in all processes, as sharded weights need it.
         passes_expert (`bool`): Whether a model is called with the argument `expert` where a process trains one.
         learning_rates (`dict[str, float]`): The learning rates of parameters that have one of their own, by name.
         auxiliary_weights (`Callable[[int], dict[str, float]]`): From the number of steps done to the weight of each
@@ -54,6 +55,7 @@ class TrainingRecipe:
     expert_intervals: NoiseIntervals | None = None
     expert: int | None = None
     expert_batches: Literal["one", "mixed", "density"] = "one"
+    shares_expert: bool = False
     passes_expert: bool = True
     learning_rates: dict[str, float] = field(default_factory=dict)
     auxiliary_weights: Callable[[int], dict[str, float]] = lambda step: {}
@@ -76,7 +78,8 @@ class TrainingRecipe:
             return None
         if self.expert_batches == "mixed":
             return StepExperts(intervals, balanced_experts(step, intervals.num_experts, batch_size))
-        return StepExperts(intervals, random_experts(seed, step, intervals.num_experts, num_processes))
+        owners = random_experts(seed, step, intervals.num_experts, 1 if self.shares_expert else num_processes)
+        return StepExperts(intervals, owners * (num_processes // len(owners)))
 
     def expert_argument(self, experts: StepExperts | None, process: int) -> int | None:
         """The expert that a process calls the model with in a step; None for a call without that argument."""

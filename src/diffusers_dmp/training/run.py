@@ -5,7 +5,8 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,6 +41,7 @@ from .pipeline_output import save_samples, save_whole, trained_pipeline
 from .recipe import TrainingRecipe
 from .resources import num_bytes
 from .resuming import run_record
+from .sharding import ShardedAverage, check_sharding, local_parameters, set_up_sharding, without_weights
 from .validation import VALIDATION_LOSS, validation_losses
 
 logger = logging.getLogger(__name__)
@@ -89,6 +91,11 @@ class TrainingRun:
         """T of the noise process."""
         return self.parts.plain_objective.train_intervals.num_train_timesteps
 
+    @property
+    def saves(self) -> bool:
+        """Whether this process takes part in saving and sampling: the main process, or all of them if weights are sharded."""
+        return self.parts.accelerator.is_main_process or self.parts.structure is not None
+
     def describe(self) -> dict[str, Any]:
         """What the summary says of the model with its present weights; every process has to call."""
         description = self.parts.recipe.describe(self.parts.plain_model)
@@ -98,9 +105,9 @@ class TrainingRun:
 
     def needed_bytes(self) -> int:
         """The size of a checkpoint and of the pipeline, about."""
-        model = self.parts.plain_model
+        model = self.parts.described_model
         learned = [parameter for group in self.parts.optimizer.param_groups for parameter in group["params"]]
-        averaged = [] if self.ema is None else self.ema.shadow_params
+        averaged = [] if self.ema is None else model.parameters()
         recipe = self.parts.recipe
         has_own_way = recipe.save is not None or recipe.save_to is not None
         saved = [model] if has_own_way else self._pipeline_components()
@@ -109,7 +116,7 @@ class TrainingRun:
         return checkpoint + sum(num_bytes(module.state_dict().values()) for module in saved)
 
     def _pipeline_components(self) -> list[nn.Module]:
-        components = trained_pipeline(self.parts, self.data).components.values()
+        components = trained_pipeline(self.parts, self.data, self.parts.described_model).components.values()
         return [component for component in components if isinstance(component, nn.Module)]
 
     def resume(self, checkpoint: Path | None) -> int:
@@ -148,7 +155,7 @@ class TrainingRun:
         with Interruption(self.parts.accelerator) as interruption, closing(log):
             for done in steps:
                 if self.ema is not None:
-                    self.ema.step(self.parts.plain_model.parameters())
+                    self.ema.step(local_parameters(self.parts.plain_model))
                 if self.expert_counts is not None and done.experts is not None:
                     self.expert_counts.add(done.experts.owners, self.args.batch_size)
                 learning_rate = current_learning_rate(self.parts.optimizer)
@@ -187,7 +194,7 @@ class TrainingRun:
         if pipeline_is_due or samples_are_due or checkpoint_is_due:
             self._expect_finite(done.step)
         # before the checkpoint, so that a run that is resumed from it has the pipeline too
-        if pipeline_is_due and accelerator.is_main_process:
+        if pipeline_is_due and self.saves:
             with averaged_weights(self.parts.plain_model, self.ema):
                 self._save_to(Path(args.output_dir, f"{self.parts.recipe.saved_name}-{done.step}"))
         if checkpoint_is_due:
@@ -199,9 +206,10 @@ class TrainingRun:
                 remove_surplus_checkpoints(args, done.step)
         if pipeline_is_due or checkpoint_is_due:
             self._publish(done)
-        if samples_are_due and accelerator.is_main_process:
+        if samples_are_due and self.saves:
             with averaged_weights(self.parts.plain_model, self.ema):
-                save_samples(self.parts, trained_pipeline(self.parts, self.data), args, done.step)
+                pipeline = trained_pipeline(self.parts, self.data, self.parts.plain_model)
+                save_samples(self.parts, pipeline, args, done.step)
 
     def _checkpoint_is_due(self, step: int) -> bool:
         """Whether a step ends with a checkpoint; the last one does, so that nothing is lost while the model is saved."""
@@ -242,10 +250,12 @@ class TrainingRun:
 
     def _publish(self, done: TrainingStep) -> None:
         """Give the present pipeline to the publisher; the one after the last step is the training's, and published later."""
-        is_main_process = self.parts.accelerator.is_main_process
-        if self.publisher is not None and is_main_process and done.step < self.args.max_train_steps:
-            with averaged_weights(self.parts.plain_model, self.ema):
-                self.publisher(self._save_to, done.step)
+        if self.publisher is None or done.step == self.args.max_train_steps or not self.saves:
+            return
+        with averaged_weights(self.parts.plain_model, self.ema):
+            model = self.parts.whole_model()
+            if self.parts.accelerator.is_main_process:
+                self.publisher(partial(self._write, model), done.step)
 
     def save(self) -> None:
         """
@@ -254,22 +264,28 @@ class TrainingRun:
         Raises:
             ValueError: if its weights are not finite.
         """
-        model = self.parts.plain_model
-        self.finite.expect_finite_weights(model.state_dict().items(), self.args.max_train_steps)
+        self.finite.expect_finite_weights(self.parts.plain_model.state_dict().items(), self.args.max_train_steps)
+        model = self.parts.whole_model()
         if not self.parts.accelerator.is_main_process:
             return
         if self.parts.recipe.save is not None:
             self.parts.recipe.save(model)
         else:
-            self._save_to(Path(self.args.output_dir, self.parts.recipe.saved_name))
+            self._write(model, Path(self.args.output_dir, self.parts.recipe.saved_name))
 
     def _save_to(self, folder: Path) -> None:
-        """Save the model with its present weights in a folder, as the recipe says, or as a pipeline."""
+        """Save the model with its present weights in a folder; every process that `saves` has to call."""
+        model = self.parts.whole_model()
+        if self.parts.accelerator.is_main_process:
+            self._write(model, folder)
+
+    def _write(self, model: nn.Module, folder: Path) -> None:
+        """Write a whole model into a folder as the recipe says, or as a pipeline."""
         recipe = self.parts.recipe
         if recipe.save_to is not None:
-            recipe.save_to(self.parts.plain_model, folder)
+            recipe.save_to(model, folder)
         else:
-            save_whole(trained_pipeline(self.parts, self.data), folder)
+            save_whole(trained_pipeline(self.parts, self.data, model), folder)
 
 
 def prepare_run(
@@ -283,6 +299,7 @@ def prepare_run(
     """Everything that a training needs, on its device and registered for checkpoints; see [`train`]."""
     record = run_record(args, model, data, uses_loss_scaling=accelerator.mixed_precision == "fp16")
     check_batch(accelerator, args, objective, recipe)
+    check_sharding(accelerator, args, model, objective, recipe)
     data.num_samples(args)  # raises if the arguments do not fit the classes
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -291,6 +308,11 @@ def prepare_run(
     conditions = recipe.conditions or LabelConditions(model.config.class_dropout_prob)  # type: ignore[union-attr,arg-type]
     optimizer = make_optimizer(args, model, objective, recipe.learning_rates)
     lr_scheduler = make_lr_scheduler(args, optimizer)
+    structure = None
+    if accelerator.is_fsdp2:
+        structure = without_weights(model)
+        set_up_sharding(accelerator, model)
+        recipe = replace(recipe, shares_expert=True)
     prepared_model, optimizer = accelerator.prepare(model, optimizer)
     prepared_objective = accelerator.prepare(objective) if learns(objective) else objective.to(accelerator.device)
 
@@ -300,7 +322,11 @@ def prepare_run(
     if recipe.expert_intervals is not None:
         expert_counts = ExpertCounts(recipe.expert_intervals)
         accelerator.register_for_checkpointing(expert_counts)
-    ema = make_ema(args, accelerator.unwrap_model(prepared_model), optimizer)
+    ema: EMAModel | ScheduleFreeAverage | None
+    if structure is not None and args.ema_decay:
+        ema = ShardedAverage(accelerator, prepared_model, args.ema_decay)
+    else:
+        ema = make_ema(args, accelerator.unwrap_model(prepared_model), optimizer)
     if ema is not None:
         accelerator.register_for_checkpointing(ema)
     parts = TrainingParts(
@@ -313,6 +339,7 @@ def prepare_run(
         denoiser=recipe.denoiser or Denoiser(data.sample_shape),
         conditions=conditions,
         vae=data.vae,
+        structure=structure,
     )
     return TrainingRun(parts=parts, args=args, data=data, ema=ema, expert_counts=expert_counts, record=record)
 

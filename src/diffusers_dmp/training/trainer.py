@@ -27,6 +27,7 @@ from .recipe import TrainingRecipe
 from .resources import check_output_dir, explained_memory_errors
 from .resuming import ARGUMENTS_NAME, OF_ONE_COMMAND, arguments_of_training, expect_same_run, recorded_arguments
 from .run import Publisher, TrainingRun, prepare_run
+from .sharding import expect_same_sharding
 from .summary import SUMMARY_NAME, TrainingSummary
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,7 @@ def train(
         run = prepare_run(accelerator, args, model, objective, data, recipe or TrainingRecipe())
         run.publisher = publisher
         if checkpoint is not None:
+            expect_same_sharding(accelerator, checkpoint)
             expect_same_run(checkpoint, run.record, args)
             if checkpoint_step(checkpoint) == args.max_train_steps and is_complete(run):
                 if accelerator.is_main_process:
@@ -125,7 +127,7 @@ def train(
         if args.report_to != "none":
             accelerator.init_trackers(Path(args.output_dir).name, config=trackable(args))
         if accelerator.is_main_process and run.parts.recipe.save is None and run.parts.recipe.save_to is None:
-            save_configurations(trained_pipeline(run.parts, data), args.output_dir)
+            save_configurations(trained_pipeline(run.parts, data, run.parts.described_model), args.output_dir)
 
         if accelerator.is_main_process:
             print(describe_run(run, first_step), flush=True)

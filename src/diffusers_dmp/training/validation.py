@@ -3,6 +3,9 @@
 Each sample has the same timesteps and noise every time; they do not depend on the training's seed.
 """
 
+from itertools import repeat
+from typing import Any
+
 import torch
 
 from .arguments import LoopArguments
@@ -10,6 +13,7 @@ from .data.clean_samples import clean_samples
 from .data.loop_data import LoopData
 from .loop import TrainingParts
 from .objectives.objective import NoisedBatch
+from .sharding import equally_often, reshard, with_all_experts
 
 VALIDATION_SEED = 0  # independent of the training's seed, so that trainings with several seeds compare
 VALIDATION_LOSS = "validation_loss"
@@ -40,10 +44,12 @@ def validation_losses(parts: TrainingParts, args: LoopArguments, data: LoopData)
     timesteps = objective.evenly_spaced_timesteps(num_samples, low, high)[order]
     experts = intervals.index(timesteps) if parts.recipe.expert_intervals is not None else torch.zeros_like(order)
 
+    is_sharded = parts.structure is not None
     was_training = model.training
     model.eval()
     totals = torch.zeros(intervals.num_experts, device=accelerator.device)
-    for samples, batch in data.validation_batches(accelerator, args):
+    batches: Any = data.validation_batches(accelerator, args)
+    for (samples, batch), is_new in equally_often(accelerator, batches) if is_sharded else zip(batches, repeat(True)):
         batch = {name: value.to(accelerator.device) for name, value in batch.items()}
         shape = parts.denoiser.shape_of(batch)
         noise, latent_noise = (each.to(accelerator.device) for each in sample_noise(samples, shape))
@@ -52,11 +58,16 @@ def validation_losses(parts: TrainingParts, args: LoopArguments, data: LoopData)
         x0 = clean_samples(batch, no_flips, latent_noise, parts.vae)
         x_t = objective.add_noise(x0, noise, own_timesteps)
         # timesteps on the CPU: a Remix-DiT reads them, which would make the CPU wait for an accelerator
-        model_output = parts.denoiser(model, x_t, timesteps[samples], parts.conditions(batch))
-        noised = NoisedBatch(x0, noise, own_timesteps, batch)
-        losses = objective(model_output.sample, noised).sample_losses
-        totals.index_add_(0, experts[samples].to(accelerator.device), losses.to(totals.dtype))
+        called = x_t, timesteps[samples], parts.conditions(batch)
+        if is_sharded and parts.recipe.expert_intervals is not None:
+            called = with_all_experts(intervals, *called)
+        with parts.precision():
+            prediction = parts.denoiser(model, *called).sample[: len(samples)]
+        losses = objective(prediction, NoisedBatch(x0, noise, own_timesteps, batch)).sample_losses
+        if is_new:
+            totals.index_add_(0, experts[samples].to(accelerator.device), losses.to(totals.dtype))
     model.train(was_training)
+    reshard(model)
 
     sums = accelerator.reduce(totals, "sum").tolist()
     measured = {VALIDATION_LOSS: sum(sums) / num_samples}

@@ -8,22 +8,29 @@ from ...diffusion.noise import is_flow_matching
 from ..arguments import LoopArguments, ObjectiveArguments, PromptArguments, RoutingArguments, option
 from ..objectives.shifts import BY_RESOLUTION
 from .methods import METHODS
-from .option_groups import IntervalArguments, LoraArguments
+from .option_groups import IntervalArguments, LoraArguments, StreamingArguments
 
 GROUPS = (LoraArguments, IntervalArguments, PromptArguments, RoutingArguments)
 
 
 @dataclass(kw_only=True)
 class TextToImageArguments(
-    RoutingArguments, PromptArguments, LoraArguments, IntervalArguments, ObjectiveArguments, LoopArguments
+    RoutingArguments,
+    PromptArguments,
+    LoraArguments,
+    IntervalArguments,
+    StreamingArguments,
+    ObjectiveArguments,
+    LoopArguments,
 ):
     """A text-to-image pipeline of Diffusers, of which the denoiser is trained, or adapters of it."""
 
     pretrained_model_name_or_path: str | None = option(None, "The pipeline to train: folder or Hub id.")
     method: str = option(
         "lora_experts",
-        "lora_experts (a LoRA for each noise interval), lora (one for all), prompts (for a frozen transformer, DMP), routing "
-        "(the whole denoiser with task routing, DTR).",
+        "lora_experts (a LoRA for each noise interval), lora (one for all), denoiser_experts (a whole denoiser for each noise "
+        "interval), full (the whole denoiser), prompts (for a frozen transformer, DMP), routing (the whole denoiser with task "
+        "routing, DTR).",
     )
     random_flip: bool = option(
         False, "Mirror half of the images, which `encode_prompts.py --mirror true` encodes as well."
@@ -54,6 +61,7 @@ class TextToImageArguments(
 
     def __post_init__(self):
         LoopArguments.__post_init__(self)
+        self.check_streaming(self.dataloader_num_workers)
         if not self.pretrained_model_name_or_path:
             raise ValueError("Expected `pretrained_model_name_or_path` to name the pipeline to train, but got none.")
         if not self.dataset:

@@ -17,6 +17,7 @@ from .option_groups import IntervalArguments, LoraArguments
 from .prompts import train_prompts
 from .routing import train_routing
 from .source import SourcePipeline
+from .wholes import train_denoiser_experts, train_full
 
 if TYPE_CHECKING:
     from .arguments import TextToImageArguments
@@ -53,6 +54,10 @@ class TrainingMethod:
 METHODS: Mapping[str, TrainingMethod] = {
     "lora": TrainingMethod(prepare=train_lora, groups=(LoraArguments,)),
     "lora_experts": TrainingMethod(prepare=train_lora_experts, groups=(LoraArguments, IntervalArguments)),
+    "denoiser_experts": TrainingMethod(
+        prepare=train_denoiser_experts, groups=(IntervalArguments,), trains_weights=True, can_be_published=False
+    ),
+    "full": TrainingMethod(prepare=train_full, trains_weights=True, can_be_published=False),
     "prompts": TrainingMethod(prepare=train_prompts, groups=(PromptArguments,)),
     "routing": TrainingMethod(
         prepare=train_routing, groups=(RoutingArguments,), trains_weights=True, can_be_published=False

@@ -134,3 +134,31 @@ class LoraArguments:
             raise ValueError(f"Expected `lora_alpha` to be above 0, but got {self.lora_alpha}.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"Expected `lora_dropout` to be in [0, 1), but got {self.lora_dropout}.")
+
+
+@dataclass(kw_only=True)
+class StreamingArguments:
+    """How data are read that are larger than a disk."""
+
+    streaming: bool = option(
+        False,
+        "Read `dataset` as a stream, from parquet files or tars of WebDataset, in a folder or on the Hub. The order then depends on "
+        "the number of processes, with which the run has to be resumed.",
+    )
+    shuffle_buffer_size: int = option(
+        1_000, "For streaming: the number of images that a process reads and shuffles together."
+    )
+
+    def check_streaming(self, num_workers: int) -> None:
+        """
+        Check the numbers.
+
+        Raises:
+            ValueError: if one is out of range, or has no effect.
+        """
+        if self.shuffle_buffer_size < 1:
+            raise ValueError(f"Expected `shuffle_buffer_size` to be at least 1, but got {self.shuffle_buffer_size}.")
+        if self.streaming and num_workers:
+            raise ValueError(
+                f"Expected `dataloader_num_workers` to be 0 with `streaming`, which reads in a thread, but got {num_workers}."
+            )

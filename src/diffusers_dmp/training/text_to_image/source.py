@@ -105,7 +105,11 @@ class SourcePipeline:
 
     def whole_pipeline(self, denoiser: nn.Module) -> Any:
         """A pipeline with all components, as it is saved: with a denoiser that is trained, and the others as they are."""
-        return self._with_others(**{self.family.component: denoiser})
+        return self.pipeline_with(**{self.family.component: denoiser})
+
+    def pipeline_with(self, **denoisers: nn.Module) -> Any:
+        """A pipeline with all components: with these, by their names, and the others as they are."""
+        return self._with_others(**denoisers)
 
     def _with_others(self, **components: Any) -> Any:
         components["scheduler"] = self.fresh_scheduler()

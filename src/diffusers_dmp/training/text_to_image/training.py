@@ -12,8 +12,9 @@ from torch import nn
 
 from ...intervals import NoiseIntervals
 from ..conditions import TextConditions
-from ..data.encoded_text import load_encoded_text
+from ..data.encoded_text import EncodedText, load_encoded_text
 from ..data.loop_data import LoopData
+from ..data.streamed_text import load_streamed_text
 from ..denoiser import TextDenoiser
 from ..objectives.ddpm import DiffusionObjective
 from ..objectives.flow import FlowObjective
@@ -83,19 +84,26 @@ def prepare_parts(accelerator: Accelerator, args: TextToImageArguments) -> TextT
     trained = prepare_model(args, dtype)
     source, intervals = trained.source, trained.intervals
     objective = make_text_objective(args, source)
-    data = load_encoded_text(accelerator, args)
+    if args.streaming:
+        data: EncodedText = load_streamed_text(accelerator, args, args.shuffle_buffer_size)
+    else:
+        data = load_encoded_text(accelerator, args)
     data.check_pipeline(source.pipeline, source.name)
     generate = None
-    if args.sample_steps and accelerator.is_main_process:
+    if args.sample_steps and (
+        accelerator.is_main_process or accelerator.is_fsdp2
+    ):  # sharded weights generate everywhere
         generate = PromptSamples(source, args)
         source.pipeline.vae.to(accelerator.device)
-    source.called.to(accelerator.device)
-    call = TextDenoiser(source.family.call, source.denoiser, source.num_train_timesteps)
+    # what is trained goes there when it is wrapped or sharded; the experts beside it are needed for samples alone
+    if not METHODS[args.method].trains_weights or (generate is not None and args.single_expert is not None):
+        source.called.to(accelerator.device)
     empty_prompt = {name: column.to(accelerator.device) for name, column in data.empty_prompt.items()}
     expert_batches: Any = "density" if args.expert_shares == "density" else args.expert_batches
     recipe = dataclasses.replace(
         trained.recipe,
-        denoiser=trained.recipe.denoiser or call,
+        denoiser=trained.recipe.denoiser
+        or TextDenoiser(source.family.call, source.denoiser, source.num_train_timesteps),
         conditions=TextConditions(empty_prompt, args.prompt_dropout_prob),
         expert_intervals=intervals,
         expert=None if intervals is None else args.single_expert,
