@@ -109,7 +109,7 @@ def test_embeddings_replace_the_prompt(pipeline):
 
 def test_guidance_of_1_ignores_the_negative_prompt(pipeline):
     plain, guided = ({**FEW_STEPS, "guidance_scale": scale} for scale in (1.0, 3.0))
-    images = [pipeline(PROMPTS[0], negative, **plain, generator=seeded()).images for negative in ("", "a dress")]
+    images = [pipeline(PROMPTS[0], negative, **plain, generator=seeded()).images for negative in (None, "a dress")]
     assert torch.equal(*images)
     images = [pipeline(PROMPTS[0], negative, **guided, generator=seeded()).images for negative in ("", "a dress")]
     assert not torch.allclose(*images, atol=1e-3)
@@ -246,6 +246,10 @@ EMBEDS = {"prompt_embeds": randn(2, 5, TEXT_WIDTH), "pooled_prompt_embeds": rand
         (
             {**EMBEDS, "prompt_embeds": randn(2, 5, 7)},
             r"`prompt_embeds` to be of shape \(B, L, 16\), but got \(2, 5, 7\)",
+        ),
+        (
+            {**EMBEDS, "negative_prompt": "", "negative_prompt_embeds": EMBEDS["prompt_embeds"]},
+            "`negative_prompt`, or `negative_prompt_embeds` and `negative_pooled_prompt_embeds`, but got both",
         ),
         ({**EMBEDS, "negative_prompt_embeds": randn(1, 5, 16)}, "but got no `negative_pooled_prompt_embeds`"),
         (EMBEDS, r"negative prompts of the shape \(5, 16\) as those of prompts, but got \(8, 16\)"),

@@ -1,16 +1,21 @@
 """How the pipeline of sentences is trained: its own embeddings and call, on pixels or latents."""
 
+import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from text_runs import EncodedPipeline, fresh_processes
 from tiny_pipelines import image_vae, randn, seeded
 from tiny_sentences import sentence_pipe, transformer
 
-from diffusers_dmp import SentenceToImagePipeline
+from diffusers_dmp import LoraExperts, SentenceToImagePipeline
+from diffusers_dmp.evaluation.fashion import write_captioned_images
 from diffusers_dmp.models.time_argument import time_argument_of
-from diffusers_dmp.training.data import prompt_encoding
+from diffusers_dmp.training.data import prompt_encoder
+from diffusers_dmp.training.data.encoded_source import load_encoded
 from diffusers_dmp.training.data.encoding_pipeline import check_vae
-from diffusers_dmp.training.data.prompt_encoding import Encoder, PromptEncodingArguments
+from diffusers_dmp.training.data.prompt_encoder import Encoder, PromptEncodingArguments
+from diffusers_dmp.training.data.prompt_encoding import encode_prompts
 from diffusers_dmp.training.text_pipelines import text_pipeline_of
 
 PROMPTS = ["a photo of a dress", "an ankle boot"]
@@ -92,6 +97,59 @@ def test_a_caption_that_comes_again_is_encoded_once(monkeypatch):
     for row, reversed_row, embeds, mean in zip(first, again[::-1], expected, pooled, strict=True):
         torch.testing.assert_close(row, {"prompt_embeds": embeds, "pooled_prompt_embeds": mean})
         torch.testing.assert_close(reversed_row, row, rtol=0, atol=0)
-    monkeypatch.setattr(prompt_encoding, "MAX_REMEMBERED", 1)
+    monkeypatch.setattr(prompt_encoder, "MAX_REMEMBERED", 1)
     encoder.prompts(["a dress"])
     assert list(encoder.remembered) == ["a dress"]
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory):
+    """A pipeline, and pictures with captions that it has encoded."""
+    folder = tmp_path_factory.mktemp("sentences")
+    pictures = np.random.default_rng(0).integers(256, size=(8, 8, 8), dtype=np.uint8)
+    write_captioned_images(folder / "images" / "train.parquet", pictures, PROMPTS * 4)
+    sentence_pipe().save_pretrained(folder / "pipeline")
+    fresh_processes()
+    encode_prompts(
+        PromptEncodingArguments(
+            dataset=str(folder / "images"),
+            pipeline=str(folder / "pipeline"),
+            resolution=8,
+            output_dir=str(folder / "shards"),
+        )
+    )
+    return EncodedPipeline("sentences", folder / "pipeline", folder / "shards"), pictures
+
+
+def test_shards_hold_the_pictures_and_the_pipelines_embeddings(encoded):
+    shards, pictures = encoded
+    samples = load_encoded(str(shards.shards)).samples
+    columns = sentence_pipe().encode_prompt(PROMPTS)
+    for index, picture in enumerate(pictures):
+        sample = samples[index]
+        torch.testing.assert_close(sample["mean"][0, 0], torch.from_numpy(picture) / 127.5 - 1, atol=1e-6, rtol=0)
+        for name, column in zip(("prompt_embeds", "pooled_prompt_embeds"), columns, strict=True):
+            torch.testing.assert_close(sample[name], column[index % 2])
+
+
+def test_trained_from_captions_and_loaded_again(encoded, tmp_path):
+    shards, _ = encoded
+    output = shards.train(
+        tmp_path / "full", method="full", sample_steps=2, validation_prompts=PROMPTS, sample_inference_steps=1
+    )
+    trained = DiffusionPipeline.from_pretrained(output / "pipeline")
+    assert type(trained) is SentenceToImagePipeline and trained.text_encoder is not None
+    call = {"prompt": PROMPTS, "num_inference_steps": 2, "output_type": "latent", "generator": seeded()}
+    trained.set_progress_bar_config(disable=True)
+    images = trained(**call).images
+    assert not torch.allclose(images, sentence_pipe()(**call | {"generator": seeded()}).images)
+
+    lora = shards.train(tmp_path / "experts", method="lora_experts", sigma_boundaries=[0.5], rank=2)
+    pipeline = sentence_pipe()
+    plain = pipeline(**call | {"generator": seeded()}).images
+    experts = LoraExperts.from_pretrained(lora / "loras").attach(pipeline)
+    assert experts.intervals.edges == (0, 500, 1000)
+    assert not torch.allclose(pipeline(**call | {"generator": seeded()}).images, plain)
+    experts.detach()
+    pipeline.load_lora_weights(lora / "loras", weight_name="expert_0.safetensors")
+    assert not torch.allclose(pipeline(**call | {"generator": seeded()}).images, plain)

@@ -138,7 +138,7 @@ class SentenceToImagePipeline(StandalonePipelineMixin, DiffusionPipeline, SD3Lor
     def __call__(
         self,
         prompt: str | list[str] | None = None,
-        negative_prompt: str | list[str] = "",
+        negative_prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 28,
@@ -161,7 +161,7 @@ class SentenceToImagePipeline(StandalonePipelineMixin, DiffusionPipeline, SD3Lor
 
         Args:
             prompt (`str` or list of B `str`, *optional*): What to generate.
-            negative_prompt (`str` or list of B `str`): What to guide away from; by default the empty prompt.
+            negative_prompt (`str` or list of B `str`, *optional*): What to guide away from; by default the empty prompt.
             height, width (`int`, *optional*): Size of the images, in pixels; by default the size of the training images.
             num_inference_steps (`int`): The number of denoising steps.
             guidance_scale (`float`): w of classifier-free guidance; 1 is no guidance.
@@ -213,13 +213,10 @@ class SentenceToImagePipeline(StandalonePipelineMixin, DiffusionPipeline, SD3Lor
         text = self._embeddings("prompt", prompt, prompt_embeds, pooled_prompt_embeds)
         batch_size = len(text[0]) * repeats
         if self.do_classifier_free_guidance:
-            is_given = negative_prompt_embeds is not None or negative_pooled_prompt_embeds is not None
-            negative = self._embeddings(
-                "negative_prompt",
-                None if is_given and not negative_prompt else negative_prompt,
-                negative_prompt_embeds,
-                negative_pooled_prompt_embeds,
-            )
+            if all(each is None for each in (negative_prompt, negative_prompt_embeds, negative_pooled_prompt_embeds)):
+                negative_prompt = ""
+            given = (negative_prompt_embeds, negative_pooled_prompt_embeds)
+            negative = self._embeddings("negative_prompt", negative_prompt, *given)
             text = [negative_first(*pair) for pair in zip(negative, text, strict=True)]
         text = [each.repeat_interleave(repeats, 0).to(device, self.transformer.dtype) for each in text]
 

@@ -12,7 +12,7 @@ from .base import Columns, TextPipeline
 class StableDiffusion3Text(TextPipeline):
     """[`StableDiffusion3Pipeline`]. Without `text_encoder_3`, its own `encode_prompt` puts zeros in the place of T5's tokens."""
 
-    text_components = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+    text_components: tuple[str, ...] = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
 
     def prompt_columns(self, pipeline: Any, prompts: list[str]) -> Columns:
         """`prompt_embeds` (b, L, D) and `pooled_prompt_embeds` (b, P)."""

@@ -29,9 +29,9 @@ class ZImageText(TextPipeline):
         conditions: Mapping[str, torch.Tensor],
     ) -> torch.Tensor:
         """The velocity; see [`~TextPipeline.call`]."""
-        # The class takes tensors without padding, so that the CPU has to know their lengths; alone, a sample has no padding.
+        # the class takes tensors without padding, so that the CPU has to know their lengths
         embeds = conditions["prompt_embeds"]
-        lengths = conditions["prompt_embeds_mask"].sum(1).tolist() if len(embeds) > 1 else [embeds.shape[1]]
+        lengths = conditions["prompt_embeds_mask"].sum(1).tolist()
         texts = [sample[:length] for sample, length in zip(embeds, lengths)]
         velocities = model(list(x_t[:, :, None].unbind()), time, texts, return_dict=False)[0]
         return -torch.stack(list(velocities))[:, :, 0]  # of x0 - ε, as the time counts from the noise to the image

@@ -94,7 +94,8 @@ def prepare_parts(accelerator: Accelerator, args: TextToImageArguments) -> TextT
         accelerator.is_main_process or accelerator.is_fsdp2
     ):  # sharded weights generate everywhere
         generate = PromptSamples(source, args)
-        source.pipeline.vae.to(accelerator.device)
+        if source.pipeline.vae is not None:  # or else it generates pixels
+            source.pipeline.vae.to(accelerator.device)
     # what is trained goes there when it is wrapped or sharded; the experts beside it are needed for samples alone
     if not METHODS[args.method].trains_weights or (generate is not None and args.single_expert is not None):
         source.called.to(accelerator.device)
