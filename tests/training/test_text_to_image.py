@@ -121,6 +121,20 @@ def test_a_sample_is_trained_by_the_expert_that_owns_it_in_inference(encoded, tm
         assert [sorted(each) for each in owners] == [[0, 0, 1, 1, 2, 2]] * len(steps)
 
 
+def test_a_step_changes_nothing_but_the_experts_that_it_trains(encoded, tmp_path):
+    """Neither weight decay nor the momentum of earlier steps moves the others."""
+    arguments = {"method": "lora_experts", "num_experts": 2, "expert_batches": "one", "weight_decay": 0.1, "seed": 2}
+    args, parts, run = prepared(encoded("sd3").arguments(tmp_path, max_train_steps=4, **arguments))
+    batches = run.data.training_batches(run.parts.accelerator, args, 0)
+    before, trained = {name: value.clone() for name, value in parts.model.state_dict().items()}, []
+    for step in training_steps(run.parts, args, batches, 0):
+        after = {name: value.clone() for name, value in parts.model.state_dict().items()}
+        changed = {name.split(".")[-2] for name, value in after.items() if not torch.equal(value, before[name])}
+        assert changed == {f"expert_{owner}" for owner in step.experts.owners}
+        before, trained = after, trained + step.experts.owners
+    assert {*trained[:-1]} == {0, 1}  # each of them after the other
+
+
 def test_lora_experts_are_saved_and_put_back(encoded, tmp_path):
     """A fresh pipeline with the saved files generates what the training's own pipeline generates."""
     sd3 = encoded("sd3")
