@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ from diffusers import DiffusionPipeline, SD3Transformer2DModel
 from runs import launch_script, launch_with_fsdp2
 from text_runs import encode_pipeline
 from tiny_pipelines import generate, wan
+from tiny_pipelines import sd3 as tiny_sd3
 
 from diffusers_dmp import DenoiserExperts, NoiseIntervals
 from diffusers_dmp.training.export import export_checkpoint
 from diffusers_dmp.training.metrics_file import read_metrics
+from diffusers_dmp.training.text_to_image.wholes import first_experts
 
 
 @pytest.fixture(scope="module")
@@ -48,66 +51,55 @@ SLOW_SDXL = ["sd3", pytest.param("sdxl", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("name", SLOW_SDXL)
-def test_experts_begin_as_copies_and_each_is_trained(name, request, tmp_path):
+def test_experts_are_trained_together_and_one_by_one(name, request, tmp_path):
+    """The loss of an expert nobody trained does not move, while that of the trained one falls."""
     encoded = request.getfixturevalue(name)
-    boundary = {"timestep_boundaries": [500.0]}
-    output = train(encoded, tmp_path, method="denoiser_experts", ema_decay=0.0, **boundary)
-    trained, base = (DiffusionPipeline.from_pretrained(folder) for folder in (output / "pipeline", encoded.pipeline))
+    base = DiffusionPipeline.from_pretrained(encoded.pipeline)
+    before = getattr(base, component(name)).state_dict()
+
+    output, losses = train_experts(encoded, encoded.pipeline, tmp_path / "together", max_train_steps=2)
+    trained = DiffusionPipeline.from_pretrained(output / "pipeline")
     experts = getattr(trained, component(name))
     assert type(experts) is DenoiserExperts and experts.intervals == NoiseIntervals((0, 500, 1000))
-    before = getattr(base, component(name)).state_dict()
     for expert in experts.experts:
         after = expert.state_dict()
         assert sum(torch.equal(after[key], before[key]) for key in before) < len(before) / 10
     assert summary(output)["samples_per_expert"] == [4, 4]
+    assert not torch.equal(generate(name, trained), generate(name, base))
     export_checkpoint(output / "checkpoint-2", tmp_path / "exported")
     exported = getattr(DiffusionPipeline.from_pretrained(tmp_path / "exported"), component(name)).state_dict()
     assert all(torch.equal(tensor, exported[key]) for key, tensor in experts.state_dict().items())
-    assert not torch.equal(generate(name, trained), generate(name, base))
+
+    settings = {"expert": "1", "max_train_steps": 30, "logging_steps": 30, "checkpointing_steps": 30, "batch_size": 8}
+    output, _ = train_experts(encoded, encoded.pipeline, tmp_path / "one", **settings)
+    trained = DiffusionPipeline.from_pretrained(output / "expert_1/pipeline")
+    untrained = getattr(trained, component(name)).experts[0].state_dict()
+    assert all(torch.equal(tensor, untrained[key]) for key, tensor in before.items())
+    # the next training begins with that pipeline
+    _, losses_then = train_experts(encoded, output / "expert_1/pipeline", tmp_path / "next", max_train_steps=1)
+    assert losses_then["validation_loss/0-500"] == losses["validation_loss/0-500"]
+    assert losses_then["validation_loss/500-1000"] < 0.97 * losses["validation_loss/500-1000"]
 
 
 def component(name):
     return "unet" if name == "sdxl" else "transformer"
 
 
-@pytest.mark.parametrize("name", SLOW_SDXL)
-def test_the_loss_of_an_expert_nobody_trained_does_not_move(name, request, tmp_path):
-    """While that of the trained one falls; the trained pipeline is where the next expert's training begins."""
-    encoded = request.getfixturevalue(name)
-    settings = {
-        "method": "denoiser_experts", "ema_decay": 0.0, "max_train_steps": 10, "timestep_boundaries": [500.0],
-        "learning_rate": 1e-2, "logging_steps": 10, "checkpointing_steps": 10, "batch_size": 8,
-    }  # fmt: skip
-    output = train(encoded, tmp_path / "first", expert="1", **settings)
-    folder = output / "expert_1" / "pipeline"
-    trained, base = (DiffusionPipeline.from_pretrained(each) for each in (folder, encoded.pipeline))
-    experts, denoiser = getattr(trained, component(name)), getattr(base, component(name))
-    first = validation_losses(encoded, encoded.pipeline, tmp_path / "before")
-    second = validation_losses(encoded, folder, tmp_path / "after")
-    assert second["validation_loss/0-500"] == first["validation_loss/0-500"]
-    assert second["validation_loss/500-1000"] < 0.98 * first["validation_loss/500-1000"]
-    untrained = experts.experts[0].state_dict()
-    assert all(torch.equal(tensor, untrained[key]) for key, tensor in denoiser.state_dict().items())
-
-
-def validation_losses(encoded, pipeline, folder):
-    """The losses by interval of a pipeline with or without experts, before a training begins."""
+def train_experts(encoded, pipeline, folder, **settings):
+    """A training of two experts, and the losses by interval before it."""
     output = train(
-        encoded, folder, method="denoiser_experts", pretrained_model_name_or_path=str(pipeline), max_train_steps=1,
-        timestep_boundaries=[500.0], validation_dataset=str(encoded.shards), checkpointing_steps=1, ema_decay=0.0,
-        validation_repeats=4,
+        encoded, folder, method="denoiser_experts", pretrained_model_name_or_path=str(pipeline), ema_decay=0.0,
+        timestep_boundaries=[500.0], **{"validation_dataset": str(encoded.shards), "validation_repeats": 4} | settings,
     )  # fmt: skip
-    return summary(output)["before"]
+    return output, {} if "expert" in settings else summary(output)["before"]
 
 
-def test_experts_of_other_intervals(sd3, tmp_path):
-    settings = {"method": "denoiser_experts", "max_train_steps": 1, "checkpointing_steps": 1}
-    output = train(sd3, tmp_path / "first", sigma_boundaries=[0.5], **settings)
-    with pytest.raises(ValueError, match=r"Expected the boundaries .* `--timestep_boundaries 500`, but got 400."):
-        train(
-            sd3, tmp_path / "second", sigma_boundaries=[0.4],
-            pretrained_model_name_or_path=str(output / "pipeline"), **settings,
-        )  # fmt: skip
+def test_experts_of_other_intervals():
+    experts = DenoiserExperts([tiny_sd3(seed=0), tiny_sd3(seed=1)], NoiseIntervals.from_sigmas([0.5]))
+    source = SimpleNamespace(called=experts, name="mine")
+    assert first_experts(source, NoiseIntervals.from_timesteps([500])) is experts
+    with pytest.raises(ValueError, match="experts in 'mine', `--timestep_boundaries 500`, but got 400."):
+        first_experts(source, NoiseIntervals.from_sigmas([0.4]))
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +114,7 @@ def wan22(tmp_path_factory):
     return encoded
 
 
-@pytest.mark.parametrize("expert", ["all", "0"])
+@pytest.mark.parametrize("expert", ["0", pytest.param("all", marks=pytest.mark.slow)])
 def test_the_two_transformers_of_wan22(wan22, tmp_path, expert):
     """Transformer and expert 1 have the much noise; what is trained is saved as the pipeline that it was."""
     output = train(wan22, tmp_path, method="denoiser_experts", sigma_boundaries=[0.875], expert=expert, ema_decay=0.0)
@@ -143,7 +135,7 @@ def test_the_boundary_of_wan22_decides(wan22, tmp_path):
         train(wan22, tmp_path, method="denoiser_experts", sigma_boundaries=[0.5, 0.875])
 
 
-@pytest.mark.parametrize("name", ["sd3", "wan22"])
+@pytest.mark.parametrize("name", ["sd3", pytest.param("wan22", marks=pytest.mark.slow)])
 def test_samples_of_one_expert_are_made_with_all(name, request, tmp_path):
     output = train(
         request.getfixturevalue(name), tmp_path, method="denoiser_experts", sigma_boundaries=[0.875], expert="0", max_train_steps=1,
@@ -159,6 +151,27 @@ def test_a_streamed_training_is_resumed_bit_for_bit(sd3, tmp_path):
     whole = train(sd3, tmp_path / "whole", **settings)
     shutil.copytree(whole / "checkpoint-2", tmp_path / "resumed/checkpoint-2")
     resumed = train(sd3, tmp_path / "resumed", resume_from_checkpoint="latest", **settings)
+    weights = [
+        DiffusionPipeline.from_pretrained(each / "pipeline").transformer.state_dict() for each in (whole, resumed)
+    ]
+    assert all(torch.equal(weights[0][name], tensor) for name, tensor in weights[1].items())
+
+
+@pytest.mark.slow
+def test_two_processes_stream_and_resume(sd3, tmp_path):
+    settings = {
+        "method": "full", "streaming": True, "shuffle_buffer_size": 3, "max_train_steps": 4, "rank": 16,
+    }  # fmt: skip
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    launch_script("train_text_to_image.py", whole, 2, sd3.arguments(whole, **settings))
+    shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
+    with pytest.raises(
+        ValueError, match="Expected as many processes as .*checkpoint-2 was written by, 2, .* but got 1"
+    ):
+        train(sd3, resumed, resume_from_checkpoint="latest", **settings)
+    launch_script(
+        "train_text_to_image.py", resumed, 2, sd3.arguments(resumed, resume_from_checkpoint="latest", **settings)
+    )
     weights = [
         DiffusionPipeline.from_pretrained(each / "pipeline").transformer.state_dict() for each in (whole, resumed)
     ]

@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch.overrides import TorchFunctionMode
 
+from ...diffusion.noise import is_flow_matching
 from ...diffusion.noise_schedules import clips, ends_in_pure_noise
 from ...diffusion.scheduler_names import scheduler_class
 from ...diffusion.schedulers import make_like
@@ -98,7 +99,7 @@ def _scheduler_for(pipeline: DiffusionPipeline, class_name: str) -> SchedulerMix
     """
     scheduler = make_like(pipeline.scheduler, class_name)
     chooses = any(descends_from(pipeline, name) for name in ("ClassConditionalPipeline", "SNRSplitPipeline"))
-    if chooses or clips(scheduler) or not ends_in_pure_noise(scheduler):
+    if chooses or is_flow_matching(scheduler) or clips(scheduler) or not ends_in_pure_noise(scheduler):
         return scheduler
     return make_like(pipeline.scheduler, class_name, timestep_spacing="leading")
 
