@@ -54,7 +54,8 @@ def test_two_processes_follow_one(sd3, one_process, tmp_path):
         )
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, atol=1e-4, rtol=1e-3)
-        assert all(tensor.abs().mean() > 2e-3 for name, tensor in expected.items() if "lora_B" in name)
+        changed = torch.cat([tensor.flatten() for name, tensor in expected.items() if "lora_B" in name])  # from zeros
+        assert changed.abs().mean() > 5e-3
 
 
 @pytest.mark.slow
