@@ -317,7 +317,7 @@ BAD = {
     ),
     "experts of one LoRA": (
         {"method": "lora", "num_experts": 2},
-        "`method` to be lora_experts where `num_experts` is set",
+        "`method` to be lora_experts or denoiser_experts where `num_experts` is set",
     ),
     "target module": ({"num_experts": 2, "target_modules": ["to_qq"]}, "got 'to_qq'; close to it are .*to_q"),
     "learned variance": ({"num_experts": 2, "learn_sigma": True}, "`learn_sigma` to be false for flow matching"),
