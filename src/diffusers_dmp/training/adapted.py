@@ -64,7 +64,7 @@ def _place(root: nn.Module, path: Sequence[str], module: nn.Module) -> None:
     """Make a module a submodule, under the same name that it has in the denoiser."""
     *parents, name = path
     for parent in parents:
-        if parent not in root._modules:
+        if not hasattr(root, parent):
             root.add_module(parent, nn.Module())
         root = root.get_submodule(parent)
     root.add_module(name, module)

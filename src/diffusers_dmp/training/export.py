@@ -50,6 +50,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, use_ema: bool = True) -> N
     """
     _check(checkpoint, folder)
     arguments = _read_arguments(checkpoint)
+    save: Callable[[Path], Any]
     if "base_model" in arguments:
         save = _experts(checkpoint, arguments, use_ema).save_pretrained
     elif "prompt_dropout_prob" in arguments:  # of text-to-image trainings alone

@@ -178,7 +178,7 @@ def write_summary(
 ) -> None:
     """Write what a finished training reports; see [`TrainingSummary`]."""
     summary = TrainingSummary(steps=steps, train_seconds=round(train_seconds, 1))
-    if run.expert_counts is not None:
+    if run.expert_counts is not None and any(run.expert_counts.samples):  # none are counted where timesteps decide
         summary.samples_per_expert = run.expert_counts.samples
     if after:
         summary.before, summary.after = before, after
