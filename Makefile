@@ -104,7 +104,7 @@ space-models: .venv/space.installed
 	CPU_THREADS=$(CPU_THREADS) $(BIN)/python spaces/make_models.py
 
 test: .venv/test.installed
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: .venv/test.installed
 	$(BIN)/python -m pytest -q -m slow
