@@ -159,6 +159,15 @@ def test_lora_experts_are_saved_and_put_back(encoded, tmp_path):
     assert torch.equal(generate("sd3", pipe), before)
 
 
+def test_what_is_trained_is_said_before_the_first_step(encoded, tmp_path, capsys):
+    sd3 = encoded("sd3")
+    sd3.train(tmp_path, method="lora_experts", sigma_boundaries=[0.875], expert="1", ranks=[8, 1], max_train_steps=1)
+    said = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines() if ":" in line)
+    count = sum(tensor.numel() for tensor in load_file(tmp_path / "loras" / "expert_1.safetensors").values())
+    assert said["model"].strip() == f"SD3Transformer2DModel, frozen; {count:,} parameters beside it are trained"
+    assert said["experts"].strip() == "2, for the timesteps 0 to 875, 875 to 1000; number 1 is trained"
+
+
 def test_experts_are_trained_one_by_one_into_one_folder(encoded, tmp_path):
     """The folders of two machines, copied together, are what `from_pretrained` reads; each alone names what is missing."""
     sd3 = encoded("sd3")
