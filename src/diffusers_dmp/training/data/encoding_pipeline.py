@@ -1,6 +1,5 @@
 """Pipelines of which only text encoders and VAE are loaded, to encode captions and images."""
 
-import os
 from typing import Any
 
 import diffusers
@@ -8,8 +7,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ...saving.finite import expect_finite_pipeline
-from ...saving.weight_files import check_saved_folder
+from ...saving.mixins import is_component
 from ..text_pipelines import TextPipeline, text_pipeline_of
+from ..text_pipelines.index import read_pipeline_index
 
 ENCODERS = ("vae", "text_encoder", "tokenizer", "scheduler")  # how the names of the components that are loaded begin
 
@@ -26,20 +26,13 @@ def load_encoding_pipeline(name_or_path: str, dtype: torch.dtype) -> DiffusionPi
         ValueError: if its family is not known (see [`register_conditions`]), a file of a local folder is damaged, or weights are not
             finite.
     """
-    if not name_or_path:
-        raise ValueError("Expected `pipeline` to be a folder or Hub id, but got nothing.")
-    if os.path.isdir(name_or_path) and not os.path.isfile(os.path.join(name_or_path, "model_index.json")):
-        raise ValueError(
-            f"Expected `pipeline` to be the folder of a Diffusers pipeline, but got {name_or_path!r} without a model_index.json."
-        )
-    check_saved_folder(name_or_path)
-    config = DiffusionPipeline.load_config(name_or_path)
+    config = read_pipeline_index("pipeline", name_or_path)
     pipeline_class = _pipeline_class(config["_class_name"])
     text_pipeline = text_pipeline_of(pipeline_class)
     left_out: dict[str, Any] = {
         name: None
         for name, entry in config.items()
-        if _is_component(entry) and not name.startswith((*ENCODERS, *text_pipeline.text_components))
+        if is_component(entry) and not name.startswith((*ENCODERS, *text_pipeline.text_components))
     }
     if "requires_safety_checker" in config:  # without it, Diffusers would warn that no safety checker is loaded
         left_out["requires_safety_checker"] = False
@@ -86,12 +79,3 @@ def _pipeline_class(name: "str | list[str]") -> Any:
             "`register_conditions(…)` for its class, and call `encode_prompts(args, pipeline)`."
         )
     return pipeline_class
-
-
-def _is_component(entry: Any) -> bool:
-    """Whether an entry of a `model_index.json` names a component: a library and a class, or two nulls for one that is left out."""
-    return (
-        isinstance(entry, (list, tuple))
-        and len(entry) == 2
-        and all(each is None or isinstance(each, str) for each in entry)
-    )
