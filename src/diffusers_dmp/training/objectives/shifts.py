@@ -7,6 +7,7 @@ Legend: C channels, F frames, H and W height and width.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,10 +61,19 @@ class ResolutionShift:
         Args:
             sample_shape (`tuple[int, ...]`): (C, H, W) or (C, F, H, W), without the batch.
         """
+        return self._shift(self.mu(sample_shape))
+
+    def mu(self, sample_shape: tuple[int, ...]) -> float:
+        """
+        Compute what the scheduler's `set_timesteps` is given as `mu` for samples of one shape.
+
+        Args:
+            sample_shape (`tuple[int, ...]`): (C, H, W) or (C, F, H, W), without the batch.
+        """
         *frames, height, width = sample_shape[1:]
         num_tokens = math.prod(frames) * (height // self.patch_size) * (width // self.patch_size)
         slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
-        return self._shift(self.base_shift + slope * (num_tokens - self.base_image_seq_len))
+        return self.base_shift + slope * (num_tokens - self.base_image_seq_len)
 
     @property
     def range(self) -> tuple[float, float]:
@@ -72,6 +82,18 @@ class ResolutionShift:
 
     def _shift(self, mu: float) -> float:
         return math.exp(mu) if self.time_shift_type == "exponential" else mu
+
+
+def latent_pixels_per_token(config: Mapping[str, Any], packed_size: int = 1) -> int:
+    """
+    Count the (latent) pixels, along one axis, that become one token.
+
+    Args:
+        config (`Mapping`): Of the denoiser; it may have a `patch_size`, for videos (frames, height, width).
+        packed_size (`int`): The side of the squares that are packed before the denoiser sees them.
+    """
+    patch_size = config.get("patch_size") or 1
+    return max(patch_size[-1] if isinstance(patch_size, (tuple, list)) else patch_size, packed_size)
 
 
 def shift_of(scheduler: Any) -> "float | str":

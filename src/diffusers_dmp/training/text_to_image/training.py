@@ -17,9 +17,9 @@ from ..data.loop_data import LoopData
 from ..data.streamed_text import load_streamed_text
 from ..denoiser import TextDenoiser
 from ..objectives.ddpm import DiffusionObjective
-from ..objectives.flow import FlowObjective
+from ..objectives.from_arguments import make_flow_objective
 from ..objectives.objective import Objective
-from ..objectives.shifts import BY_RESOLUTION, ResolutionShift, parsed_shift
+from ..objectives.shifts import latent_pixels_per_token
 from ..recipe import TrainingRecipe
 from ..run import Publisher
 from ..trainer import make_accelerator, train
@@ -175,10 +175,5 @@ def make_text_objective(args: TextToImageArguments, source: SourcePipeline) -> O
         # its samples are x_t = √ᾱ_t·x0 + √(1-ᾱ_t)·ε, whatever the pipeline's own scheduler makes of them
         process: Any = DDPMScheduler.from_config(scheduler.config)
         return DiffusionObjective(process, args.weighting, None, args.uncertainty_learning_rate)
-    by_resolution, shift = None, parsed_shift(str(args.shift))
-    if shift == BY_RESOLUTION:
-        patch_size = source.denoiser.config.get("patch_size") or 1
-        patch_size = patch_size[-1] if isinstance(patch_size, (tuple, list)) else patch_size
-        by_resolution = ResolutionShift.of_scheduler(scheduler, max(patch_size, source.family.packed_size))
-    density = args.noise_density(1.0 if by_resolution else float(shift))
-    return FlowObjective(scheduler, density, by_resolution, args.weighting, args.uncertainty_learning_rate)
+    patch_size = latent_pixels_per_token(source.denoiser.config, source.family.packed_size)
+    return make_flow_objective(args, scheduler, patch_size)
