@@ -37,7 +37,7 @@ finally:
         (["sample"], 2, "diffusers-dmp: Missing argument"),
         (["sample", "here", "--stps", "3"], 2, "No such option: --stps"),
         (["sample", "here", "--num_inference_steps", "few"], 2, "Invalid value for '--num_inference_steps': "),
-        (["train", "gan"], 2, "`system` to be one of dit, dtr, remix, patch_diffusion, dmp, ppap, but got 'gan'"),
+        (["train", "gan"], 2, "`system` to be one of dit, dtr, remix, patch_diffusion, dmp, ppap, text_to_image, but got 'gan'"),
         (["train", "dtr", "--config", "dtr_imagnet"], 2, "dtr_imagenet256, "),
         (["train", "dtr", "--config=nowhere.yaml"], 2, "but got 'nowhere.yaml'"),
     ],

@@ -11,7 +11,7 @@ from diffusers_dmp import PromptPatch
 from diffusers_dmp.hub.pushing import with_hub
 from diffusers_dmp.saving.whole import written_whole
 from diffusers_dmp.training.arguments import PromptArguments, TrainingArguments, option
-from diffusers_dmp.training.base_schedule import check_base_process, check_base_schedule
+from diffusers_dmp.training.base_schedule import check_base_process, check_base_schedule, take_base_shift
 from diffusers_dmp.training.data.training_data import load_training_data
 from diffusers_dmp.training.dit_family import check_config, load_dit_family
 from diffusers_dmp.training.objectives.from_arguments import make_objective
@@ -51,6 +51,7 @@ def train_dmp(args: DMPTrainingArguments, publisher: Publisher | None = None) ->
     accelerator = make_accelerator(args)
     data = load_training_data(accelerator, args)
     check_base_process(args, args.pretrained_model_name_or_path)
+    take_base_shift(args, args.pretrained_model_name_or_path)
     base = load_dit_family(args.pretrained_model_name_or_path)
     check_config(base, args.pretrained_model_name_or_path, data.model_config(args))
     check_base_schedule(args, base, args.pretrained_model_name_or_path, data.vae)

@@ -19,9 +19,7 @@ class RemixTrainingArguments(DiTTrainingArguments):
     """A Remix-DiT."""
 
     num_bases: int = option(4, "K, the number of sets of weights that are mixed.")
-    num_experts: int = option(
-        8, "E, the number of experts, one for each interval of timesteps, one for each interval of timesteps."
-    )
+    num_experts: int = option(8, "E, the number of experts, one for each interval of timesteps.")
     coefficient_learning_rate: float = option(
         1e-2, "Learning rate of the mixing coefficients; `learning_rate` is that of the weights."
     )

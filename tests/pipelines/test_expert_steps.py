@@ -108,7 +108,9 @@ def test_the_counts_are_those_of_the_noise_levels(shift, steps, boundaries):
         counts = steps_per_expert(intervals, scheduler, steps)
     scheduler.set_timesteps(steps)
     timesteps = scheduler.timesteps.tolist()
-    assume(all(abs(t - edge) > 5e-3 or t == edge for t in timesteps for edge in boundaries))  # what float32 cannot tell apart
+    assume(
+        all(abs(t - edge) > 5e-3 or t == edge for t in timesteps for edge in boundaries)
+    )  # what float32 cannot tell apart
     owners = [sum(t >= edge for edge in boundaries) for t in timesteps]
     assert counts == [owners.count(expert) for expert in range(intervals.num_experts)]
 

@@ -77,7 +77,7 @@ def test_every_preset_parses(preset, tmp_path, monkeypatch):
         "dmp": DMPTrainingArguments,
         "patch": PatchDiffusionTrainingArguments,
         "ppap": PPAPTrainingArguments,
-        **dict.fromkeys(["sd3", "flux", "wan22", "sdxl"], TextToImageArguments),
+        **dict.fromkeys(["sd3", "flux", "wan22", "sdxl", "text"], TextToImageArguments),
     }
     args = parse_arguments(arguments[preset.stem.split("_")[0]], ["--config", str(preset)])
     for name, value in yaml.safe_load(preset.read_text()).items():
@@ -139,3 +139,12 @@ def test_what_the_objective_decides_may_be_given(tmp_path):
     assert (args.prediction_type, args.learn_sigma, args.shift) == ("flow_prediction", False, "3.0")
     args = parse_arguments(DiTTrainingArguments, ["--learn_sigma", "false", "--prediction_type", "sample"])
     assert (args.objective, args.prediction_type, args.learn_sigma) == ("ddpm", "sample", False)
+
+
+def test_a_switch_without_a_default_of_its_own_is_spelled_as_the_others():
+    for bare, value in ((["--learn_sigma"], True), (["--no_learn_sigma"], False), (["--learn_sigma=false"], False)):
+        for position in (0, 2):
+            argv = ["--dataset", "digits"]
+            argv[position:position] = bare
+            args = parse_arguments(DiTTrainingArguments, argv)
+            assert (args.learn_sigma, args.dataset) == (value, "digits")

@@ -115,7 +115,7 @@ def test_remix_and_prompts_go_on_from_it(dit_run, digits, tmp_path, monkeypatch)
     from train_remix import RemixTrainingArguments, train_remix
 
     names = ("image_size", "image_channels", "random_flip", "batch_size", "learning_rate")
-    shared = {name: TINY[name] for name in names} | FLOW | {"dataset": str(digits), "report_to": "none"}
+    shared = {name: TINY[name] for name in names} | {"dataset": str(digits), "report_to": "none", "objective": "flow"}
     shared |= {"max_train_steps": 2, "pretrained_model_name_or_path": str(dit_run / "pipeline")}
     remix = RemixTrainingArguments(**shared, num_bases=2, num_experts=3, output_dir=str(tmp_path / "remix"))
     train_remix(remix)
@@ -124,6 +124,7 @@ def test_remix_and_prompts_go_on_from_it(dit_run, digits, tmp_path, monkeypatch)
     for name in ("remix", "dmp"):
         pipeline = DiffusionPipeline.from_pretrained(tmp_path / name / "pipeline")
         assert type(pipeline.scheduler) is FlowMatchEulerDiscreteScheduler
+        assert pipeline.scheduler.config.shift == 2  # the base's
         assert len(pipeline(["1"], num_inference_steps=2).images) == 1
 
 

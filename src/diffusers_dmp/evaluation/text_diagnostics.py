@@ -5,14 +5,12 @@ Legend: N samples, n those of one shape, M 1 or 2, C channels, F frames (videos 
 
 import dataclasses
 import inspect
-import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import get_device
@@ -20,6 +18,7 @@ from diffusers.utils.torch_utils import get_device
 from ..intervals import NoiseIntervals
 from ..plugins.lora_experts import LoraExperts
 from ..saving.finite import expect_finite_pipeline
+from ..saving.pipeline_parts import load_components, saved_class
 from ..saving.reading import read_json
 from ..saving.weight_files import check_saved_folder
 from ..training.conditions import LATENT_COLUMNS
@@ -81,7 +80,7 @@ def diagnose_text_pipeline(
 
     options = DiagnosisOptions(intervals=intervals, predict=predict, num_bands=num_bands)
     config = (denoiser if intervals is None else denoiser[0]).config
-    schedule = _schedule(scheduler, _patch_size(text, config), inputs)
+    schedule = _schedule(scheduler, text.token_size(config), inputs)
     if experts is None:
         return diagnose_batches(denoiser, inputs, scheduler, num_inference_steps, options, **schedule)
     bands = NoiseIntervals.uniform(num_bands, experts.intervals.num_train_timesteps)
@@ -123,14 +122,7 @@ def _schedule(scheduler: Any, patch_size: int, inputs: Sequence[tuple[torch.Tens
     for latents, _ in inputs:
         counts[latents.shape[1:]] += len(latents)
     ((shape, _),) = counts.most_common(1)
-    shift = ResolutionShift.of_scheduler(scheduler, patch_size)
-    return {"mu": math.log(shift(shape)) if shift.time_shift_type == "exponential" else shift(shape)}
-
-
-def _patch_size(text: TextPipeline, config: Mapping[str, Any]) -> int:
-    """How many latent pixels, along one axis, are one token."""
-    patch_size = config.get("patch_size") or 1
-    return max(text.packed_size, patch_size[-1] if isinstance(patch_size, (tuple, list)) else patch_size)
+    return {"mu": ResolutionShift.of_scheduler(scheduler, patch_size).mu(shape)}
 
 
 def is_text_pipeline(name_or_path: str) -> bool:
@@ -142,7 +134,7 @@ def is_text_pipeline(name_or_path: str) -> bool:
     """
     if os.path.isdir(name_or_path) and not os.path.isfile(os.path.join(name_or_path, "model_index.json")):
         return False
-    pipeline_class = getattr(diffusers, str(DiffusionPipeline.load_config(name_or_path)["_class_name"]), None)
+    pipeline_class = saved_class(DiffusionPipeline.load_config(name_or_path))
     return pipeline_class is not None and PROMPT in inspect.signature(pipeline_class.__call__).parameters
 
 
@@ -159,7 +151,7 @@ def diagnose_encoded(
     Load a text pipeline and diagnose its experts on images and captions that `encode_prompts.py` wrote.
 
     Args:
-        name_or_path (`str`): The pipeline's folder or Hub id. Its text encoders and its VAE are not loaded.
+        name_or_path (`str`): The pipeline's folder or Hub id. Its denoisers and its scheduler alone are loaded.
         encoded ([`Encoded`]): Images and captions, encoded with this pipeline.
         lora_experts (`str`, *optional*): Folder or Hub id of LoRA experts; see [`diagnose_text_pipeline`].
         num_images (`int`): N, chosen at random.
@@ -174,12 +166,9 @@ def diagnose_encoded(
         raise ValueError(f"Expected `dtype` to be one of {', '.join(DTYPES)}, but got {dtype!r}.")
     folder = name_or_path if os.path.isdir(name_or_path) else DiffusionPipeline.download(name_or_path)
     check_saved_folder(folder)
-    without = {
-        name: None
-        for name in DiffusionPipeline.load_config(folder)
-        if name.startswith(("vae", "text_encoder", "tokenizer"))
-    }
-    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, dtype), **without)
+    text = text_pipeline_of(saved_class(DiffusionPipeline.load_config(folder)))
+    wanted = {"scheduler", *text.components}
+    pipeline = load_components(folder, wanted.__contains__, dtype=getattr(torch, dtype))
     expect_finite_pipeline(pipeline, folder)
     check_encoding(encoded.encoding, pipeline, str(folder), encoded.source)
     check_shapes(encoded, pipeline)

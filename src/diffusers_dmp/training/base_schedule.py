@@ -19,6 +19,7 @@ from ..saving.mixins import is_component
 from ..saving.reading import read_json
 from .arguments import TrainingArguments
 from .objectives.from_arguments import make_scheduler
+from .objectives.shifts import shift_of
 
 SCHEDULER_FOLDER, VAE_FOLDER, MODEL_CONFIG = "scheduler", "vae", "config.json"
 # of the original DiT (https://github.com/facebookresearch/DiT), whose files hold weights alone
@@ -85,6 +86,19 @@ def check_base_process(args: TrainingArguments, name_or_path: str) -> None:
             f"Expected the training to continue as {name_or_path!r} was trained, but got "
             f"{_other_process(args, scheduler)}. Give --objective {_process(scheduler)}."
         )
+
+
+def take_base_shift(args: TrainingArguments, name_or_path: str) -> None:
+    """
+    Set the shift of a flow-matching training, unless the arguments have one, to that of the base's pipeline.
+
+    Args:
+        args ([`TrainingArguments`]): Of which the `shift` is set.
+        name_or_path (`str`): Where the base is loaded from.
+    """
+    scheduler = base_scheduler(name_or_path)
+    if args.objective == "flow" and args.shift is None and scheduler is not None:
+        args.shift = str(shift_of(scheduler))
 
 
 def _process(scheduler: SchedulerMixin) -> str | None:

@@ -13,7 +13,7 @@ from ..models.dit.stock_layout import STOCK_CLASSES
 from ..saving.finite import expect_finite_weights
 from ..saving.weight_files import check_saved_folder
 from .arguments import DiTTrainingArguments, model_arguments
-from .base_schedule import check_base_process, check_base_schedule
+from .base_schedule import check_base_process, check_base_schedule, take_base_shift
 from .data.training_data import load_training_data
 from .objectives.from_arguments import make_objective
 from .recipe import TrainingRecipe
@@ -49,6 +49,7 @@ def train_dit(
         model = new_model(model_class, args, config)
     else:
         check_base_process(args, args.pretrained_model_name_or_path)
+        take_base_shift(args, args.pretrained_model_name_or_path)
         sizes = {} if args.preset is None else model_class.preset_config(args.preset)
         own = model_arguments(model_class, args, without=DiTTrainingArguments)
         model = load_pretrained(model_class, args.pretrained_model_name_or_path, own | config | sizes)

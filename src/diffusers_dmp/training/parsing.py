@@ -102,6 +102,7 @@ def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None = N
     parser.add_argument("--config", help="A YAML preset of the arguments above, which the command line overrides.")
     parser.add_argument(DEBUG, action="store_true", help=DEBUG_HELP)
     argv = with_new_names(sys.argv[1:] if argv is None else argv, getattr(arguments_class, "renamed", {}))
+    argv = _with_values(argv, arguments_class)
     config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config")
     config = config_parser.parse_known_args(argv)[0].config
@@ -114,6 +115,18 @@ def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None = N
         hint = f"did you mean {similar[0]}?" if similar else "`--help` lists them."
         raise ValueError(f"Expected known arguments, but got {' '.join(unknown)}; {hint}")
     return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
+
+
+def _with_values(argv: list[str], arguments_class: type) -> list[str]:
+    """A command line in which switches without a default of their own, too, may be bare for true, or `--no_…` for false."""
+    types = typing.get_type_hints(arguments_class)
+    switches = [f"--{field.name}" for field in dataclasses.fields(arguments_class) if types[field.name] == bool | None]
+    values = {switch.replace("--", "--no_", 1): f"{switch}=false" for switch in switches}
+    bare = {switch: f"{switch}=true" for switch in switches}
+    return [
+        (values | bare if following is None or following.startswith("--") else values).get(token, token)
+        for token, following in zip(argv, [*argv[1:], None])
+    ]
 
 
 def _read_preset(path: Path, arguments_class: type) -> dict[str, Any]:

@@ -6,6 +6,7 @@ process. Checkpoints are Accelerate's sharded ones, of `torch.distributed.checkp
 """
 
 import copy
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,9 @@ def with_all_experts(
         The same for B + E samples, of which the first B are the batch.
     """
     rows = [*range(len(x_t)), *[0] * intervals.num_experts]
-    middles = [(low + high) / 2 for low, high in zip(intervals.edges, intervals.edges[1:])]
+    is_continuous = timesteps.is_floating_point()
+    bounds = zip(intervals.edges, intervals.edges[1:])
+    middles = [(low + high) / 2 if is_continuous else math.ceil(low) for low, high in bounds]
     extended = {name: None if value is None else value[rows] for name, value in conditions.items()}
     return x_t[rows], torch.cat([timesteps, timesteps.new_tensor(middles)]), extended
 

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
 from ...saving.finite import expect_finite_pipeline
-from ...saving.mixins import is_component
+from ...saving.pipeline_parts import load_components, saved_class
 from ..text_pipelines import TextPipeline, text_pipeline_of
 from ..text_pipelines.index import read_pipeline_index
 
@@ -27,18 +26,16 @@ def load_encoding_pipeline(name_or_path: str, dtype: torch.dtype) -> DiffusionPi
             finite.
     """
     config = read_pipeline_index("pipeline", name_or_path)
-    pipeline_class = _pipeline_class(config["_class_name"])
+    pipeline_class = saved_class(config)
+    if pipeline_class is None:
+        raise ValueError(
+            f"Expected `pipeline` to be of a class of Diffusers, but got {config['_class_name']!r}; in Python, load it yourself, "
+            "`register_conditions(…)` for its class, and call `encode_prompts(args, pipeline)`."
+        )
     text_pipeline = text_pipeline_of(pipeline_class)
-    left_out: dict[str, Any] = {
-        name: None
-        for name, entry in config.items()
-        if is_component(entry) and not name.startswith((*ENCODERS, *text_pipeline.text_components))
-    }
-    if "requires_safety_checker" in config:  # without it, Diffusers would warn that no safety checker is loaded
-        left_out["requires_safety_checker"] = False
+    wanted = (*ENCODERS, *text_pipeline.text_components)
     dtypes = {"default": dtype, "vae": torch.float32}
-    # by its own class: of `DiffusionPipeline`, those that are optional (Wan's transformers) are loaded all the same
-    pipeline = pipeline_class.from_pretrained(name_or_path, dtype=dtypes, **left_out)
+    pipeline = load_components(name_or_path, lambda name: name.startswith(wanted), dtype=dtypes)
     expect_finite_pipeline(pipeline, name_or_path)
     return pipeline
 
@@ -68,14 +65,3 @@ def check_vae(pipeline: Any, text_pipeline: TextPipeline, resolution: int) -> in
             f"{below or multiple}, but got {resolution}."
         )
     return multiple
-
-
-def _pipeline_class(name: "str | list[str]") -> Any:
-    """The class that a saved pipeline names."""
-    pipeline_class = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if pipeline_class is None:
-        raise ValueError(
-            f"Expected `pipeline` to be of a class of Diffusers, but got {name!r}; in Python, load it yourself, "
-            "`register_conditions(…)` for its class, and call `encode_prompts(args, pipeline)`."
-        )
-    return pipeline_class

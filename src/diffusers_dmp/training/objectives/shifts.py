@@ -60,10 +60,19 @@ class ResolutionShift:
         Args:
             sample_shape (`tuple[int, ...]`): (C, H, W) or (C, F, H, W), without the batch.
         """
+        return self._shift(self.mu(sample_shape))
+
+    def mu(self, sample_shape: tuple[int, ...]) -> float:
+        """
+        Compute what the scheduler's `set_timesteps` is given as `mu` for samples of one shape.
+
+        Args:
+            sample_shape (`tuple[int, ...]`): (C, H, W) or (C, F, H, W), without the batch.
+        """
         *frames, height, width = sample_shape[1:]
         num_tokens = math.prod(frames) * (height // self.patch_size) * (width // self.patch_size)
         slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
-        return self._shift(self.base_shift + slope * (num_tokens - self.base_image_seq_len))
+        return self.base_shift + slope * (num_tokens - self.base_image_seq_len)
 
     @property
     def range(self) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ...intervals import NoiseIntervals
 from ...models.denoiser_experts import DenoiserExperts
-from ...saving.mixins import is_component
+from ...saving.pipeline_parts import load_components, saved_class
 from ..text_pipelines import TextPipeline, text_pipeline_of
 from ..text_pipelines.index import read_pipeline_index
 
@@ -34,7 +34,7 @@ class SourcePipeline:
     def __init__(self, name: str):
         self.name = name
         self.index: Any = read_pipeline_index("pretrained_model_name_or_path", name)
-        known_class = getattr(diffusers, str(self.index.get("_class_name")), None)
+        known_class = saved_class(self.index)
         if known_class is not None:  # or else it is seen when it is loaded
             self.family = text_pipeline_of(known_class)
         # the class itself: `DiffusionPipeline` loads optional components (Wan's transformers) although they are given
@@ -73,13 +73,7 @@ class SourcePipeline:
         wanted = {"transformer", "transformer_2", "unet", *(["vae"] if with_vae else [])}
         if self.boundary is not None and needed is not None:
             wanted -= {"transformer_2" if needed[0] >= self.boundary else "transformer"}
-        components = [name for name, value in self.index.items() if is_component(value)]
-        own = {name: None for name in components if name not in wanted} | {"scheduler": self.fresh_scheduler()}
-        if (
-            "requires_safety_checker" in self.index
-        ):  # without it, Diffusers would warn that no safety checker is loaded
-            own["requires_safety_checker"] = False
-        pipeline = self.pipeline_class.from_pretrained(self.name, dtype=dtype, **own)
+        pipeline = load_components(self.name, wanted.__contains__, dtype=dtype, scheduler=self.fresh_scheduler())
         self.pipeline, self.dtype = pipeline, dtype
         self.family = text_pipeline_of(pipeline)
         if not self.denoisers:
