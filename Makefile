@@ -77,7 +77,7 @@ $(TEXT_DATA:%=$(TEXT)/encoded/%.done): $(TEXT)/encoded/%.done: $(TEXT)/start.don
 	touch $@
 
 $(TEXT)/base.done: $(TEXT_DATA:%=$(TEXT)/encoded/%.done)
-	@echo "$$(date +%T) Part 3 of 6: training on clothes, 15 minutes on two cores. Next: drawing from prompts."
+	@echo "$$(date +%T) Part 3 of 6: training on clothes, the longest part. Next: drawing from prompts."
 	$(TRAIN) training/train_text_to_image.py --config training/presets/text_clothes.yaml
 	touch $@
 
@@ -104,7 +104,7 @@ space-models: .venv/space.installed
 	CPU_THREADS=$(CPU_THREADS) $(BIN)/python spaces/make_models.py
 
 test: .venv/test.installed
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: .venv/test.installed
 	$(BIN)/python -m pytest -q -m slow

@@ -63,6 +63,7 @@ setup(
             "nbclient>=0.10",
             "optimum-quanto>=0.2.7",  # quantised experts
             "pytest>=8.0",
+            "pytest-xdist>=3.6",  # a process for each core
             "selenium>=4.20",
             "torchsde>=0.2.6",  # DPMSolverSDEScheduler needs it
             *LINT,

@@ -19,7 +19,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tiny_pipelines import RECIPES, generate
 
@@ -107,7 +107,11 @@ def test_the_counts_are_those_of_the_noise_levels(shift, steps, boundaries):
         warnings.simplefilter("ignore")
         counts = steps_per_expert(intervals, scheduler, steps)
     scheduler.set_timesteps(steps)
-    owners = [sum(t >= edge - 3e-3 for edge in sorted(boundaries)) for t in scheduler.timesteps.tolist()]
+    timesteps = scheduler.timesteps.tolist()
+    assume(
+        all(abs(t - edge) > 5e-3 or t == edge for t in timesteps for edge in boundaries)
+    )  # what float32 cannot tell apart
+    owners = [sum(t >= edge for edge in boundaries) for t in timesteps]
     assert counts == [owners.count(expert) for expert in range(intervals.num_experts)]
 
 

@@ -5,7 +5,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMulti
 from tiny_pipelines import RECIPES
 from torch import nn
 
-from diffusers_dmp.training.text_to_image.arguments import shift_of
+from diffusers_dmp.training.objectives.shifts import shift_of
 from diffusers_dmp.training.text_to_image.targets import lora_targets_of
 
 SELF = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -27,6 +27,8 @@ def test_names_and_ends_of_names():
             lora_targets_of(denoiser, ["to_q", name])
     with pytest.raises(ValueError, match="got 'ff.net.0.project'; close to it are ff.net.0.proj, "):
         lora_targets_of(denoiser, ["ff.net.0.project"])
+    with pytest.raises(ValueError, match="got 'xyz'; such are to_q, to_k, "):
+        lora_targets_of(denoiser, ["xyz"])
 
 
 def test_a_denoiser_without_the_usual_names():
@@ -37,11 +39,11 @@ def test_a_denoiser_without_the_usual_names():
 @pytest.mark.parametrize(
     "scheduler, expected",
     [
-        (FlowMatchEulerDiscreteScheduler(shift=3.0), "3"),
-        (FlowMatchEulerDiscreteScheduler(), "1"),
+        (FlowMatchEulerDiscreteScheduler(shift=3.0), 3.0),
+        (FlowMatchEulerDiscreteScheduler(), 1.0),
         (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "resolution"),
-        (UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5.0), "5"),
-        (DDIMScheduler(), "1"),
+        (UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5.0), 5.0),
+        (DDIMScheduler(), 1.0),
     ],
 )
 def test_training_is_shifted_as_the_pipeline_samples(scheduler, expected):

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import PIL.Image
 import pytest
 import torch
 import yaml
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, EDMEulerScheduler
 from huggingface_hub import constants
 from safetensors.torch import load_file
 from text_runs import encode_pipeline, fresh_processes
@@ -158,6 +159,15 @@ def test_lora_experts_are_saved_and_put_back(encoded, tmp_path):
     assert torch.equal(generate("sd3", pipe), before)
 
 
+def test_what_is_trained_is_said_before_the_first_step(encoded, tmp_path, capsys):
+    sd3 = encoded("sd3")
+    sd3.train(tmp_path, method="lora_experts", sigma_boundaries=[0.875], expert="1", ranks=[8, 1], max_train_steps=1)
+    said = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines() if ":" in line)
+    count = sum(tensor.numel() for tensor in load_file(tmp_path / "loras" / "expert_1.safetensors").values())
+    assert said["model"].strip() == f"SD3Transformer2DModel, frozen; {count:,} parameters beside it are trained"
+    assert said["experts"].strip() == "2, for the timesteps 0 to 875, 875 to 1000; number 1 is trained"
+
+
 def test_experts_are_trained_one_by_one_into_one_folder(encoded, tmp_path):
     """The folders of two machines, copied together, are what `from_pretrained` reads; each alone names what is missing."""
     sd3 = encoded("sd3")
@@ -246,6 +256,12 @@ def test_samples_have_the_same_noise_every_time(encoded, tmp_path):
     assert left == left_again and top == top_again == expected and left != top
 
 
+def test_samples_of_a_size_that_the_pipeline_does_not_have(encoded, tmp_path):
+    samples = {"sample_steps": 1, "validation_prompts": ["left"], "sample_height": 8, "sample_width": 7}
+    with pytest.raises(ValueError, match="`sample_width` to be divisible by the 2 pixels .* but got 7"):
+        prepared(encoded("flux").arguments(tmp_path, method="lora", **samples))
+
+
 def test_prompts(encoded, tmp_path):
     sd3 = encoded("sd3")
     arguments = {"num_prompts": 64, "topk": 0.5, "gate_learning_rate": 1e-2}
@@ -317,7 +333,7 @@ BAD = {
     ),
     "experts of one LoRA": (
         {"method": "lora", "num_experts": 2},
-        "`method` to be lora_experts where `num_experts` is set",
+        "`method` to be lora_experts or denoiser_experts where `num_experts` is set",
     ),
     "target module": ({"num_experts": 2, "target_modules": ["to_qq"]}, "got 'to_qq'; close to it are .*to_q"),
     "learned variance": ({"num_experts": 2, "learn_sigma": True}, "`learn_sigma` to be false for flow matching"),
@@ -330,6 +346,11 @@ BAD = {
     "samples without prompts": (
         {"num_experts": 2, "sample_steps": 1},
         "`sample_steps` and `validation_prompts` to be set",
+    ),
+    "no stream": ({"num_experts": 2, "shuffle_buffer_size": 5}, "`streaming` to be true where `shuffle_buffer_size`"),
+    "pipeline": (
+        {"num_experts": 2, "pretrained_model_name_or_path": str(Path(__file__).parent)},
+        "without a model_index",
     ),
     "data set": ({"num_experts": 2, "dataset": "/nowhere"}, "/nowhere"),
     "steps": ({"num_experts": 2, "max_train_steps": 0}, "`max_train_steps` to be at least 1"),
@@ -362,6 +383,23 @@ def test_published_with_a_card_of_the_intervals(encoded, hub, monkeypatch, tmp_p
         )
     with pytest.raises(ValueError, match="`push_to_hub` to be false for the method routing"):
         encoded("sd3").train(tmp_path, method="routing", push_to_hub=True, hub_license="mit")
+
+
+def test_a_process_without_an_objective_is_refused(encoded, tmp_path):
+    """EDM's noise levels are not those of its scheduler's DDPM relatives, although it has a `prediction_type`."""
+    source = encoded("sdxl")
+    other = tmp_path / "edm"
+    shutil.copytree(source.pipeline, other)
+    index = json.loads((other / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "EDMEulerScheduler"]
+    (other / "model_index.json").write_text(json.dumps(index))
+    EDMEulerScheduler().save_pretrained(other / "scheduler")
+    with pytest.raises(ValueError, match="noise levels of flow matching, or betas .* got a EDMEulerScheduler"):
+        source.train(tmp_path / "output", method="lora", pretrained_model_name_or_path=str(other))
+    index["scheduler"] = ["elsewhere", "OwnScheduler"]
+    (other / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="a scheduler of Diffusers, but got 'OwnScheduler'"):
+        source.train(tmp_path / "output", method="lora", pretrained_model_name_or_path=str(other))
 
 
 def test_data_of_another_pipeline_are_refused(encoded, tmp_path):

@@ -27,7 +27,7 @@ from ..training.data.encoded_rows import collate
 from ..training.data.encoded_text import Encoded, batches_of_one_bucket, check_shapes
 from ..training.data.encoding_record import check_encoding
 from ..training.data.seeded_sampling import DTYPES
-from ..training.objectives.shifts import ResolutionShift, latent_pixels_per_token
+from ..training.objectives.shifts import ResolutionShift
 from ..training.summary import SUMMARY_NAME
 from ..training.text_pipelines import TextPipeline, text_pipeline_of
 from .denoiser_diagnostics import DiagnosisOptions, diagnose_batches, losses_between
@@ -80,7 +80,7 @@ def diagnose_text_pipeline(
 
     options = DiagnosisOptions(intervals=intervals, predict=predict, num_bands=num_bands)
     config = (denoiser if intervals is None else denoiser[0]).config
-    schedule = _schedule(scheduler, latent_pixels_per_token(config, text.packed_size), inputs)
+    schedule = _schedule(scheduler, text.token_size(config), inputs)
     if experts is None:
         return diagnose_batches(denoiser, inputs, scheduler, num_inference_steps, options, **schedule)
     bands = NoiseIntervals.uniform(num_bands, experts.intervals.num_train_timesteps)

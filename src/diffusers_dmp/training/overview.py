@@ -6,8 +6,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from .adapted import AdaptedDenoiser
 from .arguments import LoopArguments
+from .data.listing import shorten
 from .metrics_file import METRICS_NAME
+from .recipe import TrainingRecipe
 from .run import TrainingRun
 
 
@@ -20,10 +23,12 @@ def describe_run(run: TrainingRun, first_step: int) -> str:
         first_step (`int`): The number of steps that are done.
     """
     args, data, accelerator = run.args, run.data, run.parts.accelerator
+    recipe = run.parts.recipe
     rows = {
         "data": f"{args.dataset}: {data.describe()}",
         "validation": "none",
         "model": _describe_model(run.parts.described_model),
+        **({} if recipe.expert_intervals is None else {"experts": _describe_experts(recipe)}),
         "steps": _describe_steps(args, accelerator, data.num_samples(args), first_step),
         "device": _describe_device(accelerator),
         "output": _describe_output(run),
@@ -38,9 +43,20 @@ def describe_run(run: TrainingRun, first_step: int) -> str:
 
 def _describe_model(model: nn.Module) -> str:
     parameters = list(model.parameters())
+    if isinstance(model, AdaptedDenoiser):
+        trained = sum(parameter.numel() for parameter in parameters)
+        return f"{type(model.denoiser).__name__}, frozen; {trained:,} parameters beside it are trained"
     total = sum(parameter.numel() for parameter in parameters)
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     return f"{type(model).__name__}, {total:,} parameters, {'all' if trained == total else f'{trained:,}'} of them trained"
+
+
+def _describe_experts(recipe: TrainingRecipe) -> str:
+    assert recipe.expert_intervals is not None  # of the caller's recipe
+    edges = [f"{edge:g}" for edge in recipe.expert_intervals.edges]
+    intervals = [f"{low} to {high}" for low, high in zip(edges, edges[1:])]
+    trained = "" if recipe.expert is None else f"; number {recipe.expert} is trained"
+    return f"{len(intervals)}, for the timesteps {shorten(intervals)}{trained}"
 
 
 def _describe_steps(args: LoopArguments, accelerator: Accelerator, num_images: int, first_step: int) -> str:

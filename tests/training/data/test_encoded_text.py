@@ -88,8 +88,10 @@ def own_columns(name: str, pipe: DiffusionPipeline, caption: str) -> dict[str, t
         embeds, _, pooled, _ = pipe.encode_prompt(caption, None, None, do_classifier_free_guidance=False)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
     if name == "sdxl":
-        embeds, _, pooled, _ = pipe.encode_prompt(caption, do_classifier_free_guidance=False)
-        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+        # of the empty one, what its guidance takes for no prompt: zeros
+        embeds, negative, pooled, pooled_negative = pipe.encode_prompt(caption)
+        found = (embeds, pooled) if caption else (negative, pooled_negative)
+        return dict(zip(("prompt_embeds", "pooled_prompt_embeds"), found))
     embeds, mask = pipe.encode_prompt(caption, max_sequence_length=512)
     assert mask is None or mask.all()  # alone, a prompt has no padding
     return {"prompt_embeds": embeds, "prompt_embeds_mask": torch.ones(embeds.shape[:2], dtype=torch.bool)}

@@ -1,6 +1,5 @@
 """Pipelines of which only text encoders and VAE are loaded, to encode captions and images."""
 
-import os
 from typing import Any
 
 import torch
@@ -8,8 +7,8 @@ from diffusers import DiffusionPipeline
 
 from ...saving.finite import expect_finite_pipeline
 from ...saving.pipeline_parts import load_components, saved_class
-from ...saving.weight_files import check_saved_folder
 from ..text_pipelines import TextPipeline, text_pipeline_of
+from ..text_pipelines.index import read_pipeline_index
 
 ENCODERS = ("vae", "text_encoder", "tokenizer", "scheduler")  # how the names of the components that are loaded begin
 
@@ -26,14 +25,7 @@ def load_encoding_pipeline(name_or_path: str, dtype: torch.dtype) -> DiffusionPi
         ValueError: if its family is not known (see [`register_conditions`]), a file of a local folder is damaged, or weights are not
             finite.
     """
-    if not name_or_path:
-        raise ValueError("Expected `pipeline` to be a folder or Hub id, but got nothing.")
-    if os.path.isdir(name_or_path) and not os.path.isfile(os.path.join(name_or_path, "model_index.json")):
-        raise ValueError(
-            f"Expected `pipeline` to be the folder of a Diffusers pipeline, but got {name_or_path!r} without a model_index.json."
-        )
-    check_saved_folder(name_or_path)
-    config = DiffusionPipeline.load_config(name_or_path)
+    config = read_pipeline_index("pipeline", name_or_path)
     pipeline_class = saved_class(config)
     if pipeline_class is None:
         raise ValueError(

@@ -7,7 +7,6 @@ Legend: C channels, F frames, H and W height and width.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,18 +81,6 @@ class ResolutionShift:
 
     def _shift(self, mu: float) -> float:
         return math.exp(mu) if self.time_shift_type == "exponential" else mu
-
-
-def latent_pixels_per_token(config: Mapping[str, Any], packed_size: int = 1) -> int:
-    """
-    Count the (latent) pixels, along one axis, that become one token.
-
-    Args:
-        config (`Mapping`): Of the denoiser; it may have a `patch_size`, for videos (frames, height, width).
-        packed_size (`int`): The side of the squares that are packed before the denoiser sees them.
-    """
-    patch_size = config.get("patch_size") or 1
-    return max(patch_size[-1] if isinstance(patch_size, (tuple, list)) else patch_size, packed_size)
 
 
 def shift_of(scheduler: Any) -> "float | str":

@@ -117,9 +117,19 @@ class TextPipeline:
         denoisers = (getattr(pipeline, name, None) for name in self.components)
         denoiser = next((each for each in denoisers if each is not None), None)
         # without a denoiser, which encoding does not need: that of all published ones
-        patch_size = 2 if denoiser is None else denoiser.config.get("patch_size") or 1
+        config = {"patch_size": 2} if denoiser is None else denoiser.config
+        return vae_downsampling(pipeline.vae) * self.token_size(config)
+
+    def token_size(self, config: Mapping[str, Any]) -> int:
+        """
+        Return the side of the squares of latent pixels that become tokens; 1 for a denoiser without patches.
+
+        Args:
+            config (`Mapping`): The denoiser's configuration.
+        """
+        patch_size = config.get("patch_size") or 1
         patch = patch_size[-1] if isinstance(patch_size, (tuple, list)) else patch_size
-        return vae_downsampling(pipeline.vae) * max(patch, self.packed_size)
+        return max(patch, self.packed_size)
 
     def call(
         self,

@@ -16,6 +16,12 @@ class StableDiffusion3Text(TextPipeline):
 
     def prompt_columns(self, pipeline: Any, prompts: list[str]) -> Columns:
         """`prompt_embeds` (b, L, D) and `pooled_prompt_embeds` (b, P)."""
+        # its `encode_prompt` reads the width of those zeros from the transformer
+        if getattr(pipeline, "text_encoder_3", None) is None and getattr(pipeline, "transformer", None) is None:
+            raise ValueError(
+                "Expected a StableDiffusion3Pipeline with `text_encoder_3`, or else with its `transformer`, but got neither; load the "
+                "whole pipeline in Python, and call `encode_prompts(args, pipeline)`."
+            )
         embeds, _, pooled, _ = pipeline.encode_prompt(
             prompt=prompts, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False
         )

@@ -4,9 +4,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from ...diffusion.noise import is_flow_matching
+from ...diffusion.noise import is_flow_matching, scheduler_setting
 from ..arguments import LoopArguments, ObjectiveArguments, PromptArguments, RoutingArguments, option
-from ..objectives.shifts import BY_RESOLUTION
+from ..objectives.shifts import shift_of
 from .methods import METHODS
 from .option_groups import IntervalArguments, LoraArguments, StreamingArguments
 
@@ -114,9 +114,15 @@ class TextToImageArguments(
             scheduler ([`SchedulerMixin`]): The pipeline's.
 
         Raises:
-            ValueError: if the pipeline was made for another process or prediction, or a variance is to be learned.
+            ValueError: if the pipeline was made for another process or prediction, or a variance is to be learned; or if there is
+                no objective for its process.
         """
         is_flow = is_flow_matching(scheduler)
+        if not is_flow and scheduler_setting(scheduler, "beta_schedule") is None:
+            raise ValueError(
+                "Expected the pipeline's scheduler to have the noise levels of flow matching, or betas as DDPM has, but got a "
+                f"{type(scheduler).__name__}, for which there is no objective."
+            )
         found = "flow" if is_flow else "ddpm"
         if self.objective not in (None, found):
             raise ValueError(
@@ -134,20 +140,12 @@ class TextToImageArguments(
                 )
             self.prediction_type = own
         if is_flow and self.shift is None:
-            self.shift = shift_of(scheduler)
+            self.shift = str(shift_of(scheduler))
         self.resolve_objective()
 
     def samples_in_words(self, count: int) -> str:
         """Say what a number of samples are."""
         return f"{count} encoded images"
-
-
-def shift_of(scheduler: Any) -> str:
-    """The shift of a flow-matching scheduler: its number, or by resolution."""
-    config = scheduler.config
-    if config.get("use_dynamic_shifting"):
-        return BY_RESOLUTION
-    return f"{config.get('shift', config.get('flow_shift')) or 1:g}"
 
 
 def _default(field: "dataclasses.Field[Any]") -> Any:

@@ -158,6 +158,10 @@ class StreamingArguments:
         """
         if self.shuffle_buffer_size < 1:
             raise ValueError(f"Expected `shuffle_buffer_size` to be at least 1, but got {self.shuffle_buffer_size}.")
+        if self.shuffle_buffer_size != 1_000 and not self.streaming:
+            raise ValueError(
+                f"Expected `streaming` to be true where `shuffle_buffer_size` is set, but got {self.shuffle_buffer_size}."
+            )
         if self.streaming and num_workers:
             raise ValueError(
                 f"Expected `dataloader_num_workers` to be 0 with `streaming`, which reads in a thread, but got {num_workers}."

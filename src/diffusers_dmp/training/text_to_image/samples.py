@@ -23,13 +23,29 @@ class PromptSamples:
     Args:
         source ([`SourcePipeline`]): The pipeline, with its VAE.
         args ([`TextToImageArguments`]): For the prompts, steps, size and guidance.
+
+    Raises:
+        ValueError: if the pipeline cannot generate images of that size.
     """
 
     def __init__(self, source: SourcePipeline, args: "TextToImageArguments"):
         self.args = args
+        self._check_size(source)
         encoder = source.encoding_pipeline()
         self.prompts = [source.family.encode_prompts(encoder, [prompt]) for prompt in args.validation_prompts]
         self.empty = source.family.encode_prompts(encoder, [""])
+
+    def _check_size(self, source: SourcePipeline) -> None:
+        """Pipelines refuse other sizes, or round them: after the first steps, that would be too late."""
+        if source.pipeline.vae is None:
+            return
+        multiple = source.family.size_multiple(source.pipeline)
+        for name in ("sample_height", "sample_width"):
+            size = getattr(self.args, name)
+            if size is not None and (size < 1 or size % multiple):
+                raise ValueError(
+                    f"Expected `{name}` to be divisible by the {multiple} pixels of this pipeline's latents and patches, but got {size}."
+                )
 
     def __call__(self, pipeline: Any, generator: torch.Generator) -> list[list[PIL.Image.Image]]:
         """One row of images; see [`TrainingRecipe.generate`]."""

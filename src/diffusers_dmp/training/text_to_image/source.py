@@ -11,6 +11,7 @@ from ...intervals import NoiseIntervals
 from ...models.denoiser_experts import DenoiserExperts
 from ...saving.pipeline_parts import load_components, saved_class
 from ..text_pipelines import TextPipeline, text_pipeline_of
+from ..text_pipelines.index import read_pipeline_index
 
 
 class SourcePipeline:
@@ -22,7 +23,7 @@ class SourcePipeline:
 
     Raises:
         OSError: if there is no such pipeline.
-        ValueError: if its family is not known.
+        ValueError: if it is something else, its family is not known, or its scheduler is none of Diffusers'.
     """
 
     pipeline: Any  # with the components that `load` has loaded
@@ -32,13 +33,17 @@ class SourcePipeline:
 
     def __init__(self, name: str):
         self.name = name
-        self.index: Any = DiffusionPipeline.load_config(name)
+        self.index: Any = read_pipeline_index("pretrained_model_name_or_path", name)
         known_class = saved_class(self.index)
         if known_class is not None:  # or else it is seen when it is loaded
             self.family = text_pipeline_of(known_class)
         # the class itself: `DiffusionPipeline` loads optional components (Wan's transformers) although they are given
         self.pipeline_class: Any = known_class or DiffusionPipeline
-        scheduler_class = getattr(diffusers, self.index["scheduler"][1])
+        scheduler_class: Any = getattr(diffusers, str(self.index["scheduler"][1]), None)
+        if scheduler_class is None:
+            raise ValueError(
+                f"Expected {name!r} to have a scheduler of Diffusers, but got {self.index['scheduler'][1]!r}."
+            )
         self.scheduler: Any = scheduler_class.from_pretrained(name, subfolder="scheduler")
 
     @property

@@ -35,11 +35,8 @@ def lora_targets_of(denoiser: nn.Module, names: Sequence[str] = ()) -> list[str]
     for name in names:
         if not _matches(name, modules):
             close = difflib.get_close_matches(name, _endings(modules), MAX_SHOWN, cutoff=0.5)
-            hint = (
-                f"close to it are {', '.join(close)}"
-                if close
-                else f"such are {', '.join(_endings(modules)[:MAX_SHOWN])}"
-            )
+            usual = [each for each in ATTENTION if _matches(each, modules)] or _endings(modules)[:MAX_SHOWN]
+            hint = f"close to it are {', '.join(close)}" if close else f"such are {', '.join(usual)}"
             raise ValueError(
                 f"Expected `target_modules` to be names, or ends of names, of linear layers or convolutions of the {class_name}, but "
                 f"got {name!r}; {hint}."

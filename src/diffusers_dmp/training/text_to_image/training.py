@@ -19,7 +19,6 @@ from ..denoiser import TextDenoiser
 from ..objectives.ddpm import DiffusionObjective
 from ..objectives.from_arguments import make_flow_objective
 from ..objectives.objective import Objective
-from ..objectives.shifts import latent_pixels_per_token
 from ..recipe import TrainingRecipe
 from ..run import Publisher
 from ..trainer import make_accelerator, train
@@ -175,5 +174,4 @@ def make_text_objective(args: TextToImageArguments, source: SourcePipeline) -> O
         # its samples are x_t = √ᾱ_t·x0 + √(1-ᾱ_t)·ε, whatever the pipeline's own scheduler makes of them
         process: Any = DDPMScheduler.from_config(scheduler.config)
         return DiffusionObjective(process, args.weighting, None, args.uncertainty_learning_rate)
-    patch_size = latent_pixels_per_token(source.denoiser.config, source.family.packed_size)
-    return make_flow_objective(args, scheduler, patch_size)
+    return make_flow_objective(args, scheduler, source.family.token_size(source.denoiser.config))
