@@ -162,7 +162,7 @@ def test_what_may_change_is_decided_for_every_argument(script, monkeypatch):
     (arguments_class,) = (value for name, value in vars(module).items() if name.endswith("TrainingArguments")
                           and getattr(value, "__module__", "") == module.__name__)  # fmt: skip
     names = {field.name for field in dataclasses.fields(arguments_class)}
-    assert names >= MAY_CHANGE - {"expert", "sample_height", "sample_width", "sample_guidance_scale"}
+    assert names >= MAY_CHANGE - {"expert"}
     for name in ("learning_rate", "max_train_steps", "ema_decay", "validation_dataset", "report_to"):
         assert may_change(name)
     for name in names & {"batch_size", "seed", "weighting", "image_size", "num_layers", "snr_boundaries", "num_experts",
