@@ -180,6 +180,19 @@ def test_an_argument_that_is_new_had_its_default():
     assert differing_arguments(now | {"sharing_ratio": 0.8}, now, args) == ["sharing_ratio: 0.8 → None"]
 
 
+def test_a_checkpoint_of_before_flow_matching_was_ddpm():
+    """As version 0.3.0 recorded it: with what is learned and predicted, without the arguments of flow matching."""
+    args = DiTTrainingArguments()
+    now = resolved_arguments(args)
+    new = {"objective", "density", "logit_mean", "logit_std", "mode_scale", "shift"}
+    older = {name: value for name, value in now.items() if name not in new}
+    assert (older["learn_sigma"], older["prediction_type"]) == (True, "epsilon")
+    assert differing_arguments(older, now, args) == []
+    flow = DiTTrainingArguments(objective="flow")
+    found = differing_arguments(older, resolved_arguments(flow), flow)
+    assert "objective: 'ddpm' → 'flow'" in found and "learn_sigma: True → False" in found
+
+
 # Broken checkpoints
 
 
