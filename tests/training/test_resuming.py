@@ -162,7 +162,7 @@ def test_what_may_change_is_decided_for_every_argument(script, monkeypatch):
     (arguments_class,) = (value for name, value in vars(module).items() if name.endswith("TrainingArguments")
                           and getattr(value, "__module__", "") == module.__name__)  # fmt: skip
     names = {field.name for field in dataclasses.fields(arguments_class)}
-    assert names >= MAY_CHANGE - {"expert", "sample_height", "sample_width", "sample_guidance_scale"}
+    assert names >= MAY_CHANGE - {"expert"}
     for name in ("learning_rate", "max_train_steps", "ema_decay", "validation_dataset", "report_to"):
         assert may_change(name)
     for name in names & {"batch_size", "seed", "weighting", "image_size", "num_layers", "snr_boundaries", "num_experts",
@@ -178,6 +178,19 @@ def test_an_argument_that_is_new_had_its_default():
     other = resolved_arguments(dataclasses.replace(args, class_dropout_prob=0.2))
     assert differing_arguments(older, other, args) == ["class_dropout_prob: 0.1 → 0.2"]
     assert differing_arguments(now | {"sharing_ratio": 0.8}, now, args) == ["sharing_ratio: 0.8 → None"]
+
+
+def test_a_checkpoint_of_before_flow_matching_was_ddpm():
+    """As version 0.3.0 recorded it: with what is learned and predicted, without the arguments of flow matching."""
+    args = DiTTrainingArguments()
+    now = resolved_arguments(args)
+    new = {"objective", "density", "logit_mean", "logit_std", "mode_scale", "shift"}
+    older = {name: value for name, value in now.items() if name not in new}
+    assert (older["learn_sigma"], older["prediction_type"]) == (True, "epsilon")
+    assert differing_arguments(older, now, args) == []
+    flow = DiTTrainingArguments(objective="flow")
+    found = differing_arguments(older, resolved_arguments(flow), flow)
+    assert "objective: 'ddpm' → 'flow'" in found and "learn_sigma: True → False" in found
 
 
 # Broken checkpoints

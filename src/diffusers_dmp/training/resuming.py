@@ -22,7 +22,7 @@ ARGUMENTS_NAME = "training_arguments.yaml"
 MAY_CHANGE = {
     # what is written, logged and kept
     *(field.name for field in dataclasses.fields(OutputArguments)),
-    "expert", "sample_height", "sample_width", "sample_guidance_scale",
+    "expert",
     # how far and how fast it is optimised
     "max_train_steps", "learning_rate", "min_lr_rate", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm",
     "ema_decay",
@@ -31,8 +31,8 @@ MAY_CHANGE = {
     # folders may move: their contents are compared
     "dataset", "vae",
 }  # fmt: skip
-# validation only looks; the schedule of the learning rate; `gate_learning_rate` and the like are those of some parameters
-MAY_CHANGE_PREFIXES, MAY_CHANGE_SUFFIX = ("validation_", "lr_"), "learning_rate"
+# validation and samples only look; the schedule of the learning rate; `gate_learning_rate` and the like are those of some parameters
+MAY_CHANGE_PREFIXES, MAY_CHANGE_SUFFIX = ("validation_", "sample_", "lr_"), "learning_rate"
 PATHS = ("dataset", "vae", "pretrained_model_name_or_path", "base_model")
 CONTENTS = ("dataset", "vae")  # without a record, as version 0.2 wrote checkpoints, their paths must be the same
 
