@@ -88,7 +88,9 @@ def own_columns(name: str, pipe: DiffusionPipeline, caption: str) -> dict[str, t
         embeds, _, pooled, _ = pipe.encode_prompt(caption, None, None, do_classifier_free_guidance=False)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
     if name == "sdxl":
-        embeds, _, pooled, _ = pipe.encode_prompt(caption, do_classifier_free_guidance=False)
+        embeds, unconditional, pooled, unconditional_pooled = pipe.encode_prompt(caption)
+        if not caption:  # what its guidance takes for it: zeros
+            embeds, pooled = unconditional, unconditional_pooled
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
     embeds, mask = pipe.encode_prompt(caption, max_sequence_length=512)
     assert mask is None or mask.all()  # alone, a prompt has no padding
