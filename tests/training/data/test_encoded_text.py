@@ -383,6 +383,17 @@ def test_an_encoder_is_known_whether_it_is_loaded_or_not(name, tmp_path):
     check_encoding(encoding, unloaded, str(tmp_path))
 
 
+def test_a_text_encoder_that_was_left_out_is_said(encoded, pipelines, caplog):
+    """Stable Diffusion 3 may be encoded without T5, of which training then knows zeros; inference would load it."""
+    encoding = json.loads((encoded["sd3"] / "encoding.json").read_text())
+    pipe = DiffusionPipeline.from_pretrained(pipelines["sd3"])
+    check_encoding(encoding, pipe, str(pipelines["sd3"]))
+    assert "without" not in caplog.text
+    del encoding["components"]["text_encoder_3"]
+    check_encoding(encoding, pipe, str(pipelines["sd3"]))
+    assert "encoded without `text_encoder_3` of this pipeline" in caplog.text
+
+
 def test_identity_says_what_the_data_are(encoded):
     data = load(encoded["sd3"])
     identity = data.identity(loop_arguments(encoded["sd3"]))
