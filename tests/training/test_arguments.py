@@ -77,7 +77,7 @@ def test_every_preset_parses(preset, tmp_path, monkeypatch):
         "dmp": DMPTrainingArguments,
         "patch": PatchDiffusionTrainingArguments,
         "ppap": PPAPTrainingArguments,
-        **dict.fromkeys(["sd3", "flux", "wan22", "sdxl"], TextToImageArguments),
+        **dict.fromkeys(["sd3", "flux", "wan22", "sdxl", "text"], TextToImageArguments),
     }
     args = parse_arguments(arguments[preset.stem.split("_")[0]], ["--config", str(preset)])
     for name, value in yaml.safe_load(preset.read_text()).items():
