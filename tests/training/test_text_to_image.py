@@ -295,6 +295,20 @@ def test_a_resumed_run_is_the_same(encoded, tmp_path):
     assert_same_loras(whole / "loras", cut / "loras")
     export_checkpoint(whole / "checkpoint-2", tmp_path / "exported")
     assert_same_loras(whole / "loras", tmp_path / "exported")
+    # what is saved is averaged, from the zeros that these weights begin with: the last step has moved them further
+    export_checkpoint(whole / "checkpoint-2", tmp_path / "latest", use_ema=False)
+    averaged, latest = (
+        torch.cat(
+            [
+                tensor.flatten()
+                for tensors in loras(folder).values()
+                for key, tensor in tensors.items()
+                if "lora_B" in key
+            ]
+        )
+        for folder in (whole / "loras", tmp_path / "latest")
+    )
+    assert 0.1 < averaged.norm() / latest.norm() < 0.99
 
 
 def test_frozen_weights_take_the_precision_of_the_training(encoded, tmp_path):

@@ -88,10 +88,10 @@ def own_columns(name: str, pipe: DiffusionPipeline, caption: str) -> dict[str, t
         embeds, _, pooled, _ = pipe.encode_prompt(caption, None, None, do_classifier_free_guidance=False)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
     if name == "sdxl":
-        # of the empty one, what its guidance takes for no prompt: zeros
-        embeds, negative, pooled, pooled_negative = pipe.encode_prompt(caption)
-        found = (embeds, pooled) if caption else (negative, pooled_negative)
-        return dict(zip(("prompt_embeds", "pooled_prompt_embeds"), found))
+        embeds, unconditional, pooled, unconditional_pooled = pipe.encode_prompt(caption)
+        if not caption:  # what its guidance takes for it: zeros
+            embeds, pooled = unconditional, unconditional_pooled
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
     embeds, mask = pipe.encode_prompt(caption, max_sequence_length=512)
     assert mask is None or mask.all()  # alone, a prompt has no padding
     return {"prompt_embeds": embeds, "prompt_embeds_mask": torch.ones(embeds.shape[:2], dtype=torch.bool)}
@@ -381,6 +381,17 @@ def test_an_encoder_is_known_whether_it_is_loaded_or_not(name, tmp_path):
     unloaded = halves.register_modules(**dict.fromkeys(records)) or halves
     assert not encoders_of(unloaded)
     check_encoding(encoding, unloaded, str(tmp_path))
+
+
+def test_a_text_encoder_that_was_left_out_is_said(encoded, pipelines, caplog):
+    """Stable Diffusion 3 may be encoded without T5, of which training then knows zeros; inference would load it."""
+    encoding = json.loads((encoded["sd3"] / "encoding.json").read_text())
+    pipe = DiffusionPipeline.from_pretrained(pipelines["sd3"])
+    check_encoding(encoding, pipe, str(pipelines["sd3"]))
+    assert "without" not in caplog.text
+    del encoding["components"]["text_encoder_3"]
+    check_encoding(encoding, pipe, str(pipelines["sd3"]))
+    assert "encoded without `text_encoder_3` of this pipeline" in caplog.text
 
 
 def test_identity_says_what_the_data_are(encoded):

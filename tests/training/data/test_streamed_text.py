@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from diffusers_dmp.training.data.encoded_rows import FEATURES, to_bytes
-from diffusers_dmp.training.data.streamed_text import StreamedShards, TextStream, list_shards
+from diffusers_dmp.training.data.streamed_rows import StreamedShards, list_shards
+from diffusers_dmp.training.data.streamed_text import TextStream
 
 NUM_ROWS = 60
 SIZES = [(8, 8), (8, 16)]  # two thirds of the rows have the first

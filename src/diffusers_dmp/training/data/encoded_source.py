@@ -14,6 +14,7 @@ from huggingface_hub import hf_hub_download
 
 from ...saving.reading import read_json
 from ...saving.weight_files import read_safetensors
+from ..arguments import LoopArguments
 from ..text_pipelines import text_pipeline_of
 from .encoded_rows import CAPTION, HEIGHT, PROMPT, WIDTH, Columns, read_rows
 from .encoding_record import COMPONENTS, EMPTY_PROMPT_NAME, ENCODING_NAME, check_components
@@ -140,6 +141,24 @@ def check_encodings_agree(training: Encoded, validation: Encoded) -> None:
                 f"Expected `validation_dataset` to have the {name} of `dataset`, {wanted}, but got {got} in {validation.source!r}."
             )
     check_components(training.encoding[COMPONENTS], validation.encoding[COMPONENTS], validation.source)
+
+
+def check_mirror_images(encoding: dict[str, Any], args: LoopArguments) -> None:
+    """
+    Check that training data have the mirror images that `random_flip` needs.
+
+    Args:
+        encoding (`dict[str, Any]`): Their record.
+        args ([`LoopArguments`]): For `random_flip`, and the data's name.
+
+    Raises:
+        ValueError: if not.
+    """
+    if args.random_flip and not encoding["mirror"]:
+        raise ValueError(
+            f"Expected `random_flip` to be false for {args.dataset!r}, which was encoded without mirror images, but got true; "
+            "encode_prompts.py writes them with `--mirror true`."
+        )
 
 
 def check_shapes(encoded: Encoded, pipeline: Any) -> None:

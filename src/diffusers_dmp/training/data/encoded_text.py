@@ -19,7 +19,7 @@ from ..interruption import ignore_signals
 from .batches import endless_batches, slices_of_process
 from .bucket_batches import BucketBatchSampler
 from .encoded_rows import Columns, collate
-from .encoded_source import Encoded, check_encodings_agree, check_shapes, load_encoded
+from .encoded_source import Encoded, check_encodings_agree, check_mirror_images, check_shapes, load_encoded
 from .encoding_record import check_encoding
 from .listing import shorten
 from .loop_data import Batch, LoopData
@@ -128,11 +128,7 @@ def load_encoded_text(accelerator: Accelerator, args: LoopArguments) -> EncodedT
         training = load_encoded(args.dataset, args.dataset_split)
         if args.validation_dataset is not None:
             validation = load_encoded(args.validation_dataset, args.validation_split)
-    if args.random_flip and not training.encoding["mirror"]:
-        raise ValueError(
-            f"Expected `random_flip` to be false for {args.dataset!r}, which was encoded without mirror images, but got true; "
-            "encode_prompts.py writes them with `--mirror true`."
-        )
+    check_mirror_images(training.encoding, args)
     if validation is not None:
         check_encodings_agree(training, validation)
     counts = np.bincount(training.buckets)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ from ...saving.reading import read_json
 ENCODING_NAME = "encoding.json"  # the settings of the encoding, beside the shards
 EMPTY_PROMPT_NAME = "empty_prompt.safetensors"
 COMPONENTS = "components"  # the entry of the components' records
+
+logger = logging.getLogger(__name__)
 
 # numbers in configurations that change no output, or that libraries change when they load them
 WITHOUT_EFFECT = ("sample_size", "_token_id")  # how such an entry's name ends
@@ -75,7 +78,8 @@ def check_encoding(
     Check that a pipeline is the one that encoded images and captions.
 
     Of components that are loaded, class, configuration and weights are compared; weights in float16 only with such. Of those that
-    are not, the configuration in the pipeline's folder, if it is there.
+    are not, the configuration in the pipeline's folder, if it is there. Text encoders that were left out, such as Stable
+    Diffusion 3's T5, are warned of.
 
     Args:
         encoding (`Mapping[str, Any]`): The record beside the shards.
@@ -98,6 +102,17 @@ def check_encoding(
         if source and config.is_file():
             loaded[name] = {"config": _sizes(read_json(config))}
     check_components(encoding[COMPONENTS], loaded, encoded)
+    index = Path(source or "", "model_index.json")
+    own = read_json(index) if source and index.is_file() else {}
+    left_out = [
+        name for name in own if name.startswith("text_encoder") and own[name][0] and name not in encoding[COMPONENTS]
+    ]
+    if left_out:
+        logger.warning(
+            "%r was encoded without %s of this pipeline: what is trained on it is for sampling without it, too.",
+            encoded,
+            ", ".join(f"`{name}`" for name in left_out),
+        )
 
 
 def check_components(recorded: Mapping[str, Any], found: Mapping[str, Any], encoded: str) -> None:

@@ -13,89 +13,26 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from datasets.distributed import split_dataset_by_node
-from huggingface_hub import HfFileSystem
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..arguments import LoopArguments
-from .encoded_rows import HEIGHT, PROMPT, WIDTH, Columns, collate, read_rows
-from .encoded_source import check_encodings_agree, load_encoded, read_encoding
+from .encoded_rows import collate
+from .encoded_source import check_encodings_agree, check_mirror_images, load_encoded, read_encoding
 from .encoded_text import EncodedText
-from .encoding_record import COMPONENTS
-from .images import LATENTS
 from .loop_data import Batch
+from .streamed_rows import Sample, StreamedShards, list_shards, sample_of
 
-BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}  # of `datasets`, by the files that they read
 STATE_NAME = "stream_{}"  # of a process, in a checkpoint
-Size = tuple[int, int]
-Sample = tuple[Size, Columns]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(kw_only=True)
-class StreamedShards:
-    """
-    Shards of encoded images and captions, of which the files are known, and the rows only when they are read.
-
-    Args:
-        source (`str`): Their folder, or the id of a data set on the Hub.
-        files (`list[str]`): Their paths, all of one kind.
-        encoding (`dict[str, Any]`): The record of what encoded them.
-        empty_prompt (`dict[str, torch.Tensor]`): The columns of the empty prompt, each of shape (1, …).
-    """
-
-    source: str
-    files: list[str]
-    encoding: dict[str, Any]
-    empty_prompt: Columns
-
-    def __len__(self) -> int:
-        return self.encoding["num_images"]
-
-    def rows(self, seed: int, epoch: int, process: int, num_processes: int) -> datasets.IterableDataset:
-        """The rows that a process reads in an epoch, in which the files have an order of their own."""
-        files = np.random.default_rng([seed, epoch]).permutation(np.array(self.files, dtype=object)).tolist()
-        builder = BUILDERS[Path(files[0]).suffix]
-        rows: Any = datasets.load_dataset(builder, data_files={"train": files}, split="train", streaming=True)
-        return split_dataset_by_node(rows, process, num_processes)
-
-    @cached_property
-    def samples(self) -> list[Columns]:
-        """The first row, with tensors."""
-        return [sample_of(row)[1] for row in islice(self.rows(0, 0, 0, 1), 1)]
-
-    def identity(self) -> dict[str, Any]:
-        """What identifies them, wherever they lie, as far as it can be known without reading them."""
-        components = self.encoding[COMPONENTS]
-        return {
-            "images": len(self),
-            "files": len(self.files),
-            "dtype": self.encoding["dtype"],
-            "pipeline": self.encoding["pipeline_class"],
-            "encoders": {name: record.get("weights") for name, record in components.items() if "weights" in record},
-        }
-
-    def describe(self) -> str:
-        """What they are in a few words."""
-        return f"a stream of {len(self)} images with captions, encoded for {self.encoding['pipeline_class']}, in {len(self.files)} files"
-
-
-def sample_of(row: dict[str, Any]) -> Sample:
-    """The size in pixels and the tensors of a row of parquet, or of a tar with the same bytes and a JSON file of the rest."""
-    rest = row.get("json") or row
-    columns = read_rows({LATENTS: [row[LATENTS]], PROMPT: [row[PROMPT]]})
-    return (int(rest[HEIGHT]), int(rest[WIDTH])), {name: values[0] for name, values in columns.items()}
 
 
 @dataclass
@@ -296,11 +233,7 @@ def load_streamed_text(accelerator: Accelerator, args: LoopArguments, shuffle_bu
     set_seed(args.seed)  # for new weights, and the model's own dropout
     source = os.path.expanduser(args.dataset)
     encoding, empty_prompt = read_encoding(source)
-    if args.random_flip and not encoding["mirror"]:
-        raise ValueError(
-            f"Expected `random_flip` to be false for {args.dataset!r}, which was encoded without mirror images, but got true; "
-            "encode_prompts.py writes them with `--mirror true`."
-        )
+    check_mirror_images(encoding, args)
     training = StreamedShards(source=source, files=list_shards(source), encoding=encoding, empty_prompt=empty_prompt)
     validation = None
     if args.validation_dataset is not None:
@@ -317,25 +250,3 @@ def load_streamed_text(accelerator: Accelerator, args: LoopArguments, shuffle_bu
             shuffle_buffer_size,
         )
     return StreamedText(training=training, validation=validation, stream=stream)
-
-
-def list_shards(source: str) -> list[str]:
-    """
-    The files of a stream: parquet, or else tars of WebDataset.
-
-    Args:
-        source (`str`): A folder, or the id of a data set on the Hub.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    for suffix in BUILDERS:
-        if os.path.isdir(source):
-            found = [str(path) for path in sorted(Path(source).rglob(f"*{suffix}"))]
-        else:
-            found = [f"hf://{path}" for path in sorted(HfFileSystem().glob(f"datasets/{source}/**/*{suffix}"))]
-        if found:
-            return found
-    raise ValueError(
-        f"Expected {source!r} to have files {' or '.join(f'*{suffix}' for suffix in BUILDERS)} to stream, but got none."
-    )
