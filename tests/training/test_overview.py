@@ -47,6 +47,7 @@ def test_a_training_says_what_it_will_do(digits, tmp_path, capfd):
     out, err = capfd.readouterr()
     assert err.count("200 images, 10 classes: 0 20, ") == 2 and "classes" not in out  # said once of each data set
     lines = out.splitlines()
+    *lines, result, losses = lines
     said = {line.split(":")[0]: line.split(":", 1)[1].strip() for line in lines}
     assert said["data"] == f"{digits}: 200 images"
     assert said["validation"] == f"{digits}: 200 images; before, every 6 steps and after"
@@ -59,6 +60,10 @@ def test_a_training_says_what_it_will_do(digits, tmp_path, capfd):
     assert said["output"] == (
         f"{tmp_path}: checkpoints every 6 steps and at the end (the last 2 and the best kept), metrics.jsonl, the finished pipeline"
     )
+    assert result.split() == ["result:", str(tmp_path / "pipeline")]
+    summary = json.loads((tmp_path / "training_summary.json").read_text())
+    first, last = (summary[when]["validation_loss"] for when in ("before", "after"))
+    assert losses.split(":", 1)[1].strip() == f"loss {first:.4f} → {last:.4f}"
     assert lines[-1].startswith("After step 10 of 12: about ") and lines[-1].endswith(" s to go.")
 
 

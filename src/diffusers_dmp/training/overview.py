@@ -1,6 +1,9 @@
-"""What a training is about to do, in a few lines that are printed before its first step."""
+"""What a training is about to do, and what it has done, in a few lines that are printed before its first step and at the end."""
 
+import os
 import platform
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +15,7 @@ from .data.listing import shorten
 from .metrics_file import METRICS_NAME
 from .recipe import TrainingRecipe
 from .run import TrainingRun
+from .validation import VALIDATION_LOSS
 
 
 def describe_run(run: TrainingRun, first_step: int) -> str:
@@ -38,6 +42,31 @@ def describe_run(run: TrainingRun, first_step: int) -> str:
             f"before, every {args.validation_steps} steps and after" if args.validation_steps else "before and after"
         )
         rows["validation"] = f"{args.validation_dataset}: {data.describe_validation()}; {when}"
+    return _table(rows)
+
+
+def describe_result(run: TrainingRun, before: dict[str, Any], after: dict[str, Any]) -> str:
+    """
+    Say where what was trained lies, and what it has gained on held-out samples.
+
+    Args:
+        run ([`TrainingRun`]): Finished.
+        before, after (`dict[str, Any]`): As [`TrainingRun.describe`] returned them.
+    """
+    recipe = run.parts.recipe
+    folder = Path(run.args.output_dir, "" if recipe.save is not None else recipe.saved_name)
+    rows = {"result": os.path.normpath(folder)}
+    losses = {
+        name: f"{before[name]:.4f} → {loss:.4f}" for name, loss in after.items() if name.startswith(VALIDATION_LOSS)
+    }
+    if losses:
+        total = losses.pop(VALIDATION_LOSS)
+        by_interval = [f"{name.partition('/')[2]}: {change}" for name, change in losses.items()]
+        rows["validation"] = "; ".join([f"loss {total}", *by_interval])
+    return _table(rows)
+
+
+def _table(rows: dict[str, str]) -> str:
     return "\n".join(f"{name + ':':<12}{text}" for name, text in rows.items())
 
 

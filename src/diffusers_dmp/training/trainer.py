@@ -21,7 +21,7 @@ from .determinism import deterministic_algorithms, prepare_determinism
 from .loss_log import trackable
 from .objectives.objective import Objective
 from .optimisation import averaged_weights
-from .overview import describe_run
+from .overview import describe_result, describe_run
 from .pipeline_output import save_configurations, trained_pipeline
 from .recipe import TrainingRecipe
 from .resources import check_output_dir, explained_memory_errors
@@ -142,6 +142,8 @@ def train(
             after = run.describe()
         if accelerator.is_main_process and not Path(args.output_dir, SUMMARY_NAME).is_file():
             write_summary(run, args.max_train_steps - first_step, train_seconds, before, after)
+        if accelerator.is_main_process:
+            print(describe_result(run, before, after), flush=True)
         # This protects the files, and avoids a deadlock of gloo: a process that ends right after a collective can wait
         # forever for a thread that frees the collective's tensors and itself waits for Python's lock.
         accelerator.wait_for_everyone()
