@@ -6,8 +6,10 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     UNet2DModel,
     UniPCMultistepScheduler,
 )
@@ -24,6 +26,7 @@ from diffusers_dmp.diffusion.predictions import (
     to_x0,
     velocity,
 )
+from diffusers_dmp.diffusion.timesteps import training_timesteps
 
 
 @given(st.floats(0.01, 0.99), st.sampled_from(PREDICTION_TYPES), st.sampled_from(PREDICTION_TYPES))
@@ -40,9 +43,21 @@ def test_predictions_convert_into_one_another(alpha_cumprod, prediction_type, ta
 
 def test_refuses_a_prediction_type_that_it_cannot_convert():
     one = torch.ones(1)
-    with pytest.raises(ValueError, match="of epsilon, sample, v_prediction, but got 'flow_prediction'"):
-        convert_prediction(one, one, one, one, "sample", "flow_prediction")
-    assert convert_prediction(one, one, one, one, "flow_prediction", "flow_prediction") is one
+    with pytest.raises(ValueError, match="of epsilon, sample, v_prediction, flow_prediction, but got 'score'"):
+        convert_prediction(one, one, one, one, "sample", "score")
+    assert convert_prediction(one, one, one, one, "score", "score") is one
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample"])
+def test_flow_predictions_are_converted_both_ways(kind):
+    """x_t = (1-σ)·x0 + σ·ε, v = ε - x0."""
+    x0, noise = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    sigma = torch.tensor(0.3, dtype=torch.float64)
+    levels, x_t = (1 - sigma, sigma), (1 - sigma) * x0 + sigma * noise
+    right = {"epsilon": noise, "sample": x0}
+    torch.testing.assert_close(convert_prediction(noise - x0, x_t, *levels, "flow_prediction", kind), right[kind])
+    torch.testing.assert_close(convert_prediction(right[kind], x_t, *levels, kind, "flow_prediction"), noise - x0)
+    torch.testing.assert_close(to_x0(noise - x0, x_t, *levels, "flow_prediction"), x0)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -65,15 +80,15 @@ def test_noise_levels_of_schedulers_with_sigmas(scheduler_class, use_karras_sigm
     scheduler.set_timesteps(10)
     alpha, sigma = noise_levels(scheduler)
     assert len(alpha) == len(scheduler.timesteps) == 10
-    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(10))
-    torch.testing.assert_close(sigma / alpha, scheduler.sigmas[:10].float(), atol=0, rtol=1e-5)
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(10, dtype=torch.float64))
+    torch.testing.assert_close(sigma / alpha, scheduler.sigmas[:10].double(), atol=0, rtol=1e-5)
 
 
 def test_noise_levels_of_schedulers_with_integer_timesteps():
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(10)
     alpha, sigma = noise_levels(scheduler)
-    expected = alpha_sigma(scheduler.alphas_cumprod[scheduler.timesteps])
+    expected = alpha_sigma(scheduler.alphas_cumprod[scheduler.timesteps].double())
     torch.testing.assert_close((alpha, sigma), expected)
 
 
@@ -86,9 +101,34 @@ def test_noise_levels_at_pure_noise_and_between_timesteps():
     assert table[999] < alpha[1] < table[998] and table[1] < alpha[2] < table[0]
 
 
-def test_refuses_noise_levels_of_flow_matching():
-    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler with other noise levels"):
-        noise_levels(FlowMatchEulerDiscreteScheduler())
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        FlowMatchHeunDiscreteScheduler(),
+        FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+        UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5.0),
+    ],
+    ids=["shift", "heun", "inverted", "unipc"],
+)
+def test_noise_levels_of_flow_matching(scheduler):
+    """α + σ = 1 at each timestep; σ falls, also where the scheduler counts the other way round."""
+    scheduler.set_timesteps(10)
+    alpha, sigma = noise_levels(scheduler)
+    assert len(alpha) == len(scheduler.timesteps) and (sigma.diff() <= 0).all()
+    torch.testing.assert_close(alpha + sigma, torch.ones_like(alpha))
+    torch.testing.assert_close(sigma * 1000, training_timesteps(scheduler, 1000).double(), atol=1, rtol=0)
+
+
+def test_refuses_noise_levels_that_are_of_no_process():
+    with pytest.raises(ValueError, match="a flow-matching one, but got a EDMEulerScheduler with other noise levels"):
+        noise_levels(EDMEulerScheduler())
+    scheduler = DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, use_karras_sigmas=True, prediction_type="flow_prediction"
+    )
+    scheduler.set_timesteps(10)
+    with pytest.raises(ValueError, match=r"σ of a flow-matching scheduler to be in \[0, 1\]"):
+        noise_levels(scheduler)
 
 
 def test_the_posterior_mean_is_that_of_diffusers():

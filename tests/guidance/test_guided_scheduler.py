@@ -17,9 +17,9 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
@@ -483,7 +483,7 @@ def test_timesteps_stay_on_the_cpu():
     ("scheduler", "arguments", "message"),
     [
         (None, {}, "`scheduler` to be a scheduler of Diffusers, but got None"),
-        (FlowMatchEulerDiscreteScheduler(), {}, "with other noise levels"),
+        (EDMEulerScheduler(), {}, "with other noise levels"),
         (DDIMScheduler(num_train_timesteps=500), {}, "to be the model's 1000, but got a DDIMScheduler with 500"),
         (DDIMScheduler(), {"rescale_to_mean": True}, "a DDPMScheduler for `rescale_to_mean`"),
         (DDIMScheduler(), {"every": 0}, "`every` to be at least 1"),
@@ -577,24 +577,27 @@ def test_the_configuration_of_a_guided_scheduler_is_kept_where_it_is_replaced():
     assert (replaced.scale, replaced.scheduler.scale) == (7.5, 2.0)
 
 
-def test_experts_of_another_noise_schedule_are_not_used_in_silence(tmp_path, recwarn):
-    """Neither made nor loaded ones; the noise levels count, not the scheduler's class."""
+def test_experts_of_another_noise_schedule_guide_where_the_noise_is_the_same(tmp_path):
+    """Made and loaded ones; the noise levels count, not the scheduler's class."""
     make_resnet().save_pretrained(tmp_path / "network")
-    schedule = {
-        "num_train_timesteps": 1000,
-        "beta_schedule": "squaredcos_cap_v2",
-        "beta_start": 1e-4,
-        "beta_end": 0.02,
-    }
+    schedule = {"beta_schedule": "squaredcos_cap_v2", "beta_start": 1e-4, "beta_end": 0.02}
     made = GuidanceExperts(
         make_resnet(), **PLAIN, rank=2, base_model_name_or_path=str(tmp_path / "network"), noise_schedule=schedule
     )
     made.save_pretrained(tmp_path / "experts")
+    x_t = torch.randn(2, 3, 8, 8)
     for experts in (made, GuidanceExperts.from_pretrained(tmp_path / "experts")):
-        GuidedScheduler(UniPCMultistepScheduler(beta_schedule="squaredcos_cap_v2"), experts, ClassTarget(1))
-        assert not [each for each in recwarn if "noise levels" in str(each.message)]
-        with pytest.warns(
-            UserWarning, match=r"trained at other noise levels .* ᾱ at timestep 500 is 0.492, not 0.0778"
-        ):
-            GuidedScheduler(DDIMScheduler(beta_start=1e-4, beta_end=0.02), experts, ClassTarget(1))
-        recwarn.clear()
+        seen: list = []
+        experts.register_forward_pre_hook(lambda module, args, seen=seen: seen.append((args[0], args[1].item())))
+        same = GuidedScheduler(UniPCMultistepScheduler(beta_schedule="squaredcos_cap_v2"), experts, ClassTarget(1))
+        other = GuidedScheduler(DDIMScheduler(beta_start=1e-4, beta_end=0.02), experts, ClassTarget(1))
+        for scheduler in (same, other):
+            scheduler.set_timesteps(10)
+            scheduler.step(toy_noise(x_t), scheduler.timesteps[4], x_t)
+        (same_images, same_t), (other_images, other_t) = seen
+        assert same_t == same.timesteps[4] and torch.equal(same_images, x_t)
+        # ᾱ is 0.0778 at t = 500 of the linear schedule; the cosine one has that where cos² of the angle is
+        levels = [each.alphas_cumprod.double() for each in (same, other)]
+        low = int(other_t)
+        assert levels[0][low + 1] <= levels[1][int(other.timesteps[4])] <= levels[0][low]
+        torch.testing.assert_close(other_images, x_t)

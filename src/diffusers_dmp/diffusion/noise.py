@@ -29,6 +29,25 @@ def alpha_sigma(alphas_cumprod: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
 
+def angles_at(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    """
+    Compute the angle arctan(σ/α) of timesteps, also between the whole ones: from 0 (image) to π/2 (noise).
+
+    It says the same as the signal-to-noise ratio, cot² of it, and is finite at ᾱ = 0.
+
+    Args:
+        alphas_cumprod (`torch.Tensor` of shape (T,)): ᾱ at each training timestep.
+        timesteps (`torch.Tensor` of any shape): t in [0, T - 1], on the CPU.
+
+    Returns:
+        `torch.Tensor` of the shape of `timesteps`, in float64, on the CPU.
+    """
+    alphas, sigmas = alpha_sigma(alphas_cumprod.cpu().double())
+    table, timesteps = torch.atan2(sigmas, alphas), timesteps.double()
+    low = timesteps.floor().long().clamp(max=len(table) - 1)
+    return torch.lerp(table[low], table[(low + 1).clamp(max=len(table) - 1)], timesteps - low)
+
+
 def signal_to_noise_ratio(alphas_cumprod: torch.Tensor) -> torch.Tensor:
     """
     Compute the signal-to-noise ratio α²/σ² = ᾱ/(1 - ᾱ).
@@ -134,5 +153,6 @@ def is_flow_matching(scheduler: SchedulerMixin) -> bool:
     Args:
         scheduler ([`SchedulerMixin`]): Any scheduler of Diffusers.
     """
-    is_flow_class = any(name in type(scheduler).__name__ for name in _FLOW_CLASSES)
+    classes = [each.__name__ for each in type(scheduler).__mro__]
+    is_flow_class = any(name in each for name in _FLOW_CLASSES for each in classes)
     return is_flow_class or bool(scheduler_setting(scheduler, "use_flow_sigmas"))

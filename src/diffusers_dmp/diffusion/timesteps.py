@@ -59,6 +59,18 @@ def check_train_timesteps(scheduler: SchedulerMixin, num_train_timesteps: int) -
         )
 
 
+def counts_from_noise(scheduler: SchedulerMixin) -> bool:
+    """
+    Tell whether a flow-matching scheduler counts from the noise to the image, as Mochi's does.
+
+    Its σ and timesteps are those of the image, and it steps along x0 - ε, the negative velocity.
+
+    Args:
+        scheduler ([`SchedulerMixin`]): A flow-matching scheduler.
+    """
+    return bool(scheduler_setting(scheduler, "invert_sigmas"))
+
+
 def training_timesteps(scheduler: SchedulerMixin, num_train_timesteps: int) -> torch.Tensor:
     """
     Return the training timestep t of each of a scheduler's steps.
@@ -84,7 +96,7 @@ def training_timesteps(scheduler: SchedulerMixin, num_train_timesteps: int) -> t
         )
     timesteps = scheduler.timesteps.cpu()
     last = scheduler.config.get("num_train_timesteps")
-    if flow and scheduler_setting(scheduler, "invert_sigmas"):
+    if flow and counts_from_noise(scheduler):
         timesteps = last - timesteps
     if flow and last == 1:
         return timesteps * num_train_timesteps

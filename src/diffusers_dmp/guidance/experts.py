@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ..diffusion.process import NoiseProcess
 from ..intervals import NoiseIntervals, group_by_expert
 from ..models.vision import ImagePreprocessor, network_sha256
 from ..saving.mixins import VersionedMixin
@@ -46,8 +47,11 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
         adapt_head_bias (`bool`): Let each expert own the bias of the classification head as well, as the published code does for
             DeiT. The paper leaves the head as it is.
         base_model_name_or_path (`str`, *optional*): The folder or Hub id that the network was loaded from.
-        noise_schedule (`dict`, *optional*): The arguments of the Diffusers scheduler by whose noise levels the experts are
-            trained, such as `{"beta_schedule": "linear", "beta_end": 0.02}`; a guided scheduler with others is warned of.
+        noise_schedule (`dict`, *optional*): The noise that the experts are trained on: `{"process": "flow_matching"}`, or the
+            arguments of a [`DDPMScheduler`] with it, such as `{"beta_schedule": "linear", "beta_end": 0.02}`. A guided scheduler
+            with other noise is matched to it by SNR. None if it is not known.
+        sample_size (`list[int]` of length 2, *optional*): Height and width, in pixels, of the noisy images that the experts are
+            trained on; others are refused. None if any will do.
         base_model_revision (`str`, *optional*): The branch, tag or commit of the Hub that the network was loaded from.
         interval_edges (`list[float]` of length E + 1, *optional*): In timesteps, ascending from 0 to T: expert e owns
             `interval_edges[e] <= t < interval_edges[e + 1]`. By default the intervals are of equal length,
@@ -55,7 +59,7 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
 
     Raises:
         ValueError: if `method` is unknown, 'finetune' is to have several experts, the network is of a family without a default
-            for `target_modules`, or `interval_edges` do not fit the numbers of experts and timesteps.
+            for `target_modules`, or `interval_edges` or `noise_schedule` do not fit the numbers of experts and timesteps.
     """
 
     config: FrozenDict
@@ -79,6 +83,7 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
         interval_edges: list[float] | None = None,
         noise_schedule: dict[str, Any] | None = None,
         base_model_revision: str | None = None,
+        sample_size: list[int] | None = None,
     ):
         super().__init__()
         if method not in METHODS:
@@ -89,6 +94,7 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
             target_modules = lora_targets(network)
         network.float()
         self.intervals = _intervals(interval_edges, num_experts, num_train_timesteps)
+        self.process = _process(noise_schedule, num_train_timesteps)
         self.register_to_config(  # type: ignore[operator]  # Diffusers has no types
             image_mean=image_mean,
             image_std=image_std,
@@ -106,6 +112,7 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
             noise_schedule=noise_schedule,
             base_model_name_or_path=base_model_name_or_path or network.name_or_path,
             base_model_revision=base_model_revision,
+            sample_size=sample_size,
             base_model_class=type(network).__name__,
             base_model_sha256=network_sha256(network),
         )
@@ -167,7 +174,18 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
     @property
     def device(self) -> torch.device:
         """The device of the experts."""
-        return next(self.parameters()).device
+        return self._tensor.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the experts compute in."""
+        return self._tensor.dtype
+
+    @property
+    def _tensor(self) -> torch.Tensor:
+        """Any tensor of the experts'; a network may have no parameters."""
+        tensors = (*self.parameters(), *self.buffers())
+        return next((each for each in tensors if each.is_floating_point()), torch.zeros(()))
 
     def forward(self, images: torch.Tensor, timesteps: torch.Tensor) -> ModelOutput:
         """
@@ -180,7 +198,10 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
         Returns:
             `ModelOutput`: The network's output, with `logits` or `predicted_depth`, in the order of the images.
         """
-        owners = self.intervals.index(timesteps.cpu()).expand(len(images)) if len(images) else timesteps.cpu().long()
+        timesteps = timesteps.cpu()
+        if timesteps.is_floating_point():
+            timesteps = timesteps.float()  # as schedulers and training have them: one on a boundary stays there
+        owners = self.intervals.index(timesteps).expand(len(images)) if len(images) else timesteps.long()
         order, present, sizes = group_by_expert(owners)
         if len(present) == 1:
             return self.run_expert(present[0], images)
@@ -223,6 +244,19 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         return parameters
+
+
+def _process(noise_schedule: dict[str, Any] | None, num_train_timesteps: int) -> NoiseProcess | None:
+    """The noise process of a record, with as many timesteps as the experts."""
+    if noise_schedule is None:
+        return None
+    process = NoiseProcess.from_record({"num_train_timesteps": num_train_timesteps} | noise_schedule)
+    if process.num_train_timesteps != num_train_timesteps:
+        raise ValueError(
+            f"Expected `noise_schedule` to be one of the experts' {num_train_timesteps} training timesteps, but got "
+            f"{process.num_train_timesteps}."
+        )
+    return process
 
 
 def _intervals(edges: list[float] | None, num_experts: int, num_train_timesteps: int) -> NoiseIntervals:

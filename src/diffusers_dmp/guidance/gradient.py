@@ -1,18 +1,20 @@
 """The guidance of one vision network: how it is set up, at which steps it applies, and its gradient.
 https://arxiv.org/abs/2212.05973, after https://arxiv.org/abs/2105.05233
 
-Legend: B batch, C channels, H and W height and width, in pixels or latent pixels.
+Legend: B batch, f frames (videos only), H and W height and width; the other dimensions of a sample are its own.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from transformers.utils import ModelOutput
 
-from ..diffusion.latents import decode_latents
 from ..diffusion.predictions import convert_prediction, to_x0
+from .decoders import LatentDecoder
 from .experts import GuidanceExperts
 from .targets import GuidanceTarget
 
@@ -25,13 +27,15 @@ class NoisyStep:
     The input of one denoising step.
 
     Args:
-        timestep (`torch.Tensor` of shape ()): The timestep, on the CPU.
-        x_t (`torch.Tensor` of shape (B, C, H, W)): The noisy samples, α·x0 + σ·ε, in float32.
-        prediction (`torch.Tensor` of shape (B, C, H, W)): The denoiser's prediction, in float32.
-        prediction_type (`str`): The kind of the prediction; one of `PREDICTION_TYPES`.
-        alpha, sigma (`torch.Tensor` of shape ()): α and σ, on the CPU.
+        scheduler ([`SchedulerMixin`]): The scheduler.
+        timestep (`torch.Tensor` of shape ()): The training timestep, on the CPU.
+        x_t (`torch.Tensor` of shape (B, …)): The noisy samples, α·x0 + σ·ε, in float32 or float64.
+        prediction (`torch.Tensor` of shape (B, …)): The denoiser's prediction, in the same dtype.
+        prediction_type (`str`): The kind of the prediction; see [`convert_prediction`].
+        alpha, sigma (`torch.Tensor` of shape ()): α and σ, in float64 on the CPU.
     """
 
+    scheduler: SchedulerMixin
     timestep: torch.Tensor
     x_t: torch.Tensor
     prediction: torch.Tensor
@@ -40,11 +44,11 @@ class NoisyStep:
     sigma: torch.Tensor
 
     def x0(self) -> torch.Tensor:
-        """x̂0 (B, C, H, W) of the prediction."""
+        """x̂0 (B, …) of the prediction."""
         return to_x0(self.prediction, self.x_t, self.alpha, self.sigma, self.prediction_type)
 
     def x0_of(self, x_t: torch.Tensor) -> torch.Tensor:
-        """x̂0 (B, C, H, W) as a function of x_t, with a constant prediction; if that is x0, with constant noise."""
+        """x̂0 (B, …) as a function of x_t, with a constant prediction; if that is x0, with constant noise."""
         prediction, kind = self.prediction.detach().clone(), self.prediction_type
         if kind == "sample":
             prediction = convert_prediction(prediction, x_t.detach(), self.alpha, self.sigma, kind, "epsilon")
@@ -80,53 +84,92 @@ class Guidance:
     rescale_to_mean: bool
     timestep_range: "tuple[float, float] | None"
     every: int
-    vae: AutoencoderKL | None
+    decoder: "Callable[[torch.Tensor], torch.Tensor] | None"
     on_nonfinite: str
-    # timestep and flag, on the samples' device, of each step since the last reset
-    _nonfinite: "list[tuple[torch.Tensor, torch.Tensor]]" = field(default_factory=list, init=False, repr=False)
+    # timestep, that of the experts, and flag, on the samples' device, of each step since the last reset
+    _nonfinite: "list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]" = field(
+        default_factory=list, init=False, repr=False
+    )
 
     def __post_init__(self):
         for name in ("every", "on_nonfinite"):
             check_setting(name, getattr(self, name))
         self.experts = self.experts.float().eval()
         self.set_target(self.target)
-        if self.vae is not None and self.vae.dtype != torch.float32:
-            self.vae = copy.deepcopy(self.vae).float()
+        if isinstance(self.decoder, LatentDecoder):
+            self.decoder = self.decoder.in_float32()
 
     def set_target(self, target: GuidanceTarget) -> None:
         """Ask for something else. The target is copied, as it looks up its classes in the network of these experts."""
         self.target = copy.deepcopy(target)
         self.target.prepare(self.experts.network_config)
 
-    def applies(self, timestep: torch.Tensor, step: int) -> bool:
+    def applies(self, timestep: torch.Tensor, step: int, default_range: tuple[float, float]) -> bool:
         """
         Whether a step is to be guided.
 
         Args:
-            timestep (`torch.Tensor` of shape ()): The timestep with which the step begins, on the CPU.
+            timestep (`torch.Tensor` of shape ()): The training timestep with which the step begins, on the CPU.
             step (`int`): Number of the step, counted from the first one that is taken.
+            default_range (`tuple[float, float]`): Which timesteps are guided where `timestep_range` is None.
         """
-        low, high = self.timestep_range or (0, float("inf"))
+        low, high = self.timestep_range or default_range
         return low <= timestep.item() < high and step % self.every == 0
 
     def gradient(self, step: NoisyStep) -> torch.Tensor:
-        """∇ log p(y | x_t) with respect to x_t (B, C, H, W), in float32."""
-        device = step.x_t.device
+        """∇ log p(y | x_t) with respect to x_t (B, …), in float32 or float64."""
+        device, dtype = step.x_t.device, step.x_t.dtype
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(device.type, enabled=False),
         ):
-            if self.experts.device != device:
-                self.experts.to(device)
+            if self.experts.device != device or self.experts.dtype != dtype:
+                self.experts.to(device, dtype)
             # copies, as tensors that were made in inference mode take no part in gradients
             x_t = step.x_t.detach().clone().requires_grad_()
-            images = x_t if self.vae is None else decode_latents(self.vae, step.x0_of(x_t))
-            log_likelihood = self.target.log_likelihood(self.experts(images, step.timestep))
+            log_likelihood = self._log_likelihood(step, x_t)
             (gradient,) = torch.autograd.grad(log_likelihood.sum(), x_t)
         return gradient
 
-    def finite_or(self, unguided: torch.Tensor, guided: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    def _log_likelihood(self, step: NoisyStep, x_t: torch.Tensor) -> torch.Tensor:
+        """log p(y | x_t) (B,)."""
+        timestep, scale = self._as_trained(step)
+        if self.decoder is not None:
+            images = self.decoder(step.x0_of(x_t))
+        else:
+            images = x_t if scale is None else scale * x_t
+            if images.ndim == 5:
+                images = images.transpose(1, 2)  # frames before channels, as decoded ones
+        self._check_size(images)
+        if images.ndim == 4:
+            return self.target.log_likelihood(self.experts(images, timestep))
+        count = images.shape[1]
+        output = self.experts(images.flatten(0, 1), timestep)
+        return self.target.log_likelihood_of_frames([_frame(output, index, count) for index in range(count)])
+
+    def _as_trained(self, step: NoisyStep) -> "tuple[torch.Tensor, torch.Tensor | None]":
+        """The timestep at which the experts know this noise, and what x_t is multiplied by to be as they know it."""
+        process = self.experts.process
+        if process is None or process.is_process_of(step.scheduler):
+            return step.timestep, None
+        return process.timestep_at(step.alpha, step.sigma), process.scale_at(step.alpha, step.sigma)
+
+    def _check_size(self, images: torch.Tensor) -> None:
+        """Refuse images of another size than the experts were trained on."""
+        if images.ndim not in (4, 5):
+            raise ValueError(
+                f"Expected the experts to see images (B, C, H, W) or videos (B, f, C, H, W), but got the shape "
+                f"{tuple(images.shape)}; latents need a `decoder`, which `GuidedScheduler.for_pipeline` finds."
+            )
+        trained, seen = self.experts.config.get("sample_size"), list(images.shape[-2:])
+        if trained is not None and list(trained) != seen:
+            raise ValueError(
+                f"Expected images of {trained[0]} x {trained[1]} pixels, on which the guidance experts were trained, but got "
+                f"{seen[0]} x {seen[1]}."
+            )
+
+    def finite_or(self, unguided: torch.Tensor, guided: torch.Tensor, step: NoisyStep) -> torch.Tensor:
         """
         Leave samples unguided whose guidance is not finite.
 
@@ -134,13 +177,13 @@ class Guidance:
         back from an accelerator.
 
         Args:
-            unguided, guided (`torch.Tensor` of shape (B, C, H, W)): The same tensor without and with guidance.
-            timestep (`torch.Tensor` of shape ()): The timestep, on the CPU.
+            unguided, guided (`torch.Tensor` of shape (B, …)): The same tensor without and with guidance.
+            step ([`NoisyStep`]): The step.
         """
         finite = guided.flatten(1).isfinite().all(1)
         if self.on_nonfinite == "raise":
-            self._nonfinite.append((timestep, (~finite).any()))
-        return torch.where(finite.view(-1, 1, 1, 1), guided, unguided)
+            self._nonfinite.append((step.timestep, self._as_trained(step)[0], (~finite).any()))
+        return torch.where(per_sample(finite, guided), guided, unguided)
 
     def reset(self) -> None:
         """Forget the steps that were taken."""
@@ -157,11 +200,26 @@ class Guidance:
         self.reset()
         if not found:
             return
-        flags = torch.stack([flag for _, flag in found]).tolist()
-        for (timestep, _), flag in zip(found, flags):
+        flags = torch.stack([flag for *_, flag in found]).tolist()
+        for (timestep, as_trained, _), flag in zip(found, flags):
             if flag:
-                expert = self.experts.intervals.index(timestep).item()
+                expert = self.experts.intervals.index(as_trained).item()
                 raise FloatingPointError(
                     f"Expected guidance of scale {self.scale} to have finite gradients, but got others at timestep "
                     f"{timestep.item():g}, from expert {expert}. `on_nonfinite='unguided'` leaves such steps unguided."
                 )
+
+
+def per_sample(values: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+    """Shape one value for each sample (B,) so that it is broadcast to samples (B, …)."""
+    return values.view(-1, *[1] * (samples.ndim - 1))
+
+
+def _frame(output: ModelOutput, index: int, count: int) -> ModelOutput:
+    """The output for one frame of each video, from that for all frames (B·f, …)."""
+    frames = {
+        name: value.unflatten(0, (-1, count))[:, index]
+        for name, value in output.items()
+        if isinstance(value, torch.Tensor)
+    }
+    return type(output)(**frames)

@@ -1,22 +1,30 @@
 """Guidance by a vision network for any pipeline: in the scheduler, which sees x_t, t and the denoiser's prediction.
 https://arxiv.org/abs/2212.05973, after https://arxiv.org/abs/2105.05233, algorithms 1 and 2
 
-Legend: B batch, C channels, H and W height and width, in pixels or latent pixels, T diffusion timesteps.
+Legend: B batch, T training timesteps, S steps; the other dimensions of a sample are its own.
 """
 
 import copy
 import functools
 import inspect
-import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, DDPMParallelScheduler, DDPMScheduler
+from diffusers import DDPMParallelScheduler, DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ..diffusion.noise import are_same_levels
-from ..diffusion.predictions import PREDICTION_TYPES, check_noise_levels, expected_prediction_type, noise_levels
+from ..diffusion.noise import is_flow_matching
+from ..diffusion.predictions import (
+    FLOW_PREDICTION,
+    PREDICTION_TYPES,
+    check_noise_levels,
+    expected_prediction_type,
+    noise_levels,
+)
+from ..diffusion.timesteps import counts_from_noise, training_timesteps
+from .decoders import LatentDecoder
 from .experts import GuidanceExperts
 from .gradient import Guidance, NoisyStep, check_setting
 from .steps import guided_prediction, step_with_guided_mean, unclipped
@@ -24,7 +32,9 @@ from .targets import GuidanceTarget
 
 # With a smaller α, x_t has no image to guide: at ᾱ = 0, or the 2⁻²⁴ that some schedulers replace it by.
 MIN_ALPHA = 1e-3
-_OWN_ATTRIBUTES = ("scheduler", "guidance", "_noise_levels")
+# In flow matching, ∇log p is multiplied by σ/(1-σ), and a gradient that does not vanish where there is nothing but noise diverges.
+MAX_FLOW_SIGMA = 0.95
+_OWN_ATTRIBUTES = ("scheduler", "guidance", "_schedule")
 
 
 def _setting(name: str) -> property:
@@ -54,30 +64,34 @@ class GuidedScheduler(SchedulerMixin):
     scheduler without it, and `from_config` makes one without it.
 
     DDPM schedulers are guided in the mean of their step, μ + σ²·s·∇log p. All others are guided in the noise,
-    ε - √(1-ᾱ)·s·∇log p, where ε is that of the clipped x̂0 if the scheduler clips, as in the published code. A guided scheduler
-    around another guided one asks for both things at once.
+    ε - √(1-ᾱ)·s·∇log p, where ε is that of the clipped x̂0 if the scheduler clips, as in the published code. With flow matching
+    that is the velocity v - s·σ/(1-σ)·∇log p. A guided scheduler around another guided one asks for both things at once.
+
+    The experts need not be trained on the scheduler's noise: a step is guided by the expert that knows its signal-to-noise
+    ratio, which sees x_t scaled to the noise that it was trained on (see [`NoiseProcess`]).
 
     Args:
-        scheduler ([`SchedulerMixin`]): Any scheduler of Diffusers that has `alphas_cumprod`.
+        scheduler ([`SchedulerMixin`]): Any scheduler of Diffusers that has `alphas_cumprod`, or a flow-matching one.
         experts ([`GuidanceExperts`]): The network that guides. It is moved to the samples' device, and put in float32 and eval
             mode.
         target ([`GuidanceTarget`]): What to ask for.
         scale (`float`): The guidance scale s.
         rescale_to_mean (`bool`): Rescale ∇log p to the norm of the mean, for each sample, as in the paper's text-to-image
             experiments (DDPM schedulers only).
-        timestep_range (`tuple[float, float]`, *optional*): Guide only the timesteps low <= t < high.
+        timestep_range (`tuple[float, float]`, *optional*): Guide only the training timesteps low <= t < high, where t = σ·T for
+            flow matching. By default all of them, and for flow matching those below 0.95·T: above, the gradient would be
+            multiplied by more than 19.
         every (`int`): Guide every n-th step, beginning with the first one.
-        vae ([`AutoencoderKL`], *optional*): For latents: x̂0 is decoded, in float32, and the experts see the decoded images.
+        decoder (*optional*): For latents: x̂0 is decoded, in float32, and the experts see the decoded images. A [`LatentDecoder`]
+            or any function of latents (B, …) that returns images (B, 3, H, W) or videos (B, f, 3, H, W) in [-1, 1].
+        vae ([`AutoencoderKL`], *optional*): Short for `decoder=LatentDecoder(vae)`.
         on_nonfinite (`str`): What to do where guidance is infinite or not a number in the samples' dtype. Such samples are not
             guided in that step. With 'unguided' that is all; with 'raise' a `FloatingPointError` is raised at the last of the
             timesteps (and not if a pipeline stops before it), so that no step waits for an accelerator.
 
-    Warns:
-        If the experts were trained at other noise levels than the scheduler's.
-
     Raises:
-        ValueError: if the scheduler has no ᾱ or another number of training timesteps than the experts, an argument is out of
-            range, or the target does not fit the experts' network.
+        ValueError: if the scheduler's noise levels are not known, the experts do not know theirs and cannot be matched, an
+            argument is out of range, or the target does not fit the experts' network.
     """
 
     unguided_class: "ClassVar[type[SchedulerMixin] | None]" = None
@@ -89,7 +103,7 @@ class GuidedScheduler(SchedulerMixin):
     rescale_to_mean = _setting("rescale_to_mean")
     timestep_range = _setting("timestep_range")
     every = _setting("every")
-    vae = _setting("vae")
+    decoder = _setting("decoder")
     on_nonfinite = _setting("on_nonfinite")
 
     def __new__(cls, scheduler: SchedulerMixin, *args, **kwargs) -> "GuidedScheduler":
@@ -109,16 +123,17 @@ class GuidedScheduler(SchedulerMixin):
         rescale_to_mean: bool = False,
         timestep_range: "tuple[float, float] | None" = None,
         every: int = 1,
-        vae: AutoencoderKL | None = None,
+        decoder: "Callable[[torch.Tensor], torch.Tensor] | None" = None,
+        vae: Any = None,
         on_nonfinite: str = "raise",
     ):
-        experts.intervals.check_scheduler(scheduler)
         check_noise_levels(scheduler)
-        _warn_of_other_levels(experts, scheduler)
+        _check_process(experts, scheduler)
         kind = expected_prediction_type(scheduler)
-        if kind not in PREDICTION_TYPES:
+        known = (FLOW_PREDICTION,) if is_flow_matching(scheduler) else PREDICTION_TYPES
+        if kind not in known:
             raise ValueError(
-                f"Expected the scheduler's `prediction_type` to be one of {', '.join(PREDICTION_TYPES)}, but got {kind!r}."
+                f"Expected the `prediction_type` of a {type(scheduler).__name__} to be one of {', '.join(known)}, but got {kind!r}."
             )
         if rescale_to_mean and not self.guides_mean:
             raise ValueError(
@@ -127,10 +142,11 @@ class GuidedScheduler(SchedulerMixin):
         state = {name: value for name, value in scheduler.__dict__.items() if name not in _OWN_ATTRIBUTES}
         self.__dict__.update(copy.deepcopy(state))
         self.scheduler = scheduler
+        decoder = LatentDecoder(vae) if vae is not None else decoder
         self.guidance = Guidance(
-            experts, target, scale, rescale_to_mean, timestep_range, every, vae=vae, on_nonfinite=on_nonfinite
+            experts, target, scale, rescale_to_mean, timestep_range, every, decoder=decoder, on_nonfinite=on_nonfinite
         )
-        self._noise_levels: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._schedule: _Schedule | None = None
 
     def __copy__(self) -> "GuidedScheduler":
         """A copy whose settings can be changed on their own; `copy.deepcopy` copies the experts as well."""
@@ -187,6 +203,8 @@ class GuidedScheduler(SchedulerMixin):
         self, step: Callable, model_output: torch.Tensor, timestep, sample: torch.Tensor, *args, **kwargs
     ):
         """A step of the scheduler with guidance, where `step` is the one without."""
+        if kwargs.get("per_token_timesteps") is not None:
+            raise ValueError("Expected one timestep for the whole of a sample, but got `per_token_timesteps`.")
         position = self._position(timestep)
         guidances = [guidance for guidance in self._guidances() if self._is_guided(position, guidance)]
         if not guidances:
@@ -196,8 +214,9 @@ class GuidedScheduler(SchedulerMixin):
             noisy = self._noisy_step(position, model_output, sample)
             result = step_with_guided_mean(self, step, call, noisy, guidances)
         else:
-            noisy = self._noisy_step(position, model_output, sample)
-            guided = guided_prediction(self, noisy, model_output, guidances)
+            prediction = self._signed(model_output)
+            noisy = self._noisy_step(position, prediction, sample)
+            guided = self._signed(guided_prediction(self, noisy, prediction, guidances))
             with unclipped(self):
                 result = step(guided, timestep, sample, *args, **kwargs)
         if position == len(self.timesteps) - 1:
@@ -205,37 +224,88 @@ class GuidedScheduler(SchedulerMixin):
                 guidance.raise_if_nonfinite()
         return result
 
+    def _steps(self) -> "_Schedule":
+        """The timesteps and noise levels of all steps."""
+        if self._schedule is None:
+            self._schedule = _Schedule.of(self)
+        return self._schedule
+
     def _position(self, timestep) -> int:
         """The index in `timesteps` of the step that is taken."""
-        step_index = getattr(self, "step_index", None)
-        if step_index is not None:
-            return step_index  # a second-order scheduler has each timestep twice
-        matches = (self.timesteps == torch.as_tensor(timestep).cpu()).nonzero()
+        for name in ("step_index", "begin_index"):  # a second-order scheduler has each timestep twice
+            index = getattr(self, name, None)
+            if index is not None:
+                return index
+        timesteps = self._steps().timesteps
+        matches = (timesteps == torch.as_tensor(timestep).cpu()).nonzero()
         if len(matches) == 0:
-            raise ValueError(f"Expected `timestep` to be one of {self.timesteps.tolist()}, but got {timestep}.")
+            raise ValueError(f"Expected `timestep` to be one of {timesteps.tolist()}, but got {timestep}.")
         return int(matches[0])
 
     def _is_guided(self, position: int, guidance: Guidance) -> bool:
         """Whether guidance applies. Of a second-order scheduler's step both evaluations are guided, or neither."""
         step = position // self.order
         first_step = (getattr(self, "begin_index", None) or 0) // self.order
-        applies = guidance.applies(self.timesteps[step * self.order], step - first_step)
-        return applies and self._level(position)[0].item() > MIN_ALPHA
+        schedule = self._steps()
+        applies = guidance.applies(
+            schedule.training_timesteps[step * self.order], step - first_step, schedule.default_range
+        )
+        return applies and schedule.alphas[position].item() > MIN_ALPHA
 
-    def _level(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """α and σ of x_t, on the CPU."""
-        if self._noise_levels is None:
-            self._noise_levels = noise_levels(self)
-        alphas, sigmas = self._noise_levels
-        return alphas[position], sigmas[position]
+    def _signed(self, prediction: torch.Tensor) -> torch.Tensor:
+        """The velocity ε - x0 of one that Mochi's scheduler takes, x0 - ε, and the other way round."""
+        return -prediction if is_flow_matching(self) and counts_from_noise(self) else prediction
 
     def _noisy_step(self, position: int, model_output: torch.Tensor, sample: torch.Tensor) -> NoisyStep:
         """The input of a step as guidance needs it."""
-        timestep = self.timesteps[position]
-        alpha, sigma = self._level(position)
-        x_t = self.scale_model_input(sample, timestep).float()
-        prediction = model_output[:, : sample.shape[1]].float()
-        return NoisyStep(timestep, x_t, prediction, self.config.prediction_type, alpha, sigma)
+        schedule = self._steps()
+        is_flow = is_flow_matching(self)
+        x_t = sample if is_flow else self.scale_model_input(sample, schedule.timesteps[position])
+        x_t = x_t.to(torch.promote_types(x_t.dtype, torch.float32))
+        prediction = model_output[:, : sample.shape[1]].to(x_t.dtype)
+        return NoisyStep(
+            scheduler=self,
+            timestep=schedule.training_timesteps[position],
+            x_t=x_t,
+            prediction=prediction,
+            prediction_type=expected_prediction_type(self),
+            alpha=schedule.alphas[position],
+            sigma=schedule.sigmas[position],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Schedule:
+    """
+    Timesteps and noise levels of all steps, on the CPU, so that no step waits for an accelerator.
+
+    Args:
+        timesteps (`torch.Tensor` of shape (S,)): Those of the scheduler.
+        training_timesteps (`torch.Tensor` of shape (S,)): The same, counted as in training.
+        alphas, sigmas (`torch.Tensor` of shape (S,)): α and σ; see [`noise_levels`].
+        default_range (`tuple[float, float]`): The training timesteps that are guided if nothing else is asked for.
+    """
+
+    timesteps: torch.Tensor
+    training_timesteps: torch.Tensor
+    alphas: torch.Tensor
+    sigmas: torch.Tensor
+    default_range: tuple[float, float]
+
+    @classmethod
+    def of(cls, scheduler: "GuidedScheduler") -> "_Schedule":
+        """Those of a scheduler whose timesteps are set."""
+        alphas, sigmas = noise_levels(scheduler)
+        timesteps, config = scheduler.timesteps.cpu(), scheduler.config
+        if not is_flow_matching(scheduler):
+            count = config.get("model_train_timesteps") or config["num_train_timesteps"]
+            trained = training_timesteps(scheduler, count)
+            return cls(timesteps, trained, alphas, sigmas, default_range=(0.0, float("inf")))
+        count = config["num_train_timesteps"]
+        if count == 1:  # some count from 0 to 1
+            count = scheduler.experts.intervals.num_train_timesteps
+        # t = σ·T: the scheduler's own timesteps may be rounded
+        return cls(timesteps, sigmas * count, alphas, sigmas, default_range=(0.0, MAX_FLOW_SIGMA * count))
 
 
 @functools.cache
@@ -254,11 +324,13 @@ def _guided_class(base: Any, scheduler_class: Any) -> type:
 
         @functools.wraps(scheduler_class.set_timesteps)
         def set_timesteps(self, *args, **kwargs):
-            # The timesteps stay on the CPU, so that no step waits for an accelerator to know which one it is.
+            # The timesteps are made on the CPU, so that no step waits for an accelerator to know which one it is.
             call = inspect.signature(super().set_timesteps).bind(*args, **kwargs)
-            call.arguments["device"] = "cpu"
+            device, call.arguments["device"] = call.arguments.get("device"), "cpu"
             super().set_timesteps(*call.args, **call.kwargs)
-            self._noise_levels = None
+            self._schedule = _Schedule.of(self)
+            if hasattr(self, "step_index"):  # which counts the steps; the others look at `timesteps` at each of them
+                self.timesteps = self.timesteps.to(device)
             for guidance in self._guidances():
                 guidance.reset()
 
@@ -276,21 +348,14 @@ def _new_instance(base: Any, scheduler_class: Any) -> GuidedScheduler:
     return object.__new__(_guided_class(base, scheduler_class))
 
 
-def _warn_of_other_levels(experts: GuidanceExperts, scheduler: Any) -> None:
-    """Warn of experts that would see another noise at a timestep than they were trained on."""
-    trained = experts.config.get("noise_schedule")
-    if trained is None:
+def _check_process(experts: GuidanceExperts, scheduler: Any) -> None:
+    """Refuse experts whose noise is not known, where it matters."""
+    if experts.process is not None:
         return
-    levels = DDPMScheduler(**trained).alphas_cumprod
-    if (
-        scheduler.config.get("model_train_timesteps") is not None
-    ):  # it has only the first of them: see `without_pure_noise`
-        levels = levels[: len(scheduler.alphas_cumprod)]
-    if not are_same_levels(levels, scheduler.alphas_cumprod):
-        t = len(levels) // 2
-        warnings.warn(
-            f"The guidance experts were trained at other noise levels than the scheduler's: ᾱ at timestep {t} is "
-            f"{levels[t]:.3g}, not {scheduler.alphas_cumprod[t]:.3g}. They guide worse; train them with the beta_schedule "
-            f"of the pipeline.",
-            stacklevel=4,
+    if is_flow_matching(scheduler) and experts.config.num_experts > 1:
+        raise ValueError(
+            f"Expected experts that know which noise they were trained on, for a {type(scheduler).__name__}, but got "
+            f"{experts.config.num_experts} without `noise_schedule`. For diffusion it has the arguments of the DDPMScheduler of their "
+            "training, for flow matching it is {'process': 'flow_matching'}."
         )
+    experts.intervals.check_scheduler(scheduler)

@@ -1,7 +1,7 @@
 """The two ways to guide a step of a scheduler: in the noise, or in the mean.
 https://arxiv.org/abs/2105.05233, algorithms 2 and 1
 
-Legend: B batch, C channels, H and W height and width, in pixels or latent pixels.
+Legend: B batch, C channels; the other dimensions of a sample are its own.
 """
 
 import inspect
@@ -16,9 +16,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from ..diffusion.noise import scheduler_setting
 from ..diffusion.noise_schedules import clips
 from ..diffusion.predictions import convert_prediction, posterior_weights
-from .gradient import Guidance, NoisyStep
+from .gradient import Guidance, NoisyStep, per_sample
 
-# Guidance in the noise: ε - σ·s·∇log p
+# Guidance in the noise: ε - σ·s·∇log p; of a velocity of flow matching, v - s·σ/(1-σ)·∇log p
 
 
 def guided_prediction(
@@ -30,11 +30,11 @@ def guided_prediction(
     Args:
         scheduler ([`SchedulerMixin`]): Its configuration says whether x̂0 is clipped.
         noisy ([`NoisyStep`]): The step.
-        model_output (`torch.Tensor` of shape (B, C or 2C, H, W)): The denoiser's output; a learned variance stays as it is.
+        model_output (`torch.Tensor` of shape (B, C or 2C, …)): The denoiser's output; a learned variance stays as it is.
         guidances (`list[Guidance]`): What guides, one after the other.
 
     Returns:
-        `torch.Tensor` of shape (B, C or 2C, H, W): A prediction of the same type, of a clipped x̂0 if the scheduler clips.
+        `torch.Tensor` of shape (B, C or 2C, …): A prediction of the same type, of a clipped x̂0 if the scheduler clips.
     """
     levels = noisy.alpha, noisy.sigma
     for guidance in guidances:
@@ -49,13 +49,14 @@ def guided_prediction(
         change = convert_prediction(change, torch.zeros_like(change), *levels, "epsilon", noisy.prediction_type)
         unguided = noisy.prediction.to(model_output.dtype)
         guided = (noisy.prediction + change).to(model_output.dtype)
-        noisy = replace(noisy, prediction=guidance.finite_or(unguided, guided, noisy.timestep).float())
+        finite = guidance.finite_or(unguided, guided, noisy)
+        noisy = replace(noisy, prediction=finite.to(noisy.x_t.dtype))
     rest = model_output[:, noisy.x_t.shape[1] :]
     return torch.cat([noisy.prediction.to(model_output.dtype), rest], dim=1)
 
 
 def _clipped(scheduler: SchedulerMixin, x0: torch.Tensor) -> torch.Tensor:
-    """x̂0 (B, C, H, W), clipped as the scheduler itself does it."""
+    """x̂0 (B, …), clipped as the scheduler itself does it."""
     if scheduler_setting(scheduler, "thresholding"):
         return scheduler._threshold_sample(x0)
     return x0.clamp(-scheduler.config.clip_sample_range, scheduler.config.clip_sample_range)
@@ -107,12 +108,12 @@ def step_with_guided_mean(
             gradient = _rescaled(gradient, mean)
         unguided = output.prev_sample
         guided = (unguided.float() + variance * guidance.scale * gradient).to(unguided.dtype)
-        output.prev_sample = guidance.finite_or(unguided, guided, noisy.timestep)
+        output.prev_sample = guidance.finite_or(unguided, guided, noisy)
     return output if return_dict else output.to_tuple()
 
 
 def _mean(scheduler: SchedulerMixin, x0: torch.Tensor, noisy: NoisyStep) -> torch.Tensor:
-    """The mean (B, C, H, W) of q(x_s | x_t, x̂0), where s is the next timestep."""
+    """The mean (B, …) of q(x_s | x_t, x̂0), where s is the next timestep."""
     t = int(noisy.timestep)
     previous = int(scheduler.previous_timestep(t))
     alpha_prev = scheduler.alphas_cumprod[previous] if previous >= 0 else torch.ones(())
@@ -131,7 +132,7 @@ def _variance(scheduler: SchedulerMixin, variance_output: torch.Tensor, t: int) 
 
 
 def _rescaled(gradient: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """∇·‖μ‖/‖∇‖ of each sample (B, C, H, W)."""
+    """∇·‖μ‖/‖∇‖ of each sample (B, …)."""
     # Deviation from reference: the norm of each sample's own mean, where it takes the first one's for the whole batch.
     norm, mean_norm = (tensor.flatten(1).norm(dim=1) for tensor in (gradient, mean))
-    return gradient * torch.where(norm > 0, mean_norm / norm, 0).view(-1, 1, 1, 1)
+    return gradient * per_sample(torch.where(norm > 0, mean_norm / norm, 0), gradient)

@@ -44,6 +44,18 @@ class GuidanceTarget(ABC):
             `torch.Tensor` of shape (B,): For each image, and depending on no other image.
         """
 
+    def log_likelihood_of_frames(self, outputs: list[ModelOutput]) -> torch.Tensor:
+        """
+        Compute log p(y | x) of videos: the mean over their frames, so that a scale means the same for any number of them.
+
+        Args:
+            outputs (`list[ModelOutput]`): The network's output for each frame of B videos.
+
+        Returns:
+            `torch.Tensor` of shape (B,).
+        """
+        return torch.stack([self.log_likelihood(output) for output in outputs]).mean(0)
+
 
 class ClassTarget(GuidanceTarget):
     """

@@ -194,15 +194,12 @@ class Conversion:
 
         Returns:
             [`Conversion`], or None if every denoiser predicts what the scheduler expects.
-
-        Raises:
-            ValueError: if there is something to convert, but the scheduler is a flow-matching one.
         """
         target_type = expected_prediction_type(scheduler)
         if all(prediction_type == target_type for prediction_type in prediction_types):
             return None
         alphas, sigmas = noise_levels(scheduler)
-        return cls(alphas.to(device), sigmas.to(device), target_type)
+        return cls(alphas.float().to(device), sigmas.float().to(device), target_type)
 
     def __call__(self, step: int, model_output: torch.Tensor, x_t: torch.Tensor, prediction_type: str) -> torch.Tensor:
         """
