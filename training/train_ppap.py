@@ -4,23 +4,29 @@ accelerate launch training/train_ppap.py --config training/presets/ppap_digits.y
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
-from diffusers import DDPMScheduler
-
 from diffusers_dmp import GuidanceExperts
+from diffusers_dmp.diffusion.process import NoiseProcess
 from diffusers_dmp.guidance.experts import METHODS
 from diffusers_dmp.hub.pushing import with_hub
-from diffusers_dmp.training.arguments import ExpertArguments, SharedTrainingArguments, option
+from diffusers_dmp.training.arguments import (
+    ExpertArguments,
+    NoiseArguments,
+    ProcessArguments,
+    SharedTrainingArguments,
+    option,
+)
 from diffusers_dmp.training.conditions import no_conditions
 from diffusers_dmp.training.data.training_data import load_training_data
 from diffusers_dmp.training.experts import ExpertTraining, train_experts
 from diffusers_dmp.training.guidance_experts import WEIGHTS_NAME, make_experts, save_expert, save_together
 from diffusers_dmp.training.objectives import distillation
-from diffusers_dmp.training.objectives.from_arguments import noise_schedule
+from diffusers_dmp.training.objectives.from_arguments import make_noising, noise_record
 from diffusers_dmp.training.objectives.objective import Objective
+from diffusers_dmp.training.objectives.shifts import BY_RESOLUTION
 from diffusers_dmp.training.parsing import renamed, run_entry_point
 from diffusers_dmp.training.recipe import TrainingRecipe
 from diffusers_dmp.training.trainer import make_accelerator
@@ -28,7 +34,7 @@ from diffusers_dmp.training.trainer import make_accelerator
 
 @renamed(network_image_size="image_processor_size")
 @dataclass(kw_only=True)
-class PPAPTrainingArguments(ExpertArguments, SharedTrainingArguments):
+class PPAPTrainingArguments(ExpertArguments, ProcessArguments, SharedTrainingArguments):
     """The experts of a vision model that guide."""
 
     # fields of 0.1, which its `training_arguments.yaml` have
@@ -56,12 +62,17 @@ class PPAPTrainingArguments(ExpertArguments, SharedTrainingArguments):
     image_std: list[float] = option([], "Standard deviation of each channel, likewise.")
 
     # other defaults, the paper's
+    density: str = option(
+        "uniform", "For flow: how often which noise level is trained: uniform, logit_normal, mode or cosmap."
+    )
+    shift: str | None = option(None, "For flow: a shift of the density towards the noise, such as 3; by default 1.")
     weight_decay: float = option(0.05, "Weight decay of AdamW.")
     lr_scheduler: str = option("linear", "Schedule of transformers' get_scheduler.")
     ema_decay: float = option(0.0, "Decay of the averaged weights; 0 for no averaging.")
 
     def __post_init__(self):
         super().__post_init__()
+        self._check_noise()
         if self.method not in METHODS:
             raise ValueError(f"Expected `method` to be one of {', '.join(METHODS)}, but got {self.method!r}.")
         if self.method == "finetune":
@@ -84,6 +95,21 @@ class PPAPTrainingArguments(ExpertArguments, SharedTrainingArguments):
             raise ValueError(
                 "Expected `random_flip` to be false where the teacher has images of its own, but got true."
             )
+
+    def _check_noise(self) -> None:
+        """Check the noise process, and that nothing is set that it does not have."""
+        self.check_process()
+        if self.shift == BY_RESOLUTION:
+            raise ValueError(
+                f"Expected `shift` to be a number, as the experts' images have no tokens, but got {self.shift!r}."
+            )
+        for field in fields(NoiseArguments):
+            value = getattr(self, field.name)
+            if self.objective == "flow" and field.name.startswith("beta") and value != field.default:
+                raise ValueError(
+                    f"Expected `{field.name}` to be left at {field.default} for flow matching, whose noise has no betas, but "
+                    f"got {value!r}."
+                )
 
 
 def train_ppap(args: PPAPTrainingArguments) -> None:
@@ -117,12 +143,12 @@ def train_ppap(args: PPAPTrainingArguments) -> None:
 
 def make_objective(args: PPAPTrainingArguments, experts: GuidanceExperts, has_labels: bool) -> Objective:
     """What the experts learn from: labels, for the baselines of a classifier, or else the network itself."""
-    scheduler = DDPMScheduler(**noise_schedule(args))
+    noising = make_noising(args, NoiseProcess.from_record(noise_record(args)).scheduler)
     is_classifier = experts.config.base_model_class.endswith("ForImageClassification")
     if args.method != "ppap" and has_labels and is_classifier:
-        return distillation.LabelObjective(scheduler)
+        return distillation.LabelObjective(noising)
     has_teacher_images = args.teacher_image_column is not None
-    return distillation.DistillationObjective(scheduler, copy.deepcopy(experts), has_teacher_images)
+    return distillation.DistillationObjective(noising, copy.deepcopy(experts), has_teacher_images)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import REPOSITORY, TINY_CONFIG, Vectors, assert_matches, randomised
 from datasets import Dataset, Features, Image, load_dataset
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from networks import make_dpt, make_resnet
 from runs import launch_script
 from torch.nn import functional as F
@@ -21,6 +21,7 @@ from diffusers_dmp.evaluation.digits import fit_classifier
 from diffusers_dmp.training.data.generation import GenerationArguments, generate_images
 from diffusers_dmp.training.data.images import load_images, training_items
 from diffusers_dmp.training.objectives.distillation import distillation_losses
+from diffusers_dmp.training.objectives.noising import FlowNoising
 
 TINY = {
     "image_size": 8,
@@ -203,6 +204,54 @@ def test_an_expert_goes_on_where_it_was_stopped(train_ppap_here, tmp_path):
         assert torch.equal(resumed[name], tensor), name
 
 
+# Flow matching
+
+
+@pytest.fixture
+def seen_by_students(monkeypatch) -> list:
+    """What the students see: the expert, and the batch with its noisy images."""
+    seen, add_noise, run_expert = [], FlowNoising.add_noise, GuidanceExperts.run_expert
+
+    def remember_noise(noising, x0, noise, timesteps):
+        x_t = add_noise(noising, x0, noise, timesteps)
+        seen.append((None, x0, noise, timesteps, x_t))
+        return x_t
+
+    def remember_expert(experts, expert, images, merged=None):
+        if merged is False:  # a student, no teacher
+            assert images is seen[-1][-1]
+            seen[-1] = (expert, *seen[-1][1:])
+        return run_expert(experts, expert, images, merged)
+
+    monkeypatch.setattr(FlowNoising, "add_noise", remember_noise)
+    monkeypatch.setattr(GuidanceExperts, "run_expert", remember_expert)
+    return seen
+
+
+@pytest.mark.parametrize("method", ["ppap", "multi_experts"])
+def test_experts_learn_on_the_noise_of_flow_matching(train_ppap_here, tmp_path, seen_by_students, method):
+    """By distillation and from labels: the loss has nothing to do with the noise."""
+    train_ppap_here(tmp_path / "run", method=method, objective="flow", density="logit_normal", shift="3")
+    experts = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts")
+    assert [expert for expert, *_ in seen_by_students] == [0, 0, 1, 1]  # two steps of each
+    for expert, x0, noise, timesteps, x_t in seen_by_students:
+        assert (experts.intervals.index(timesteps) == expert).all() and timesteps.unique().numel() == 16
+        sigma = (timesteps / 1000).view(-1, 1, 1, 1)
+        torch.testing.assert_close(x_t, (1 - sigma) * x0 + sigma * noise)
+    # what a guided scheduler compares with its own noise
+    assert experts.config.noise_schedule == {"process": "flow_matching", "num_train_timesteps": 1000}
+    assert experts.process.is_process_of(FlowMatchEulerDiscreteScheduler(shift=3.0))
+    assert not experts.process.is_process_of(DDPMScheduler())
+    assert experts.config.sample_size == [8, 8]
+
+
+def test_the_record_of_diffusion_is_the_noise_of_the_training(train_ppap_here, tmp_path):
+    train_ppap_here(tmp_path / "run", beta_schedule="linear0.025", num_train_timesteps=500, max_train_steps=1)
+    experts = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts")
+    assert experts.config.noise_schedule["process"] == "diffusion" and experts.config.sample_size == [8, 8]
+    assert experts.process.is_process_of(DDPMScheduler(500, beta_end=0.025))
+
+
 @pytest.fixture
 def depth_base(tmp_path) -> Path:
     make_dpt().save_pretrained(tmp_path / "depth")
@@ -320,6 +369,16 @@ def test_the_network_is_said_to_be_the_trouble(train_ppap_here, base, tmp_path):
         ({"vae": "vae"}, "no `vae`, as the experts look at images"),
         ({"teacher_image_size": 16}, "both or neither, but got None and 16"),
         ({"teacher_image_size": 16, "teacher_image_column": "t", "random_flip": True}, "`random_flip` to be false"),
+        ({"objective": "rectified"}, "`objective` to be one of ddpm, flow, but got 'rectified'"),
+        ({"shift": "3"}, "`objective` to be flow where `shift` is set, but got ddpm and '3.0'"),
+        ({"density": "mode"}, "`objective` to be flow where `density` is set, but got ddpm and 'mode'"),
+        ({"objective": "flow", "density": "normal"}, "`density` to be one of uniform, .*'normal'"),
+        ({"objective": "flow", "shift": "resolution"}, "a number, as the experts' images have no tokens"),
+        ({"objective": "flow", "shift": "0"}, "`shift` to be a positive number"),
+        (
+            {"objective": "flow", "beta_schedule": "squaredcos_cap_v2"},
+            "`beta_schedule` to be left at linear for flow matching, whose noise has no betas, but got 'squaredcos_cap_v2'",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit(train_ppap_here, tmp_path, arguments, message):

@@ -10,7 +10,7 @@ from ..guidance import GuidanceExperts
 from ..models.vision import load_network, processor_settings
 from ..saving.weight_files import read_safetensors
 from ..saving.whole import written_whole
-from .objectives.from_arguments import noise_schedule
+from .objectives.from_arguments import noise_record
 from .resources import explained_disk_errors
 from .summary import TrainingSummary
 
@@ -34,7 +34,8 @@ def make_experts(args: Any) -> GuidanceExperts:
         "rank": args.rank,
         "lora_alpha": args.lora_alpha,
         "target_modules": args.target_modules or None,
-        "noise_schedule": noise_schedule(args),
+        "noise_schedule": noise_record(args),
+        "sample_size": [args.image_size, args.image_size],
     }
     try:
         network = load_network(args.base_model)
