@@ -104,9 +104,9 @@ $(GUIDED)/classifiers.json: | .venv/demo-text.installed
 	$(BIN)/python examples/guidance_demo.py classifiers $(GUIDED)
 
 $(GUIDED)/images.done: $(TEXT)/base.done
-	@echo "$$(date +%T) Part 2 of 5: the model draws 4,000 pictures without a prompt. Next: training experts."
+	@echo "$$(date +%T) Part 2 of 5: the model draws 3,000 pictures without a prompt. Next: training experts."
 	$(TRAIN) training/generate_guidance_data.py --pipeline $(TEXT)/base/pipeline --scheduler "" \
-	  --pipeline_arguments '{"prompt": "", "guidance_scale": 1.0}' --num_images 4000 --output_dir $(GUIDED)/images
+	  --pipeline_arguments '{"prompt": "", "guidance_scale": 1.0}' --num_images 3000 --output_dir $(GUIDED)/images
 	touch $@
 
 $(GUIDED)/flow.done $(GUIDED)/ddpm.done: $(GUIDED)/%.done: $(GUIDED)/classifiers.json $(GUIDED)/images.done

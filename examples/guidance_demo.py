@@ -8,7 +8,6 @@ Pictures that were drawn are kept: a run that was interrupted goes on with the n
 """
 
 import json
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,24 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from diffusers import (
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
+from clothes_judge import REAL, Judging, as_pixels, fit_judge, in_parts, load_judge, share
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from matplotlib.figure import Figure
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from torch import nn
 
 from diffusers_dmp import ClassTarget, GuidanceExperts, GuidedScheduler, SentenceToImagePipeline
 from diffusers_dmp.diffusion.noise import levels_at
 from diffusers_dmp.diffusion.process import NoiseProcess
 from diffusers_dmp.evaluation.digits import fit_resnet
 from diffusers_dmp.evaluation.fashion import CLOTHES, fashion_images
-from diffusers_dmp.evaluation.metrics import GaussianStatistics, frechet_distance
 from diffusers_dmp.guidance.guided_scheduler import MAX_FLOW_SIGMA
 from diffusers_dmp.plots import sample_grid
 from diffusers_dmp.terminal import OneLineParser, run_command
@@ -41,51 +32,27 @@ from diffusers_dmp.terminal import OneLineParser, run_command
 OUTPUT = Path("outputs/demo_guidance")
 PIPELINE = Path("outputs/demo_text/base/pipeline")
 HALF = 30_000  # of the training pictures are for the classifier that guides, the other half for the one that judges
-GUIDE_STEPS, JUDGE_STEPS = 1500, 2500
-SAMPLES_PER_CLASS = 100
-SEARCHED_PER_CLASS = 20
+GUIDE_STEPS = 1500
+JUDGE = "judge.safetensors"
+SAMPLES_PER_CLASS = 50
+SEARCHED_PER_CLASS = 10
 SHOWN_PER_CLASS = 2
 SCALES = (1.0, 2.0, 4.0, 8.0, 15.0)
 SCALE = 4.0
-NUM_INFERENCE_STEPS = 25
+NUM_INFERENCE_STEPS = 20
 SAMPLE_BATCH = 100
 SCHEDULERS = {
     "Euler": lambda config: FlowMatchEulerDiscreteScheduler.from_config(config),
     "UniPC": lambda config: UniPCMultistepScheduler.from_config(
         config, use_flow_sigmas=True, prediction_type="flow_prediction"
     ),
-    "Heun": lambda config: FlowMatchHeunDiscreteScheduler.from_config(config),
 }
 MEASURED_SIGMAS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
-REAL = 1000  # real pictures on which classifiers are measured
 FLOW_MATCHING = {"process": "flow_matching"}
-CLEAN, CLEAN_X0, FLOW, DDPM, UNMATCHED = (
-    "classifier",
-    "classifier, of x̂0",
-    "flow experts",
-    "DDPM experts",
-    "DDPM experts, noise not matched",
-)
+CLEAN, CLEAN_X0 = "classifier", "classifier of x̂0"
+FLOW, DDPM, UNMATCHED = "flow experts", "DDPM experts", "DDPM experts unmatched"
 GUIDES = (CLEAN, CLEAN_X0, FLOW, DDPM, UNMATCHED)
 UNGUIDED = "unguided"
-
-
-class Judge(nn.Module):
-    """A plain convolutional network, without the residual connections and normalisation layers of the one that guides."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.convolutions = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 7 * 7, 128), nn.ReLU(),
-        )  # fmt: skip
-        self.head = nn.Linear(128, len(CLOTHES))
-
-    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The features (N, 128) and logits (N, 10) of pictures (N, 1, 28, 28) in [-1, 1]."""
-        features = self.convolutions(pixels)
-        return features, self.head(features)
 
 
 @dataclass(frozen=True)
@@ -104,24 +71,23 @@ class Cell:
     @property
     def name(self) -> str:
         """Of its file."""
-        words = f"{self.scheduler} {self.guide} {self.scale:g}".lower().replace("x̂0", "x0").replace(",", "")
+        words = f"{self.scheduler} {self.guide} {self.scale:g}".lower().replace("x̂0", "x0")
         return words.replace(" ", "_")
 
 
-# one scale for all experts; the classifier is also shown with the one that suits it best
 COMPARED = (
     Cell("Euler", UNGUIDED),
     *(Cell("Euler", guide, SCALE) for guide in GUIDES),
-    *(Cell(name, guide, SCALE) for name in ("UniPC", "Heun") for guide in (CLEAN, FLOW, DDPM)),
+    *(Cell("UniPC", guide, SCALE) for guide in (CLEAN, FLOW, DDPM)),
 )
 
 
 def fit_classifiers(folder: Path) -> None:
     """Fit both classifiers on halves of the real pictures, and measure them on pictures that neither has seen."""
     images, labels = fashion_images()
-    guide = fit_resnet(folder / "guide", images[:HALF, ..., None], labels[:HALF], list(CLOTHES), GUIDE_STEPS)
-    judge = fit_judge(as_pixels(images[HALF:]), torch.from_numpy(labels[HALF:].copy()))
-    save_file(judge.state_dict(), folder / "judge.safetensors")
+    first, classes = images[:HALF, ..., None].copy(), labels[:HALF].copy()
+    guide = fit_resnet(folder / "guide", first, classes, list(CLOTHES), GUIDE_STEPS)
+    judge = fit_judge(folder / JUDGE, images[HALF:], labels[HALF:])
     test, truth = fashion_images("test")
     pixels, truth = as_pixels(test), torch.from_numpy(truth)
     summary = {
@@ -134,30 +100,6 @@ def fit_classifiers(folder: Path) -> None:
     write_json(folder / "classifiers.json", summary)
 
 
-def fit_judge(pixels: torch.Tensor, labels: torch.Tensor, batch_size: int = 64, seed: int = 1) -> Judge:
-    """Train a [`Judge`] on pictures (N, 1, 28, 28) and their mirror images."""
-    torch.manual_seed(seed)
-    judge = Judge().train()
-    optimizer = torch.optim.Adam(judge.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=JUDGE_STEPS)
-    for _ in range(JUDGE_STEPS):
-        batch = torch.randint(len(pixels), (batch_size,))
-        mirrored = torch.rand(batch_size, 1, 1, 1) < 0.5
-        inputs = torch.where(mirrored, pixels[batch].flip(-1), pixels[batch])
-        F.cross_entropy(judge(inputs)[1], labels[batch]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    return judge.eval()
-
-
-def load_judge(folder: Path) -> Judge:
-    """The classifier that judges."""
-    judge = Judge()
-    judge.load_state_dict(load_file(folder / "judge.safetensors"))
-    return judge.eval()
-
-
 def clean_guide(folder: Path) -> GuidanceExperts:
     """The classifier of clean pictures, as the only expert at all noise levels."""
     return GuidanceExperts.from_base(
@@ -165,12 +107,16 @@ def clean_guide(folder: Path) -> GuidanceExperts:
     )
 
 
+def seen_by_guide(guide: GuidanceExperts, pixels: torch.Tensor) -> torch.Tensor:
+    """The classes (N,) that the classifier of clean pictures sees in pictures (N, 1, 28, 28)."""
+    return in_parts(lambda part: (guide(part, torch.tensor(0)).logits,), pixels)[0].argmax(1)
+
+
 def load_guides(folder: Path) -> dict[str, GuidanceExperts]:
     """What guides, by name."""
     unmatched = GuidanceExperts.from_pretrained(folder / "ddpm" / "experts")
-    unmatched.process = NoiseProcess.from_record(
-        FLOW_MATCHING
-    )  # as if they had been trained on it, which they were not
+    # as if they had been trained on it: they see x_t as it is, at t = σ·T
+    unmatched.process = NoiseProcess.from_record(FLOW_MATCHING)
     return {
         CLEAN: clean_guide(folder),
         CLEAN_X0: clean_guide(folder),
@@ -189,9 +135,9 @@ def load_pipeline(folder: Path = PIPELINE) -> SentenceToImagePipeline:
 
 def search(folder: Path) -> None:
     """Draw a few pictures with each scale, from other noise than `compare`, and write which share is recognised."""
-    pipeline, guides, judge = load_pipeline(), load_guides(folder), load_judge(folder)
+    pipeline, guides, judge = load_pipeline(), load_guides(folder), load_judge(folder / JUDGE)
     found: dict[str, dict[str, float]] = {}
-    for guide in GUIDES:
+    for guide in (CLEAN, CLEAN_X0, FLOW, DDPM):
         found[guide] = {}
         for scale in SCALES:
             drawn = draw(folder / "search", pipeline, Cell("Euler", guide, scale), guides, SEARCHED_PER_CLASS, seed=1)
@@ -228,19 +174,16 @@ def draw(
         if cell.guide != UNGUIDED:
             decoder = (lambda x0: x0) if cell.guide == CLEAN_X0 else None
             scheduler = GuidedScheduler(plain, guides[cell.guide], ClassTarget(asked), cell.scale, decoder=decoder)
-        pipeline.register_modules(scheduler=scheduler)
+        pipeline.scheduler = scheduler
         generators = [torch.Generator().manual_seed(seed * 1_000_000 + begin + i) for i in range(len(asked))]
         started = time.perf_counter()
         images += pipeline(
             [""] * len(asked), guidance_scale=1.0, num_inference_steps=NUM_INFERENCE_STEPS, generator=generators
         ).images
         seconds.append((time.perf_counter() - started) / len(scheduler.timesteps))
-    pipeline.register_modules(scheduler=plain)
-    drawn = {
-        "images": np.stack([np.asarray(image) for image in images]),
-        "labels": labels,
-        "seconds": np.median(seconds),
-    }
+    pipeline.scheduler = plain
+    pictures = np.stack([np.asarray(image) for image in images])
+    drawn = {"images": pictures, "labels": labels, "seconds": np.median(seconds)}
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished.npz")
     np.savez(unfinished, **drawn)
@@ -250,7 +193,8 @@ def draw(
 
 def compare(folder: Path) -> None:
     """Draw in all ways, let the judge count, and write figures, a table and a picture."""
-    pipeline, guides, judging = load_pipeline(), load_guides(folder), Judging(folder)
+    pipeline, guides = load_pipeline(), load_guides(folder)
+    judging = Judging(load_judge(folder / JUDGE), lambda pixels: seen_by_guide(guides[CLEAN], pixels))
     summary: dict[str, Any] = {
         "samples": SAMPLES_PER_CLASS * len(CLOTHES),
         "num_inference_steps": NUM_INFERENCE_STEPS,
@@ -258,14 +202,17 @@ def compare(folder: Path) -> None:
         "training": {name: training_figures(folder / name) for name in ("flow", "ddpm")},
         "edges_as_sigma": {name: edges_as_sigma(guides[name]) for name in (FLOW, DDPM)},
         "guided_steps": {name: guided_steps(guides[name]) for name in (FLOW, DDPM)},
-        "accuracy_by_sigma": judging.accuracy_by_sigma(guides),
+        "accuracy_by_sigma": accuracy_by_sigma(guides),
         "real pictures": judging.of_real_pictures(),
         "drawn": {},
     }
     rows = {}
     for cell in COMPARED:
         drawn = draw(folder / "samples", pipeline, cell, guides, SAMPLES_PER_CLASS)
-        figures = summary["drawn"].setdefault(cell.scheduler, {})[cell.title] = judging.of(drawn)
+        figures = judging.of(drawn["images"], drawn["labels"]) | {
+            "seconds_per_step": round(float(drawn["seconds"]), 4)
+        }
+        summary["drawn"].setdefault(cell.scheduler, {})[cell.title] = figures
         print(cell.scheduler, cell.title, figures, flush=True)
         if cell.scheduler == "Euler":
             rows[f"{cell.title}: {figures['recognised']:.1%} recognised"] = shown(drawn)
@@ -275,55 +222,22 @@ def compare(folder: Path) -> None:
     print(as_tables(summary), f"Look at {folder / 'guidance_fashion.png'}.", sep="\n")
 
 
-class Judging:
-    """What the judge says of pictures, in comparison with real ones that it has not seen."""
-
-    def __init__(self, folder: Path):
-        self.judge = load_judge(folder)
-        self.guide = clean_guide(folder)
-        images, self.real_labels = fashion_images("test")
-        self.real = as_pixels(images)
-        features, logits = in_parts(self.judge, self.real[REAL:])
-        self.real_statistics = GaussianStatistics.of(features)
-        self.real_spread = spread(self.real[REAL:], logits.argmax(1))
-
-    def of(self, drawn: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Figures of pictures (N, 28, 28) and the labels (N,) that were asked for."""
-        pixels, labels = as_pixels(drawn["images"]), torch.from_numpy(drawn["labels"])
-        features, logits = in_parts(self.judge, pixels)
-        seen = logits.argmax(1)
-        figures = {
-            "recognised": share(seen == labels),
-            "interval": wilson_interval(int((seen == labels).sum()), len(labels)),
-            "recognised_by_guide": share(seen_by_guide(self.guide, pixels) == labels),
-            "confidence": round(float(logits.softmax(1).max(1).values.mean()), 4),
-            "distance": round(frechet_distance(GaussianStatistics.of(features), self.real_statistics), 2),
-            "spread": round(spread(pixels, seen) / self.real_spread, 4),
-        }
-        if "seconds" in drawn:
-            figures["seconds_per_step"] = round(float(drawn["seconds"]), 4)
-        return figures
-
-    def of_real_pictures(self) -> dict[str, Any]:
-        """The same of real pictures, none of which is compared with itself."""
-        images = ((self.real[:REAL, 0] + 1) * 127.5).round().byte()
-        return self.of({"images": images.numpy(), "labels": self.real_labels[:REAL]})
-
-    @torch.no_grad()
-    def accuracy_by_sigma(self, guides: dict[str, GuidanceExperts]) -> dict[str, dict[str, float]]:
-        """Which share of real pictures each guide recognises in (1-σ)·x0 + σ·ε, the noisy samples of flow matching."""
-        x0, labels = self.real[:REAL], torch.from_numpy(self.real_labels[:REAL])
-        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
-        found: dict[str, dict[str, float]] = {name: {} for name in (CLEAN, FLOW, DDPM, UNMATCHED)}
-        for sigma in MEASURED_SIGMAS:
-            level = torch.tensor([1 - sigma, sigma], dtype=torch.float64)
-            x_t = (1 - sigma) * x0 + sigma * noise
-            for name in found:
-                process = guides[name].process
-                inputs = (process.scale_at(*level) * x_t).float()
-                logits = guides[name](inputs, process.timestep_at(*level)).logits
-                found[name][f"{sigma:g}"] = share(logits.argmax(1) == labels)
-        return found
+@torch.no_grad()
+def accuracy_by_sigma(guides: dict[str, GuidanceExperts]) -> dict[str, dict[str, float]]:
+    """Which share of real pictures each guide recognises in (1-σ)·x0 + σ·ε, the noisy samples of flow matching."""
+    images, labels = (each[:REAL] for each in fashion_images("test"))
+    x0, labels = as_pixels(images), torch.from_numpy(labels)
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    found: dict[str, dict[str, float]] = {name: {} for name in (CLEAN, FLOW, DDPM, UNMATCHED)}
+    for sigma in MEASURED_SIGMAS:
+        level = torch.tensor([1 - sigma, sigma], dtype=torch.float64)
+        x_t = (1 - sigma) * x0 + sigma * noise
+        for name, by_sigma in found.items():
+            process = guides[name].process
+            inputs = (process.scale_at(*level) * x_t).float()
+            seen = guides[name](inputs, process.timestep_at(*level)).logits.argmax(1)
+            by_sigma[f"{sigma:g}"] = share(seen == labels)
+    return found
 
 
 def edges_as_sigma(experts: GuidanceExperts) -> list[float]:
@@ -340,38 +254,6 @@ def guided_steps(experts: GuidanceExperts) -> list[int]:
     sigmas = scheduler.sigmas[:-1][scheduler.sigmas[:-1] < MAX_FLOW_SIGMA]
     owners = experts.intervals.index(experts.process.timestep_at(1 - sigmas, sigmas))
     return owners.bincount(minlength=experts.config.num_experts).tolist()
-
-
-@torch.no_grad()
-def in_parts(function: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What a function returns of many pictures (N, 1, 28, 28)."""
-    return tuple(torch.cat(parts) for parts in zip(*(function(part) for part in pixels.split(500)), strict=True))
-
-
-def seen_by_guide(guide: GuidanceExperts, pixels: torch.Tensor) -> torch.Tensor:
-    """The classes (N,) that the classifier of clean pictures sees in pictures (N, 1, 28, 28)."""
-    return in_parts(lambda part: (guide(part, torch.tensor(0)).logits,), pixels)[0].argmax(1)
-
-
-def as_pixels(images: np.ndarray) -> torch.Tensor:
-    """uint8 (N, 28, 28) as (N, 1, 28, 28) in [-1, 1]."""
-    return torch.from_numpy(images.copy()).float()[:, None] / 127.5 - 1
-
-
-def share(hits: torch.Tensor) -> float:
-    """The share of what is true."""
-    return round(float(hits.double().mean()), 4)
-
-
-def wilson_interval(hits: int, count: int, z: float = 1.96) -> list[float]:
-    """The 95 % interval of a share (Wilson, 1927)."""
-    centre, width = hits + z**2 / 2, z * math.sqrt(hits * (count - hits) / count + z**2 / 4)
-    return [round((centre + sign * width) / (count + z**2), 4) for sign in (-1, 1)]
-
-
-def spread(pixels: torch.Tensor, classes: torch.Tensor) -> float:
-    """The standard deviation of a pixel among pictures of one class, averaged over pixels and classes."""
-    return float(torch.stack([pixels[classes == each].std(0).mean() for each in classes.unique()]).nanmean())
 
 
 def shown(drawn: dict[str, np.ndarray]) -> Image.Image:
@@ -393,16 +275,8 @@ def rows_figure(rows: dict[str, Image.Image]) -> Figure:
 
 def as_tables(summary: dict[str, Any]) -> str:
     """The figures in Markdown: what was drawn, and how often the guides recognise noisy pictures."""
-    head = [
-        "scheduler",
-        "guided by",
-        "recognised",
-        "95 % interval",
-        "by the guide",
-        "confidence",
-        "distance",
-        "spread",
-    ]
+    head = ["scheduler", "guided by", "recognised", "95 % interval", "by the guide"]
+    head += ["confidence", "distance", "spread"]
     lines = [head, ["---"] * len(head)]
     drawn = [(name, *each) for name, cells in summary["drawn"].items() for each in cells.items()]
     for scheduler, title, figures in [*drawn, ("", "real pictures", summary["real pictures"])]:
