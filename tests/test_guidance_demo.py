@@ -93,13 +93,11 @@ def test_the_comparison(demo, folder, capsys):
 
 def test_pictures_are_drawn_once(demo, folder):
     cell = demo.Cell("Euler", demo.CLEAN, 0.0)
-    drawn = demo.draw(folder / "again", demo.load_pipeline(folder / "pipeline"), cell, demo.load_guides(folder), 1)
+    drawn = demo.draw(folder / "again", demo.load_pipeline(), cell, demo.load_guides(folder), 1)
     read = demo.draw(folder / "again", None, cell, {}, 1)
     assert (drawn["images"] == read["images"]).all() and (read["labels"] == np.arange(10)).all()
     # a scale of 0 changes nothing
-    unguided = demo.draw(
-        folder / "again", demo.load_pipeline(folder / "pipeline"), demo.Cell("Euler", demo.UNGUIDED), {}, 1
-    )
+    unguided = demo.draw(folder / "again", demo.load_pipeline(), demo.Cell("Euler", demo.UNGUIDED), {}, 1)
     assert (unguided["images"] == drawn["images"]).all()
 
 
