@@ -73,18 +73,18 @@ class ClassTarget(GuidanceTarget):
         self.labels = labels
 
     def prepare(self, network_config: PreTrainedConfig) -> None:
-        names, last = network_config.id2label, network_config.num_labels - 1
+        names, count = network_config.id2label, network_config.num_labels
         labels = [
             find_class(label, names, "labels") if isinstance(label, str) else label
             for label in label_list(self.labels, "labels")
         ]
-        for label in labels:
-            if not 0 <= label <= last:
-                raise ValueError(f"Expected `labels` to be in [0, {last}], but got {label}.")
-        self.indices = torch.tensor(labels)
+        _check_classes("labels", min(labels), count)
+        _check_classes("labels", max(labels), count)
+        self.indices, self.highest = torch.tensor(labels), max(labels)
 
     def log_likelihood(self, output: ModelOutput) -> torch.Tensor:
         log_probs = F.log_softmax(output.logits, dim=-1)  # (B, K)
+        _check_classes("labels", self.highest, log_probs.shape[-1])
         _check_batch("labels", len(self.indices), len(log_probs))
         self.indices = self.indices.to(log_probs.device)
         return log_probs.gather(1, self.indices.expand(len(log_probs))[:, None])[:, 0]
@@ -133,17 +133,20 @@ class SegmentationTarget(GuidanceTarget):
         if (self.classes != given).any():
             raise ValueError("Expected `classes` to be integers, but got fractions.")
         self.ignore_index = ignore_index
+        self.highest = max([0, *self.classes[self.classes != ignore_index].unique().tolist()])
 
     def prepare(self, network_config: PreTrainedConfig) -> None:
         asked = self.classes[self.classes != self.ignore_index]
-        if len(asked) == 0 or asked.min() < 0 or asked.max() >= network_config.num_labels:
+        count = network_config.num_labels
+        if len(asked) == 0 or asked.min() < 0 or (count and asked.max() >= count):
             raise ValueError(
-                f"Expected `classes` to be in [0, {network_config.num_labels - 1}] or {self.ignore_index}, but got "
+                f"Expected `classes` to be {_class_range(count)} or {self.ignore_index}, but got "
                 f"{self.classes.unique().tolist()}."
             )
 
     def log_likelihood(self, output: ModelOutput) -> torch.Tensor:
         logits = output.logits  # (B, K, h, w)
+        _check_classes("classes", self.highest, logits.shape[1])
         _check_map("classes", self.classes, (len(logits), *logits.shape[2:]))
         self.classes = self.classes.to(logits.device)
         classes = self.classes.expand(len(logits), -1, -1)
@@ -179,6 +182,17 @@ def _as_maps(name: str, maps: "torch.Tensor | np.ndarray") -> torch.Tensor:
     if maps.ndim not in (2, 3):
         raise ValueError(f"Expected `{name}` to have the shape (B, h, w) or (h, w), but got {tuple(maps.shape)}.")
     return maps if maps.ndim == 3 else maps[None]
+
+
+def _check_classes(name: str, index: int, count: int) -> None:
+    """Refuse a class that a network with `count` of them does not have; 0 if the number is not known yet."""
+    if index < 0 or (count and index >= count):
+        raise ValueError(f"Expected `{name}` to be {_class_range(count)}, but got {index}.")
+
+
+def _class_range(count: int) -> str:
+    """The classes that there are, in words."""
+    return f"in [0, {count - 1}]" if count else "at least 0"
 
 
 def _check_batch(name: str, number: int, batch_size: int) -> None:
