@@ -114,7 +114,7 @@ def columns_of(asked: Asked, vision: "GuidanceExperts", size: tuple[int, int] | 
     classes = []
     for index in [class_index(given, vision.network_config) for given in asked.classes]:
         classes.append(Column(class_name(index, vision.network_config), ClassTarget(index), index))
-    texts = [_text_column(text) for text in asked.texts]
+    texts = [_text_column(text, vision) for text in asked.texts]
     columns = []
     for number in range(max(len(classes), len(texts), 1)):
         parts = [each[number if len(each) > 1 else 0] for each in (classes, texts) if each] + maps
@@ -154,10 +154,12 @@ def class_name(index: int, network_config: Any) -> str:
     return names.get(index, f"class {index}").split(",")[0]
 
 
-def _text_column(text: str) -> Column:
+def _text_column(text: str, vision: "GuidanceExperts") -> Column:
+    """A text as the model of images and text reads it whose images the network sees."""
     from ..guidance import TextTarget
 
-    return Column(f'"{text}"', TextTarget(text))
+    name = vision.config.base_model_name_or_path
+    return Column(f'"{text}"', TextTarget.from_pretrained(name, text, revision=vision.config.base_model_revision))
 
 
 def _depth_column(path: Path, vision: "GuidanceExperts", size: tuple[int, int] | None) -> Column:
