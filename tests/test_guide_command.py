@@ -8,6 +8,7 @@ import pytest
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from networks import make_dpt, make_resnet, make_segformer
 from PIL import Image
+from tiny_clip import save_clip, save_siglip
 from tiny_pipelines import RECIPES
 from tiny_text import with_text
 from typer.testing import CliRunner
@@ -37,6 +38,8 @@ def folder(tmp_path_factory) -> Path:
     saved(make_dpt(), folder / "dpt", resizes=True)
     saved(make_segformer(), folder / "segformer", resizes=True)
     saved(make_segformer(), folder / "any_size")
+    save_clip(folder / "clip")
+    save_siglip(folder / "siglip")
     experts = GuidanceExperts.from_base(str(resnet), num_experts=2, noise_schedule={"beta_schedule": "linear"})
     experts.save_pretrained(folder / "ppap" / "experts")
     unet = UNet2DModel(
@@ -99,6 +102,15 @@ def test_scale_zero_is_no_guidance(folder, tmp_path, pipeline):
     (without,), (scaled_by_zero,) = tiles(tmp_path / "0.png", 2, 1)
     (again,), (guided,) = tiles(tmp_path / "500.png", 2, 1)
     assert without == scaled_by_zero == again != guided
+
+
+@pytest.mark.parametrize("network", ["clip", "siglip"])
+def test_texts(folder, tmp_path, network):
+    arguments = ["--network", folder / network, "--text", "a red car", "--text", "a zebra at night", "--scale", 1000]
+    said = guide(folder, tmp_path / "grid.png", *arguments, "--scheduler", "ddim", "--num_images", 2)
+    car, zebra = tiles(tmp_path / "grid.png", 2, 2)
+    assert len({*car, *zebra}) == 4
+    assert re.search(r': "a red car", "a zebra at night"; \w+: log p = -?\S+$', said)
 
 
 def test_videos(folder, tmp_path):
@@ -186,6 +198,8 @@ def test_errors_come_in_one_line_before_the_pipeline_is_loaded(folder, tmp_path,
         ([tmp_path / "nowhere", *zebra], "nowhere': there is no such folder"),
         ([pixels, "--network", tmp_path / "nowhere", "--class", 1], "nowhere': there is no such folder"),
         ([pixels, "--experts", folder / "resnet", "--class", 1], "to be that of guidance experts"),
+        ([pixels, "--network", folder / "clip", "--class", "zebra"], "an image classifier, with `logits` (B, K), for a ClassTarget"),
+        ([pixels, "--network", resnet, "--text", "a zebra"], "resnet' to be one of CLIPModel, SiglipModel"),
         ([pixels, "--network", resnet, "--depth", folder / "photo.png"], "estimates depth for `--depth`, but got a ResNet"),
         ([pixels, "--network", resnet, "--depth", folder / "sd3" / "model_index.json"], "cannot identify image file"),
         ([pixels, "--network", resnet, "--segmentation", folder / "photo.png"], "of one channel with the index of a class"),

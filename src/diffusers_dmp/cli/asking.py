@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..guidance import GuidanceExperts, GuidanceTarget
 
 FREE = 255  # a pixel of a segmentation map that may be anything
-_BLANK_SIZE = (224, 224)  # of an image to try a network with, whose own size is fixed
+_BLANK_SIZE = (224, 224)  # of an image that a network resizes anyway
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,11 @@ def columns_of(asked: Asked, vision: "GuidanceExperts", size: tuple[int, int] | 
     """
     from ..guidance import ClassTarget, WeightedTargets
 
-    maps = [_depth_column(asked.depth, vision, size)] if asked.depth else []
-    maps += [_segmentation_column(asked.segmentation, vision, size)] if asked.segmentation else []
+    blank = _answer_to_blank(vision, size)
+    maps = [_depth_column(asked.depth, vision, size, blank)] if asked.depth else []
+    maps += [_segmentation_column(asked.segmentation, vision, size, blank)] if asked.segmentation else []
+    if asked.classes:
+        _try(ClassTarget(0), vision, blank)
     classes = []
     for index in [class_index(given, vision.network_config) for given in asked.classes]:
         classes.append(Column(class_name(index, vision.network_config), ClassTarget(index), index))
@@ -119,12 +122,16 @@ def columns_of(asked: Asked, vision: "GuidanceExperts", size: tuple[int, int] | 
     for number in range(max(len(classes), len(texts), 1)):
         parts = [each[number if len(each) > 1 else 0] for each in (classes, texts) if each] + maps
         target = parts[0].target if len(parts) == 1 else WeightedTargets([(part.target, 1.0) for part in parts])
+        _try(target, vision, blank)
         columns.append(Column(" and ".join(part.title for part in parts), target, parts[0].class_index))
-    blank = _answer_to_blank(vision, size)
-    for column in columns:
-        column.target.prepare(vision.network_config)
-        column.target.log_likelihood(blank)
     return columns
+
+
+def _try(target: "GuidanceTarget", vision: "GuidanceExperts", blank: Any) -> None:
+    """Refuse a target that the network cannot be asked for."""
+    target.prepare(vision.network_config)
+    if blank is not None:
+        target.log_likelihood(blank)
 
 
 def class_index(given: str, network_config: Any) -> int:
@@ -158,18 +165,18 @@ def _text_column(text: str, vision: "GuidanceExperts") -> Column:
     """A text as the model of images and text reads it whose images the network sees."""
     from ..guidance import TextTarget
 
-    name = vision.config.base_model_name_or_path
-    return Column(f'"{text}"', TextTarget.from_pretrained(name, text, revision=vision.config.base_model_revision))
+    name, revision = vision.config.base_model_name_or_path, vision.config.base_model_revision
+    return Column(f'"{text}"', TextTarget.from_pretrained(name, text, **({"revision": revision} if revision else {})))
 
 
-def _depth_column(path: Path, vision: "GuidanceExperts", size: tuple[int, int] | None) -> Column:
+def _depth_column(path: Path, vision: "GuidanceExperts", size: tuple[int, int] | None, blank: Any) -> Column:
     """The depth that the network itself sees in a photograph."""
     import torch
 
     from ..guidance import DepthTarget
     from ..training.data.fitting import crop_to_size, to_tensor
 
-    if "predicted_depth" not in _answer_to_blank(vision, size):
+    if blank is not None and "predicted_depth" not in blank:
         raise ValueError(
             f"Expected a network that estimates depth for `--depth`, but got a {vision.config.base_model_class}."
         )
@@ -183,7 +190,7 @@ def _depth_column(path: Path, vision: "GuidanceExperts", size: tuple[int, int] |
     return Column(f"the depth of {path.name}", DepthTarget(output.predicted_depth))
 
 
-def _segmentation_column(path: Path, vision: "GuidanceExperts", size: tuple[int, int] | None) -> Column:
+def _segmentation_column(path: Path, vision: "GuidanceExperts", size: tuple[int, int] | None, blank: Any) -> Column:
     """A map of classes in the size of the network's logits."""
     import numpy as np
     import torch
@@ -191,8 +198,8 @@ def _segmentation_column(path: Path, vision: "GuidanceExperts", size: tuple[int,
 
     from ..guidance import SegmentationTarget
 
-    logits = _answer_to_blank(vision, size).get("logits")
-    if logits is None or logits.ndim != 4:  # (B, K, h, w)
+    logits = None if blank is None else blank.get("logits")
+    if blank is not None and (logits is None or logits.ndim != 4):  # (B, K, h, w)
         raise ValueError(
             f"Expected a network of segmentation for `--segmentation`, but got a {vision.config.base_model_class}."
         )
@@ -245,9 +252,11 @@ def _known_size(option: str, size: tuple[int, int] | None) -> tuple[int, int]:
 
 
 def _answer_to_blank(vision: "GuidanceExperts", size: tuple[int, int] | None) -> Any:
-    """The network's output for one grey image."""
+    """The network's output for one grey image; None if it is not known which size it will see."""
     import torch
 
+    if size is None and vision.config.image_size is None:
+        return None
     channels = getattr(vision.network_config, "num_channels", 3)
     with torch.no_grad():
         return vision(torch.zeros(1, channels, *(size or _BLANK_SIZE)), torch.tensor(0))
