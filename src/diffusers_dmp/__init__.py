@@ -19,10 +19,13 @@ _IMPORT_STRUCTURE = {
     "guidance": [
         "ClassTarget",
         "DepthTarget",
+        "FrameTargets",
         "GuidanceExperts",
         "GuidanceTarget",
         "GuidedScheduler",
+        "ScoreTarget",
         "SegmentationTarget",
+        "TextTarget",
         "WeightedTargets",
     ],
     "hub": ["publish"],

@@ -2,14 +2,26 @@
 
 from .experts import GuidanceExperts
 from .guided_scheduler import GuidedScheduler
-from .targets import ClassTarget, DepthTarget, GuidanceTarget, SegmentationTarget, WeightedTargets
+from .targets import (
+    ClassTarget,
+    DepthTarget,
+    FrameTargets,
+    GuidanceTarget,
+    ScoreTarget,
+    SegmentationTarget,
+    TextTarget,
+    WeightedTargets,
+)
 
 __all__ = [
     "ClassTarget",
     "DepthTarget",
+    "FrameTargets",
     "GuidanceExperts",
     "GuidanceTarget",
     "GuidedScheduler",
+    "ScoreTarget",
     "SegmentationTarget",
+    "TextTarget",
     "WeightedTargets",
 ]
