@@ -1,7 +1,9 @@
 """Guidance by a vision model (PPAP): experts, targets, and the guided scheduler."""
 
+from .decoders import LatentDecoder, PackedLatentDecoder, VideoDecoder
 from .experts import GuidanceExperts
 from .guided_scheduler import GuidedScheduler
+from .pipeline_decoders import decoder_of, register_decoder
 from .targets import (
     ClassTarget,
     DepthTarget,
@@ -20,8 +22,13 @@ __all__ = [
     "GuidanceExperts",
     "GuidanceTarget",
     "GuidedScheduler",
+    "LatentDecoder",
+    "PackedLatentDecoder",
     "ScoreTarget",
     "SegmentationTarget",
     "TextTarget",
+    "VideoDecoder",
     "WeightedTargets",
+    "decoder_of",
+    "register_decoder",
 ]
