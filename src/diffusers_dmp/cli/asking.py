@@ -176,15 +176,15 @@ def _depth_column(path: Path, vision: "GuidanceExperts", size: tuple[int, int] |
     from ..guidance import DepthTarget
     from ..training.data.fitting import crop_to_size, to_tensor
 
-    if blank is not None and "predicted_depth" not in blank:
+    _expect_size("--depth", vision, size)
+    if "predicted_depth" not in blank:
         raise ValueError(
             f"Expected a network that estimates depth for `--depth`, but got a {vision.config.base_model_class}."
         )
     photograph = _photograph(path)
-    if not _is_size_fixed(vision):
-        photograph, _ = crop_to_size(photograph, *_known_size("--depth", size))
-    elif size is not None:
-        photograph, _ = crop_to_size(photograph, *_largest_crop(photograph, size))
+    if size is not None:
+        cropped = _largest_crop(photograph, size) if _is_size_fixed(vision) else size
+        photograph, _ = crop_to_size(photograph, *cropped)
     with torch.no_grad():
         output = vision(to_tensor(photograph)[None], torch.tensor(0))
     return Column(f"the depth of {path.name}", DepthTarget(output.predicted_depth))
@@ -198,13 +198,12 @@ def _segmentation_column(path: Path, vision: "GuidanceExperts", size: tuple[int,
 
     from ..guidance import SegmentationTarget
 
-    logits = None if blank is None else blank.get("logits")
-    if blank is not None and (logits is None or logits.ndim != 4):  # (B, K, h, w)
+    _expect_size("--segmentation", vision, size)
+    logits = blank.get("logits")
+    if logits is None or logits.ndim != 4:  # (B, K, h, w)
         raise ValueError(
             f"Expected a network of segmentation for `--segmentation`, but got a {vision.config.base_model_class}."
         )
-    if not _is_size_fixed(vision):
-        _known_size("--segmentation", size)
     height, width = logits.shape[2:]
     classes = np.array(_class_map(path).resize((width, height), Image.Resampling.NEAREST))
     return Column(f"the map {path.name}", SegmentationTarget(torch.from_numpy(classes).long(), ignore_index=FREE))
@@ -243,12 +242,12 @@ def _is_size_fixed(vision: "GuidanceExperts") -> bool:
     return isinstance(vision.config.image_size, (list, tuple))
 
 
-def _known_size(option: str, size: tuple[int, int] | None) -> tuple[int, int]:
-    if size is None:
+def _expect_size(option: str, vision: "GuidanceExperts", size: tuple[int, int] | None) -> None:
+    """Refuse an option whose map has the size of the images, where neither they nor the network have a known one."""
+    if size is None and not _is_size_fixed(vision):
         raise ValueError(
             f"Expected `--height` and `--width` with `{option}`, as this network has no size of its own, but got none."
         )
-    return size
 
 
 def _answer_to_blank(vision: "GuidanceExperts", size: tuple[int, int] | None) -> Any:
