@@ -2,9 +2,12 @@
 
 import re
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from networks import make_dpt, make_resnet, make_segformer
 from PIL import Image
@@ -16,6 +19,7 @@ from typer.testing import CliRunner
 from diffusers_dmp import GuidanceExperts
 from diffusers_dmp.cli import app, main
 from diffusers_dmp.cli.asking import Asked, columns_of
+from diffusers_dmp.cli.generating import StepClock
 
 ANIMALS = {0: "tench, Tinca tinca", 1: "goldfish", 2: "great white shark", 3: "zebra", 4: "lion"} | {
     index: f"animal {index}" for index in range(5, 30)
@@ -171,6 +175,24 @@ def test_a_map_is_asked_for_in_the_size_of_the_logits(folder, tmp_path):
         [[3] * 4 + [255] * 4] * 8
     ]  # Segformer's logits are a quarter of 32 pixels
     assert column.target.ignore_index == 255
+
+
+@pytest.mark.parametrize("calls_per_step", [1, 2])
+def test_the_clock_counts_steps_not_calls(monkeypatch, calls_per_step):
+    """The first step, in which kernels are loaded, is left out."""
+    clock = StepClock(SimpleNamespace(device=torch.device("cpu")))
+    moments = [0, 7] if calls_per_step == 1 else [0, 5, 7, 8]
+    moments += [
+        moment
+        for step in range(1, 4)
+        for moment in ([7 + 3 * step] if calls_per_step == 1 else [7 + 3 * step, 8 + 3 * step])
+    ]
+    times = iter(map(float, moments))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(times))
+    for _ in moments:
+        clock._note()
+    assert clock.seconds_per_step(5) == pytest.approx(3.0)
+    assert StepClock(clock.pipe).seconds_per_step(5) is None
 
 
 def test_help_and_the_long_name():

@@ -9,7 +9,7 @@ import typer
 from ..diffusion.scheduler_names import SCHEDULERS, scheduler_class
 from ..saving.sources import check_source
 from .asking import Asked, Column, columns_of
-from .generating import StepClock, call_arguments, generate, save_grid
+from .generating import StepClock, call_arguments, generate, save_grid, steps_of
 from .pipelines import Folder, load_any_pipeline, pipeline_source, saved_pipeline_class, saved_sample_size
 from .program import Command, app
 
@@ -171,7 +171,7 @@ def _timed(pipe: Any, call: dict[str, Any], seed: int) -> _Run:
         -len(pipe.scheduler.timesteps) // pipe.scheduler.order
     )  # a second-order scheduler has two timesteps for a step
     peak = torch.cuda.max_memory_allocated(pipe.device) / 2**30 if on_cuda else None
-    return _Run(videos, clock.seconds_per_step(steps), peak)
+    return _Run(videos, clock.seconds_per_step(steps_of(type(pipe), call)), peak)
 
 
 def _summary(
