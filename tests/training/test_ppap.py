@@ -24,7 +24,14 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.utils import ModelOutput
 
-from diffusers_dmp import ClassConditionalPipeline, DiTModel, GuidanceExperts, NoiseIntervals
+from diffusers_dmp import (
+    ClassConditionalPipeline,
+    ClassTarget,
+    DiTModel,
+    GuidanceExperts,
+    GuidedScheduler,
+    NoiseIntervals,
+)
 from diffusers_dmp.evaluation.digits import fit_classifier
 from diffusers_dmp.training.arguments import BoundaryArguments, ProcessArguments
 from diffusers_dmp.training.data.generation import GenerationArguments, generate_images
@@ -37,6 +44,7 @@ from diffusers_dmp.training.objectives.distillation import LabelObjective, disti
 from diffusers_dmp.training.objectives.from_arguments import make_noising
 from diffusers_dmp.training.objectives.noising import FlowNoising
 from diffusers_dmp.training.objectives.timesteps import StepExperts
+from diffusers_dmp.training.parsing import parse_arguments
 from diffusers_dmp.training.resuming import differing_arguments
 
 TINY = {
@@ -388,6 +396,29 @@ def test_intervals_are_given_as_for_any_experts(arguments, edges, arguments_clas
         **{name: value for name, value in vars(args).items() if "boundaries" not in name and name != "objective"}
     )
     assert expert_intervals(older).edges == NoiseIntervals.uniform(len(edges) - 1).edges
+
+
+def test_experts_of_flow_matching_guide_a_model_of_flow_matching(digits, base, arguments_class, tmp_path):
+    """By the preset, from the training to the guided pipeline."""
+    from train_ppap import train_ppap
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    given = {"dataset": digits, "base_model": base, "output_dir": tmp_path / "run", "max_train_steps": 1}
+    command_line = ["--config", "ppap_digits_flow", "--report_to", "none"]
+    for name, value in given.items():
+        command_line += [f"--{name}", str(value)]
+    train_ppap(parse_arguments(arguments_class, command_line))
+    experts = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts")
+    assert experts.config.num_experts == 5 and experts.process.is_flow_matching
+    config = {"in_channels": 1, "out_channels": 1, "num_classes": 1, "class_dropout_prob": 0.0}
+    pipe = ClassConditionalPipeline(randomised(DiTModel(**TINY_CONFIG | config)), FlowMatchEulerDiscreteScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    images = []
+    for scale in (0.0, 30.0):
+        pipe.scheduler = GuidedScheduler(FlowMatchEulerDiscreteScheduler(), experts, ClassTarget(3), scale=scale)
+        output = pipe(num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt")
+        images.append(output.images)
+    assert images[0].isfinite().all() and images[1].isfinite().all() and not torch.equal(*images)
 
 
 def test_the_record_of_diffusion_is_the_noise_of_the_training(train_ppap_here, tmp_path):
