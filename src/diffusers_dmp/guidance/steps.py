@@ -107,10 +107,10 @@ def step_with_guided_mean(
     for guidance in reversed(guidances):
         gradient = guidance.gradient(noisy)
         if guidance.rescale_to_mean:
-            mean = _mean(scheduler, output.pred_original_sample.float(), noisy)
+            mean = _mean(scheduler, output.pred_original_sample.to(gradient.dtype), noisy)
             gradient = _rescaled(gradient, mean)
         unguided = output.prev_sample
-        guided = (unguided.float() + variance * guidance.scale * gradient).to(unguided.dtype)
+        guided = (unguided.to(gradient.dtype) + variance * guidance.scale * gradient).to(unguided.dtype)
         output.prev_sample = guidance.finite_or(unguided, guided, noisy)
     return output if return_dict else output.to_tuple()
 
