@@ -1,8 +1,11 @@
 """PPAP's training: images that a diffusion model generated, and experts on them."""
 
+import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,17 +13,27 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import REPOSITORY, TINY_CONFIG, Vectors, assert_matches, randomised
 from datasets import Dataset, Features, Image, load_dataset
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from networks import make_dpt, make_resnet
 from runs import launch_script
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification
+from transformers.utils import ModelOutput
 
-from diffusers_dmp import ClassConditionalPipeline, DiTModel, GuidanceExperts
+from diffusers_dmp import ClassConditionalPipeline, DiTModel, GuidanceExperts, NoiseIntervals
 from diffusers_dmp.evaluation.digits import fit_classifier
+from diffusers_dmp.training.arguments import BoundaryArguments, ProcessArguments
 from diffusers_dmp.training.data.generation import GenerationArguments, generate_images
 from diffusers_dmp.training.data.images import load_images, training_items
-from diffusers_dmp.training.objectives.distillation import distillation_losses
+from diffusers_dmp.training.guidance_experts import expert_intervals
+from diffusers_dmp.training.objectives.densities import DENSITIES
+from diffusers_dmp.training.objectives.distillation import LabelObjective, distillation_losses
+from diffusers_dmp.training.objectives.from_arguments import make_noising
+from diffusers_dmp.training.objectives.noising import FlowNoising
+from diffusers_dmp.training.objectives.timesteps import StepExperts
+from diffusers_dmp.training.resuming import differing_arguments
 
 TINY = {
     "image_size": 8,
@@ -56,15 +69,22 @@ def pipeline(tmp_path) -> Path:
 
 
 @pytest.fixture
-def train_ppap_here(digits, base, monkeypatch):
-    """In this process."""
+def arguments_class(monkeypatch) -> type:
     monkeypatch.syspath_prepend(str(REPOSITORY / "training"))
-    from train_ppap import PPAPTrainingArguments, train_ppap
+    from train_ppap import PPAPTrainingArguments
+
+    return PPAPTrainingArguments
+
+
+@pytest.fixture
+def train_ppap_here(digits, base, arguments_class):
+    """In this process."""
+    from train_ppap import train_ppap
 
     def train(output_dir: Path, **arguments) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         defaults = TINY | {"dataset": str(digits), "base_model": str(base), "output_dir": str(output_dir)}
-        train_ppap(PPAPTrainingArguments(**defaults | arguments))
+        train_ppap(arguments_class(**defaults | arguments))
 
     return train
 
@@ -189,18 +209,135 @@ def test_one_by_one_is_all(train_ppap_here, tmp_path):
         torch.testing.assert_close(apart.expert_tensors()[name], tensor)
 
 
-def test_an_expert_goes_on_where_it_was_stopped(train_ppap_here, tmp_path):
-    arguments = {"checkpointing_steps": 1, "max_train_steps": 3, "checkpoints_total_limit": 3}
+@pytest.mark.parametrize("process", [{}, {"objective": "flow", "num_experts": None, "sigma_boundaries": [0.875]}])
+def test_an_expert_goes_on_where_it_was_stopped(train_ppap_here, tmp_path, process):
+    arguments = process | {"checkpointing_steps": 1, "max_train_steps": 3, "checkpoints_total_limit": 3}
     train_ppap_here(tmp_path / "run", **arguments)
     whole = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts").expert_tensors()
     for step in (2, 3):
         shutil.rmtree(tmp_path / "run" / "expert_1" / f"checkpoint-{step}")
     with pytest.raises(ValueError, match="no checkpoints of an earlier run"):
         train_ppap_here(tmp_path / "run", **arguments)
+    with pytest.raises(ValueError, match="num_train_timesteps: 1000 → 500"):
+        train_ppap_here(tmp_path / "run", resume_from_checkpoint="latest", **arguments | {"num_train_timesteps": 500})
     train_ppap_here(tmp_path / "run", resume_from_checkpoint="latest", **arguments)
     resumed = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts").expert_tensors()
     for name, tensor in whole.items():
         assert torch.equal(resumed[name], tensor), name
+
+
+# Flow matching
+
+
+@pytest.fixture
+def seen_by_students(monkeypatch) -> list:
+    """What the students see: the expert, and the batch with its noisy images."""
+    seen, add_noise, run_expert = [], FlowNoising.add_noise, GuidanceExperts.run_expert
+
+    def remember_noise(noising, x0, noise, timesteps):
+        x_t = add_noise(noising, x0, noise, timesteps)
+        seen.append((None, x0, noise, timesteps, x_t))
+        return x_t
+
+    def remember_expert(experts, expert, images, merged=None):
+        if merged is False:  # a student, no teacher
+            assert images is seen[-1][-1]
+            seen[-1] = (expert, *seen[-1][1:])
+        return run_expert(experts, expert, images, merged)
+
+    monkeypatch.setattr(FlowNoising, "add_noise", remember_noise)
+    monkeypatch.setattr(GuidanceExperts, "run_expert", remember_expert)
+    return seen
+
+
+@pytest.mark.parametrize("method", ["ppap", "multi_experts"])
+def test_experts_learn_on_the_noise_of_flow_matching(train_ppap_here, tmp_path, seen_by_students, method):
+    """By distillation and from labels: the loss has nothing to do with the noise."""
+    arguments = {"density": "logit_normal", "shift": "3", "num_experts": None, "sigma_boundaries": [0.875]}
+    train_ppap_here(tmp_path / "run", method=method, objective="flow", **arguments)
+    experts = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts")
+    assert experts.intervals.edges == (0, 875, 1000)
+    assert [expert for expert, *_ in seen_by_students] == [0, 0, 1, 1]  # two steps of each
+    for expert, x0, noise, timesteps, x_t in seen_by_students:
+        assert (experts.intervals.index(timesteps) == expert).all() and timesteps.unique().numel() == 16
+        sigma = (timesteps / 1000).view(-1, 1, 1, 1)
+        torch.testing.assert_close(x_t, (1 - sigma) * x0 + sigma * noise)
+    # what a guided scheduler compares with its own noise
+    assert experts.config.noise_schedule == {"process": "flow_matching", "num_train_timesteps": 1000}
+    assert experts.process.is_process_of(FlowMatchEulerDiscreteScheduler(shift=3.0))
+    assert not experts.process.is_process_of(DDPMScheduler())
+    assert experts.config.sample_size == [8, 8]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "edges"),
+    [
+        ({"num_experts": None}, (0, 200, 400, 600, 800, 1000)),
+        ({"num_experts": 4}, (0, 250, 500, 750, 1000)),
+        ({"timestep_boundaries": [100, 600.5]}, (0, 100, 600.5, 1000)),
+        ({"objective": "flow", "sigma_boundaries": [0.875]}, (0, 875, 1000)),
+        ({"objective": "flow", "snr_boundaries": [9.0, 1.0]}, (0, 250, 500, 1000)),
+        ({"snr_boundaries": [1.0]}, (0, 259, 1000)),
+        ({"method": "finetune"}, (0, 1000)),
+    ],
+)
+def test_intervals_are_given_as_for_any_experts(arguments, edges, arguments_class):
+    args = arguments_class(**arguments)
+    assert expert_intervals(args).edges == edges and args.num_experts == len(edges) - 1
+    assert dataclasses.replace(args) == args  # as a preset of its own
+    older = SimpleNamespace(
+        **{name: value for name, value in vars(args).items() if "boundaries" not in name and name != "objective"}
+    )
+    assert expert_intervals(older).edges == NoiseIntervals.uniform(len(edges) - 1).edges
+
+
+def test_the_record_of_diffusion_is_the_noise_of_the_training(train_ppap_here, tmp_path):
+    train_ppap_here(tmp_path / "run", beta_schedule="linear0.025", num_train_timesteps=500, max_train_steps=1)
+    experts = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts")
+    assert experts.config.noise_schedule["process"] == "diffusion" and experts.config.sample_size == [8, 8]
+    assert experts.process.is_process_of(DDPMScheduler(500, beta_end=0.025))
+
+
+def test_a_checkpoint_of_before_flow_matching_was_ddpm(arguments_class):
+    """As version 0.3 recorded it: with the number of experts, without process and boundaries."""
+    ddpm, flow = arguments_class(num_experts=3), arguments_class(num_experts=3, objective="flow")
+    new = [field.name for group in (ProcessArguments, BoundaryArguments) for field in dataclasses.fields(group)]
+    older = {name: value for name, value in vars(ddpm).items() if name not in new} | {"num_experts": 3}
+    assert differing_arguments(older, vars(ddpm), ddpm) == []
+    assert differing_arguments(older, vars(flow), flow) == ["objective: 'ddpm' → 'flow'"]
+
+
+EDGES = st.lists(st.floats(5, 995), min_size=0, max_size=4, unique=True).map(sorted)
+PROCESSES = st.fixed_dictionaries(
+    {"objective": st.sampled_from(["ddpm", "flow"])},
+    optional={"density": st.sampled_from(DENSITIES), "shift": st.floats(0.3, 6)},
+)
+
+
+@given(boundaries=EDGES, process=PROCESSES, seed=st.integers(0, 2**32 - 1))
+def test_experts_are_trained_on_what_they_will_see(boundaries, process, seed):
+    """Any density, shift and edges: the expert that is trained at a timestep is the one that sees it when it guides."""
+    edges = [0, *boundaries, 1000]
+    assume(min(high - low for low, high in zip(edges, edges[1:])) > 1.01)
+    args = ProcessArguments(**process)
+    is_flow = args.objective == "flow"
+    scheduler = FlowMatchEulerDiscreteScheduler() if is_flow else DDPMScheduler()
+    objective = LabelObjective(make_noising(args, scheduler))
+    intervals = NoiseIntervals(tuple(edges))
+    assume(not is_flow or min(objective.noising.density.shares(intervals)) > 1e-6)
+    experts = experts_that_say_who_they_are()
+    experts.intervals = intervals
+    for expert in range(intervals.num_experts):
+        trained = StepExperts(intervals, [expert])
+        timesteps = objective.sample_timesteps(64, torch.Generator().manual_seed(seed), trained)
+        assert (experts(torch.zeros(64, 1, 8, 8), timesteps).expert == expert).all()
+
+
+@functools.cache
+def experts_that_say_who_they_are() -> GuidanceExperts:
+    experts = GuidanceExperts(make_resnet(num_channels=1), [0.5], [0.5])
+    experts.run_expert = lambda expert, images, merged=None: ModelOutput(expert=torch.full((len(images),), expert))
+    return experts
 
 
 @pytest.fixture
@@ -320,6 +457,22 @@ def test_the_network_is_said_to_be_the_trouble(train_ppap_here, base, tmp_path):
         ({"vae": "vae"}, "no `vae`, as the experts look at images"),
         ({"teacher_image_size": 16}, "both or neither, but got None and 16"),
         ({"teacher_image_size": 16, "teacher_image_column": "t", "random_flip": True}, "`random_flip` to be false"),
+        ({"num_experts": 3, "timestep_boundaries": [500]}, "the 2 that `timestep_boundaries` makes, but got 3"),
+        ({"timestep_boundaries": [500], "snr_boundaries": [1.0]}, "one kind of boundaries at most"),
+        ({"timestep_boundaries": [500], "method": "finetune"}, "no `timestep_boundaries` for the method finetune"),
+        ({"num_experts": None, "timestep_boundaries": [1000]}, "ascend strictly between 0 and 1000"),
+        ({"sigma_boundaries": [0.5]}, "`objective` to be flow where `sigma_boundaries` is set, but got ddpm"),
+        ({"num_experts": 0}, "`num_experts` to be at least 1"),
+        ({"objective": "rectified"}, "`objective` to be one of ddpm, flow, but got 'rectified'"),
+        ({"shift": "3"}, "`objective` to be flow where `shift` is set, but got ddpm and '3.0'"),
+        ({"density": "mode"}, "`objective` to be flow where `density` is set, but got ddpm and 'mode'"),
+        ({"objective": "flow", "density": "normal"}, "`density` to be one of uniform, .*'normal'"),
+        ({"objective": "flow", "shift": "resolution"}, "a number, as the experts' images have no tokens"),
+        ({"objective": "flow", "shift": "0"}, "`shift` to be a positive number"),
+        (
+            {"objective": "flow", "beta_schedule": "squaredcos_cap_v2"},
+            "`beta_schedule` to be left at linear for flow matching, whose noise has no betas, but got 'squaredcos_cap_v2'",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit(train_ppap_here, tmp_path, arguments, message):

@@ -34,7 +34,7 @@ class ClipScorer(torch.nn.Module):
         super().__init__()
         name = os.fspath(name_or_path)
         try:
-            network = load_network(name)
+            network = load_network(name, with_text=True)
             if not isinstance(network, CLIPModel):
                 raise ValueError(
                     f"Expected `clip` to be a CLIPModel of transformers, but got a {type(network).__name__}."

@@ -26,6 +26,7 @@ LORA_TARGETS = {  # `model_type` → a regular expression that matches the full 
     "dinov2": _ATTENTION,
     "segformer": _ATTENTION,
     "depth_anything": rf"{_ATTENTION}|{_NECK}",
+    **dict.fromkeys(("clip_vision_model", "siglip_vision_model"), r".*\.self_attn\.(q|k|v|out)_proj"),
     "dpt": rf".*\.attention\.(attention\.(query|key|value)|output\.dense)|{_NECK}",
 }
 _HEAD = re.compile(r"(^|\.)(\w*classifier)(\.|$)")

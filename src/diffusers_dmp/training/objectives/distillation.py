@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 
 from ...guidance import GuidanceExperts
 from ..denoiser import Denoiser
+from .noising import Noising
 from .objective import NoisedBatch, Objective, ObjectiveOutput
 
 TEACHER_TEMPERATURE = 0.25
@@ -37,14 +38,14 @@ class DistillationObjective(Objective):
         (teacher - student)², averaged over the pixels, for depth.
 
     Args:
-        scheduler ([`SchedulerMixin`]): Adds the noise.
+        noising ([`Noising`] or [`SchedulerMixin`]): Adds the noise.
         teacher ([`GuidanceExperts`]): Untrained experts, which are still equal to the network itself.
         uses_teacher_images (`bool`): Whether the teacher sees the batch's `teacher_images`, the same images in a higher
             resolution, instead of x0.
     """
 
-    def __init__(self, scheduler: SchedulerMixin, teacher: GuidanceExperts, uses_teacher_images: bool = False):
-        super().__init__(scheduler)
+    def __init__(self, noising: Noising | SchedulerMixin, teacher: GuidanceExperts, uses_teacher_images: bool = False):
+        super().__init__(noising)
         self.teacher = teacher.requires_grad_(False).eval()
         self.uses_teacher_images = uses_teacher_images
 

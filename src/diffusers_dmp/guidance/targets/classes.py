@@ -1,0 +1,53 @@
+"""Ask for classes of a classifier.
+
+Legend: B batch, K classes.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedConfig
+from transformers.utils import ModelOutput
+
+from ...models.class_names import find_class, label_list
+from .base import GuidanceTarget, check_images
+from .outputs import LOGITS, check_network, read_output
+
+
+class ClassTarget(GuidanceTarget):
+    """
+    Ask for classes of an image classification network.
+
+    Args:
+        labels (`int`, `str`, or a list, array or tensor of shape (B,) of either): One class for all images, or one for each
+            image, by index or by name. Of a name with synonyms, "tench, Tinca tinca", one of them is enough.
+
+    Raises:
+        ValueError: from `prepare`, if the network is no classifier, a class is unknown (the message lists similar names), or
+            several have the name.
+    """
+
+    def __init__(self, labels: "int | str | list[int] | list[str] | np.ndarray | torch.Tensor"):
+        self.labels = labels
+
+    def prepare(self, network_config: PreTrainedConfig) -> None:
+        check_network(self, network_config, LOGITS)
+        names, last = network_config.id2label, network_config.num_labels - 1
+        labels = [
+            find_class(label, names, "labels") if isinstance(label, str) else label
+            for label in label_list(self.labels, "labels")
+        ]
+        for label in labels:
+            if not 0 <= label <= last:
+                raise ValueError(f"Expected `labels` to be in [0, {last}], but got {label}.")
+        self.indices, self.highest = torch.tensor(labels), max(labels)
+
+    def log_likelihood(self, output: ModelOutput) -> torch.Tensor:
+        log_probs = F.log_softmax(read_output(self, output, LOGITS), dim=-1)  # (B, K)
+        check_images("labels", len(self.indices), len(log_probs))
+        if self.highest >= log_probs.shape[1]:
+            raise ValueError(
+                f"Expected `labels` to be in [0, {log_probs.shape[1] - 1}], the network's logits, but got {self.highest}."
+            )
+        self.indices = self.indices.to(log_probs.device)
+        return log_probs.gather(1, self.indices.expand(len(log_probs))[:, None])[:, 0]
