@@ -304,5 +304,5 @@ def one_logit(output: ModelOutput) -> ModelOutput:
 
 def test_the_configuration_may_promise_more_classes_than_there_are():
     target = prepared(ClassTarget(2))
-    with pytest.raises(ValueError, match=r"`labels` to be in \[0, 1\], the network's logits, but got 2"):
+    with pytest.raises(ValueError, match=r"`labels` to be in \[0, 1\], but got 2"):
         target.log_likelihood(ImageClassifierOutput(logits=torch.zeros(2, 2)))

@@ -55,3 +55,14 @@ def check_images(name: str, number: int, batch_size: int) -> None:
     """Refuse a target for another number of images than 1 or B."""
     if number not in (1, batch_size):
         raise ValueError(f"Expected `{name}` to be for 1 or {batch_size} images, but got {number}.")
+
+
+def check_classes(name: str, index: int, count: int) -> None:
+    """Refuse a class that a network with `count` of them does not have; 0 if the number is not known yet."""
+    if index < 0 or (count and index >= count):
+        raise ValueError(f"Expected `{name}` to be {class_range(count)}, but got {index}.")
+
+
+def class_range(count: int) -> str:
+    """The classes that there are, in words."""
+    return f"in [0, {count - 1}]" if count else "at least 0"

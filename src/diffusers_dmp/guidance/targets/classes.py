@@ -10,8 +10,8 @@ from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
 from ...models.class_names import find_class, label_list
-from .base import GuidanceTarget, check_images
-from .outputs import LOGITS, check_network, read_output
+from .base import GuidanceTarget, check_classes, check_images
+from .predictions import LOGITS, check_network, read_prediction
 
 
 class ClassTarget(GuidanceTarget):
@@ -32,22 +32,18 @@ class ClassTarget(GuidanceTarget):
 
     def prepare(self, network_config: PreTrainedConfig) -> None:
         check_network(self, network_config, LOGITS)
-        names, last = network_config.id2label, network_config.num_labels - 1
+        names, count = network_config.id2label, network_config.num_labels
         labels = [
             find_class(label, names, "labels") if isinstance(label, str) else label
             for label in label_list(self.labels, "labels")
         ]
-        for label in labels:
-            if not 0 <= label <= last:
-                raise ValueError(f"Expected `labels` to be in [0, {last}], but got {label}.")
+        check_classes("labels", min(labels), count)
+        check_classes("labels", max(labels), count)
         self.indices, self.highest = torch.tensor(labels), max(labels)
 
     def log_likelihood(self, output: ModelOutput) -> torch.Tensor:
-        log_probs = F.log_softmax(read_output(self, output, LOGITS), dim=-1)  # (B, K)
+        log_probs = F.log_softmax(read_prediction(self, output, LOGITS), dim=-1)  # (B, K)
+        check_classes("labels", self.highest, log_probs.shape[1])
         check_images("labels", len(self.indices), len(log_probs))
-        if self.highest >= log_probs.shape[1]:
-            raise ValueError(
-                f"Expected `labels` to be in [0, {log_probs.shape[1] - 1}], the network's logits, but got {self.highest}."
-            )
         self.indices = self.indices.to(log_probs.device)
         return log_probs.gather(1, self.indices.expand(len(log_probs))[:, None])[:, 0]

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
-from .base import GuidanceTarget, check_images
-from .outputs import DEPTH, LOGIT_MAPS, check_network, read_output
+from .base import GuidanceTarget, check_classes, check_images, class_range
+from .predictions import DEPTH, LOGIT_MAPS, check_network, read_prediction
 
 
 class DepthTarget(GuidanceTarget):
@@ -35,7 +35,7 @@ class DepthTarget(GuidanceTarget):
         check_network(self, network_config, DEPTH)
 
     def log_likelihood(self, output: ModelOutput) -> torch.Tensor:
-        predicted = read_output(self, output, DEPTH)  # (B, h, w)
+        predicted = read_prediction(self, output, DEPTH)  # (B, h, w)
         _check_map("depth", self.depth, predicted.shape, 'mode="bilinear"')
         self.depth = self.depth.to(predicted.device)
         return -((predicted - self.depth) ** 2).flatten(1).mean(1)
@@ -61,18 +61,21 @@ class SegmentationTarget(GuidanceTarget):
         if (self.classes != given).any():
             raise ValueError("Expected `classes` to be integers, but got fractions.")
         self.ignore_index = ignore_index
+        self.highest = max([0, *self.classes[self.classes != ignore_index].unique().tolist()])
 
     def prepare(self, network_config: PreTrainedConfig) -> None:
         check_network(self, network_config, LOGIT_MAPS)
         asked = self.classes[self.classes != self.ignore_index]
-        if len(asked) == 0 or asked.min() < 0 or asked.max() >= network_config.num_labels:
+        count = network_config.num_labels
+        if len(asked) == 0 or asked.min() < 0 or (count and asked.max() >= count):
             raise ValueError(
-                f"Expected `classes` to be in [0, {network_config.num_labels - 1}] or {self.ignore_index}, but got "
+                f"Expected `classes` to be {class_range(count)} or {self.ignore_index}, but got "
                 f"{self.classes.unique().tolist()}."
             )
 
     def log_likelihood(self, output: ModelOutput) -> torch.Tensor:
-        logits = read_output(self, output, LOGIT_MAPS)  # (B, K, h, w)
+        logits = read_prediction(self, output, LOGIT_MAPS)  # (B, K, h, w)
+        check_classes("classes", self.highest, logits.shape[1])
         _check_map("classes", self.classes, (len(logits), *logits.shape[2:]), 'mode="nearest"')
         self.classes = self.classes.to(logits.device)
         classes = self.classes.expand(len(logits), -1, -1)

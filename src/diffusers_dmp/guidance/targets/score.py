@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
 from .base import GuidanceTarget
-from .outputs import EMBEDDINGS, LOGITS, OutputKind, check_network, read_output
+from .predictions import EMBEDDINGS, LOGITS, PredictionKind, check_network, read_prediction
 
 
 class ScoreTarget(GuidanceTarget):
@@ -48,12 +48,12 @@ class ScoreTarget(GuidanceTarget):
         check_network(self, network_config, *self._kinds)
 
     @property
-    def _kinds(self) -> tuple[OutputKind, ...]:
+    def _kinds(self) -> tuple[PredictionKind, ...]:
         """What is scored: without a head, a logit itself."""
         return (LOGITS,) if self.head is None else (EMBEDDINGS, LOGITS)
 
     def log_likelihood(self, output: ModelOutput) -> torch.Tensor:
-        seen = read_output(self, output, *self._kinds)  # (B, D or K)
+        seen = read_prediction(self, output, *self._kinds)  # (B, D or K)
         scores = seen if self.head is None else self._scores(self.head, seen)
         if scores.shape not in ((len(seen),), (len(seen), 1)):
             raise ValueError(

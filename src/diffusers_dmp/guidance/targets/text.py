@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 
 from ...models.text_image import embed_prompts
 from .base import GuidanceTarget, check_images
-from .outputs import EMBEDDINGS, check_network, read_output
+from .predictions import EMBEDDINGS, check_network, read_prediction
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class TextTarget(GuidanceTarget):
             )
 
     def log_likelihood(self, output: ModelOutput) -> torch.Tensor:
-        images = F.normalize(read_output(self, output, EMBEDDINGS), dim=-1)  # (B, D)
+        images = F.normalize(read_prediction(self, output, EMBEDDINGS), dim=-1)  # (B, D)
         check_images("prompt", len(self.text_embeds), len(images))
         if images.shape[1] != self.text_embeds.shape[1]:
             raise ValueError(

@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 
 @dataclass(frozen=True)
-class OutputKind:
+class PredictionKind:
     """
     A kind of prediction of a network.
 
@@ -35,14 +35,14 @@ class OutputKind:
         return next((each for each in found if each.ndim == self.ndim), None)
 
 
-LOGITS = OutputKind("an image classifier, with `logits` (B, K)", "ForImageClassification", ("logits",), 2)
-LOGIT_MAPS = OutputKind(
+LOGITS = PredictionKind("an image classifier, with `logits` (B, K)", "ForImageClassification", ("logits",), 2)
+LOGIT_MAPS = PredictionKind(
     "a segmentation network, with `logits` (B, K, h, w)", "ForSemanticSegmentation", ("logits",), 4
 )
-DEPTH = OutputKind(
+DEPTH = PredictionKind(
     "a depth estimation network, with `predicted_depth` (B, h, w)", "ForDepthEstimation", ("predicted_depth",), 3
 )
-EMBEDDINGS = OutputKind(
+EMBEDDINGS = PredictionKind(
     "an image tower of CLIP or SigLIP, with `image_embeds` or `pooler_output` (B, D)",
     "VisionModel",
     ("image_embeds", "pooler_output"),
@@ -51,14 +51,14 @@ EMBEDDINGS = OutputKind(
 KINDS = (LOGITS, LOGIT_MAPS, DEPTH, EMBEDDINGS)
 
 
-def check_network(target: Any, network_config: PreTrainedConfig, *kinds: OutputKind) -> None:
+def check_network(target: Any, network_config: PreTrainedConfig, *kinds: PredictionKind) -> None:
     """
     Refuse a network whose class is known to give something else, before the first step.
 
     Args:
         target ([`GuidanceTarget`]): The target that needs it.
         network_config (`PreTrainedConfig`): The configuration; that of a network which was loaded has `architectures`.
-        kinds ([`OutputKind`]): What the target can read.
+        kinds ([`PredictionKind`]): What the target can read.
 
     Raises:
         ValueError: if the network gives none of `kinds`.
@@ -69,14 +69,14 @@ def check_network(target: Any, network_config: PreTrainedConfig, *kinds: OutputK
         raise ValueError(f"Expected {_network_for(target, kinds)}, but got a {architecture}.")
 
 
-def read_output(target: Any, output: ModelOutput, *kinds: OutputKind) -> torch.Tensor:
+def read_prediction(target: Any, output: ModelOutput, *kinds: PredictionKind) -> torch.Tensor:
     """
     Read the first of several kinds of predictions that an output has.
 
     Args:
         target ([`GuidanceTarget`]): The target that needs it.
         output (`ModelOutput`): The output of the network.
-        kinds ([`OutputKind`]): What the target can read.
+        kinds ([`PredictionKind`]): What the target can read.
 
     Returns:
         `torch.Tensor` of shape (B, …).
@@ -92,5 +92,5 @@ def read_output(target: Any, output: ModelOutput, *kinds: OutputKind) -> torch.T
     raise ValueError(f"Expected {_network_for(target, kinds)}, but got one with {' and '.join(shapes) or 'nothing'}.")
 
 
-def _network_for(target: Any, kinds: tuple[OutputKind, ...]) -> str:
+def _network_for(target: Any, kinds: tuple[PredictionKind, ...]) -> str:
     return f"{', or '.join(kind.network for kind in kinds)}, for a {type(target).__name__}"
