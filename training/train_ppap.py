@@ -4,31 +4,46 @@ accelerate launch training/train_ppap.py --config training/presets/ppap_digits.y
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
-from diffusers import DDPMScheduler
-
 from diffusers_dmp import GuidanceExperts
+from diffusers_dmp.diffusion.process import NoiseProcess
 from diffusers_dmp.guidance.experts import METHODS
 from diffusers_dmp.hub.pushing import with_hub
-from diffusers_dmp.training.arguments import ExpertArguments, SharedTrainingArguments, option
+from diffusers_dmp.training.arguments import (
+    BoundaryArguments,
+    ExpertArguments,
+    NoiseArguments,
+    ProcessArguments,
+    SharedTrainingArguments,
+    option,
+)
 from diffusers_dmp.training.conditions import no_conditions
 from diffusers_dmp.training.data.training_data import load_training_data
 from diffusers_dmp.training.experts import ExpertTraining, train_experts
-from diffusers_dmp.training.guidance_experts import WEIGHTS_NAME, make_experts, save_expert, save_together
+from diffusers_dmp.training.guidance_experts import (
+    WEIGHTS_NAME,
+    expert_intervals,
+    make_experts,
+    save_expert,
+    save_together,
+)
 from diffusers_dmp.training.objectives import distillation
-from diffusers_dmp.training.objectives.from_arguments import noise_schedule
+from diffusers_dmp.training.objectives.from_arguments import make_noising, noise_record
 from diffusers_dmp.training.objectives.objective import Objective
+from diffusers_dmp.training.objectives.shifts import BY_RESOLUTION
 from diffusers_dmp.training.parsing import renamed, run_entry_point
 from diffusers_dmp.training.recipe import TrainingRecipe
 from diffusers_dmp.training.trainer import make_accelerator
 
+NUM_EXPERTS = 5  # the paper's
+
 
 @renamed(network_image_size="image_processor_size")
 @dataclass(kw_only=True)
-class PPAPTrainingArguments(ExpertArguments, SharedTrainingArguments):
+class PPAPTrainingArguments(BoundaryArguments, ExpertArguments, ProcessArguments, SharedTrainingArguments):
     """The experts of a vision model that guide."""
 
     # fields of 0.1, which its `training_arguments.yaml` have
@@ -36,11 +51,15 @@ class PPAPTrainingArguments(ExpertArguments, SharedTrainingArguments):
         "learn_sigma", "prediction_type", "weighting", "uncertainty_learning_rate",
     )  # fmt: skip
 
-    base_model: str = option("", "Folder or Hub id of the transformers model: classifier, depth or segmentation.")
+    base_model: str = option(
+        "", "Folder or Hub id of the transformers model: classifier, depth, segmentation, CLIP or SigLIP."
+    )
     method: str = option(
         "ppap", "ppap (no labels), or the paper's baselines, on labels: multi_experts (whole copies), finetune (one)."
     )
-    num_experts: int = option(5, "Number of equal intervals of timesteps, each with its expert.")
+    num_experts: int = option(  # None until `_resolve_intervals`
+        None, "Number of experts, with intervals of equally many timesteps; 5, or as many as boundaries make."
+    )
     rank: int = option(16, "Rank of LoRA.")
     lora_alpha: float = option(8.0, "LoRA is scaled by this over its rank.")
     target_modules: list[str] = option([], "Endings of the names of layers that get LoRA; the paper's by default.")
@@ -56,17 +75,21 @@ class PPAPTrainingArguments(ExpertArguments, SharedTrainingArguments):
     image_std: list[float] = option([], "Standard deviation of each channel, likewise.")
 
     # other defaults, the paper's
+    density: str = option(
+        "uniform", "For flow: how often which noise level is trained: uniform, logit_normal, mode or cosmap."
+    )
+    shift: str | None = option(None, "For flow: a shift of the density towards the noise, such as 3; by default 1.")
     weight_decay: float = option(0.05, "Weight decay of AdamW.")
     lr_scheduler: str = option("linear", "Schedule of transformers' get_scheduler.")
     ema_decay: float = option(0.0, "Decay of the averaged weights; 0 for no averaging.")
 
     def __post_init__(self):
         super().__post_init__()
+        self._check_noise()
         if self.method not in METHODS:
             raise ValueError(f"Expected `method` to be one of {', '.join(METHODS)}, but got {self.method!r}.")
-        if self.method == "finetune":
-            self.num_experts = 1
-        self.check_at_least_one("num_experts", "rank")
+        self._resolve_intervals()
+        self.check_at_least_one("rank")
         if self.image_processor_size is not None:
             self.check_at_least_one("image_processor_size")
         self.check_expert(self.num_experts)
@@ -84,6 +107,44 @@ class PPAPTrainingArguments(ExpertArguments, SharedTrainingArguments):
             raise ValueError(
                 "Expected `random_flip` to be false where the teacher has images of its own, but got true."
             )
+
+    def _resolve_intervals(self) -> None:
+        """Set the number of experts, and check that the intervals are given in one way and fit the noise."""
+        given = self.given_boundaries
+        if len(given) > 1:
+            raise ValueError(f"Expected one kind of boundaries at most, but got {' and '.join(given)}.")
+        if self.method == "finetune":
+            if given:
+                raise ValueError(f"Expected no `{given[0]}` for the method finetune, which trains one network.")
+            self.num_experts = 1
+        if self.sigma_boundaries and self.objective != "flow":
+            raise ValueError(
+                "Expected `objective` to be flow where `sigma_boundaries` is set, but got ddpm; `snr_boundaries` and "
+                "`timestep_boundaries` go with both."
+            )
+        if self.num_experts is None:
+            self.num_experts = self.count_experts() if given else NUM_EXPERTS
+        if given and self.num_experts != self.count_experts():
+            raise ValueError(
+                f"Expected `num_experts` to be the {self.count_experts()} that `{given[0]}` makes, but got {self.num_experts}."
+            )
+        self.check_at_least_one("num_experts")
+        expert_intervals(self)  # raises where boundaries and noise do not fit
+
+    def _check_noise(self) -> None:
+        """Check the noise process, and that nothing is set that it does not have."""
+        self.check_process()
+        if self.shift == BY_RESOLUTION:
+            raise ValueError(
+                f"Expected `shift` to be a number, as the experts' images have no tokens, but got {self.shift!r}."
+            )
+        for field in fields(NoiseArguments):
+            value = getattr(self, field.name)
+            if self.objective == "flow" and field.name.startswith("beta") and value != field.default:
+                raise ValueError(
+                    f"Expected `{field.name}` to be left at {field.default} for flow matching, whose noise has no betas, but "
+                    f"got {value!r}."
+                )
 
 
 def train_ppap(args: PPAPTrainingArguments) -> None:
@@ -117,12 +178,12 @@ def train_ppap(args: PPAPTrainingArguments) -> None:
 
 def make_objective(args: PPAPTrainingArguments, experts: GuidanceExperts, has_labels: bool) -> Objective:
     """What the experts learn from: labels, for the baselines of a classifier, or else the network itself."""
-    scheduler = DDPMScheduler(**noise_schedule(args))
+    noising = make_noising(args, NoiseProcess.from_record(noise_record(args)).scheduler)
     is_classifier = experts.config.base_model_class.endswith("ForImageClassification")
     if args.method != "ppap" and has_labels and is_classifier:
-        return distillation.LabelObjective(scheduler)
+        return distillation.LabelObjective(noising)
     has_teacher_images = args.teacher_image_column is not None
-    return distillation.DistillationObjective(scheduler, copy.deepcopy(experts), has_teacher_images)
+    return distillation.DistillationObjective(noising, copy.deepcopy(experts), has_teacher_images)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import REPOSITORY, TINY_CONFIG, randomised
-from diffusers import DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline
 from runs import TINY, launch, logged, train_here, weights
 from safetensors.torch import load_file
 
 from diffusers_dmp import DiTModel, NoiseIntervals, RemixDiTModel
 from diffusers_dmp.conversion.dit import _RENAMED, _rename
-from diffusers_dmp.training.objectives.timesteps import expert_timesteps, random_experts
+from diffusers_dmp.training.objectives.objective import Objective
+from diffusers_dmp.training.objectives.timesteps import StepExperts, random_experts
 
 REMIX = {"num_bases": 2, "num_experts": 3, "lr_scheduler": "cosine_with_min_lr", "min_lr_rate": 0.5}
 
@@ -123,7 +124,8 @@ def test_experts_are_chosen_evenly():
     assert np.abs(counts - 1 / 8).max() < 0.02
     assert np.abs(np.corrcoef(chosen.T)[0, 1]) < 0.05  # processes do not choose alike
     intervals = NoiseIntervals.uniform(8)
-    timesteps = expert_timesteps(intervals, [5, 2], 12, torch.Generator().manual_seed(0))
+    two = StepExperts(intervals, [5, 2])
+    timesteps = Objective(DDPMScheduler()).sample_timesteps(12, torch.Generator().manual_seed(0), two)
     assert intervals.index(timesteps).tolist() == [5] * 6 + [2] * 6
 
 

@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 from transformers.image_processing_base import ImageProcessingMixin
 
 from ..models.vision import load_network, network_sha256
-from .prompts import prompts_of
+from ..training.data.prompts import prompts_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class ClipScorer(torch.nn.Module):
         super().__init__()
         name = os.fspath(name_or_path)
         try:
-            network = load_network(name)
+            network = load_network(name, with_text=True)
             if not isinstance(network, CLIPModel):
                 raise ValueError(
                     f"Expected `clip` to be a CLIPModel of transformers, but got a {type(network).__name__}."

@@ -122,16 +122,11 @@ class Guidance:
         for name in ("scale", "timestep_range", "every", "on_nonfinite"):
             check_setting(name, getattr(self, name))
         self.set_experts(self.experts)
-        self.set_decoder(self.decoder)
 
     def set_experts(self, experts: GuidanceExperts) -> None:
         """Guide by other experts, in whose network the target looks up its classes."""
         self.experts = experts.float().eval()
         self.set_target(self.target)
-
-    def set_decoder(self, decoder: "Callable[[torch.Tensor], torch.Tensor] | None") -> None:
-        """Decode latents in another way."""
-        self.decoder = decoder.in_float32() if isinstance(decoder, LatentDecoder) else decoder
 
     def set_target(self, target: GuidanceTarget) -> None:
         """Ask for something else. The target is copied, as it looks up its classes in the network of these experts."""
@@ -213,6 +208,8 @@ class Guidance:
     def reset(self) -> None:
         """Forget the steps that were taken."""
         self._nonfinite = []
+        if isinstance(self.decoder, LatentDecoder):
+            self.decoder.reset()
 
     def raise_if_nonfinite(self) -> None:
         """

@@ -65,7 +65,10 @@ def _clipped(scheduler: SchedulerMixin, x0: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def unclipped(scheduler: SchedulerMixin) -> Iterator[None]:
     """Switch a scheduler's clipping off within a `with` block."""
-    switches = {name: scheduler.config[name] for name in ("thresholding", "clip_sample") if name in scheduler.config}
+    switches = {name: True for name in ("thresholding", "clip_sample") if scheduler.config.get(name)}
+    if not switches:
+        yield
+        return
     scheduler.register_to_config(**dict.fromkeys(switches, False))
     try:
         yield

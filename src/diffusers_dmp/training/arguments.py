@@ -16,10 +16,12 @@ from .optimisers import check_lr_schedule, check_optimiser
 from .parsing import parse_arguments as parse_arguments  # its former place
 
 if TYPE_CHECKING:
+    from ..intervals import NoiseIntervals
     from .objectives.densities import NoiseDensity
 
 TRACKERS = ("tensorboard", "wandb", "none")
 OBJECTIVES = ("ddpm", "flow")
+BOUNDARIES = ("sigma_boundaries", "timestep_boundaries", "snr_boundaries")
 _OF_FLOW = ("density", "logit_mean", "logit_std", "mode_scale", "shift")
 
 Arguments = TypeVar("Arguments")
@@ -101,20 +103,10 @@ class NoiseArguments:
 
 
 @dataclass(kw_only=True)
-class ObjectiveArguments:
-    """The noise process and the loss of a denoiser."""
+class ProcessArguments:
+    """The noise process, and how often which of its noise levels is trained."""
 
     objective: str = option("ddpm", "The noise process: ddpm, or flow for flow matching.")
-    prediction_type: str | None = option(
-        None,
-        "What the model predicts: epsilon (the default of ddpm), sample (x0) or v_prediction; flow_prediction (the velocity) "
-        "for flow.",
-    )
-    learn_sigma: bool | None = option(
-        None, "Whether the model learns the variance as well, for ddpm alone; by default it does."
-    )
-    weighting: str = option("constant", "Loss weighting: constant, min_snr_5, p2_1_1, snr, uw, …")
-    uncertainty_learning_rate: float = option(0.025, "Learning rate of the log-variances of the weighting `uw`.")
     density: str = option(
         "logit_normal", "For flow: how often which noise level is trained: logit_normal, uniform, mode or cosmap."
     )
@@ -127,36 +119,25 @@ class ObjectiveArguments:
         "default that of the pretrained pipeline's scheduler, 1 without one.",
     )
 
-    def resolve_objective(self) -> None:
+    def check_process(self) -> None:
         """
-        Set what the objective decides by default, and check what it does not have.
+        Check the noise process and its density, and bring them into the form that they are recorded in.
 
         Raises:
-            ValueError: if an argument is unknown, or is one of the other objective.
+            ValueError: if an argument is unknown, or one of flow matching is set for another process.
         """
         if self.objective not in OBJECTIVES:
             raise ValueError(f"Expected `objective` to be one of {', '.join(OBJECTIVES)}, but got {self.objective!r}.")
-        is_flow = self.objective == "flow"
-        self.learn_sigma = not is_flow if self.learn_sigma is None else self.learn_sigma
-        default = "flow_prediction" if is_flow else "epsilon"
-        self.prediction_type = self.prediction_type or default
         if self.shift is not None:
             shift = parsed_shift(self.shift)
             self.shift = shift if isinstance(shift, str) else repr(shift)  # YAML may have made a number of it
         self.noise_density()
-        if is_flow and self.learn_sigma:
-            raise ValueError(
-                "Expected `learn_sigma` to be false for flow matching, which has no variance to learn, but got true."
-            )
-        if is_flow and self.prediction_type != default:
-            raise ValueError(
-                f"Expected `prediction_type` to be {default} for flow matching, but got {self.prediction_type!r}."
-            )
-        for field in dataclasses.fields(ObjectiveArguments):
-            value = getattr(self, field.name)
-            if not is_flow and field.name in _OF_FLOW and value != field.default:
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in _OF_FLOW:
+            value = getattr(self, name)
+            if self.objective != "flow" and value != defaults[name]:
                 raise ValueError(
-                    f"Expected `objective` to be flow where `{field.name}` is set, but got {self.objective} and {value!r}."
+                    f"Expected `objective` to be flow where `{name}` is set, but got {self.objective} and {value!r}."
                 )
 
     def noise_density(self, shift: float = 1.0) -> "NoiseDensity":
@@ -178,6 +159,87 @@ class ObjectiveArguments:
             mode_scale=self.mode_scale,
             shift=shift,
         )
+
+
+@dataclass(kw_only=True)
+class ObjectiveArguments(ProcessArguments):
+    """The noise process and the loss of a denoiser."""
+
+    prediction_type: str | None = option(
+        None,
+        "What the model predicts: epsilon (the default of ddpm), sample (x0) or v_prediction; flow_prediction (the velocity) "
+        "for flow.",
+    )
+    learn_sigma: bool | None = option(
+        None, "Whether the model learns the variance as well, for ddpm alone; by default it does."
+    )
+    weighting: str = option("constant", "Loss weighting: constant, min_snr_5, p2_1_1, snr, uw, …")
+    uncertainty_learning_rate: float = option(0.025, "Learning rate of the log-variances of the weighting `uw`.")
+
+    def resolve_objective(self) -> None:
+        """
+        Set what the objective decides by default, and check what it does not have.
+
+        Raises:
+            ValueError: if an argument is unknown, or is one of the other objective.
+        """
+        self.check_process()
+        is_flow = self.objective == "flow"
+        self.learn_sigma = not is_flow if self.learn_sigma is None else self.learn_sigma
+        default = "flow_prediction" if is_flow else "epsilon"
+        self.prediction_type = self.prediction_type or default
+        if is_flow and self.learn_sigma:
+            raise ValueError(
+                "Expected `learn_sigma` to be false for flow matching, which has no variance to learn, but got true."
+            )
+        if is_flow and self.prediction_type != default:
+            raise ValueError(
+                f"Expected `prediction_type` to be {default} for flow matching, but got {self.prediction_type!r}."
+            )
+
+
+@dataclass(kw_only=True)
+class BoundaryArguments:
+    """The noise intervals of experts: between boundaries, or of equally many timesteps."""
+
+    sigma_boundaries: list[float] = option(
+        [], "The σ between the experts, ascending, for flow matching: 0.875 makes two, as Wan2.2 has them."
+    )
+    timestep_boundaries: list[float] = option([], "Or the training timesteps between them, ascending.")
+    snr_boundaries: list[float] = option([], "Or the signal-to-noise ratios between them, descending.")
+    num_experts: int | None = option(None, "Or the number of experts, with intervals of equally many timesteps.")
+
+    @property
+    def given_boundaries(self) -> list[str]:
+        """The names of the boundaries that are given."""
+        return [name for name in BOUNDARIES if getattr(self, name)]
+
+    def count_experts(self) -> int:
+        """The number of experts; 1 without intervals."""
+        if not self.given_boundaries:
+            return self.num_experts or 1
+        return 1 + sum(len(getattr(self, name)) for name in BOUNDARIES)
+
+    def intervals(self, scheduler: Any) -> "NoiseIntervals":
+        """
+        The experts' intervals.
+
+        Args:
+            scheduler ([`SchedulerMixin`]): For T and what SNR its timesteps have.
+
+        Raises:
+            ValueError: if the boundaries do not ascend (of SNR, descend), or lie outside of what there is.
+        """
+        from ..intervals import NoiseIntervals  # which imports Diffusers
+
+        total = scheduler.config["num_train_timesteps"]
+        if self.sigma_boundaries:
+            return NoiseIntervals.from_sigmas(self.sigma_boundaries, total)
+        if self.timestep_boundaries:
+            return NoiseIntervals.from_timesteps(self.timestep_boundaries, total)
+        if self.snr_boundaries:
+            return NoiseIntervals.from_snr(self.snr_boundaries, scheduler)
+        return NoiseIntervals.uniform(self.count_experts(), total)
 
 
 @dataclass(kw_only=True)

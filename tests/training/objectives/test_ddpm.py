@@ -8,7 +8,7 @@ from diffusers import DDPMScheduler
 from diffusers_dmp import NoiseIntervals
 from diffusers_dmp.training.objectives.ddpm import DiffusionObjective
 from diffusers_dmp.training.objectives.objective import NoisedBatch
-from diffusers_dmp.training.objectives.timesteps import balanced_timesteps
+from diffusers_dmp.training.objectives.timesteps import evenly_spread
 
 SCHEDULES = {
     "linear": {"beta_schedule": "linear"},
@@ -152,14 +152,14 @@ def test_uncertainty_weighting_learns_its_variances():
 @pytest.mark.parametrize("num_clusters", [1, 4, 8])
 def test_a_batch_is_spread_evenly_over_the_clusters(num_clusters):
     intervals = NoiseIntervals.uniform(num_clusters)
-    timesteps = balanced_timesteps(intervals, 32, torch.Generator().manual_seed(0))
+    timesteps = intervals.sample(evenly_spread(num_clusters, 32), 32, torch.Generator().manual_seed(0))
     for part in (timesteps, timesteps[:8], timesteps[8:16]):  # each process's slice, too
         assert (intervals.index(part).bincount(minlength=num_clusters) == len(part) / num_clusters).all()
 
 
 def test_refuses_a_batch_that_is_not_divisible_by_the_clusters():
     with pytest.raises(ValueError, match="batch_size.*8 timestep clusters.*12"):
-        balanced_timesteps(NoiseIntervals.uniform(8), 12)
+        evenly_spread(8, 12)
 
 
 @pytest.mark.parametrize(

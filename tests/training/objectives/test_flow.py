@@ -182,7 +182,7 @@ def test_a_step_of_gradient_descent_lowers_the_loss(model_class):
     model = randomised(model_class(**config)).requires_grad_()
     args = TrainingArguments(objective="flow", density="mode", shift="2")
     objective = make_objective(args, model, in_latents=True)
-    assert isinstance(objective, FlowObjective) and objective.density == NoiseDensity(name="mode", shift=2.0)
+    assert isinstance(objective, FlowObjective) and objective.noising.density == NoiseDensity(name="mode", shift=2.0)
     batch = batch_of(objective, (4, 8, 8))
     labels = torch.arange(16) % 10
 
@@ -213,19 +213,19 @@ def test_the_objective_decides_the_defaults():
     scheduler = make_objective(flow, model, in_latents=True).scheduler
     assert type(scheduler) is FlowMatchEulerDiscreteScheduler and scheduler.config.shift == 3.0
     by_resolution = make_objective(TrainingArguments(objective="flow", shift="resolution"), model, in_latents=True)
-    shift = by_resolution.density_for((4, 8, 8)).shift
+    shift = by_resolution.noising.density_for((4, 8, 8)).shift
     assert shift == by_resolution.scheduler.config.shift == ResolutionShift()((4, 8, 8))
 
 
 def test_the_shift_is_by_default_the_schedulers():
     args = TrainingArguments(objective="flow")
     unipc = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5.0)
-    assert make_flow_objective(args, unipc, 2).density.shift == 5.0
-    assert make_flow_objective(args, FlowMatchEulerDiscreteScheduler(shift=3.0), 2).density.shift == 3.0
+    assert make_flow_objective(args, unipc, 2).noising.density.shift == 5.0
+    assert make_flow_objective(args, FlowMatchEulerDiscreteScheduler(shift=3.0), 2).noising.density.shift == 3.0
     dynamic = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=0.9)
-    assert make_flow_objective(args, dynamic, 2).resolution_shift == ResolutionShift(max_shift=0.9)
+    assert make_flow_objective(args, dynamic, 2).noising.resolution_shift == ResolutionShift(max_shift=0.9)
     fixed = TrainingArguments(objective="flow", shift="1")
-    assert make_flow_objective(fixed, dynamic, 2).density_for().shift == 1.0
+    assert make_flow_objective(fixed, dynamic, 2).noising.density_for().shift == 1.0
 
 
 @pytest.mark.parametrize(

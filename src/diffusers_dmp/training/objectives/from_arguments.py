@@ -7,9 +7,10 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 
-from ..arguments import NoiseArguments, ObjectiveArguments, TrainingArguments
+from ..arguments import NoiseArguments, ObjectiveArguments, ProcessArguments, TrainingArguments
 from .ddpm import DiffusionObjective
 from .flow import FlowObjective
+from .noising import FlowNoising, Noising
 from .objective import Objective
 from .shifts import ResolutionShift, parsed_shift, shift_of
 
@@ -25,6 +26,31 @@ def noise_schedule(args: NoiseArguments) -> dict[str, Any]:
         "beta_start": args.beta_start,
         "beta_end": beta_end,
     }
+
+
+def noise_record(args: Any) -> dict[str, Any]:
+    """
+    What a saved model says of the noise it was trained on; [`NoiseProcess.from_record`] reads it.
+
+    Args:
+        args: The arguments of a training, of this version or an older one; those of [`NoiseArguments`], and the `objective`.
+    """
+    if getattr(args, "objective", "ddpm") == "flow":  # up to 0.3, PPAP had none
+        return {"process": "flow_matching", "num_train_timesteps": args.num_train_timesteps}
+    return {"process": "diffusion", **noise_schedule(args)}
+
+
+def make_noising(args: ProcessArguments, scheduler: SchedulerMixin) -> Noising:
+    """
+    How samples without tokens are noised, such as the images of an expert that guides.
+
+    Args:
+        args ([`ProcessArguments`]): For the process and, for flow matching, the density and its shift, a number.
+        scheduler ([`SchedulerMixin`]): A scheduler of that process.
+    """
+    if args.objective != "flow":
+        return Noising(scheduler)
+    return FlowNoising(scheduler, args.noise_density(1.0 if args.shift is None else float(args.shift)))
 
 
 def make_scheduler(args: TrainingArguments, in_latents: bool) -> DDPMScheduler:

@@ -3,7 +3,6 @@
 Legend: B batch; the other dimensions of a sample are its own.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -13,7 +12,8 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from ...intervals import NoiseIntervals
-from .timesteps import StepExperts, balanced_timesteps, expert_timesteps
+from .noising import Noising
+from .timesteps import StepExperts, evenly_spread, owners_of_samples
 
 
 @dataclass(frozen=True)
@@ -53,20 +53,26 @@ class Objective(nn.Module):
     """
     The noise process and the loss of a training; a subclass implements `forward`.
 
-    The process here is that of a Diffusers scheduler with integer timesteps. An objective with another process overrides
-    [`sample_timesteps`], [`evenly_spaced_timesteps`] and [`add_noise`].
+    The process is a [`Noising`] of its own, so that any loss goes with any noise. An objective with yet another process
+    overrides [`sample_timesteps`], [`evenly_spaced_timesteps`] and [`add_noise`].
 
     Args:
-        scheduler ([`SchedulerMixin`]): A Diffusers scheduler. It adds the noise, and is saved for sampling.
+        noising ([`Noising`] or [`SchedulerMixin`]): How samples are noised; a Diffusers scheduler alone is that at whole
+            timesteps. Its scheduler is saved for sampling.
     """
 
     learning_rate: float | None = None  # of the parameters that the objective itself learns, if it has any
 
-    def __init__(self, scheduler: SchedulerMixin):
+    def __init__(self, noising: Noising | SchedulerMixin):
         super().__init__()
-        self.scheduler = scheduler
+        self.noising = noising if isinstance(noising, Noising) else Noising(noising)
         # the intervals that every batch is spread over evenly
-        self.train_intervals = NoiseIntervals.uniform(1, scheduler.config.num_train_timesteps)
+        self.train_intervals = NoiseIntervals.uniform(1, self.noising.num_train_timesteps)
+
+    @property
+    def scheduler(self) -> SchedulerMixin:
+        """The scheduler with this noise."""
+        return self.noising.scheduler
 
     def sample_timesteps(
         self,
@@ -87,11 +93,18 @@ class Objective(nn.Module):
                 which noise level is trained.
 
         Returns:
-            `torch.LongTensor` of shape (B,).
+            `torch.Tensor` of shape (B,): integer steps, or for flow matching float32.
+
+        Raises:
+            ValueError: if an interval has no timesteps, or B is not divisible by the number of `train_intervals`.
         """
         if experts is None:
-            return balanced_timesteps(self.train_intervals, batch_size, generator)
-        return expert_timesteps(experts.intervals, experts.owners, batch_size, generator)
+            intervals = self.train_intervals
+            owners = evenly_spread(intervals.num_experts, batch_size)
+        else:
+            intervals = experts.intervals
+            owners = owners_of_samples(experts.owners, batch_size)
+        return self.noising.sample_timesteps(intervals, owners, generator, sample_shape)
 
     def check_experts(self, intervals: NoiseIntervals, experts: Iterable[int], by_density: bool = False) -> None:
         """
@@ -105,22 +118,16 @@ class Objective(nn.Module):
         Raises:
             ValueError: if one has none.
         """
-        for expert in experts:
-            low, high = intervals.edges[expert : expert + 2]
-            if math.ceil(low) == math.ceil(high):
-                raise ValueError(
-                    f"Expected every expert to own a whole timestep, but got [{low}, {high}) for expert {expert}."
-                )
+        self.noising.check_experts(intervals, experts, by_density)
 
     def evenly_spaced_timesteps(self, count: int, low: float, high: float) -> torch.Tensor:
         """
         Timesteps that cover [low, high) evenly, in ascending order.
 
         Returns:
-            `torch.LongTensor` of shape (count,), on the CPU.
+            `torch.Tensor` of shape (count,), on the CPU.
         """
-        first, end = math.ceil(low), math.ceil(high)
-        return first + torch.arange(count) * (end - first) // count
+        return self.noising.evenly_spaced_timesteps(count, low, high)
 
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """
@@ -131,7 +138,7 @@ class Objective(nn.Module):
             noise (`torch.Tensor` of shape (B, …)): ε.
             timesteps (`torch.Tensor` of shape (B,)): As [`sample_timesteps`] returns them.
         """
-        return self.scheduler.add_noise(x0, noise, timesteps)
+        return self.noising.add_noise(x0, noise, timesteps)
 
     def forward(self, model_output: torch.Tensor, batch: NoisedBatch) -> ObjectiveOutput:
         """

@@ -37,34 +37,10 @@ def balanced_experts(step: int, num_experts: int, batch_size: int) -> list[int]:
     return [(step * batch_size + sample) % num_experts for sample in range(batch_size)]
 
 
-def balanced_timesteps(
-    intervals: NoiseIntervals, batch_size: int, generator: torch.Generator | None = None
-) -> torch.Tensor:
+def evenly_spread(num_experts: int, batch_size: int) -> torch.Tensor:
     """
-    Random timesteps, equally many from each interval, uniform inside it (ANT, https://arxiv.org/abs/2306.00354).
-
-    With a single interval this is plain uniform sampling. Neighbours in the batch belong to different intervals, so that
-    equal slices of the batch are balanced as well.
-
-    Args:
-        intervals ([`NoiseIntervals`]): E intervals.
-        batch_size (`int`): B, divisible by E.
-        generator (`torch.Generator`, *optional*): Its device is the result's.
-
-    Returns:
-        `torch.LongTensor` of shape (B,), in integer steps.
-
-    Raises:
-        ValueError: if B is not divisible by E.
-    """
-    device = generator.device if generator is not None else None
-    experts = evenly_spread(intervals.num_experts, batch_size, device)
-    return intervals.sample(experts, batch_size, generator)
-
-
-def evenly_spread(num_experts: int, batch_size: int, device: torch.device | None = None) -> torch.Tensor:
-    """
-    One expert for each sample of a batch, all equally often, also in equal slices of it: (B,).
+    One expert for each sample of a batch, all equally often, also in equal slices of it: (B,), on the CPU (ANT,
+    https://arxiv.org/abs/2306.00354).
 
     Raises:
         ValueError: if the batch is not divisible by the number of experts.
@@ -73,26 +49,7 @@ def evenly_spread(num_experts: int, batch_size: int, device: torch.device | None
         raise ValueError(
             f"Expected `batch_size` to be divisible by the {num_experts} timestep clusters, but got {batch_size}."
         )
-    return torch.arange(batch_size, device=device) % num_experts
-
-
-def expert_timesteps(
-    intervals: NoiseIntervals, owners: list[int], batch_size: int, generator: torch.Generator
-) -> torch.Tensor:
-    """
-    Random timesteps of one expert in each of P equal slices of the batch, uniform inside the expert's interval (Remix-DiT,
-    https://arxiv.org/abs/2412.05628).
-
-    Args:
-        intervals ([`NoiseIntervals`]): E intervals.
-        owners (`list[int]` of length P): The slices' experts, in [0, E).
-        batch_size (`int`): B, divisible by P.
-        generator (`torch.Generator`): Its device is the result's.
-
-    Returns:
-        `torch.LongTensor` of shape (B,), in integer steps.
-    """
-    return intervals.sample(owners_of_samples(owners, batch_size), batch_size, generator)
+    return torch.arange(batch_size) % num_experts
 
 
 def owners_of_samples(owners: list[int], batch_size: int) -> torch.Tensor:

@@ -120,7 +120,7 @@ class UncertaintyWeighting(nn.Module):
     (ANT-UW, https://arxiv.org/abs/2306.00354; as in DTR, l_i is the cluster's mean loss divided by E).
 
     The s_i need an optimiser group of their own, with a learning rate of 0.025 and without decay, and batches that are
-    spread evenly over `intervals` ([`balanced_timesteps`]).
+    spread evenly over `intervals` ([`evenly_spread`]).
 
     Args:
         intervals ([`NoiseIntervals`]): The E clusters.

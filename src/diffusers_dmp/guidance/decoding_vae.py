@@ -1,0 +1,56 @@
+"""A VAE that gradients go through: in float32, with constant weights, on the device of the latents."""
+
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import align_module_device
+from torch import nn
+
+
+@torch.no_grad()
+def frozen_float32(vae: Any) -> Any:
+    """
+    Return a VAE for gradients with respect to latents, with the weights of another one.
+
+    In half precision gradients would underflow. The hooks that offload a VAE would move the denoiser away from the accelerator
+    each time that the VAE decodes, and the VAE's weights before the backward pass. Weights with gradients would have activations
+    stored for them. So it is another object, without hooks; weights in float32 are shared, not copied.
+
+    Args:
+        vae ([`AutoencoderKL`] or the like): A VAE of Diffusers, in any dtype, offloaded or not. Others are returned as they are.
+
+    Returns:
+        A VAE of the same class, configuration and settings (tiling, slicing, gradient checkpointing), in float32.
+
+    Raises:
+        ValueError: if the weights are quantised.
+    """
+    vae = getattr(vae, "_orig_mod", vae)  # of `torch.compile`
+    if not hasattr(vae, "from_config"):
+        return vae
+    with init_empty_weights():
+        frozen = type(vae).from_config(vae.config)
+    frozen.load_state_dict(_float32_weights(vae), assign=True)
+    modules = dict(frozen.named_modules())
+    for name, module in vae.named_modules():
+        vars(modules[name]).update({key: value for key, value in vars(module).items() if isinstance(value, (bool, int, float))})
+    if vae.is_gradient_checkpointing:
+        frozen.enable_gradient_checkpointing()
+    return frozen.requires_grad_(False)
+
+
+def _float32_weights(vae: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict of a VAE in float32, with weights that Accelerate keeps elsewhere."""
+    weights, names = {}, vae.state_dict().keys()
+    for prefix, module in vae.named_modules(remove_duplicate=False):
+        with align_module_device(module):
+            for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                name = f"{prefix}.{key}" if prefix else key
+                if isinstance(tensor, nn.Parameter) and not tensor.is_floating_point():
+                    raise ValueError(
+                        f"Expected the weights of a {type(vae).__name__} not to be quantised, but got {name!r} in {tensor.dtype}."
+                    )
+                if name in names:
+                    weights[name] = tensor.float() if tensor.is_floating_point() else tensor
+    return weights
