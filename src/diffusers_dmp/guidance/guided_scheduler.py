@@ -7,6 +7,7 @@ Legend: B batch, T training timesteps, S steps; the other dimensions of a sample
 import copy
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -25,6 +26,7 @@ from .step_schedule import StepSchedule, check_direction
 from .steps import guided_prediction, step_with_guided_mean, unclipped
 from .targets import GuidanceTarget
 
+_SIGMAS_WITH_SAMPLES = ("LTXEulerAncestralRFScheduler",)  # its step computes with σ on the samples' device
 _OWN_ATTRIBUTES = ("scheduler", "guidance", "_schedule")
 
 
@@ -275,8 +277,17 @@ class GuidedScheduler(SchedulerMixin):
         self._steps()
         if hasattr(self, "step_index"):  # it counts its steps; the others look for the timestep that they are given
             self.timesteps: torch.Tensor = self.timesteps.to(device)
+        if type(self).__name__ in _SIGMAS_WITH_SAMPLES:
+            self.sigmas: torch.Tensor = self.sigmas.to(device)
         for guidance in self._guidances():
             guidance.reset()
+            if not any(self._is_guided(position, guidance) for position in range(len(self.timesteps))):
+                trained = self._steps().training_timesteps.tolist()
+                warnings.warn(
+                    f"None of the {len(trained)} steps is guided, at the timesteps {trained[0]:g} to {trained[-1]:g} of training: "
+                    f"`timestep_range` is {guidance.timestep_range or self._steps().default_range}.",
+                    stacklevel=4,
+                )
 
     def _steps(self) -> StepSchedule:
         """The timesteps and noise levels of all steps."""
