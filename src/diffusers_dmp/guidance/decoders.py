@@ -170,9 +170,8 @@ class VideoDecoder(LatentDecoder):
         frames = self._chosen(1 + each * (latents.shape[2] - 1))
         latent_frames = [(frame + each - 1) // each for frame in frames]
         if self.exact:
-            video = decode_latents(vae, latents[:, :, : max(latent_frames) + 1])
-            return video[:, :, frames].transpose(1, 2)
-        chosen = latents[:, :, latent_frames].transpose(1, 2)  # (B, f, C, h, w)
+            return _frames_at(frames, decode_latents(vae, latents[:, :, : max(latent_frames) + 1]))
+        chosen = _frames_at(latent_frames, latents)  # (B, f, C, h, w)
         images = decode_latents(vae, chosen.flatten(0, 1)[:, :, None])[:, :, 0]
         return images.unflatten(0, chosen.shape[:2])
 
@@ -188,3 +187,8 @@ class VideoDecoder(LatentDecoder):
                     f"{count} frames{' of which the first is given' * first}, but got {frame}."
                 )
         return [frame % count for frame in self.frames]
+
+
+def _frames_at(indices: list[int], video: torch.Tensor) -> torch.Tensor:
+    """Some frames (B, f, C, H, W) of a video (B, C, F, H, W); a list as the index would have to be copied to an accelerator."""
+    return torch.stack([video[:, :, index] for index in indices], dim=1)

@@ -8,6 +8,7 @@ from accelerate.utils import align_module_device
 from torch import nn
 
 
+@torch.inference_mode(False)  # what is made in inference mode takes no part in gradients
 @torch.no_grad()
 def frozen_float32(vae: Any) -> Any:
     """
@@ -52,5 +53,5 @@ def _float32_weights(vae: nn.Module) -> dict[str, torch.Tensor]:
                         f"Expected the weights of a {type(vae).__name__} not to be quantised, but got {name!r} in {tensor.dtype}."
                     )
                 if name in names:
-                    weights[name] = tensor.float() if tensor.is_floating_point() else tensor
+                    weights[name] = tensor.detach().float() if tensor.is_floating_point() else tensor
     return weights

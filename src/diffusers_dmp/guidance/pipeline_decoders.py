@@ -77,7 +77,6 @@ _IMAGES = [
     "ZImagePipeline",
 ]
 _PACKED = [
-    "BriaPipeline",
     "ChromaImg2ImgPipeline",
     "ChromaInpaintPipeline",
     "ChromaPipeline",
