@@ -88,6 +88,9 @@ def test_checkpoints_that_do_not_fit(checkpoints):
     for part in ("lora_A", "lora_B", "conv.weight"):
         with pytest.raises(ValueError, match="scratch.layer1_rn"):
             convert(dropped=f"midas.scratch.layer1_rn.{part}")
+    without = [{name: each for name, each in one.items() if "layer1_rn.lora" not in name} for one in checkpoints]
+    with pytest.raises(ValueError, match="'scratch.layer1_rn.lora_A', but it is missing"):
+        convert_checkpoint("ppap", without, network=make_midas())
     frozen = "midas.scratch.output_conv.0.weight"
     with pytest.raises(ValueError, match="'scratch.output_conv.0.weight' to be that of `network`, .* expert 1"):
         convert({frozen: checkpoints[1][frozen] + 1e-3})
