@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import randomised
 from datasets import load_dataset
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from guidance_data import generate, save_unconditional
 from runs import launch_script
 from tiny_pipelines import RECIPES
 from tiny_text import with_text
 
+from diffusers_dmp import ClassConditionalPipeline, PatchedUNet2DModel
 from diffusers_dmp.training.data.requests import CallArguments
 from diffusers_dmp.training.data.seeded_sampling import sample_seeded
 
@@ -70,6 +72,23 @@ def test_generating_with_diffusers_own_pipeline(tmp_path):
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
     images = generate(tmp_path / "ddpm", tmp_path / "run", scheduler="")["image"]
     assert images[9].mode == "RGB"
+
+
+def test_pairs_of_resolutions(tmp_path):
+    """The second pipeline enlarges the images of the first: of 4 pixels to 8."""
+    unet = UNet2DModel(4, 3, 3, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+                       norm_num_groups=4, layers_per_block=1)  # fmt: skip
+    DDPMPipeline(randomised(unet), DDPMScheduler()).save_pretrained(tmp_path / "small")
+    sizes = {"model_channels": 32, "channel_multipliers": (1,), "attention_levels": (), "attention_head_dim": 16}
+    model = PatchedUNet2DModel(sample_size=8, patch_size=2, in_channels=3, low_res_channels=3, **sizes)
+    ClassConditionalPipeline(randomised(model), DDIMScheduler()).save_pretrained(tmp_path / "large")
+    arguments = {"super_resolution_pipeline": str(tmp_path / "large"), "num_images": 5}
+    pairs = generate(tmp_path / "small", tmp_path / "run", **arguments)
+    assert pairs[0]["image"].size == (4, 4) and pairs[0]["teacher_image"].size == (8, 8)
+    enlarging = DiffusionPipeline.from_pretrained(tmp_path / "large")
+    enlarging.set_progress_bar_config(disable=True)
+    alone = sample_seeded(enlarging, 0, [4], image=[pairs[4]["image"]], num_inference_steps=2)
+    assert_alike([pairs[4]["teacher_image"]], alone)
 
 
 # From prompts
