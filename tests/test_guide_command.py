@@ -1,6 +1,7 @@
 """`diffusers-dmp guide`: any pipeline, guided by a vision network, as an image of what was asked for beside what was not."""
 
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -239,3 +240,14 @@ def test_errors_come_in_one_line_before_the_pipeline_is_loaded(folder, tmp_path,
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("diffusers-dmp: ")]
         assert message in line
     assert not picture.exists()
+
+
+@pytest.mark.slow
+def test_the_program(folder, tmp_path):
+    command = [sys.executable, "-c", "from diffusers_dmp.cli import main; main()", "guide", folder / "pixels"]
+    command += ["--experts", folder / "ppap", "--class", "zebra", "--num_inference_steps", 3, "--device", "cpu"]
+    result = subprocess.run([*map(str, command), f"--out={tmp_path / 'zebra.png'}"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (said,) = result.stdout.splitlines()
+    assert said.startswith(f"1 guided image in {tmp_path / 'zebra.png'}: zebra; ")
+    assert Image.open(tmp_path / "zebra.png").size == (18, 18)
