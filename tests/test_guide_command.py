@@ -242,6 +242,13 @@ def test_errors_come_in_one_line_before_the_pipeline_is_loaded(folder, tmp_path,
     assert not picture.exists()
 
 
+def test_gradients_that_are_not_finite_are_an_error_of_one_line(folder, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"finite gradients, but got others at timestep \d+, from expert 1\. A smaller `--scale`"
+    ):
+        guide(folder, tmp_path / "grid.png", "--experts", folder / "ppap", "--class", "zebra", "--scale", 1e40)
+
+
 @pytest.mark.slow
 def test_the_program(folder, tmp_path):
     command = [sys.executable, "-c", "from diffusers_dmp.cli import main; main()", "guide", folder / "pixels"]
