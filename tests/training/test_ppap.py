@@ -18,6 +18,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from networks import make_dpt, make_resnet
 from runs import launch_script
+from tiny_clip import save_clip, save_siglip
 from tiny_pipelines import RECIPES
 from tiny_text import with_text
 from torch.nn import functional as F
@@ -31,6 +32,7 @@ from diffusers_dmp import (
     GuidanceExperts,
     GuidedScheduler,
     NoiseIntervals,
+    TextTarget,
 )
 from diffusers_dmp.evaluation.digits import fit_classifier
 from diffusers_dmp.training.arguments import BoundaryArguments, ProcessArguments
@@ -99,14 +101,21 @@ def train_ppap_here(digits, base, arguments_class):
 
 def test_published_distillation():
     vectors = Vectors("diffusion")
-    losses = distillation_losses(vectors["ppap.kd.student_logits"], vectors["ppap.kd.teacher_logits"], is_depth=False)
+    losses = distillation_losses(vectors["ppap.kd.student_logits"], vectors["ppap.kd.teacher_logits"], "logits")
     assert_matches(losses, vectors["ppap.kd.loss_per_sample"])
 
 
 def test_depth_is_learned_by_squares():
     student, teacher = torch.randn(2, 4, 5), torch.randn(2, 4, 5)
     expected = torch.stack([F.mse_loss(student[i], teacher[i]) for i in range(2)])
-    torch.testing.assert_close(distillation_losses(student, teacher, is_depth=True), expected)
+    torch.testing.assert_close(distillation_losses(student, teacher, "predicted_depth"), expected)
+
+
+def test_embeddings_are_learned_by_their_angle():
+    student, teacher = torch.randn(2, 8), torch.randn(2, 8)
+    expected = (F.normalize(student) - F.normalize(teacher)).square().sum(1)
+    for name in ("image_embeds", "pooler_output"):
+        torch.testing.assert_close(distillation_losses(3 * student, teacher, name), expected)
 
 
 # Training
@@ -365,6 +374,22 @@ def test_experts_learn_from_images_of_a_pipeline_of_text(train_ppap_here, depth_
     experts = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts")
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "sd3")
     assert experts.process.is_process_of(pipe.scheduler) and experts.config.sample_size == [8, 8]
+
+
+@pytest.mark.parametrize("save", [save_clip, save_siglip])
+def test_experts_of_an_image_tower(train_ppap_here, tmp_path, save):
+    """Of CLIP or SigLIP: they learn embeddings, and guide by prompts."""
+    name = save(tmp_path / "base")
+    train_ppap_here(tmp_path / "run", base_model=name, image_channels=3)
+    experts = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts")
+    fresh = GuidanceExperts.from_base(name, num_experts=2, rank=2).expert_tensors()
+    moved = [key for key, tensor in experts.expert_tensors().items() if not torch.equal(tensor, fresh[key])]
+    for expert in (0, 1):
+        assert [key for key in moved if key.startswith(f"expert_{expert}.") and key.endswith("lora_B.weight")]
+    guided = GuidedScheduler(DDPMScheduler(), experts, TextTarget.from_pretrained(name, "a seven"), scale=1.0)
+    guided.set_timesteps(4)
+    x_t = torch.randn(2, 3, 8, 8)
+    assert guided.step(x_t, guided.timesteps[1], x_t).prev_sample.isfinite().all()
 
 
 @pytest.mark.slow

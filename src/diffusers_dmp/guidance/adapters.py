@@ -26,21 +26,26 @@ LORA_TARGETS = {  # `model_type` → a regular expression that matches the full 
     "dinov2": _ATTENTION,
     "segformer": _ATTENTION,
     "depth_anything": rf"{_ATTENTION}|{_NECK}",
+    **dict.fromkeys(
+        ("clip", "clip_vision_model", "siglip", "siglip_vision_model"), r".*\.self_attn\.(q|k|v|out)_proj"
+    ),
     "dpt": rf".*\.attention\.(attention\.(query|key|value)|output\.dense)|{_NECK}",
 }
-_HEAD = re.compile(r"(^|\.)(\w*classifier)(\.|$)")
+CLASSIFIER = r"(^|\.)\w*classifier(\.|$)"  # the head of a network of transformers
+ANY_HEAD = r"(^|\.)(\w*classifier|heads?|head_dist|fc|last_linear)(\.|$)"  # also as timm and torchvision name it
+_PLAIN_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.LayerNorm, nn.GroupNorm),
 )
 
 
-def lora_targets(network: PreTrainedModel) -> str:
+def lora_targets(network: nn.Module) -> str:
     """
     Find the modules that the paper adapts in a network.
 
     Args:
-        network (`PreTrainedModel`): A vision network of transformers.
+        network (`nn.Module`): A vision network, of transformers or not.
 
     Returns:
         `str`: A regular expression that matches their full names.
@@ -48,9 +53,14 @@ def lora_targets(network: PreTrainedModel) -> str:
     Raises:
         ValueError: if the network's family has no default.
     """
-    model_type = network.config.model_type
+    model_type = network.config.model_type if isinstance(network, PreTrainedModel) else type(network).__name__
     if model_type not in LORA_TARGETS:
         layers = [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+        if not layers:
+            raise ValueError(
+                f"Expected a network with convolutions or linears for the method 'ppap', but got a {type(network).__name__} "
+                "without; `method='finetune', num_experts=1` takes it as it is."
+            )
         raise ValueError(
             f"Expected a network of {', '.join(LORA_TARGETS)}, or `target_modules` to be a regular expression of (or a list of "
             f"endings of) the names of its convolutions and linears, such as {layers[len(layers) // 2]!r}, but got "
@@ -71,6 +81,9 @@ class AdapterSettings:
         rank_pattern (`dict[str, int]`): Layers with another rank, by regular expression, as PEFT reads it.
         alpha_pattern (`dict[str, float]`): Layers with another α, by regular expression, as PEFT reads it.
         adapt_head_bias (`bool`): Whether each expert owns the bias of the classification head as well.
+        head (`str`): A regular expression that is found in the names of the head's modules, and in no others.
+        adapt_head_norms (`bool`): Whether each expert owns the head's normalisation layers, too. Otherwise a training changes
+            the statistics of those that it has.
     """
 
     rank: int
@@ -79,6 +92,8 @@ class AdapterSettings:
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
     adapt_head_bias: bool = False
+    head: str = CLASSIFIER
+    adapt_head_norms: bool = False
 
     def lora_config(self) -> LoraConfig:
         """The same settings as PEFT takes them."""
@@ -96,22 +111,23 @@ class AdapterExperts(nn.Module):
     E adapters in one network, of which one is active at a time.
 
     Args:
-        network (`PreTrainedModel`): The network that is adapted. It is changed in place, and all its parameters are frozen.
+        network (`nn.Module`): The network that is adapted. It is changed in place, and all its parameters are frozen.
         num_experts (`int`): E.
         settings ([`AdapterSettings`]): Where LoRA goes, and its size.
 
     Raises:
-        ValueError: if a target is a grouped convolution.
+        ValueError: if a target is a layer whose LoRA cannot be merged, or the network is adapted already.
     """
 
     active: int | None
     merged: bool
 
-    def __init__(self, network: PreTrainedModel, num_experts: int, settings: AdapterSettings):
+    def __init__(self, network: nn.Module, num_experts: int, settings: AdapterSettings):
         super().__init__()
+        check_not_adapted(network)
         # Module and attribute of each tensor that every expert has a version of. They are looked up before LoRA is injected, as
         # PEFT's layers take the names of those that they wrap.
-        self.slots = dict(_own_slots(network, settings.adapt_head_bias))
+        self.slots = dict(_own_slots(network, settings))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
             warnings.filterwarnings("ignore", "LoRA adapter added to ConvNd layer with groups")  # refused below
@@ -120,10 +136,8 @@ class AdapterExperts(nn.Module):
         self.network = network
         self.layers = {name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)}
         for name, layer in self.layers.items():
-            if getattr(layer.get_base_layer(), "groups", 1) > 1:
-                raise ValueError(
-                    f"Expected `target_modules` to name no convolution in groups, whose LoRA cannot be merged, but got {name!r}."
-                )
+            _check_mergeable(name, layer, network)
+            _dilate(layer)
         # Biases and normalisation layers of all experts; those of the active one are in the network at the same time.
         self.stored = [{name: _copy(getattr(*slot)) for name, slot in self.slots.items()} for _ in range(num_experts)]
         self.active, self.merged = None, False
@@ -199,6 +213,50 @@ class AdapterExperts(nn.Module):
         return lora | self.stored[expert]
 
 
+def check_not_adapted(network: nn.Module) -> None:
+    """
+    Check that nothing is in a network's layers yet.
+
+    Args:
+        network (`nn.Module`): A network to make experts of.
+
+    Raises:
+        ValueError: if there is LoRA in it, of other experts for example.
+    """
+    if any(isinstance(module, LoraLayer) for module in network.modules()):
+        raise ValueError(
+            f"Expected `network` to have no adapters, but got a {type(network).__name__} with LoRA. Experts change their network in "
+            "place: others need one that is loaded anew."
+        )
+
+
+def _check_mergeable(name: str, layer: LoraLayer, network: nn.Module) -> None:
+    """Refuse a layer for which W + α/γ·B·A is not what PEFT computes beside it."""
+    base = layer.get_base_layer()
+    own_class = next((each for each in _PLAIN_LAYERS if isinstance(base, each)), None)
+    reason = None
+    if getattr(base, "groups", 1) > 1:
+        reason = "convolution in groups"
+    elif own_class is None or type(base).forward is not own_class.forward:
+        reason = f"{type(base).__name__}, which computes in its own way"
+    elif getattr(base, "padding_mode", "zeros") != "zeros":
+        reason = f"convolution with the padding {base.padding_mode!r}"
+    elif isinstance(network.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+        reason = "part of an nn.MultiheadAttention, which never calls it"
+    if reason is not None:
+        raise ValueError(
+            f"Expected `target_modules` to name no {reason}, whose LoRA cannot be merged, but got {name!r}."
+        )
+
+
+def _dilate(layer: LoraLayer) -> None:
+    """Give A the dilation of its convolution, which PEFT leaves out."""
+    dilation = getattr(layer.get_base_layer(), "dilation", None)
+    if dilation is not None:
+        for lora_a in layer.lora_A.values():
+            lora_a.dilation = dilation
+
+
 @torch.no_grad()
 def _add_lora(layer: LoraLayer, adapter: str, sign: int) -> None:
     """W ± α/γ·B·A in place. PEFT's own merging multiplies by a convolution, which is several times slower."""
@@ -215,13 +273,15 @@ def _set_active_adapter(layer: LoraLayer, adapter: str) -> None:
         weight.requires_grad_(requires_grad[name])
 
 
-def _own_slots(network: nn.Module, adapt_head_bias: bool) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
-    """Biases, and normalisation layers with their statistics, by full name; of the head its bias at most."""
+def _own_slots(network: nn.Module, settings: AdapterSettings) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
+    """Biases, and normalisation layers with their statistics, by full name; of the head what the settings say."""
     for module_name, module in network.named_modules():
-        in_head = bool(_HEAD.search(module_name))
-        if in_head and not adapt_head_bias:
-            continue
-        is_norm = not in_head and (isinstance(module, _NORMS) or type(module).__name__.endswith("Norm"))
+        in_head = bool(re.search(settings.head, module_name))
+        is_norm = isinstance(module, _NORMS) or type(module).__name__.endswith("Norm")
+        if in_head:
+            is_norm = is_norm and settings.adapt_head_norms
+            if not is_norm and not settings.adapt_head_bias:
+                continue
         for key, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if is_norm or key == "bias":
                 yield f"{module_name}.{key}", (module, key)
@@ -236,7 +296,7 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 class NetworkExperts(nn.Module):
     """E copies of a whole network, one per expert."""
 
-    def __init__(self, network: PreTrainedModel, num_experts: int):
+    def __init__(self, network: nn.Module, num_experts: int):
         super().__init__()
         network.requires_grad_(False)
         self.networks = nn.ModuleList([network, *(copy.deepcopy(network) for _ in range(num_experts - 1))])

@@ -96,8 +96,6 @@ class Guidance:
             check_setting(name, getattr(self, name))
         self.experts = self.experts.float().eval()
         self.set_target(self.target)
-        if isinstance(self.decoder, LatentDecoder):
-            self.decoder = self.decoder.in_float32()
 
     def set_target(self, target: GuidanceTarget) -> None:
         """Ask for something else. The target is copied, as it looks up its classes in the network of these experts."""
@@ -188,6 +186,8 @@ class Guidance:
     def reset(self) -> None:
         """Forget the steps that were taken."""
         self._nonfinite = []
+        if isinstance(self.decoder, LatentDecoder):
+            self.decoder.reset()
 
     def raise_if_nonfinite(self) -> None:
         """

@@ -27,6 +27,7 @@ from ..diffusion.timesteps import counts_from_noise, training_timesteps
 from .decoders import LatentDecoder
 from .experts import GuidanceExperts
 from .gradient import Guidance, NoisyStep, check_setting
+from .pipeline_decoders import decoder_of
 from .steps import guided_prediction, step_with_guided_mean, unclipped
 from .targets import GuidanceTarget
 
@@ -161,6 +162,44 @@ class GuidedScheduler(SchedulerMixin):
     def __reduce__(self):
         """Copy and pickle without the name of the class, by which it cannot be imported."""
         return _new_instance, type(self).__bases__, self.__dict__
+
+    @classmethod
+    def for_pipeline(
+        cls,
+        pipeline: Any,
+        experts: GuidanceExperts,
+        target: GuidanceTarget,
+        scale: float = 7.5,
+        *,
+        frames: "list[int] | None" = None,
+        **settings: Any,
+    ) -> "GuidedScheduler":
+        """
+        Guide the scheduler of a pipeline by the images that its latents are decoded to.
+
+        ```py
+        pipe.scheduler = GuidedScheduler.for_pipeline(pipe, experts, ClassTarget("zebra"), scale=7.5)
+        ```
+
+        Args:
+            pipeline ([`DiffusionPipeline`]): The pipeline; without a VAE, the experts see its noisy images.
+            experts, target, scale: See [`GuidedScheduler`].
+            frames (`list[int]`, *optional*): Which frames of a video guide; see [`VideoDecoder`].
+            settings: Further arguments of [`GuidedScheduler`]. `decoder` replaces the one of the pipeline (see [`decoder_of`]), and
+                `vae` the VAE in it.
+
+        Raises:
+            ValueError: as [`GuidedScheduler`] and [`decoder_of`].
+        """
+        of_decoder = {"frames": frames, "vae": settings.pop("vae", None)}
+        of_decoder = {name: value for name, value in of_decoder.items() if value is not None}
+        if settings.get("decoder") is None:
+            settings["decoder"] = decoder_of(pipeline, **of_decoder)
+        elif of_decoder:
+            raise ValueError(
+                f"Expected no `{next(iter(of_decoder))}` beside a `decoder`, which has its own, but got both."
+            )
+        return cls(pipeline.scheduler, experts, target, scale, **settings)
 
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs) -> Any:

@@ -48,8 +48,9 @@ def make_experts(args: Any) -> GuidanceExperts:
         network = load_network(args.base_model)
     except (OSError, ValueError) as error:
         raise _wrong_network(args.base_model, str(error)) from error
-    # a classifier, a depth or segmentation model, which transformers calls …For…
-    if network.main_input_name != "pixel_values" or "For" not in type(network).__name__:
+    # a classifier, a depth or segmentation model, which transformers calls …For…, or an image tower, …VisionModel…
+    predicts = any(word in type(network).__name__ for word in ("For", "VisionModel"))
+    if network.main_input_name != "pixel_values" or not predicts:
         raise _wrong_network(args.base_model, f"a {type(network).__name__} does not predict anything of images.")
     try:
         settings |= _image_settings(args)
@@ -92,7 +93,7 @@ def _image_settings(args: Any) -> dict[str, Any]:
 def _wrong_network(base_model: str, reason: str) -> ValueError:
     return ValueError(
         "Expected `base_model` to be the folder or Hub id of a vision model of transformers, a classifier, depth or "
-        f"segmentation model, but got {base_model!r}: {reason}"
+        f"segmentation model, CLIP or SigLIP, but got {base_model!r}: {reason}"
     )
 
 
