@@ -363,19 +363,6 @@ def test_depth_from_pairs_of_resolutions(train_ppap_here, depth_base, pairs, tmp
     assert experts(torch.zeros(2, 3, 8, 8), torch.tensor(700)).predicted_depth.shape == (2, 64, 64)
 
 
-def test_experts_learn_from_images_of_a_pipeline_of_text(train_ppap_here, depth_base, tmp_path):
-    """In pixels, whatever the pipeline denoises."""
-    with_text("sd3", RECIPES["sd3"].pipe(RECIPES["sd3"].denoiser())).save_pretrained(tmp_path / "sd3")
-    (tmp_path / "prompts.txt").write_text("a red cat\na blue dog\n")
-    prompts = {"prompts": str(tmp_path / "prompts.txt"), "height": 8, "width": 8}
-    generate(tmp_path / "sd3", tmp_path / "data", num_images=16, **prompts)
-    arguments = {"dataset": str(tmp_path / "data"), "base_model": str(depth_base), "image_channels": 3}
-    train_ppap_here(tmp_path / "run", objective="flow", max_train_steps=1, **arguments)
-    experts = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts")
-    pipe = DiffusionPipeline.from_pretrained(tmp_path / "sd3")
-    assert experts.process.is_process_of(pipe.scheduler) and experts.config.sample_size == [8, 8]
-
-
 @pytest.mark.parametrize("save", [save_clip, save_siglip])
 def test_experts_of_an_image_tower(train_ppap_here, tmp_path, save):
     """Of CLIP or SigLIP: they learn embeddings, and guide by prompts."""
@@ -390,6 +377,19 @@ def test_experts_of_an_image_tower(train_ppap_here, tmp_path, save):
     guided.set_timesteps(4)
     x_t = torch.randn(2, 3, 8, 8)
     assert guided.step(x_t, guided.timesteps[1], x_t).prev_sample.isfinite().all()
+
+
+def test_experts_learn_from_images_of_a_pipeline_of_text(train_ppap_here, depth_base, tmp_path):
+    """In pixels, whatever the pipeline denoises."""
+    with_text("sd3", RECIPES["sd3"].pipe(RECIPES["sd3"].denoiser())).save_pretrained(tmp_path / "sd3")
+    (tmp_path / "prompts.txt").write_text("a red cat\na blue dog\n")
+    prompts = {"prompts": str(tmp_path / "prompts.txt"), "height": 8, "width": 8}
+    generate(tmp_path / "sd3", tmp_path / "data", num_images=16, **prompts)
+    arguments = {"dataset": str(tmp_path / "data"), "base_model": str(depth_base), "image_channels": 3}
+    train_ppap_here(tmp_path / "run", objective="flow", max_train_steps=1, **arguments)
+    experts = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts")
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "sd3")
+    assert experts.process.is_process_of(pipe.scheduler) and experts.config.sample_size == [8, 8]
 
 
 @pytest.mark.slow
