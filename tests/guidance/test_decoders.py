@@ -74,7 +74,7 @@ def test_another_denoiser_is_not_mistaken_for_the_one_that_is_watched():
         ({"img_ids": torch.zeros(32, 3)}, "whole image"),
         ({"img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(7.0), torch.arange(5.0))}, "whole image"),
         ({"img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(8.0), torch.arange(4.0)).flip(0)}, "whole image"),
-        ({"img_shapes": [[(1, 4, 4)]]}, "1 x 4 x 4"),
+        ({"img_shapes": [[(1, 4, 4), (1, 4, 8)]]}, "1 x 4 x 4"),
         ({"img_shapes": [[(2, 4, 4)]]}, "2 x 4 x 4"),
         ({"hidden_states": randn(1, 32, 4)}, "told the positions"),
     ],
@@ -84,6 +84,14 @@ def test_positions_that_are_not_those_of_the_latents_are_refused(arguments, mess
     positions.note(arguments)
     with pytest.raises(ValueError, match=message):
         positions.grid(randn(1, 32, 4))
+
+
+@pytest.mark.parametrize("shapes", [[[(1, 4, 8), (1, 2, 2)]], [(1, 4, 8)]])
+def test_the_first_of_the_image_shapes_is_that_of_the_latents(shapes):
+    """Qwen-Image-Edit goes on with its references; the ControlNet's pipeline has a list the less."""
+    positions = PatchPositions()
+    positions.note({"img_shapes": shapes * 2})
+    assert positions.grid(randn(2, 32, 4)) == (4, 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -332,7 +340,11 @@ def _slices_and_tiles(vae) -> None:
     vae.enable_tiling()
 
 
-@pytest.mark.parametrize("change", [None, _sequential, _hooked, _groups, _checkpointing, _slices_and_tiles])
+def _fused(vae) -> None:
+    vae.fuse_qkv_projections()
+
+
+@pytest.mark.parametrize("change", [None, _sequential, _hooked, _groups, _checkpointing, _slices_and_tiles, _fused])
 def test_the_vae_of_a_pipeline_does_not_change(change):
     """Gradients are those of the plain VAE, which gets none itself."""
     vae, latents = decoding_vae(), image_latents()
@@ -356,7 +368,7 @@ def test_a_float32_vae_is_shared_and_one_in_half_precision_is_copied_for_a_run()
     vae.half()
     decoder.reset()  # as every run begins
     images = decoder(latents)
-    assert images.dtype == torch.float32
+    assert decoder._frozen.dtype == torch.float32
     with torch.no_grad():
         torch.testing.assert_close(images, decode_latents(copy.deepcopy(vae).float(), latents))
     assert vae.dtype == torch.float16
@@ -431,6 +443,20 @@ def test_pipelines_of_this_package_with_a_vae(make):
         torch.testing.assert_close(decoder_of(make(vae))(latents), decode_latents(vae, latents))
 
 
+def test_a_pipeline_of_latents_that_was_loaded_without_its_vae():
+    pipe = tiny("flux")
+    vae, pipe.vae = pipe.vae, None
+    with pytest.raises(ValueError, match="Expected a FluxPipeline to have a VAE, or another one as `vae`"):
+        decoder_of(pipe)
+    assert decoder_of(pipe, vae=vae).vae is vae
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (1, 4, 3, 8, 8)])
+def test_packed_latents_and_videos_need_their_own_decoder(shape):
+    with pytest.raises(ValueError, match="`GuidedScheduler.for_pipeline` finds the decoder"):
+        LatentDecoder(decoding_vae())(randn(*shape))
+
+
 @pytest.fixture
 def registry(monkeypatch):
     monkeypatch.setattr(pipeline_decoders, "_DECODERS", dict(pipeline_decoders._DECODERS))
@@ -451,7 +477,7 @@ class DerivedStableDiffusion(PackedStableDiffusion):
 def test_an_unknown_pipeline_says_how_it_is_made_known(registry):
     pipe = DerivedStableDiffusion(decoding_vae(), sd3())
     with pytest.raises(
-        ValueError, match=r"DerivedStableDiffusion with 'vae'.*`register_decoder\(DerivedStableDiffusion, decode\)`"
+        ValueError, match=r"DerivedStableDiffusion with vae\. `register_decoder\(DerivedStableDiffusion, decode\)`"
     ):
         decoder_of(pipe)
 

@@ -81,7 +81,14 @@ class LatentDecoder:
         Returns:
             `torch.Tensor` of shape (B, 3, H, W), or (B, f, 3, H, W) for videos: images in [-1, 1].
         """
-        return (self._decode or decode_latents)(vae, latents)
+        if self._decode is not None:
+            return self._decode(vae, latents)
+        if latents.ndim != 4:
+            raise ValueError(
+                f"Expected latents (B, C, h, w), but got the shape {tuple(latents.shape)}. `GuidedScheduler.for_pipeline` finds the "
+                "decoder of packed latents and of videos."
+            )
+        return decode_latents(vae, latents)
 
     def reset(self) -> None:
         """Forget what belongs to one run of the pipeline, before it and after it."""
@@ -145,9 +152,7 @@ class VideoDecoder(LatentDecoder):
             not have such frames.
     """
 
-    def __init__(
-        self, vae: Any, frames: "list[int] | None" = None, exact: bool = False, first_is_given: bool = False
-    ):
+    def __init__(self, vae: Any, frames: "list[int] | None" = None, exact: bool = False, first_is_given: bool = False):
         super().__init__(vae)
         if frames is not None and len(frames) == 0:
             raise ValueError("Expected `frames` to name one frame or more, but got none.")
