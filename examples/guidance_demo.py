@@ -25,7 +25,7 @@ from diffusers_dmp.diffusion.noise import levels_at
 from diffusers_dmp.diffusion.process import NoiseProcess
 from diffusers_dmp.evaluation.digits import fit_resnet
 from diffusers_dmp.evaluation.fashion import CLOTHES, fashion_images
-from diffusers_dmp.guidance.step_schedule import MAX_FLOW_SIGMA
+from diffusers_dmp.guidance.guided_scheduler import MAX_FLOW_SIGMA
 from diffusers_dmp.plots import sample_grid
 from diffusers_dmp.terminal import OneLineParser, run_command
 
