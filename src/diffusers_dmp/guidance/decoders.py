@@ -160,8 +160,8 @@ class VideoDecoder(LatentDecoder):
         latent_frames = [(frame + each - 1) // each for frame in frames]
         if self.exact:
             video = decode_latents(vae, latents[:, :, : max(latent_frames) + 1])
-            return video[:, :, frames].transpose(1, 2)
-        chosen = latents[:, :, latent_frames].transpose(1, 2)  # (B, f, C, h, w)
+            return _frames(video, frames)
+        chosen = _frames(latents, latent_frames)
         images = decode_latents(vae, chosen.flatten(0, 1)[:, :, None])[:, :, 0]
         return images.unflatten(0, chosen.shape[:2])
 
@@ -175,3 +175,9 @@ class VideoDecoder(LatentDecoder):
                     f"Expected `frames` to be in [{-count}, {count - 1}], for a video of {count} frames, but got {frame}."
                 )
         return [frame % count for frame in self.frames]
+
+
+def _frames(video: torch.Tensor, frames: list[int]) -> torch.Tensor:
+    """Chosen frames (B, f, C, h, w) of a video (B, C, F, h, w)."""
+    # one by one, as a list of indices would be copied to an accelerator, and waited for
+    return torch.stack([video[:, :, frame] for frame in frames], dim=1)
