@@ -1,4 +1,4 @@
-"""PPAP's training: images that a diffusion model generated, and experts on them."""
+"""PPAP's training: experts on images that a diffusion model generated, or on any others."""
 
 import dataclasses
 import functools
@@ -7,24 +7,27 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import REPOSITORY, TINY_CONFIG, Vectors, assert_matches, randomised
-from datasets import Dataset, Features, Image, load_dataset
-from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from datasets import Dataset, Features, Image
+from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from guidance_data import generate, save_unconditional
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from networks import make_dpt, make_resnet
 from runs import launch_script
 from tiny_clip import save_clip, save_siglip
+from tiny_pipelines import RECIPES
+from tiny_text import with_text
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.utils import ModelOutput
 
 from diffusers_dmp import (
     ClassConditionalPipeline,
+    ClassTarget,
     DiTModel,
     GuidanceExperts,
     GuidedScheduler,
@@ -33,7 +36,6 @@ from diffusers_dmp import (
 )
 from diffusers_dmp.evaluation.digits import fit_classifier
 from diffusers_dmp.training.arguments import BoundaryArguments, ProcessArguments
-from diffusers_dmp.training.data.generation import GenerationArguments, generate_images
 from diffusers_dmp.training.data.images import load_images, training_items
 from diffusers_dmp.training.guidance_experts import expert_intervals
 from diffusers_dmp.training.objectives.densities import DENSITIES
@@ -41,6 +43,7 @@ from diffusers_dmp.training.objectives.distillation import LabelObjective, disti
 from diffusers_dmp.training.objectives.from_arguments import make_noising
 from diffusers_dmp.training.objectives.noising import FlowNoising
 from diffusers_dmp.training.objectives.timesteps import StepExperts
+from diffusers_dmp.training.parsing import parse_arguments
 from diffusers_dmp.training.resuming import differing_arguments
 
 TINY = {
@@ -69,11 +72,7 @@ def base(tmp_path) -> Path:
 
 @pytest.fixture
 def pipeline(tmp_path) -> Path:
-    transformer = randomised(
-        DiTModel(**TINY_CONFIG | {"in_channels": 1, "out_channels": 1, "num_classes": 1, "class_dropout_prob": 0.0})
-    )
-    ClassConditionalPipeline(transformer, DDPMScheduler()).save_pretrained(tmp_path / "pipeline")
-    return tmp_path / "pipeline"
+    return save_unconditional(tmp_path / "pipeline")
 
 
 @pytest.fixture
@@ -95,63 +94,6 @@ def train_ppap_here(digits, base, arguments_class):
         train_ppap(arguments_class(**defaults | arguments))
 
     return train
-
-
-def generate(pipeline: Path, output_dir: Path, **arguments) -> Dataset:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    defaults = {"num_images": 10, "batch_size": 4, "shard_size": 6, "num_inference_steps": 2}
-    generate_images(GenerationArguments(pipeline=str(pipeline), output_dir=str(output_dir), **defaults | arguments))
-    return load_dataset(str(output_dir), split="train")
-
-
-def grey_levels(images: list, others: list) -> int:
-    """The largest difference between two lists of images, in 8-bit grey levels."""
-    pixels, other_pixels = (np.stack([np.asarray(image, dtype=int) for image in each]) for each in (images, others))
-    return np.abs(pixels - other_pixels).max()
-
-
-def assert_alike(images: list, others: list) -> None:
-    """Equal up to rounding: float32's in another batch or thread may take a pixel to the next grey level."""
-    assert grey_levels(images, others) <= 1
-
-
-# Images without data
-
-
-def test_images_depend_on_seed_and_index_alone(pipeline, tmp_path):
-    images = generate(pipeline, tmp_path / "one")["image"]
-    assert len(images) == 10 and images[0].size == (8, 8)
-    assert_alike(generate(pipeline, tmp_path / "two", batch_size=3)["image"], images)
-    assert grey_levels(images[:1], images[1:2]) > 10
-
-
-def test_generating_goes_on_where_it_was(pipeline, tmp_path):
-    images = generate(pipeline, tmp_path / "run")["image"]
-    first, second = sorted((tmp_path / "run").glob("*.parquet"))
-    kept, lost = first.read_bytes(), second.read_bytes()
-    second.unlink()
-    before = first.stat().st_mtime_ns
-    again = generate(pipeline, tmp_path / "run")["image"]
-    assert first.stat().st_mtime_ns == before and first.read_bytes() == kept and second.read_bytes() == lost
-    assert [image.tobytes() for image in again] == [image.tobytes() for image in images]
-    with pytest.raises(ValueError, match="`num_inference_steps` to be 2, as in the images that .* holds, but got 3"):
-        generate(pipeline, tmp_path / "run", num_inference_steps=3)
-
-
-@pytest.mark.slow
-def test_generating_on_two_processes(pipeline, tmp_path):
-    images = generate(pipeline, tmp_path / "one")["image"]
-    arguments = {"pipeline": pipeline, "num_images": 10, "batch_size": 4, "shard_size": 6, "num_inference_steps": 2}
-    launch_script("generate_guidance_data.py", tmp_path / "two", 2, arguments)
-    assert_alike(load_dataset(str(tmp_path / "two"), split="train")["image"], images)
-
-
-def test_generating_with_diffusers_own_pipeline(tmp_path):
-    unet = UNet2DModel(8, 3, 3, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
-                       norm_num_groups=4, layers_per_block=1)  # fmt: skip
-    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
-    images = generate(tmp_path / "ddpm", tmp_path / "run", scheduler="")["image"]
-    assert images[9].mode == "RGB"
 
 
 # What is learned
@@ -306,6 +248,29 @@ def test_intervals_are_given_as_for_any_experts(arguments, edges, arguments_clas
     assert expert_intervals(older).edges == NoiseIntervals.uniform(len(edges) - 1).edges
 
 
+def test_experts_of_flow_matching_guide_a_model_of_flow_matching(digits, base, arguments_class, tmp_path):
+    """By the preset, from the training to the guided pipeline."""
+    from train_ppap import train_ppap
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    given = {"dataset": digits, "base_model": base, "output_dir": tmp_path / "run", "max_train_steps": 1}
+    command_line = ["--config", "ppap_digits_flow", "--report_to", "none"]
+    for name, value in given.items():
+        command_line += [f"--{name}", str(value)]
+    train_ppap(parse_arguments(arguments_class, command_line))
+    experts = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts")
+    assert experts.config.num_experts == 5 and experts.process.is_flow_matching
+    config = {"in_channels": 1, "out_channels": 1, "num_classes": 1, "class_dropout_prob": 0.0}
+    pipe = ClassConditionalPipeline(randomised(DiTModel(**TINY_CONFIG | config)), FlowMatchEulerDiscreteScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    images = []
+    for scale in (0.0, 30.0):
+        pipe.scheduler = GuidedScheduler(FlowMatchEulerDiscreteScheduler(), experts, ClassTarget(3), scale=scale)
+        output = pipe(num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt")
+        images.append(output.images)
+    assert images[0].isfinite().all() and images[1].isfinite().all() and not torch.equal(*images)
+
+
 def test_the_record_of_diffusion_is_the_noise_of_the_training(train_ppap_here, tmp_path):
     train_ppap_here(tmp_path / "run", beta_schedule="linear0.025", num_train_timesteps=500, max_train_steps=1)
     experts = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts")
@@ -414,6 +379,19 @@ def test_experts_of_an_image_tower(train_ppap_here, tmp_path, save):
     assert guided.step(x_t, guided.timesteps[1], x_t).prev_sample.isfinite().all()
 
 
+def test_experts_learn_from_images_of_a_pipeline_of_text(train_ppap_here, depth_base, tmp_path):
+    """In pixels, whatever the pipeline denoises."""
+    with_text("sd3", RECIPES["sd3"].pipe(RECIPES["sd3"].denoiser())).save_pretrained(tmp_path / "sd3")
+    (tmp_path / "prompts.txt").write_text("a red cat\na blue dog\n")
+    prompts = {"prompts": str(tmp_path / "prompts.txt"), "height": 8, "width": 8}
+    generate(tmp_path / "sd3", tmp_path / "data", num_images=16, **prompts)
+    arguments = {"dataset": str(tmp_path / "data"), "base_model": str(depth_base), "image_channels": 3}
+    train_ppap_here(tmp_path / "run", objective="flow", max_train_steps=1, **arguments)
+    experts = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts")
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "sd3")
+    assert experts.process.is_process_of(pipe.scheduler) and experts.config.sample_size == [8, 8]
+
+
 @pytest.mark.slow
 def test_depth_on_two_processes(depth_base, pairs, tmp_path):
     """Of a network with layers that it never calls, and whose gradients nobody may wait for."""
@@ -509,15 +487,3 @@ def test_the_network_is_said_to_be_the_trouble(train_ppap_here, base, tmp_path):
 def test_arguments_that_do_not_fit(train_ppap_here, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         train_ppap_here(tmp_path, **arguments)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"num_images": 0}, "`num_images` to be at least 1"),
-        ({"scheduler": "Heun"}, "one of DDIM, .*, but got 'Heun'"),
-    ],
-)
-def test_generation_arguments_out_of_range(pipeline, tmp_path, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        generate(pipeline, tmp_path / "run", **arguments)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..diffusion.latents import decode_latents, unpack_latents
-from .decoding_vae import frozen, needs_copy, plain_float32_copy
+from .decoding_vae import frozen_float32
 from .patch_positions import PatchPositions
 
 
@@ -18,9 +18,9 @@ class LatentDecoder:
     """
     Decode latents (B, C, h, w) of a VAE, as most pipelines have them.
 
-    It decodes in float32, so that gradients do not underflow, and only latents get gradients. A VAE that is in float32 and stays
-    where it is is used as it is. Of others (in half precision, or moved by the hooks of Accelerate and Diffusers), it makes a copy
-    in float32 when it first decodes, which stays on the latents' device.
+    It decodes in float32, so that gradients do not underflow, and only latents get gradients. The VAE itself does not change: where
+    it is in half precision or offloaded, its weights are copied when a run first decodes, and the copy is dropped when the run
+    ends.
 
     For pipelines that have their latents in another way, derive from it and override `decode`, or give it a function; see
     [`register_decoder`].
@@ -34,7 +34,7 @@ class LatentDecoder:
     def __init__(self, vae: Any, decode: "Callable[[Any, torch.Tensor], torch.Tensor] | None" = None):
         self.vae = vae
         self._decode = decode
-        self._copy: Any = None
+        self._frozen: Any = None
 
     @classmethod
     def from_pipeline(cls, pipeline: Any, vae: Any = None, **settings: Any) -> "LatentDecoder":
@@ -66,9 +66,9 @@ class LatentDecoder:
         Returns:
             `torch.Tensor` of shape (B, 3, H, W), or (B, f, 3, H, W) for videos: images in [-1, 1].
         """
-        vae = self._float32_vae(latents.device)
-        with frozen(vae):
-            return self.decode(vae, latents).to(latents.dtype)
+        if self._frozen is None:
+            self._frozen = frozen_float32(self.vae)
+        return self.decode(self._frozen.to(latents.device), latents).to(latents.dtype)
 
     def decode(self, vae: Any, latents: torch.Tensor) -> torch.Tensor:
         """
@@ -81,18 +81,18 @@ class LatentDecoder:
         Returns:
             `torch.Tensor` of shape (B, 3, H, W), or (B, f, 3, H, W) for videos: images in [-1, 1].
         """
-        return (self._decode or decode_latents)(vae, latents)
+        if self._decode is not None:
+            return self._decode(vae, latents)
+        if latents.ndim != 4:
+            raise ValueError(
+                f"Expected latents (B, C, h, w), but got the shape {tuple(latents.shape)}. `GuidedScheduler.for_pipeline` finds the "
+                "decoder of packed latents and of videos."
+            )
+        return decode_latents(vae, latents)
 
     def reset(self) -> None:
-        """Forget what was noted about the images of the last run."""
-
-    def _float32_vae(self, device: torch.device) -> Any:
-        """The VAE, or the copy of it."""
-        if not needs_copy(self.vae):
-            return self.vae
-        if self._copy is None:
-            self._copy = plain_float32_copy(self.vae)
-        return self._copy.to(device)
+        """Forget what belongs to one run of the pipeline, before it and after it."""
+        self._frozen = None
 
 
 class PackedLatentDecoder(LatentDecoder):
@@ -126,6 +126,7 @@ class PackedLatentDecoder(LatentDecoder):
         return decode_latents(vae, unpacked)
 
     def reset(self) -> None:
+        super().reset()
         self.positions.forget()
 
 
@@ -143,21 +144,30 @@ class VideoDecoder(LatentDecoder):
         frames (`list[int]`, *optional*): Which frames of the video guide, from 0; negative ones count from its end. By default the
             first, the middle and the last one.
         exact (`bool`): Decode the frames as in the whole video.
+        first_is_given (`bool`): The first frame is an image that the pipeline puts in the place of what it generates, as
+            Wan 2.2's 5B model for image to video does: only others can guide, and not exactly.
 
     Raises:
-        ValueError: if `frames` is empty; when it decodes, if the video does not have such frames.
+        ValueError: if `frames` is empty, or the video is to be exact without its first frame; when it decodes, if the video does
+            not have such frames.
     """
 
-    def __init__(self, vae: Any, frames: "list[int] | None" = None, exact: bool = False):
+    def __init__(self, vae: Any, frames: "list[int] | None" = None, exact: bool = False, first_is_given: bool = False):
         super().__init__(vae)
         if frames is not None and len(frames) == 0:
             raise ValueError("Expected `frames` to name one frame or more, but got none.")
+        if exact and first_is_given:
+            raise ValueError(
+                "Expected `exact` to be False where a given image is the first frame, which the scheduler does not see."
+            )
         self.frames = frames
         self.exact = exact
+        self.first_is_given = first_is_given
 
     @classmethod
     def from_pipeline(cls, pipeline: Any, vae: Any = None, **settings: Any) -> "VideoDecoder":
-        return cls(pipeline.vae if vae is None else vae, **settings)
+        given = "ImageToVideo" in type(pipeline).__name__ and bool(pipeline.config.get("expand_timesteps"))
+        return cls(pipeline.vae if vae is None else vae, **{"first_is_given": given} | settings)
 
     def decode(self, vae: Any, latents: torch.Tensor) -> torch.Tensor:
         """Decode chosen frames of latents (B, C, F, h, w) to (B, f, 3, H, W); see [`LatentDecoder`]."""
@@ -165,19 +175,25 @@ class VideoDecoder(LatentDecoder):
         frames = self._chosen(1 + each * (latents.shape[2] - 1))
         latent_frames = [(frame + each - 1) // each for frame in frames]
         if self.exact:
-            video = decode_latents(vae, latents[:, :, : max(latent_frames) + 1])
-            return video[:, :, frames].transpose(1, 2)
-        chosen = latents[:, :, latent_frames].transpose(1, 2)  # (B, f, C, h, w)
+            return _frames_at(frames, decode_latents(vae, latents[:, :, : max(latent_frames) + 1]))
+        chosen = _frames_at(latent_frames, latents)  # (B, f, C, h, w)
         images = decode_latents(vae, chosen.flatten(0, 1)[:, :, None])[:, :, 0]
         return images.unflatten(0, chosen.shape[:2])
 
     def _chosen(self, count: int) -> list[int]:
         """The chosen ones of `count` frames, counted from 0."""
+        first = int(self.first_is_given)
         if self.frames is None:
-            return sorted({0, count // 2, count - 1})
+            return sorted({*range(1 - first), count // 2, count - 1})
         for frame in self.frames:
-            if not -count <= frame < count:
+            if not first <= frame < count and not -count + first <= frame < 0:
                 raise ValueError(
-                    f"Expected `frames` to be in [{-count}, {count - 1}], for a video of {count} frames, but got {frame}."
+                    f"Expected `frames` to be in [{first}, {count - 1}], or negative and counted from the end, for a video of "
+                    f"{count} frames{' of which the first is given' * first}, but got {frame}."
                 )
         return [frame % count for frame in self.frames]
+
+
+def _frames_at(indices: list[int], video: torch.Tensor) -> torch.Tensor:
+    """Some frames (B, f, C, H, W) of a video (B, C, F, H, W); a list as the index would have to be copied to an accelerator."""
+    return torch.stack([video[:, :, index] for index in indices], dim=1)

@@ -1,7 +1,5 @@
-"""A VAE that gradients go through: in float32, without gradients of its own, and on the device of the latents."""
+"""A VAE that gradients go through: in float32, with constant weights, on the device of the latents."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,55 +7,53 @@ from accelerate import init_empty_weights
 from accelerate.utils import align_module_device
 from torch import nn
 
-# Set by Accelerate and Diffusers on modules whose weights they move or cast around each forward pass; neither has another way to
-# ask for it.
-_HOOKS = ("_hf_hook", "_diffusers_hook")
 
-
-@contextmanager
-def frozen(vae: nn.Module) -> Iterator[None]:
-    """Let a VAE's weights take no part in gradients within a `with` block, so that nothing is stored for them."""
-    trainable = [parameter for parameter in vae.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
-def needs_copy(vae: Any) -> bool:
-    """
-    Tell whether a VAE cannot be used for gradients as it is.
-
-    Half precision: gradients would underflow. Hooks: decoding would move whatever model was on the device before, the denoiser,
-    away from it at each step, and weights that were moved away again would be missing in the backward pass.
-    """
-    return vae.dtype != torch.float32 or any(hasattr(module, name) for module in vae.modules() for name in _HOOKS)
-
-
+@torch.inference_mode(False)  # what is made in inference mode takes no part in gradients
 @torch.no_grad()
-def plain_float32_copy(vae: Any) -> Any:
+def frozen_float32(vae: Any) -> Any:
     """
-    Copy a VAE without its hooks, in float32 on the CPU, or on the device where its weights are.
+    Return a VAE for gradients with respect to latents, with the weights of another one.
+
+    In half precision gradients would underflow. The hooks that offload a VAE would move the denoiser away from the accelerator
+    each time that the VAE decodes, and the VAE's weights before the backward pass. Weights with gradients would have activations
+    stored for them. So it is another object, without hooks; weights in float32 are shared, not copied.
 
     Args:
-        vae ([`AutoencoderKL`] or the like): A VAE of Diffusers, whose weights may be offloaded or stored in another dtype.
+        vae ([`AutoencoderKL`] or the like): A VAE of Diffusers, in any dtype, offloaded or not. Others are returned as they are.
 
     Returns:
-        A VAE of the same class with the same configuration and settings (tiling, slicing, gradient checkpointing).
+        A VAE of the same class, configuration and settings (tiling, slicing, gradient checkpointing), in float32.
+
+    Raises:
+        ValueError: if the weights are quantised.
     """
     vae = getattr(vae, "_orig_mod", vae)  # of `torch.compile`
+    if not hasattr(vae, "from_config"):
+        return vae
     with init_empty_weights():
-        copied = type(vae).from_config(vae.config)
-    for module, original in zip(copied.modules(), vae.modules()):
-        settings = {name: value for name, value in vars(original).items() if isinstance(value, (bool, int, float))}
-        vars(module).update(settings)
-        with align_module_device(original):  # brings weights that Accelerate keeps elsewhere
-            for name, parameter in original.named_parameters(recurse=False):
-                weights = parameter.detach().to(torch.float32, copy=True)
-                module.register_parameter(name, nn.Parameter(weights, requires_grad=False))
-            for name, buffer in original.named_buffers(recurse=False):
-                module.register_buffer(name, buffer.float().clone() if buffer.is_floating_point() else buffer.clone())
-    return copied
+        frozen = type(vae).from_config(vae.config)
+    weights = _float32_weights(vae)
+    # without what was added, such as fused projections, which repeat other weights
+    frozen.load_state_dict({name: weights[name] for name in frozen.state_dict() if name in weights}, assign=True)
+    modules = dict(vae.named_modules())
+    for name, module in frozen.named_modules():
+        settings = {key: value for key, value in vars(modules[name]).items() if isinstance(value, (bool, int, float))}
+        module.__dict__.update(settings)
+    if vae.is_gradient_checkpointing:
+        frozen.enable_gradient_checkpointing()
+    return frozen.requires_grad_(False)
+
+
+def _float32_weights(vae: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters and buffers of a VAE in float32, with those that Accelerate keeps elsewhere."""
+    weights = {}
+    for prefix, module in vae.named_modules(remove_duplicate=False):
+        with align_module_device(module):
+            for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                name = f"{prefix}.{key}".lstrip(".")
+                if isinstance(tensor, nn.Parameter) and not tensor.is_floating_point():
+                    raise ValueError(
+                        f"Expected the weights of a {type(vae).__name__} not to be quantised, but got {name!r} in {tensor.dtype}."
+                    )
+                weights[name] = tensor.detach().float() if tensor.is_floating_point() else tensor
+    return weights

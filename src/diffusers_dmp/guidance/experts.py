@@ -4,6 +4,7 @@ https://arxiv.org/abs/2212.05973
 Legend: B batch, C channels, H and W height and width in pixels, E experts, T diffusion timesteps.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -209,7 +210,8 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
     @property
     def _tensor(self) -> torch.Tensor:
         """Any tensor of the experts'; a network may have no parameters."""
-        tensors = (*self.parameters(), *self.buffers())
+        # asked for at every guided step: nothing more is looked at than needed
+        tensors = itertools.chain(self.parameters(), self.buffers())
         return next((each for each in tensors if each.is_floating_point()), torch.zeros(()))
 
     def forward(self, images: torch.Tensor, timesteps: torch.Tensor) -> ModelOutput:
