@@ -161,13 +161,11 @@ DETERMINISTIC = [
     (EULER, {}, {}),
     (EULER, {"shift": 3.0}, {}),
     (EULER, *SHIFTED_BY_SIZE),
-    (EULER, {"invert_sigmas": True}, {}),
     (HEUN, {}, {}),
     (UNIPC, {}, {}),
     (DPM, {}, {}),
     (SINGLESTEP, {}, {}),
     (DEIS, {}, {}),
-    ("FlowMapEulerDiscrete", {}, {}),
 ]
 STOCHASTIC = [("SASolver", {}, {}), ("LTXEulerAncestralRF", {}, {}), ("FlowMatchLCM", {}, {})]
 

@@ -71,8 +71,12 @@ def log_likelihood(samples: torch.Tensor) -> float:
     return F.log_softmax(logits, -1)[range(2), LABELS].mean().item()
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda scheduler: type(scheduler).__name__)
-@pytest.mark.parametrize("name", PIPES)
+@pytest.mark.parametrize(
+    ("name", "scheduler"),
+    [("class", scheduler) for scheduler in SCHEDULERS]
+    + [(name, SCHEDULERS[index]) for name in ("split", "sentences") for index in (0, 3)],
+    ids=lambda each: each if isinstance(each, str) else type(each).__name__,
+)
 def test_guidance_moves_samples_towards_the_target_and_scale_0_does_not(name, scheduler):
     pipe = PIPES[name]()
     pipe.scheduler = scheduler

@@ -13,9 +13,8 @@ from tiny_pipelines import RECIPES
 
 from diffusers_dmp import ClassTarget, GuidedScheduler
 
-COUNT_STEPS = ["DEISMultistep", "DPMSolverMultistep", "DPMSolverSinglestep", "EulerDiscrete", "FlowMatchEulerDiscrete",
-               "FlowMatchHeunDiscrete", "FlowMatchLCM", "HeunDiscrete", "LCM", "SASolver", "TCD"]  # fmt: skip
-LOOK_FOR_TIMESTEPS = ["DDIM", "DDPM", "PNDM"]
+COUNT_STEPS = ["DEISMultistep", "DPMSolverSinglestep", "EulerDiscrete", "FlowMatchLCM", "LCM", "SASolver", "TCD"]
+LOOK_FOR_TIMESTEPS = ["DDIM", "PNDM"]
 
 
 @pytest.fixture
