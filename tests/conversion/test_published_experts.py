@@ -97,6 +97,21 @@ def test_published_experts(published, tmp_path):
     torch.testing.assert_close(loaded.run_expert(1, images).logits, expected, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("num_experts", [1, 2])
+@torch.no_grad()
+def test_published_baselines(published, num_experts):
+    """Whole networks without LoRA: one for all timesteps, or one for each interval."""
+    _, networks = published
+    checkpoints = [
+        {original_name(name): tensor for name, tensor in network.state_dict().items()} for network in networks
+    ]
+    experts = convert_checkpoint("ppap", checkpoints[:num_experts])
+    assert experts.config.method == ("finetune" if num_experts == 1 else "multi_experts")
+    images = torch.randn(2, 3, 32, 32)
+    for expert, network in enumerate(networks[:num_experts]):
+        torch.testing.assert_close(experts.run_expert(expert, images).logits, network(images).logits)
+
+
 def published_deit(seed: int) -> dict[str, torch.Tensor]:
     """A checkpoint as the published code writes it, with two blocks of two heads. Frozen weights do not depend on the seed."""
     frozen, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)

@@ -5,7 +5,8 @@ import torch
 from diffusers import DDPMScheduler
 from midas import adapted_convolutions, make_midas, published_midas, run_published_midas
 
-from diffusers_dmp import DepthTarget, GuidanceExperts, GuidedScheduler, convert_checkpoint
+from diffusers_dmp import DepthTarget, GuidanceExperts, GuidedScheduler, convert_checkpoint, load_original_state_dict
+from diffusers_dmp.cli.folders import convert
 
 NAME = "torch.hub intel-isl/MiDaS MiDaS_small"
 
@@ -71,8 +72,21 @@ def test_noise_and_size_of_the_training(checkpoints, images):
         guided.step(torch.zeros(1, 3, 32, 32), 800, torch.zeros(1, 3, 32, 32))
 
 
+def test_the_command_says_what_to_do_in_python(checkpoints, tmp_path):
+    files = [tmp_path / f"{expert}_max5.ckpt" for expert in range(2)]
+    for file, checkpoint in zip(files, checkpoints):
+        torch.save(checkpoint, file)
+    with pytest.raises(
+        ValueError, match=r"0_max5.ckpt, .*: Expected `network` to be MiDaS small.* In Python: "
+    ) as error:
+        convert(system="ppap", checkpoints=files, output_dir=tmp_path / "experts")
+    assert "\n" not in str(error.value) and not (tmp_path / "experts").exists()
+    read = [load_original_state_dict(file) for file in files]
+    assert convert_checkpoint("ppap", read, network=make_midas()).config.num_experts == 2
+
+
 def test_checkpoints_that_do_not_fit(checkpoints):
-    def convert(changes=None, dropped=None, network=None):
+    def convert_broken(changes=None, dropped=None, network=None):
         broken = {name: each for name, each in checkpoints[1].items() if name != dropped} | (changes or {})
         return convert_checkpoint("ppap", [checkpoints[0], broken], network=network or make_midas())
 
@@ -80,16 +94,19 @@ def test_checkpoints_that_do_not_fit(checkpoints):
         convert_checkpoint("ppap", checkpoints)
     name = "midas.pretrained.layer2.0.0.bn1.running_var"
     with pytest.raises(ValueError, match="expert 1 misses 'pretrained.layer2.0.0.bn1.running_var'"):
-        convert(dropped=name)
+        convert_broken(dropped=name)
     with pytest.raises(ValueError, match="expert 1 has one more: 'scratch.more'"):
-        convert({"midas.scratch.more": torch.zeros(1)})
+        convert_broken({"midas.scratch.more": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"'pretrained.layer2.0.0.bn1.running_var' to have the shape \(16,\).*\(7,\)"):
-        convert({name: torch.zeros(7)})
+        convert_broken({name: torch.zeros(7)})
     for part in ("lora_A", "lora_B", "conv.weight"):
         with pytest.raises(ValueError, match="scratch.layer1_rn"):
-            convert(dropped=f"midas.scratch.layer1_rn.{part}")
+            convert_broken(dropped=f"midas.scratch.layer1_rn.{part}")
+    without = [{name: each for name, each in one.items() if "layer1_rn.lora" not in name} for one in checkpoints]
+    with pytest.raises(ValueError, match="'scratch.layer1_rn.lora_A', but it is missing"):
+        convert_checkpoint("ppap", without, network=make_midas())
     frozen = "midas.scratch.output_conv.0.weight"
     with pytest.raises(ValueError, match="'scratch.output_conv.0.weight' to be that of `network`, .* expert 1"):
-        convert({frozen: checkpoints[1][frozen] + 1e-3})
+        convert_broken({frozen: checkpoints[1][frozen] + 1e-3})
     with pytest.raises(ValueError, match="to be that of `network`, but got another for expert 0"):
-        convert(network=make_midas(seed=1))
+        convert_broken(network=make_midas(seed=1))

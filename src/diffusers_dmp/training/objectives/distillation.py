@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from diffusers import SchedulerMixin
 from diffusers.utils import BaseOutput
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ...guidance import GuidanceExperts
@@ -143,8 +144,19 @@ class ExpertStudent(nn.Module):
         return super().train(mode)
 
     def enable_gradient_checkpointing(self) -> None:
-        """Enable gradient checkpointing in the network."""
-        self._experts[0].experts.activate(self.expert, merged=False).gradient_checkpointing_enable()  # type: ignore[operator]
+        """
+        Enable gradient checkpointing in the network.
+
+        Raises:
+            ValueError: if the network is none of transformers.
+        """
+        network = self._experts[0].experts.activate(self.expert, merged=False)
+        if not isinstance(network, PreTrainedModel):
+            raise ValueError(
+                "Expected gradient checkpointing to be for a network of transformers, but got a "
+                f"{type(network).__name__}."
+            )
+        network.gradient_checkpointing_enable()
 
 
 class StudentCall(Denoiser):
