@@ -40,7 +40,8 @@ class ExpertsBundleMixin(ConfigMixin, PushToHubMixin):
         Make untrained experts of a network.
 
         Args:
-            pretrained_model_name_or_path (`str`): The folder or Hub id of a transformers model.
+            pretrained_model_name_or_path (`str`): The folder or Hub id of a transformers model; of a CLIP or SigLIP, the
+                image tower is taken.
             kwargs: The other arguments of [`GuidanceExperts`]. `image_mean`, `image_std` and `image_size` are by default those of
                 the image processor in the same folder. And `revision` (which is saved), `token`, `cache_dir`, `force_download`
                 and `local_files_only`, for the Hub.

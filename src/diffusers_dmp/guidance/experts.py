@@ -41,8 +41,8 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
 
     Args:
         network (`nn.Module`): A network of images (B, C, H, W): one of transformers for image classification, depth estimation
-            or segmentation, or any other, of which `outputs` says what it returns. It becomes a part of this module, changed in
-            place, in float32.
+            or segmentation, the image tower of a CLIP or SigLIP, or any other, of which `outputs` says what it returns. It becomes
+            a part of this module, changed in place, in float32.
         image_mean, image_std (`list[float]`), image_size (`int` or `list[int]`, *optional*): See [`ImagePreprocessor`].
         num_experts (`int`): E.
         num_train_timesteps (`int`): T.
