@@ -25,7 +25,6 @@ from diffusers_dmp.diffusion.noise import levels_at
 from diffusers_dmp.diffusion.process import NoiseProcess
 from diffusers_dmp.evaluation.digits import fit_resnet
 from diffusers_dmp.evaluation.fashion import CLOTHES, fashion_images
-from diffusers_dmp.guidance.guided_scheduler import MAX_FLOW_SIGMA
 from diffusers_dmp.plots import sample_grid
 from diffusers_dmp.terminal import OneLineParser, run_command
 
@@ -38,7 +37,8 @@ SAMPLES_PER_CLASS = 50
 SEARCHED_PER_CLASS = 10
 SHOWN_PER_CLASS = 2
 SCALES = (1.0, 2.0, 4.0, 8.0, 15.0)
-SCALE = 4.0
+SCALE = 7.5  # the paper's, and the default
+X0_SCALE = 4.0  # what `search` finds for the classifier of x̂0
 NUM_INFERENCE_STEPS = 20
 SAMPLE_BATCH = 100
 SCHEDULERS = {
@@ -47,6 +47,7 @@ SCHEDULERS = {
         config, use_flow_sigmas=True, prediction_type="flow_prediction"
     ),
 }
+GUIDED_SIGMA = 0.95  # above it, steps of flow matching are not guided by default
 MEASURED_SIGMAS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 FLOW_MATCHING = {"process": "flow_matching"}
 CLEAN, CLEAN_X0 = "classifier", "classifier of x̂0"
@@ -78,6 +79,7 @@ class Cell:
 COMPARED = (
     Cell("Euler", UNGUIDED),
     *(Cell("Euler", guide, SCALE) for guide in GUIDES),
+    Cell("Euler", CLEAN_X0, X0_SCALE),
     *(Cell("UniPC", guide, SCALE) for guide in (CLEAN, FLOW, DDPM)),
 )
 
@@ -249,9 +251,10 @@ def edges_as_sigma(experts: GuidanceExperts) -> list[float]:
 
 def guided_steps(experts: GuidanceExperts) -> list[int]:
     """How many of the steps of Euler's scheduler each expert guides."""
-    scheduler = GuidedScheduler(FlowMatchEulerDiscreteScheduler(), experts, ClassTarget(0))
+    scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(NUM_INFERENCE_STEPS)
-    sigmas = scheduler.sigmas[:-1][scheduler.sigmas[:-1] < MAX_FLOW_SIGMA]
+    sigmas = scheduler.sigmas[:-1]
+    sigmas = sigmas[sigmas < GUIDED_SIGMA]
     owners = experts.intervals.index(experts.process.timestep_at(1 - sigmas, sigmas))
     return owners.bincount(minlength=experts.config.num_experts).tolist()
 

@@ -26,7 +26,7 @@ def demo():
             "SAMPLES_PER_CLASS": 1,
             "SEARCHED_PER_CLASS": 1,
             "SHOWN_PER_CLASS": 1,
-            "SCALES": (4.0,),
+            "SCALES": (7.5,),
             "NUM_INFERENCE_STEPS": 4,
             "SAMPLE_BATCH": 10,
             "MEASURED_SIGMAS": (0.1, 0.9),

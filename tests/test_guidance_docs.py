@@ -1,19 +1,30 @@
-"""What docs/guidance.md says runs, runs: with tiny networks and pipelines of the same classes in the place of the published ones."""
+"""What the pages about guidance say runs, runs: with tiny networks and pipelines of the same classes in the place of the published ones."""
 
 import re
+import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import REPOSITORY, TINY_CONFIG, randomised
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusion3Pipeline
 from networks import make_resnet
 from tiny_clip import save_clip
-from tiny_pipelines import RECIPES
+from tiny_pipelines import RECIPES, seeded
 from tiny_text import with_text
 from torch import nn
 
-from diffusers_dmp import ClassConditionalPipeline, DiTModel, GuidanceExperts, GuidedScheduler, TextTarget
+from diffusers_dmp import (
+    ClassConditionalPipeline,
+    ClassTarget,
+    DiTModel,
+    GuidanceExperts,
+    GuidedScheduler,
+    TextTarget,
+)
 
 CLASSES = ["7", "great white shark", "killer whale", "zebra"]
 SMALL = {"num_inference_steps": 2, "height": 16, "width": 16}
@@ -32,7 +43,9 @@ def tiny_pipeline(pipeline_class: type, name: str, **_) -> DiffusionPipeline:
     if pipeline_class.__name__ in names:
         recipe = RECIPES[names[pipeline_class.__name__]]
         return with_text(names[pipeline_class.__name__], recipe.pipe(recipe.denoiser()))
-    model = randomised(DiTModel(**TINY_CONFIG | {"in_channels": 3, "out_channels": 3, "num_classes": 1, "class_dropout_prob": 0.0}))
+    model = randomised(
+        DiTModel(**TINY_CONFIG | {"in_channels": 3, "out_channels": 3, "num_classes": 1, "class_dropout_prob": 0.0})
+    )
     return ClassConditionalPipeline(model, DDPMScheduler())
 
 
@@ -45,6 +58,13 @@ def called_small(pipeline_class: type, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def load_tiny(folder: Path, load: Callable, name: str, *args, **kwargs):
+    """Load what has the same name, and where a tokenizer is named that one, from a folder."""
+    if "tokenizer" in kwargs:
+        kwargs["tokenizer"] = folder / Path(kwargs["tokenizer"]).name
+    return load(str(folder / Path(name).name), *args, **kwargs)
+
+
 @pytest.fixture
 def published(tmp_path, monkeypatch):
     """Tiny things where the page names published ones."""
@@ -52,7 +72,8 @@ def published(tmp_path, monkeypatch):
     network.save_pretrained(tmp_path / "resnet-50")
     settings = '{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "do_resize": false}'
     (tmp_path / "resnet-50" / "preprocessor_config.json").write_text(settings)
-    save_clip(tmp_path / "clip-vit-large-patch14")
+    for name in ("clip-vit-large-patch14", "clip-vit-base-patch32", "PickScore_v1", "CLIP-ViT-H-14-laion2B-s32B-b79K"):
+        save_clip(tmp_path / name)
     experts = GuidanceExperts.from_base(str(tmp_path / "resnet-50"), noise_schedule={"beta_schedule": "linear"})
     experts.save_pretrained(tmp_path / "experts")
     for owner, method in (
@@ -61,9 +82,7 @@ def published(tmp_path, monkeypatch):
         (GuidanceExperts, "from_pretrained"),
     ):
         original = getattr(owner, method)
-        monkeypatch.setattr(owner, method, lambda name, *args, _load=original, **kwargs: _load(
-            str(tmp_path / Path(name).name), *args, **kwargs
-        ))  # fmt: skip
+        monkeypatch.setattr(owner, method, partial(load_tiny, tmp_path, original))
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", classmethod(tiny_pipeline))
     monkeypatch.setattr(DiffusionPipeline, "to", lambda self, *_: self)
     for name in ("sd3", "flux", "wan"):
@@ -96,26 +115,60 @@ def test_a_pipeline_is_taught(monkeypatch):
     assert made["decode"](vae, torch.zeros(1, 4, 8, 8)).shape == (1, 3, 8, 8)
 
 
+@pytest.mark.parametrize("lines", [("a photo of a zebra",), ("class MeanColour",)])
+def test_targets(published, lines):
+    made = {"pipe": tiny_pipeline(StableDiffusion3Pipeline, "sd3")}
+    exec(compile(snippets("guidance_targets.md", *lines), "guidance_targets.md", "exec"), made)
+    unguided = made["pipe"].scheduler.scheduler
+    guided = made["pipe"]("a horse", generator=seeded(), output_type="pt").images
+    made["pipe"].scheduler = unguided
+    assert not torch.equal(guided, made["pipe"]("a horse", generator=seeded(), output_type="pt").images)
+
+
+def test_scores(published, tmp_path, monkeypatch):
+    """PickScore is a CLIP without a tokenizer; the aesthetic predictor is a head on CLIP's embeddings of 768 numbers."""
+    code = snippets("guidance_targets.md", "PickScore_v1")
+    made = {}
+    exec(compile(code, "guidance_targets.md", "exec"), made)
+    assert made["target"].text_embeds.shape == (1, 8)
+
+    code = snippets("guidance_targets.md", "linearMSE")
+    head = code[code.index("head = ") : code.index("weights = ")]
+    exec("from torch import nn\n" + head, layers := {})
+    weights = {f"layers.{name}": tensor for name, tensor in layers["head"].state_dict().items()}
+    monkeypatch.setattr(torch, "load", lambda *_, **__: weights)
+    exec(compile(code, "guidance_targets.md", "exec"), made)
+    assert made["target"].head(torch.zeros(2, 768)).shape == (2, 1)
+
+
 def test_other_networks(published, monkeypatch):
-    class Midas(nn.Module):
-        def __init__(self):
+    """Of torchvision, which need not be installed."""
+
+    class ResNet(nn.Module):
+        def __init__(self, weights):
             super().__init__()
-            self.convolution = nn.Conv2d(3, 1, 3, padding=1)
+            self.conv1, self.conv2 = nn.Conv2d(3, 4, 3, stride=8), nn.Conv2d(4, 4, 3)
+            self.fc = nn.Linear(4, 4)
 
         def forward(self, images):
-            return self.convolution(images)[:, 0]
+            return self.fc(self.conv2(self.conv1(images)).mean((2, 3)))
 
-    monkeypatch.setattr(torch.hub, "load", lambda repository, name: Midas())
+    weights = SimpleNamespace(DEFAULT=SimpleNamespace(meta={"categories": CLASSES}))
+    models = SimpleNamespace(resnet50=lambda weights: ResNet(weights), ResNet50_Weights=weights)
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(models=models))
     made = {}
-    exec(compile(snippets("guidance.md", "torch.hub.load"), "guidance.md", "exec"), made)
-    assert made["experts"](torch.zeros(1, 3, 8, 8), torch.tensor(0)).predicted_depth.shape == (1, 256, 256)
-    exec(compile(snippets("guidance_training.md", "GuidanceExperts.from_base"), "guidance_training.md", "exec"), made)
+    exec(compile(snippets("guidance_targets.md", "import torchvision"), "guidance_targets.md", "exec"), made)
+    target = ClassTarget("zebra")
+    target.prepare(made["experts"].network_config)
+    assert target.log_likelihood(made["experts"](torch.zeros(2, 3, 64, 64), torch.tensor(0))).shape == (2,)
+
+
+def test_experts_and_a_target_of_ones_own(published):
+    made = {}
+    code = snippets("guidance_training.md", "GuidanceExperts.from_base") + snippets(
+        "guidance_targets.md", "FirstClass"
+    )
+    exec(compile(code, "guidance_training.md", "exec"), made)
     assert made["experts"].config.num_experts == 5
-
-
-def test_a_target_of_ones_own(published):
-    made = {}
-    exec(compile(snippets("guidance.md", "class BrightTarget"), "guidance.md", "exec"), made)
-    vision = GuidanceExperts.from_base("resnet-50", num_experts=1)
-    output = vision(torch.zeros(2, 3, 16, 16), torch.tensor(0))
-    assert made["BrightTarget"]().log_likelihood(output).shape == (2,)
+    output = made["experts"](torch.zeros(2, 3, 16, 16), torch.tensor(0))
+    assert made["FirstClassTarget"]().log_likelihood(output).shape == (2,)

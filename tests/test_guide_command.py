@@ -1,10 +1,14 @@
 """`diffusers-dmp guide`: any pipeline, guided by a vision network, as an image of what was asked for beside what was not."""
 
 import re
+import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from networks import make_dpt, make_resnet, make_segformer
 from PIL import Image
@@ -16,6 +20,7 @@ from typer.testing import CliRunner
 from diffusers_dmp import GuidanceExperts
 from diffusers_dmp.cli import app, main
 from diffusers_dmp.cli.asking import Asked, columns_of
+from diffusers_dmp.cli.generating import StepClock
 
 ANIMALS = {0: "tench, Tinca tinca", 1: "goldfish", 2: "great white shark", 3: "zebra", 4: "lion"} | {
     index: f"animal {index}" for index in range(5, 30)
@@ -173,6 +178,24 @@ def test_a_map_is_asked_for_in_the_size_of_the_logits(folder, tmp_path):
     assert column.target.ignore_index == 255
 
 
+@pytest.mark.parametrize("calls_per_step", [1, 2])
+def test_the_clock_counts_steps_not_calls(monkeypatch, calls_per_step):
+    """The first step, in which kernels are loaded, is left out."""
+    clock = StepClock(SimpleNamespace(device=torch.device("cpu")))
+    moments = [0, 7] if calls_per_step == 1 else [0, 5, 7, 8]
+    moments += [
+        moment
+        for step in range(1, 4)
+        for moment in ([7 + 3 * step] if calls_per_step == 1 else [7 + 3 * step, 8 + 3 * step])
+    ]
+    times = iter(map(float, moments))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(times))
+    for _ in moments:
+        clock._note()
+    assert clock.seconds_per_step(5) == pytest.approx(3.0)
+    assert StepClock(clock.pipe).seconds_per_step(5) is None
+
+
 def test_help_and_the_long_name():
     result = CliRunner().invoke(app, ["guide", "--help"])
     assert "--output" in result.output and "--timestep_range" in result.output
@@ -217,3 +240,21 @@ def test_errors_come_in_one_line_before_the_pipeline_is_loaded(folder, tmp_path,
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("diffusers-dmp: ")]
         assert message in line
     assert not picture.exists()
+
+
+def test_gradients_that_are_not_finite_are_an_error_of_one_line(folder, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"finite gradients, but got others at timestep \d+, from expert 1\. A smaller `--scale`"
+    ):
+        guide(folder, tmp_path / "grid.png", "--experts", folder / "ppap", "--class", "zebra", "--scale", 1e40)
+
+
+@pytest.mark.slow
+def test_the_program(folder, tmp_path):
+    command = [sys.executable, "-c", "from diffusers_dmp.cli import main; main()", "guide", folder / "pixels"]
+    command += ["--experts", folder / "ppap", "--class", "zebra", "--num_inference_steps", 3, "--device", "cpu"]
+    result = subprocess.run([*map(str, command), f"--out={tmp_path / 'zebra.png'}"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (said,) = result.stdout.splitlines()
+    assert said.startswith(f"1 guided image in {tmp_path / 'zebra.png'}: zebra; ")
+    assert Image.open(tmp_path / "zebra.png").size == (18, 18)

@@ -173,6 +173,11 @@ def test_bad_prompts_and_clips(clip, images, tmp_path):
         score(tmp_path, generated, str(tmp_path / "vit"))
     with pytest.raises(ValueError, match="`clip` to be an existing folder or a Hub id, but got './missing'"):
         score(tmp_path, generated, "./missing")
+    save_clip(tmp_path / "wordless")
+    for file in (tmp_path / "wordless").glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="the model's vocabulary of 514 tokens, but got 2"):
+        score(tmp_path, generated, str(tmp_path / "wordless"))
     with pytest.raises(ValueError, match="no `skip_unreadable` with `clip`"):
         score(tmp_path, generated, clip, skip_unreadable=True)
     with pytest.raises(ValueError, match="Expected `extractor` to be given"):

@@ -48,7 +48,9 @@ def tiny(name: str):
     return pipe
 
 
-def guide(pipe, experts: GuidanceExperts | None = None, target=RED, scale: float = 50.0, **settings) -> GuidanceExperts:
+def guide(
+    pipe, experts: GuidanceExperts | None = None, target=RED, scale: float = 50.0, **settings
+) -> GuidanceExperts:
     experts = red_experts() if experts is None else experts
     pipe.scheduler = GuidedScheduler.for_pipeline(pipe, experts, ClassTarget(target), scale, **settings)
     return experts
@@ -145,7 +147,9 @@ def test_the_gradient_is_that_through_the_pipelines_own_decoding(name):
 
     decoder = decoder_of(pipe, **({"exact": True, "frames": frames} if name == "wan" else {}))
     experts = red_experts("flow_matching" if is_flow else "ddpm")
-    guide(pipe, experts, scale=scale, timestep_range=(0, 900 if is_flow else 600), decoder=decoder)  # the last step alone
+    guide(
+        pipe, experts, scale=scale, timestep_range=(0, 900 if is_flow else 600), decoder=decoder
+    )  # the last step alone
     guided = generate(name, pipe, 2, **size(name))
     torch.testing.assert_close(guided - x0, scale * change, rtol=1e-3, atol=1e-4 * x0.abs().max().item())
 

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import REPOSITORY
 from diffusers import DDIMScheduler
-from networks import PLAIN, make_dpt, make_segformer, make_vit, randomised
+from networks import PLAIN, TRANSFORMER, make_dpt, make_segformer, make_vit, randomised
+from tiny_pipelines import RECIPES, generate
 from torch import nn
-from transformers import PreTrainedConfig, ViTConfig
+from transformers import CLIPConfig, CLIPForImageClassification, PreTrainedConfig, ViTConfig
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     DepthEstimatorOutput,
@@ -187,6 +189,22 @@ def test_the_score_of_logits():
     torch.testing.assert_close(alone, logits[:, 0])
 
 
+def test_a_classifier_on_clip_with_one_logit():
+    sizes = TRANSFORMER | {"hidden_size": 8}
+    network = CLIPForImageClassification(CLIPConfig(vision_config=sizes, num_labels=1)).eval()
+    experts = GuidanceExperts(network, **PLAIN, num_experts=1)
+    assert [name for name in experts.expert_tensors(0) if name.endswith("lora_A.weight")]
+    GuidedScheduler(DDIMScheduler(), experts, ScoreTarget())
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        output = experts(images, torch.tensor(0))
+    torch.testing.assert_close(ScoreTarget().log_likelihood(output), output.logits[:, 0])
+    with pytest.raises(
+        ValueError, match="a single logit for a ScoreTarget .* but got a ViTForImageClassification with 10"
+    ):
+        GuidedScheduler(DDIMScheduler(), GuidanceExperts(make_vit(), **PLAIN), ScoreTarget())
+
+
 def test_heads_that_do_not_fit():
     output = CLIPVisionModelOutput(image_embeds=torch.randn(3, 8))
     with pytest.raises(ValueError, match=r"`head` to take what the network gives, of shape \(3, 8\), but got: mat1"):
@@ -250,6 +268,34 @@ def test_videos_of_other_lengths():
         WeightedTargets([(target, 1.0)]).log_likelihood(frames_of(1)[0])
 
 
+class Brightness(nn.Module):
+    """A network of five lines: `logits` for dark and bright images."""
+
+    def forward(self, images):
+        brightness = images.mean((1, 2, 3))
+        return torch.stack([-brightness, brightness], dim=1)
+
+
+@torch.no_grad()
+def test_frames_of_a_video():
+    """The first frame of a real pipeline's video gets darker, and the last one brighter."""
+
+    def first_and_last(latents: torch.Tensor) -> torch.Tensor:
+        """Instead of a VAE: the first channels are red, green and blue."""
+        return latents[:, :3, [0, -1]].transpose(1, 2)
+
+    pipe = RECIPES["wan"].pipe(RECIPES["wan"].denoiser())
+    unguided = first_and_last(generate("wan", pipe)).mean((0, 2, 3, 4))
+    experts = GuidanceExperts(Brightness(), **PLAIN, method="finetune", num_experts=1, outputs="logits")
+    target = FrameTargets([ClassTarget(0), ClassTarget(1)])
+    pipe.scheduler = GuidedScheduler(pipe.scheduler, experts, target, scale=100.0, decoder=first_and_last)
+    darker, brighter = first_and_last(generate("wan", pipe)).mean((0, 2, 3, 4)) - unguided
+    assert darker < -0.1 and brighter > 0.1
+    pipe.scheduler.target = FrameTargets([ClassTarget(0)])
+    with pytest.raises(ValueError, match="a target for each of the 2 frames that are decoded, but got 1"):
+        generate("wan", pipe, num_inference_steps=2)
+
+
 # Networks that do not give what is asked for
 
 OUTPUTS = {
@@ -281,10 +327,10 @@ READ = {  # by each target
 @pytest.mark.parametrize(("target", "networks"), READ.items(), ids=[type(target).__name__ for target in READ])
 def test_networks_of_another_kind(target, networks, network):
     """Refused before the first step where the configuration says what a network is, and else at the first step."""
-    config = PreTrainedConfig(
-        architectures=[ARCHITECTURES[network]] if network in ARCHITECTURES else None, num_labels=3
-    )
-    output = OUTPUTS[network] if target.__class__ is not ScoreTarget or target.head else one_logit(OUTPUTS[network])
+    count = 3 if not isinstance(target, ScoreTarget) or target.head else 1
+    architectures = [ARCHITECTURES[network]] if network in ARCHITECTURES else None
+    config = PreTrainedConfig(architectures=architectures, num_labels=count)
+    output = OUTPUTS[network] if count == 3 else one_logit(OUTPUTS[network])
     if network in networks:
         target.prepare(config)
         assert target.log_likelihood(output).shape == (2,)
@@ -298,6 +344,14 @@ def test_networks_of_another_kind(target, networks, network):
         target.log_likelihood(output)
 
 
+def test_networks_in_memory_are_refused_before_the_first_step():
+    experts = GuidanceExperts(make_dpt(), **PLAIN)
+    with pytest.raises(ValueError, match="an image classifier, .* for a ClassTarget, but got a DPTForDepthEstimation"):
+        GuidedScheduler(DDIMScheduler(), experts, ClassTarget(0))
+    of_depth = GuidanceExperts(make_dpt(), **PLAIN, outputs=lambda output: output.predicted_depth.mean(2))
+    GuidedScheduler(DDIMScheduler(), of_depth, ClassTarget(0))  # its class does not say what a function returns
+
+
 def one_logit(output: ModelOutput) -> ModelOutput:
     return ImageClassifierOutput(logits=output.logits[:, :1]) if output is OUTPUTS["classifier"] else output
 
@@ -306,3 +360,32 @@ def test_the_configuration_may_promise_more_classes_than_there_are():
     target = prepared(ClassTarget(2))
     with pytest.raises(ValueError, match=r"`labels` to be in \[0, 1\], but got 2"):
         target.log_likelihood(ImageClassifierOutput(logits=torch.zeros(2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("target", "network"),
+    [
+        (ClassTarget([0, 2]), "classifier"),
+        (SegmentationTarget(torch.zeros(4, 5)), "segmentation"),
+        (DepthTarget(torch.ones(4, 5)), "depth"),
+        (TextTarget(torch.ones(8), negative_embeds=torch.ones(2, 8)), "CLIP"),
+        (TextTarget(torch.ones(2, 8), 10.0, -1.0, negative_embeds=torch.ones(2, 8)), "SigLIP"),
+        (ScoreTarget(lambda seen: seen.sum(1), normalize=True), "CLIP"),
+        (WeightedTargets([(ClassTarget(0), 1.0), (ClassTarget(1), -0.5)]), "classifier"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_no_step_waits_for_an_accelerator(monkeypatch, target, network):
+    """What is asked for is moved there at the first step, and not again."""
+    monkeypatch.syspath_prepend(str(REPOSITORY))
+    from benchmarks.pretended_accelerator import PretendedAccelerator
+
+    target.prepare(CONFIG)
+    accelerator, output = PretendedAccelerator(), OUTPUTS[network]
+    there = type(output)(**accelerator.put(dict(output)))
+    with accelerator:
+        first = target.log_likelihood(there)
+        accelerator.waits.clear()
+        second = target.log_likelihood(there)
+        assert accelerator.waits == []
+        assert torch.equal(first.cpu(), second.cpu())

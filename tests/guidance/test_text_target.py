@@ -1,6 +1,7 @@
 """Guidance by the similarity of images and prompts, with CLIP and SigLIP."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -219,6 +220,39 @@ def test_models_that_are_incomplete(models, tmp_path):
     without_head = save_siglip(tmp_path / "siglip", vision_use_head=False)
     with pytest.raises(ValueError, match="a SigLIP without its pooling head"):
         load_network(without_head)
+
+
+def test_a_tokenizer_that_is_elsewhere(tmp_path):
+    """As that of PickScore."""
+    name = save_clip(tmp_path / "clip")
+    expected = TextTarget.from_pretrained(name, PROMPT).text_embeds
+    (tmp_path / "tokenizer").mkdir()
+    for file in Path(name).glob("tokenizer*"):
+        file.rename(tmp_path / "tokenizer" / file.name)
+    with pytest.raises(ValueError, match="the tokenizer in .* the model's vocabulary of 514 tokens, but got 2"):
+        TextTarget.from_pretrained(name, PROMPT)
+    found = TextTarget.from_pretrained(name, PROMPT, tokenizer=tmp_path / "tokenizer").text_embeds
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="needs an environment without sentencepiece")
+def test_a_tokenizer_that_needs_another_package(tmp_path):
+    name = save_siglip(tmp_path / "siglip")
+    for file in Path(name).glob("tokenizer*"):
+        file.unlink()
+    Path(name, "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "SiglipTokenizer"}))
+    with pytest.raises(
+        ValueError, match="a CLIP or SigLIP with its tokenizer, but got"
+    ):  # without sentencepiece, and with it
+        TextTarget.from_pretrained(name, PROMPT)
+
+
+def test_an_image_processor_that_does_not_say_enough(tmp_path):
+    name = save_clip(tmp_path / "clip")
+    settings = json.loads(Path(name, "preprocessor_config.json").read_text())
+    Path(name, "preprocessor_config.json").write_text(json.dumps(settings | {"image_std": None}))
+    with pytest.raises(ValueError, match="the image processor of .* to give `image_std`, or `image_mean`, "):
+        experts_of(name)
 
 
 def test_a_prompt_that_is_too_long_is_cut_off(name, caplog):

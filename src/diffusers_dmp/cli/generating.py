@@ -54,6 +54,12 @@ def call_arguments(pipeline_class: Any, given: Mapping[str, Any], num_images: in
     return call | {count: num_images}
 
 
+def steps_of(pipeline_class: Any, call: Mapping[str, Any]) -> int:
+    """The number of denoising steps of a call with these arguments."""
+    default = inspect.signature(pipeline_class.__call__).parameters["num_inference_steps"].default
+    return call.get("num_inference_steps", default)
+
+
 def generate(pipe: "DiffusionPipeline", call: Mapping[str, Any], seed: int) -> "list[Video]":
     """
     Call a pipeline.
@@ -108,7 +114,9 @@ class StepClock:
     def seconds_per_step(self, num_steps: int) -> float | None:
         """The mean of all steps but the first, in which kernels are loaded, and the last; None if there are no others."""
         calls = len(self._began)
-        per_step = max(calls // num_steps, 1)  # some pipelines call the denoiser twice, for classifier-free guidance
+        per_step = max(
+            calls // num_steps, 1
+        )  # 2 for some: for classifier-free guidance, or with a second-order scheduler
         first, last = per_step, calls - per_step
         if last <= first:
             return None

@@ -9,7 +9,7 @@ import typer
 from ..diffusion.scheduler_names import SCHEDULERS, scheduler_class
 from ..saving.sources import check_source
 from .asking import Asked, Column, columns_of
-from .generating import StepClock, call_arguments, generate, save_grid
+from .generating import StepClock, call_arguments, generate, save_grid, steps_of
 from .pipelines import Folder, load_any_pipeline, pipeline_source, saved_pipeline_class, saved_sample_size
 from .program import Command, app
 
@@ -153,9 +153,13 @@ def _run(
     guided = GuidedScheduler.for_pipeline(pipe, vision, columns[0].target, **settings)
     runs = [_timed(pipe, call, seed)] if compare else []
     pipe.scheduler = guided
-    for column in columns:
-        pipe.scheduler.target = column.target
-        runs.append(_timed(pipe, call, seed))
+    try:
+        for column in columns:
+            pipe.scheduler.target = column.target
+            runs.append(_timed(pipe, call, seed))
+    except FloatingPointError as error:
+        found = str(error).partition(" `on_nonfinite")[0]
+        raise ValueError(f"{found} A smaller `--scale` or another `--timestep_range` may help.") from error
     return runs
 
 
@@ -167,11 +171,8 @@ def _timed(pipe: Any, call: dict[str, Any], seed: int) -> _Run:
         torch.cuda.reset_peak_memory_stats(pipe.device)
     with StepClock(pipe) as clock:
         videos = generate(pipe, call, seed)
-    steps = -(
-        -len(pipe.scheduler.timesteps) // pipe.scheduler.order
-    )  # a second-order scheduler has two timesteps for a step
     peak = torch.cuda.max_memory_allocated(pipe.device) / 2**30 if on_cuda else None
-    return _Run(videos, clock.seconds_per_step(steps), peak)
+    return _Run(videos, clock.seconds_per_step(steps_of(type(pipe), call)), peak)
 
 
 def _summary(

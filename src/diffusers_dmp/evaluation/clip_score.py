@@ -9,9 +9,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+from transformers import AutoImageProcessor, CLIPModel
 from transformers.image_processing_base import ImageProcessingMixin
 
+from ..models.text_image import load_tokenizer
 from ..models.vision import load_network, network_sha256
 from ..training.data.prompts import prompts_of
 
@@ -40,7 +41,7 @@ class ClipScorer(torch.nn.Module):
                     f"Expected `clip` to be a CLIPModel of transformers, but got a {type(network).__name__}."
                 )
             self.network = network.requires_grad_(False)
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            self.tokenizer = load_tokenizer(name, network.config.text_config)
             self.processor = AutoImageProcessor.from_pretrained(name)
             self.processor_settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
         except OSError as error:

@@ -35,7 +35,9 @@ LORA_TARGETS = {  # `model_type` → a regular expression that matches the full 
     "dinov2": _ATTENTION,
     "segformer": _ATTENTION,
     "depth_anything": rf"{_ATTENTION}|{_NECK}",
-    **dict.fromkeys(("clip_vision_model", "siglip_vision_model"), r".*\.self_attn\.(q|k|v|out)_proj"),
+    **dict.fromkeys(
+        ("clip", "clip_vision_model", "siglip", "siglip_vision_model"), r".*\.self_attn\.(q|k|v|out)_proj"
+    ),
     "dpt": rf".*\.attention\.(attention\.(query|key|value)|output\.dense)|{_NECK}",
 }
 CLASSIFIER = r"(^|\.)\w*classifier(\.|$)"  # the head of a network of transformers

@@ -81,7 +81,14 @@ class LatentDecoder:
         Returns:
             `torch.Tensor` of shape (B, 3, H, W), or (B, f, 3, H, W) for videos: images in [-1, 1].
         """
-        return (self._decode or decode_latents)(vae, latents)
+        if self._decode is not None:
+            return self._decode(vae, latents)
+        if latents.ndim != 4:
+            raise ValueError(
+                f"Expected latents (B, C, h, w), but got the shape {tuple(latents.shape)}. `GuidedScheduler.for_pipeline` finds the "
+                "decoder of packed latents and of videos."
+            )
+        return decode_latents(vae, latents)
 
     def reset(self) -> None:
         """Forget what belongs to one run of the pipeline, before it and after it."""
@@ -145,9 +152,7 @@ class VideoDecoder(LatentDecoder):
             not have such frames.
     """
 
-    def __init__(
-        self, vae: Any, frames: "list[int] | None" = None, exact: bool = False, first_is_given: bool = False
-    ):
+    def __init__(self, vae: Any, frames: "list[int] | None" = None, exact: bool = False, first_is_given: bool = False):
         super().__init__(vae)
         if frames is not None and len(frames) == 0:
             raise ValueError("Expected `frames` to name one frame or more, but got none.")
@@ -170,9 +175,8 @@ class VideoDecoder(LatentDecoder):
         frames = self._chosen(1 + each * (latents.shape[2] - 1))
         latent_frames = [(frame + each - 1) // each for frame in frames]
         if self.exact:
-            video = decode_latents(vae, latents[:, :, : max(latent_frames) + 1])
-            return video[:, :, frames].transpose(1, 2)
-        chosen = latents[:, :, latent_frames].transpose(1, 2)  # (B, f, C, h, w)
+            return _frames_at(frames, decode_latents(vae, latents[:, :, : max(latent_frames) + 1]))
+        chosen = _frames_at(latent_frames, latents)  # (B, f, C, h, w)
         images = decode_latents(vae, chosen.flatten(0, 1)[:, :, None])[:, :, 0]
         return images.unflatten(0, chosen.shape[:2])
 
@@ -188,3 +192,8 @@ class VideoDecoder(LatentDecoder):
                     f"{count} frames{' of which the first is given' * first}, but got {frame}."
                 )
         return [frame % count for frame in self.frames]
+
+
+def _frames_at(indices: list[int], video: torch.Tensor) -> torch.Tensor:
+    """Some frames (B, f, C, H, W) of a video (B, C, F, H, W); a list as the index would have to be copied to an accelerator."""
+    return torch.stack([video[:, :, index] for index in indices], dim=1)

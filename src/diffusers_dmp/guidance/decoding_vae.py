@@ -8,6 +8,7 @@ from accelerate.utils import align_module_device
 from torch import nn
 
 
+@torch.inference_mode(False)  # what is made in inference mode takes no part in gradients
 @torch.no_grad()
 def frozen_float32(vae: Any) -> Any:
     """
@@ -31,26 +32,28 @@ def frozen_float32(vae: Any) -> Any:
         return vae
     with init_empty_weights():
         frozen = type(vae).from_config(vae.config)
-    frozen.load_state_dict(_float32_weights(vae), assign=True)
-    modules = dict(frozen.named_modules())
-    for name, module in vae.named_modules():
-        vars(modules[name]).update({key: value for key, value in vars(module).items() if isinstance(value, (bool, int, float))})
+    weights = _float32_weights(vae)
+    # without what was added, such as fused projections, which repeat other weights
+    frozen.load_state_dict({name: weights[name] for name in frozen.state_dict() if name in weights}, assign=True)
+    modules = dict(vae.named_modules())
+    for name, module in frozen.named_modules():
+        settings = {key: value for key, value in vars(modules[name]).items() if isinstance(value, (bool, int, float))}
+        module.__dict__.update(settings)
     if vae.is_gradient_checkpointing:
         frozen.enable_gradient_checkpointing()
     return frozen.requires_grad_(False)
 
 
 def _float32_weights(vae: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict of a VAE in float32, with weights that Accelerate keeps elsewhere."""
-    weights, names = {}, vae.state_dict().keys()
+    """The parameters and buffers of a VAE in float32, with those that Accelerate keeps elsewhere."""
+    weights = {}
     for prefix, module in vae.named_modules(remove_duplicate=False):
         with align_module_device(module):
             for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-                name = f"{prefix}.{key}" if prefix else key
+                name = f"{prefix}.{key}".lstrip(".")
                 if isinstance(tensor, nn.Parameter) and not tensor.is_floating_point():
                     raise ValueError(
                         f"Expected the weights of a {type(vae).__name__} not to be quantised, but got {name!r} in {tensor.dtype}."
                     )
-                if name in names:
-                    weights[name] = tensor.float() if tensor.is_floating_point() else tensor
+                weights[name] = tensor.detach().float() if tensor.is_floating_point() else tensor
     return weights

@@ -110,7 +110,7 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
             target_modules = lora_targets(network)
         network.float()
         self.outputs = outputs
-        self.network_config, names = described_network(network, id2label)
+        self.network_config, names = described_network(network, id2label, outputs)
         self.intervals = _intervals(interval_edges, num_experts, num_train_timesteps)
         self.process = _process(noise_schedule, num_train_timesteps)
         self.register_to_config(  # type: ignore[operator]  # Diffusers has no types

@@ -3,6 +3,7 @@
 Legend: B batch, K classes, h and w height and width of a map.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -139,7 +140,9 @@ def _described(found: Any) -> str:
 
 
 def described_network(
-    network: Any, id2label: "Mapping[Any, str] | Sequence[str] | None"
+    network: Any,
+    id2label: "Mapping[Any, str] | Sequence[str] | None",
+    outputs: "str | Callable[[Any], Any] | None" = None,
 ) -> tuple[PreTrainedConfig, dict[int, str] | None]:
     """
     Describe a network as targets read it: what classes it has.
@@ -148,18 +151,22 @@ def described_network(
         network (`nn.Module`): The network.
         id2label (`Mapping` or a list of `str`, *optional*): The names of its classes. By default those in the configuration
             that a network of transformers has.
+        outputs: See [`read_output`].
 
     Returns:
-        The network's own configuration, or one with these names: no class where they are not known. And the names that were
-        given, by index.
+        The network's own configuration, with its class in `architectures` where that says what it returns, or one with these
+        names: no class where they are not known. And the names that were given, by index.
 
     Raises:
         ValueError: if the names are not given by index.
     """
     config = getattr(network, "config", None)
     if id2label is None:
-        is_transformers = isinstance(config, PreTrainedConfig)
-        return (config if is_transformers else PreTrainedConfig(id2label={})), None
+        if not isinstance(config, PreTrainedConfig):
+            return PreTrainedConfig(id2label={}), None
+        config = copy.copy(config)
+        config.architectures = [type(network).__name__] if outputs is None else None  # targets read what its output is
+        return config, None
     if isinstance(id2label, str) or not isinstance(id2label, (Mapping, Sequence)):
         raise ValueError(f"Expected `id2label` to be names by index, or a list of names, but got {id2label!r}.")
     names = checked_class_names(id2label if isinstance(id2label, Mapping) else dict(enumerate(id2label)))

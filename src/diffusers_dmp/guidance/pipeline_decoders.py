@@ -11,7 +11,6 @@ from .decoders import LatentDecoder, PackedLatentDecoder, VideoDecoder
 # By name, so that no pipeline is imported before it is used. A class that derives from one of these is found as well.
 _IMAGES = [
     "AuraFlowPipeline",
-    "ClassConditionalPipeline",
     "CogView3PlusPipeline",
     "CogView4ControlPipeline",
     "CogView4Pipeline",
@@ -29,11 +28,9 @@ _IMAGES = [
     "PixArtAlphaPipeline",
     "PixArtSigmaPAGPipeline",
     "PixArtSigmaPipeline",
-    "SNRSplitPipeline",
     "SanaControlNetPipeline",
     "SanaPAGPipeline",
     "SanaPipeline",
-    "SentenceToImagePipeline",
     "StableDiffusion3ControlNetInpaintingPipeline",
     "StableDiffusion3ControlNetPipeline",
     "StableDiffusion3Img2ImgPipeline",
@@ -77,7 +74,6 @@ _IMAGES = [
     "ZImagePipeline",
 ]
 _PACKED = [
-    "BriaPipeline",
     "ChromaImg2ImgPipeline",
     "ChromaInpaintPipeline",
     "ChromaPipeline",
@@ -111,8 +107,10 @@ _VIDEOS = [
     "WanVideoToVideoPipeline",
 ]
 
+_IMAGES_OR_PIXELS = ["ClassConditionalPipeline", "SNRSplitPipeline", "SentenceToImagePipeline"]
+
 _DECODERS: "dict[str | type, type[LatentDecoder] | Callable[[Any, torch.Tensor], torch.Tensor]]" = {
-    **dict.fromkeys(_IMAGES, LatentDecoder),
+    **dict.fromkeys([*_IMAGES, *_IMAGES_OR_PIXELS], LatentDecoder),
     **dict.fromkeys(_PACKED, PackedLatentDecoder),
     **dict.fromkeys(_VIDEOS, VideoDecoder),
 }
@@ -160,25 +158,28 @@ def decoder_of(pipeline: Any, **settings: Any) -> "LatentDecoder | None":
         [`LatentDecoder`], or None for a pipeline of pixels, one without a VAE.
 
     Raises:
-        ValueError: if the pipeline has a VAE and nobody has registered how it is used, or has no such settings.
+        ValueError: if the pipeline has a VAE and nobody has registered how it is used, has been loaded without its VAE, or has no
+            such settings.
     """
-    autoencoders = _autoencoders(pipeline)
-    decoder: Any = next(
-        (_DECODERS[key] for each in type(pipeline).__mro__ for key in (each, each.__name__) if key in _DECODERS),
-        None,
-    )
-    if not autoencoders and (decoder is None or getattr(pipeline, "vae", None) is None):
+    name, autoencoders = type(pipeline).__name__, _autoencoders(pipeline)
+    classes = [key for each in type(pipeline).__mro__ for key in (each, each.__name__)]
+    decoder: Any = next((_DECODERS[key] for key in classes if key in _DECODERS), None)
+    has_vae = bool(autoencoders) or settings.get("vae") is not None
+    if not has_vae and (decoder is None or any(key in _IMAGES_OR_PIXELS for key in classes)):
         if settings:
             raise ValueError(
-                f"Expected no `{next(iter(settings))}` for a {type(pipeline).__name__} without a VAE, which is guided by whole "
-                "images."
+                f"Expected no `{next(iter(settings))}` for a {name} without a VAE, which is guided by whole images."
             )
         return None
+    if not has_vae:
+        raise ValueError(
+            f"Expected a {name} to have a VAE, or another one as `vae`, by which its latents are decoded, but got none."
+        )
     if decoder is None:
         raise ValueError(
-            f"Expected a pipeline whose latents are known to guidance, but got a {type(pipeline).__name__} with {autoencoders[0]!r}. "
-            f"`register_decoder({type(pipeline).__name__}, decode)` tells how they are decoded, where `decode(vae, latents)` returns "
-            "images (B, 3, H, W) in [-1, 1]."
+            f"Expected a pipeline whose latents are known to guidance, but got a {name} with {', '.join(autoencoders)}. "
+            f"`register_decoder({name}, decode)` tells how they are decoded, where `decode(vae, latents)` returns images "
+            "(B, 3, H, W) in [-1, 1]."
         )
     if isinstance(decoder, type) and issubclass(decoder, LatentDecoder):
         return decoder.from_pipeline(pipeline, **settings)

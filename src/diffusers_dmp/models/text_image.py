@@ -61,14 +61,13 @@ def load_image_tower(name_or_path: str, config: PreTrainedConfig, **hub_argument
 
 def image_tower_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The configuration of the tower of images, of that of the whole model."""
-    return _tower_config(config, "vision_config", TOWERS[config.architectures[0]][0])
+    return _tower_config(config, "vision_config")
 
 
-def _tower_config(config: PreTrainedConfig, name: str, tower_class: type[PreTrainedModel]) -> PreTrainedConfig:
+def _tower_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
     tower_config = copy.deepcopy(getattr(config, name))
     if "projection_dim" in config.to_dict():  # of CLIP, the whole model's own; the towers' is often not up to date
         tower_config.projection_dim = config.projection_dim
-    tower_config.architectures = [tower_class.__name__]
     return tower_config
 
 
@@ -115,13 +114,16 @@ class PromptEmbeddings:
 
 
 @torch.no_grad()
-def embed_prompts(name_or_path: str, prompts: list[str], **hub_arguments: Any) -> PromptEmbeddings:
+def embed_prompts(
+    name_or_path: str, prompts: list[str], tokenizer: str | None = None, **hub_arguments: Any
+) -> PromptEmbeddings:
     """
     Embed prompts with the tower of text, which is loaded for this alone.
 
     Args:
-        name_or_path (`str`): The folder or Hub id of a CLIP or SigLIP, with its tokenizer.
+        name_or_path (`str`): The folder or Hub id of a CLIP or SigLIP.
         prompts (`list[str]` of length N): Longer ones than the model reads are cut off, with a warning.
+        tokenizer (`str`, *optional*): The folder or Hub id of the tokenizer; by default the model's.
         hub_arguments: `revision` and those in `HUB_ARGUMENTS`, for the Hub.
 
     Raises:
@@ -135,25 +137,46 @@ def embed_prompts(name_or_path: str, prompts: list[str], **hub_arguments: Any) -
                 f"Expected {name_or_path!r} to be one of {', '.join(TOWERS)}, but got the architectures "
                 f"{config.architectures}."
             )
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub_arguments)
         tower_class = TOWERS[config.architectures[0]][1]
-        tower = _load_tower(
-            tower_class, name_or_path, _tower_config(config, "text_config", tower_class), **hub_arguments
-        )
+        tower = _load_tower(tower_class, name_or_path, _tower_config(config, "text_config"), **hub_arguments)
         has_bias = tower_class is SiglipTextModel
-        logit_class = _BiasedLogit if has_bias else _Logit
-        logit = _load_tower(logit_class, name_or_path, config, **hub_arguments)
-    except OSError as error:
+        logit = _load_tower(_BiasedLogit if has_bias else _Logit, name_or_path, config, **hub_arguments)
+        of_tokenizer = {name: each for name, each in hub_arguments.items() if tokenizer is None or name != "revision"}
+        loaded = load_tokenizer(tokenizer or name_or_path, config.text_config, **of_tokenizer)
+    except (OSError, ImportError) as error:  # of a tokenizer that needs sentencepiece
         raise ValueError(
             f"Expected {name_or_path!r} to be the folder or Hub id of a CLIP or SigLIP with its tokenizer, but got: {error}"
         ) from error
-    output = tower(_tokens(tokenizer, prompts, config.text_config.max_position_embeddings))
+    output = tower(_tokens(loaded, prompts, config.text_config.max_position_embeddings))
     return PromptEmbeddings(
         embeds=output["pooler_output" if has_bias else "text_embeds"],
         logit_scale=logit.logit_scale.exp().item(),
         logit_bias=logit.logit_bias.item() if has_bias else None,
         image_config=image_tower_config(config),
     )
+
+
+def load_tokenizer(name_or_path: str, text_config: PreTrainedConfig, **hub_arguments: Any) -> Any:
+    """
+    Load the tokenizer of a tower of text.
+
+    Args:
+        name_or_path (`str`): The folder or Hub id of the tokenizer.
+        text_config (`PreTrainedConfig`): The tower's configuration.
+        hub_arguments: `revision` and those in `HUB_ARGUMENTS`, for the Hub.
+
+    Raises:
+        OSError: if there is none.
+        ValueError: if it has less than half of the tower's vocabulary. Where its files are missing, transformers makes one that
+            knows no words.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub_arguments)
+    if len(tokenizer) < text_config.vocab_size / 2:
+        raise ValueError(
+            f"Expected the tokenizer in {name_or_path!r} to have the model's vocabulary of {text_config.vocab_size} tokens, but got "
+            f"{len(tokenizer)}; if its files are missing, they may be those of the model that it was made from."
+        )
+    return tokenizer
 
 
 def _tokens(tokenizer: Any, prompts: list[str], max_length: int) -> torch.Tensor:

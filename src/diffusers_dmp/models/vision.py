@@ -87,6 +87,12 @@ def processor_settings(name_or_path: str, **hub_arguments: Any) -> dict[str, Any
             "be given, but got neither."
         ) from error
     normalizes = settings.get("do_normalize", True)
+    for name in ("image_mean", "image_std"):
+        if normalizes and settings.get(name) is None:
+            raise ValueError(
+                f"Expected the image processor of {name_or_path!r} to give `{name}`, or `image_mean`, `image_std` and `image_size` "
+                "to be given, but got neither."
+            )
     return {
         "image_mean": list(settings["image_mean"]) if normalizes else [0.0],
         "image_std": list(settings["image_std"]) if normalizes else [1.0],

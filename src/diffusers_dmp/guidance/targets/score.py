@@ -4,6 +4,7 @@ Legend: B batch, K classes, D numbers of an embedding.
 """
 
 import copy
+import re
 from collections.abc import Callable
 
 import torch
@@ -46,6 +47,12 @@ class ScoreTarget(GuidanceTarget):
 
     def prepare(self, network_config: PreTrainedConfig) -> None:
         check_network(self, network_config, *self._kinds)
+        count, architectures = network_config.num_labels, network_config.architectures or [""]
+        if self.head is None and count > 1 and re.search(LOGITS.given_by, architectures[0]):
+            raise ValueError(
+                f"Expected a network with a single logit for a ScoreTarget without a `head`, but got a {architectures[0]} with "
+                f"{count}."
+            )
 
     @property
     def _kinds(self) -> tuple[PredictionKind, ...]:

@@ -75,6 +75,7 @@ class TextTarget(GuidanceTarget):
         pretrained_model_name_or_path: "str | os.PathLike",
         prompt: "str | list[str]",
         negative_prompt: "str | list[str] | None" = None,
+        tokenizer: "str | os.PathLike | None" = None,
         **hub_arguments,
     ) -> "TextTarget":
         """
@@ -86,6 +87,7 @@ class TextTarget(GuidanceTarget):
                 reads (77 tokens, SigLIP 64) is cut off, with a warning.
             negative_prompt (`str` or `list[str]` of length N, *optional*): Prompts to contrast with, the same for all images:
                 "a photo of a horse".
+            tokenizer (*optional*): The folder or Hub id of the tokenizer, where the model is published without one.
             hub_arguments: `revision`, `token`, `cache_dir`, `force_download` and `local_files_only`, for the Hub.
 
         Raises:
@@ -94,7 +96,8 @@ class TextTarget(GuidanceTarget):
         prompts = _texts("prompt", prompt)
         negatives = [] if negative_prompt is None else _texts("negative_prompt", negative_prompt)
         name = os.fspath(pretrained_model_name_or_path)
-        embedded = embed_prompts(name, [*prompts, *negatives], **hub_arguments)
+        tokenizer = None if tokenizer is None else os.fspath(tokenizer)
+        embedded = embed_prompts(name, [*prompts, *negatives], tokenizer, **hub_arguments)
         positive, negative = embedded.embeds.split([len(prompts), len(negatives)])
         target = cls(positive, embedded.logit_scale, embedded.logit_bias, negative if negatives else None)
         target.name, target.image_config = name, embedded.image_config
