@@ -5,6 +5,7 @@ BIN = .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 DEMO = outputs/demo
 TEXT = outputs/demo_text
+GUIDED = outputs/demo_guidance
 PRESET ?= cpu
 SITE_PACKAGES = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 DIFFUSERS_VERSIONS ?= 0.40.0 0.41.0 0.42.1
@@ -17,7 +18,7 @@ NUMERIC_TESTS = $(wildcard tests/test_intervals.py tests/diffusion tests/models 
 # a third of the modules is ever imported: those are compiled when they first are, and the rest never (--no-compile)
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-remix demo-dmp demo-patch demo-ppap demo-text compare space space-models test test-slow test-browser lint format docs hooks clean test-diffusers test-portable test-gpu
+.PHONY: demo demo-remix demo-dmp demo-patch demo-ppap demo-text demo-guidance compare space space-models test test-slow test-browser lint format docs hooks clean test-diffusers test-portable test-gpu
 
 demo: .venv/demo.installed
 	$(BIN)/python examples/digits_demo.py data
@@ -93,6 +94,33 @@ $(TEXT_LORAS:%=$(TEXT)/%.done): $(TEXT)/%.done: $(TEXT)/clothes.json
 $(TEXT)/digits.json: $(TEXT_LORAS:%=$(TEXT)/%.done)
 	@echo "$$(date +%T) Part 6 of 6: drawing digits, and the loss by noise level."
 	$(BIN)/python examples/text_demo.py digits $(TEXT)
+
+# Needs the model of clothes, which `make demo-text` trains; goes on where it stopped, too.
+demo-guidance: $(GUIDED)/guidance.json
+	@echo "$$(date +%T) Done. Look at guidance_fashion.png and guidance.md in $(GUIDED)."
+
+$(GUIDED)/classifiers.json: | .venv/demo-text.installed
+	@echo "$$(date +%T) Part 1 of 5: a classifier that guides, and one that judges. Next: pictures for the experts."
+	$(BIN)/python examples/guidance_demo.py classifiers $(GUIDED)
+
+$(GUIDED)/images.done: $(TEXT)/base.done
+	@echo "$$(date +%T) Part 2 of 5: the model draws 3,000 pictures without a prompt. Next: training experts."
+	$(TRAIN) training/generate_guidance_data.py --pipeline $(TEXT)/base/pipeline --scheduler "" \
+	  --pipeline_arguments '{"prompt": "", "guidance_scale": 1.0}' --num_images 3000 --output_dir $(GUIDED)/images
+	touch $@
+
+$(GUIDED)/flow.done $(GUIDED)/ddpm.done: $(GUIDED)/%.done: $(GUIDED)/classifiers.json $(GUIDED)/images.done
+	@echo "$$(date +%T) Part 3 of 5: experts on the noise of $*. Next: guiding."
+	$(TRAIN) training/train_ppap.py --config training/presets/ppap_fashion.yaml --objective $* --output_dir $(GUIDED)/$*
+	touch $@
+
+$(GUIDED)/scales.json: $(GUIDED)/flow.done $(GUIDED)/ddpm.done
+	@echo "$$(date +%T) Part 4 of 5: a few pictures with each scale. Next: comparing."
+	$(BIN)/python examples/guidance_demo.py search $(GUIDED)
+
+$(GUIDED)/guidance.json: $(GUIDED)/scales.json
+	@echo "$$(date +%T) Part 5 of 5: comparing what guides, with several schedulers."
+	$(BIN)/python examples/guidance_demo.py compare $(GUIDED)
 
 compare: .venv/compare.installed
 	$(BIN)/python -m benchmarks.comparison --preset $(PRESET)

@@ -75,6 +75,7 @@ def test_the_report_of_prompts(demo_folder, monkeypatch):
         "docs/routing.md",
         "docs/snr_split.md",
         "docs/guidance.md",
+        "docs/guidance_training.md",
         "docs/hub.md",
         "docs/evaluation.md",
     ],

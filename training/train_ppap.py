@@ -51,7 +51,9 @@ class PPAPTrainingArguments(BoundaryArguments, ExpertArguments, ProcessArguments
         "learn_sigma", "prediction_type", "weighting", "uncertainty_learning_rate",
     )  # fmt: skip
 
-    base_model: str = option("", "Folder or Hub id of the transformers model: classifier, depth or segmentation.")
+    base_model: str = option(
+        "", "Folder or Hub id of the transformers model: classifier, depth, segmentation, CLIP or SigLIP."
+    )
     method: str = option(
         "ppap", "ppap (no labels), or the paper's baselines, on labels: multi_experts (whole copies), finetune (one)."
     )

@@ -17,7 +17,7 @@ from diffusers_dmp.evaluation.digits import digit_images
 from diffusers_dmp.evaluation.evaluate import EvaluationArguments, evaluate
 from diffusers_dmp.evaluation.fingerprint import expect_comparable
 from diffusers_dmp.evaluation.npz import write_npz
-from diffusers_dmp.evaluation.prompts import prompts_sha256
+from diffusers_dmp.training.data.prompts import prompts_sha256
 
 PROMPTS = ["a handwritten seven", "one", "a photo of the digit eight, on the left"]
 

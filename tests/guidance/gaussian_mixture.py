@@ -127,7 +127,8 @@ class MixtureExperts(GuidanceExperts):
         process = self.process
         assert isinstance(process, NoiseProcess)
         if process.is_flow_matching:
-            return 1 - t / 1000, t / 1000
+            sigma = t / self.config.num_train_timesteps
+            return 1 - sigma, sigma
         # between whole timesteps by the angle
         alphas_cumprod = process.scheduler.alphas_cumprod.double()
         angles = np.arctan2((1 - alphas_cumprod).sqrt(), alphas_cumprod.sqrt())

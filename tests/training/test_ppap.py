@@ -13,26 +13,40 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import REPOSITORY, TINY_CONFIG, Vectors, assert_matches, randomised
 from datasets import Dataset, Features, Image, load_dataset
-from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from networks import make_dpt, make_resnet
 from runs import launch_script
+from tiny_clip import save_clip, save_siglip
+from tiny_pipelines import RECIPES
+from tiny_text import with_text
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.utils import ModelOutput
 
-from diffusers_dmp import ClassConditionalPipeline, DiTModel, GuidanceExperts, NoiseIntervals
+from diffusers_dmp import (
+    ClassConditionalPipeline,
+    ClassTarget,
+    DiTModel,
+    GuidanceExperts,
+    GuidedScheduler,
+    NoiseIntervals,
+    TextTarget,
+)
 from diffusers_dmp.evaluation.digits import fit_classifier
 from diffusers_dmp.training.arguments import BoundaryArguments, ProcessArguments
 from diffusers_dmp.training.data.generation import GenerationArguments, generate_images
 from diffusers_dmp.training.data.images import load_images, training_items
+from diffusers_dmp.training.data.requests import CallArguments
+from diffusers_dmp.training.data.seeded_sampling import sample_seeded
 from diffusers_dmp.training.guidance_experts import expert_intervals
 from diffusers_dmp.training.objectives.densities import DENSITIES
 from diffusers_dmp.training.objectives.distillation import LabelObjective, distillation_losses
 from diffusers_dmp.training.objectives.from_arguments import make_noising
 from diffusers_dmp.training.objectives.noising import FlowNoising
 from diffusers_dmp.training.objectives.timesteps import StepExperts
+from diffusers_dmp.training.parsing import parse_arguments
 from diffusers_dmp.training.resuming import differing_arguments
 
 TINY = {
@@ -146,19 +160,121 @@ def test_generating_with_diffusers_own_pipeline(tmp_path):
     assert images[9].mode == "RGB"
 
 
+@pytest.fixture(scope="module")
+def text_pipeline(tmp_path_factory) -> Path:
+    """A pipeline of text with its encoders, and a file of prompts."""
+    folder = tmp_path_factory.mktemp("text")
+    with_text("sd3", RECIPES["sd3"].pipe(RECIPES["sd3"].denoiser())).save_pretrained(folder / "sd3")
+    (folder / "prompts.txt").write_text("a red cat\na blue dog\nthree\n")
+    return folder
+
+
+def generate_of_text(folder: Path, output_dir: Path, **arguments) -> list[np.ndarray]:
+    defaults = {"prompts": str(folder / "prompts.txt"), "num_images": 5, "batch_size": 3, "shard_size": 3, "height": 8,
+                "width": 8}  # fmt: skip
+    found = generate(folder / "sd3", output_dir, **defaults | arguments)["image"]
+    return [np.asarray(image).astype(int) for image in found]
+
+
+def test_any_pipeline_of_text_generates(text_pipeline, tmp_path):
+    """Prompt, seed and index decide each image; a pipeline of flow matching samples by its own scheduler."""
+    images = generate_of_text(text_pipeline, tmp_path / "run", guidance_scale=4.0)
+    alone = generate_of_text(text_pipeline, tmp_path / "alone", guidance_scale=4.0, batch_size=1)
+    assert np.abs(np.stack(images) - np.stack(alone)).max() <= 1
+    pipeline = DiffusionPipeline.from_pretrained(text_pipeline / "sd3")
+    pipeline.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 2, "height": 8, "width": 8, "guidance_scale": 4.0}
+    (expected,) = sample_seeded(pipeline, 0, [4], prompt=["a blue dog"], **call)
+    assert np.abs(images[4] - np.asarray(expected).astype(int)).max() <= 1
+    # an interrupted run goes on, with the same prompts only
+    lost = sorted((tmp_path / "run").glob("*.parquet"))[1]
+    content = lost.read_bytes()
+    lost.unlink()
+    (tmp_path / "prompts.txt").write_text("a red cat\n")
+    with pytest.raises(ValueError, match="`prompts_sha256` to be"):
+        generate_of_text(text_pipeline, tmp_path / "run", guidance_scale=4.0, prompts=str(tmp_path / "prompts.txt"))
+    generate_of_text(text_pipeline, tmp_path / "run", guidance_scale=4.0)
+    assert lost.read_bytes() == content
+
+
+def test_one_prompt_for_all_images(text_pipeline, tmp_path):
+    """As the preset for DeepFloyd-IF has it."""
+    arguments = {"prompts": None, "pipeline_arguments": '{"prompt": ""}', "num_images": 2}
+    images = generate_of_text(text_pipeline, tmp_path / "run", **arguments)
+    (tmp_path / "prompts.txt").write_text("a red cat\na blue dog")
+    others = generate_of_text(text_pipeline, tmp_path / "other", num_images=2, prompts=str(tmp_path / "prompts.txt"))
+    assert np.abs(images[0] - others[0]).max() > 0
+
+
+def test_experts_learn_from_images_of_a_pipeline_of_text(text_pipeline, train_ppap_here, depth_base, tmp_path):
+    generate_of_text(text_pipeline, tmp_path / "data", num_images=16)
+    arguments = {"dataset": str(tmp_path / "data"), "base_model": str(depth_base), "image_channels": 3}
+    train_ppap_here(tmp_path / "run", objective="flow", max_train_steps=1, **arguments)
+    experts = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts")
+    pipeline = DiffusionPipeline.from_pretrained(text_pipeline / "sd3")
+    assert experts.process.is_process_of(pipeline.scheduler)
+
+
+def test_a_folder_that_an_older_version_wrote_goes_on(pipeline, tmp_path):
+    images = generate(pipeline, tmp_path / "run")["image"]
+    record = tmp_path / "run" / "generation.json"
+    settings = json.loads(record.read_text())
+    new = [field.name for field in dataclasses.fields(CallArguments) if field.name != "pipeline_arguments"]
+    older = {name: value for name, value in settings.items() if name not in new}
+    assert older == {
+        "pipeline": str(pipeline), "super_resolution_pipeline": None, "num_images": 10, "shard_size": 6, "seed": 0,
+        "num_inference_steps": 2, "scheduler": "DDIMScheduler", "pipeline_arguments": "{}", "dtype": "float32",
+    }  # fmt: skip
+    record.write_text(json.dumps(older))
+    sorted((tmp_path / "run").glob("*.parquet"))[0].unlink()
+    assert_alike(generate(pipeline, tmp_path / "run")["image"], images)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": None}, "Expected `prompts` for a StableDiffusion3Pipeline, a file with one prompt in each line"),
+        ({"pipeline_arguments": '{"prompt": ""}'}, "either `prompts` or the `prompt` of `pipeline_arguments`"),
+        ({"pipeline_arguments": '{"true_cfg": 4}'}, "StableDiffusion3Pipeline's call, prompt_2, .*, but got true_cfg"),
+        ({"pipeline_arguments": "4"}, "`pipeline_arguments` to be a JSON object"),
+        ({"height": 0}, "`height` to be at least 1"),
+        (
+            {"scheduler": "DDIM"},
+            "a FlowMatchEulerDiscreteScheduler, but got a DDIMScheduler: only one of them is for flow",
+        ),
+    ],
+)
+def test_generation_arguments_that_do_not_fit_the_pipeline(text_pipeline, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        generate_of_text(text_pipeline, tmp_path / "run", **arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompts_for_a_pipeline_without(pipeline, text_pipeline, tmp_path):
+    with pytest.raises(ValueError, match="no `prompts` for a ClassConditionalPipeline"):
+        generate(pipeline, tmp_path / "run", prompts=str(text_pipeline / "prompts.txt"))
+
+
 # What is learned
 
 
 def test_published_distillation():
     vectors = Vectors("diffusion")
-    losses = distillation_losses(vectors["ppap.kd.student_logits"], vectors["ppap.kd.teacher_logits"], is_depth=False)
+    losses = distillation_losses(vectors["ppap.kd.student_logits"], vectors["ppap.kd.teacher_logits"], "logits")
     assert_matches(losses, vectors["ppap.kd.loss_per_sample"])
 
 
 def test_depth_is_learned_by_squares():
     student, teacher = torch.randn(2, 4, 5), torch.randn(2, 4, 5)
     expected = torch.stack([F.mse_loss(student[i], teacher[i]) for i in range(2)])
-    torch.testing.assert_close(distillation_losses(student, teacher, is_depth=True), expected)
+    torch.testing.assert_close(distillation_losses(student, teacher, "predicted_depth"), expected)
+
+
+def test_embeddings_are_learned_by_their_angle():
+    student, teacher = torch.randn(2, 8), torch.randn(2, 8)
+    expected = (F.normalize(student) - F.normalize(teacher)).square().sum(1)
+    for name in ("image_embeds", "pooler_output"):
+        torch.testing.assert_close(distillation_losses(3 * student, teacher, name), expected)
 
 
 # Training
@@ -291,6 +407,29 @@ def test_intervals_are_given_as_for_any_experts(arguments, edges, arguments_clas
     assert expert_intervals(older).edges == NoiseIntervals.uniform(len(edges) - 1).edges
 
 
+def test_experts_of_flow_matching_guide_a_model_of_flow_matching(digits, base, arguments_class, tmp_path):
+    """By the preset, from the training to the guided pipeline."""
+    from train_ppap import train_ppap
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    given = {"dataset": digits, "base_model": base, "output_dir": tmp_path / "run", "max_train_steps": 1}
+    command_line = ["--config", "ppap_digits_flow", "--report_to", "none"]
+    for name, value in given.items():
+        command_line += [f"--{name}", str(value)]
+    train_ppap(parse_arguments(arguments_class, command_line))
+    experts = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts")
+    assert experts.config.num_experts == 5 and experts.process.is_flow_matching
+    config = {"in_channels": 1, "out_channels": 1, "num_classes": 1, "class_dropout_prob": 0.0}
+    pipe = ClassConditionalPipeline(randomised(DiTModel(**TINY_CONFIG | config)), FlowMatchEulerDiscreteScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    images = []
+    for scale in (0.0, 30.0):
+        pipe.scheduler = GuidedScheduler(FlowMatchEulerDiscreteScheduler(), experts, ClassTarget(3), scale=scale)
+        output = pipe(num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt")
+        images.append(output.images)
+    assert images[0].isfinite().all() and images[1].isfinite().all() and not torch.equal(*images)
+
+
 def test_the_record_of_diffusion_is_the_noise_of_the_training(train_ppap_here, tmp_path):
     train_ppap_here(tmp_path / "run", beta_schedule="linear0.025", num_train_timesteps=500, max_train_steps=1)
     experts = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts")
@@ -381,6 +520,22 @@ def test_depth_from_pairs_of_resolutions(train_ppap_here, depth_base, pairs, tmp
     monkeypatch.undo()
     experts = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts")
     assert experts(torch.zeros(2, 3, 8, 8), torch.tensor(700)).predicted_depth.shape == (2, 64, 64)
+
+
+@pytest.mark.parametrize("save", [save_clip, save_siglip])
+def test_experts_of_an_image_tower(train_ppap_here, tmp_path, save):
+    """Of CLIP or SigLIP: they learn embeddings, and guide by prompts."""
+    name = save(tmp_path / "base")
+    train_ppap_here(tmp_path / "run", base_model=name, image_channels=3)
+    experts = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts")
+    fresh = GuidanceExperts.from_base(name, num_experts=2, rank=2).expert_tensors()
+    moved = [key for key, tensor in experts.expert_tensors().items() if not torch.equal(tensor, fresh[key])]
+    for expert in (0, 1):
+        assert [key for key in moved if key.startswith(f"expert_{expert}.") and key.endswith("lora_B.weight")]
+    guided = GuidedScheduler(DDPMScheduler(), experts, TextTarget.from_pretrained(name, "a seven"), scale=1.0)
+    guided.set_timesteps(4)
+    x_t = torch.randn(2, 3, 8, 8)
+    assert guided.step(x_t, guided.timesteps[1], x_t).prev_sample.isfinite().all()
 
 
 @pytest.mark.slow

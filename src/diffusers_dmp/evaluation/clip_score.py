@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 from transformers.image_processing_base import ImageProcessingMixin
 
 from ..models.vision import load_network, network_sha256
-from .prompts import prompts_of
+from ..training.data.prompts import prompts_of
 
 logger = logging.getLogger(__name__)
 

@@ -137,21 +137,32 @@ class VideoDecoder(LatentDecoder):
         frames (`list[int]`, *optional*): Which frames of the video guide, from 0; negative ones count from its end. By default the
             first, the middle and the last one.
         exact (`bool`): Decode the frames as in the whole video.
+        first_is_given (`bool`): The first frame is an image that the pipeline puts in the place of what it generates, as
+            Wan 2.2's 5B model for image to video does: only others can guide, and not exactly.
 
     Raises:
-        ValueError: if `frames` is empty; when it decodes, if the video does not have such frames.
+        ValueError: if `frames` is empty, or the video is to be exact without its first frame; when it decodes, if the video does
+            not have such frames.
     """
 
-    def __init__(self, vae: Any, frames: "list[int] | None" = None, exact: bool = False):
+    def __init__(
+        self, vae: Any, frames: "list[int] | None" = None, exact: bool = False, first_is_given: bool = False
+    ):
         super().__init__(vae)
         if frames is not None and len(frames) == 0:
             raise ValueError("Expected `frames` to name one frame or more, but got none.")
+        if exact and first_is_given:
+            raise ValueError(
+                "Expected `exact` to be False where a given image is the first frame, which the scheduler does not see."
+            )
         self.frames = frames
         self.exact = exact
+        self.first_is_given = first_is_given
 
     @classmethod
     def from_pipeline(cls, pipeline: Any, vae: Any = None, **settings: Any) -> "VideoDecoder":
-        return cls(pipeline.vae if vae is None else vae, **settings)
+        given = "ImageToVideo" in type(pipeline).__name__ and bool(pipeline.config.get("expand_timesteps"))
+        return cls(pipeline.vae if vae is None else vae, **{"first_is_given": given} | settings)
 
     def decode(self, vae: Any, latents: torch.Tensor) -> torch.Tensor:
         """Decode chosen frames of latents (B, C, F, h, w) to (B, f, 3, H, W); see [`LatentDecoder`]."""
@@ -167,12 +178,14 @@ class VideoDecoder(LatentDecoder):
 
     def _chosen(self, count: int) -> list[int]:
         """The chosen ones of `count` frames, counted from 0."""
+        first = int(self.first_is_given)
         if self.frames is None:
-            return sorted({0, count // 2, count - 1})
+            return sorted({*range(1 - first), count // 2, count - 1})
         for frame in self.frames:
-            if not -count <= frame < count:
+            if not first <= frame < count and not -count + first <= frame < 0:
                 raise ValueError(
-                    f"Expected `frames` to be in [{-count}, {count - 1}], for a video of {count} frames, but got {frame}."
+                    f"Expected `frames` to be in [{first}, {count - 1}], or negative and counted from the end, for a video of "
+                    f"{count} frames{' of which the first is given' * first}, but got {frame}."
                 )
         return [frame % count for frame in self.frames]
 

@@ -14,66 +14,13 @@ from typing import Any
 import torch
 from transformers.utils import ModelOutput
 
-from ..diffusion.predictions import convert_prediction, to_x0
 from ..models.vision import ImagePreprocessor
 from .decoders import LatentDecoder
 from .experts import GuidanceExperts
-from .step_schedule import StepSchedule
+from .step_schedule import NoisyStep
 from .targets import GuidanceTarget
 
 NONFINITE = ("raise", "unguided")
-
-
-@dataclass(frozen=True)
-class NoisyStep:
-    """
-    The input of one denoising step.
-
-    Args:
-        schedule ([`StepSchedule`]): All steps.
-        position (`int`): The index of this one.
-        x_t (`torch.Tensor` of shape (B, …)): The noisy samples, α·x0 + σ·ε, in float32 or float64.
-        prediction (`torch.Tensor` of shape (B, …)): The denoiser's prediction, in the same dtype.
-        prediction_type (`str`): The kind of the prediction; see [`convert_prediction`].
-    """
-
-    schedule: StepSchedule
-    position: int
-    x_t: torch.Tensor
-    prediction: torch.Tensor
-    prediction_type: str
-
-    @property
-    def timestep(self) -> torch.Tensor:
-        """The training timestep (), on the CPU."""
-        return self.schedule.training_timesteps[self.position]
-
-    @property
-    def alpha(self) -> torch.Tensor:
-        """α of x_t, of shape (), in float64 on the CPU."""
-        return self.schedule.alphas[self.position]
-
-    @property
-    def sigma(self) -> torch.Tensor:
-        """σ of x_t, of shape (), in float64 on the CPU."""
-        return self.schedule.sigmas[self.position]
-
-    def as_trained(self, experts: GuidanceExperts) -> "tuple[torch.Tensor, torch.Tensor | None]":
-        """The timestep () at which experts know this noise, and what x_t is multiplied by to be as they know it, or None."""
-        timesteps, scales = self.schedule.as_trained(experts.process)
-        return timesteps[self.position], None if scales is None else scales[self.position]
-
-    def x0(self) -> torch.Tensor:
-        """x̂0 (B, …) of the prediction."""
-        return to_x0(self.prediction, self.x_t, self.alpha, self.sigma, self.prediction_type)
-
-    def x0_of(self, x_t: torch.Tensor) -> torch.Tensor:
-        """x̂0 (B, …) as a function of x_t, with a constant prediction; if that is x0, with constant noise."""
-        prediction, kind = self.prediction.detach().clone(), self.prediction_type
-        if kind == "sample":
-            prediction = convert_prediction(prediction, x_t.detach(), self.alpha, self.sigma, kind, "epsilon")
-            kind = "epsilon"
-        return to_x0(prediction, x_t, self.alpha, self.sigma, kind)
 
 
 def check_setting(name: str, value: Any) -> None:
@@ -159,7 +106,7 @@ class Guidance:
 
     def _log_likelihood(self, step: NoisyStep, x_t: torch.Tensor) -> torch.Tensor:
         """log p(y | x_t) (B,)."""
-        timestep, scale = step.as_trained(self.experts)
+        timestep, scale = step.as_trained(self.experts.process)
         if self.decoder is not None:
             images = self.decoder(step.x0_of(x_t)).to(x_t.dtype)
         else:
@@ -202,7 +149,7 @@ class Guidance:
         """
         finite = guided.flatten(1).isfinite().all(1)
         if self.on_nonfinite == "raise":
-            self._nonfinite.append((step.timestep, step.as_trained(self.experts)[0], (~finite).any()))
+            self._nonfinite.append((step.timestep, step.as_trained(self.experts.process)[0], (~finite).any()))
         return torch.where(per_sample(finite, guided), guided, unguided)
 
     def reset(self) -> None:

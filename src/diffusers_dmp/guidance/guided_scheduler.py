@@ -5,8 +5,8 @@ Legend: B batch, T training timesteps, S steps; the other dimensions of a sample
 """
 
 import copy
-import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -15,16 +15,19 @@ from diffusers import DDPMParallelScheduler, DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..diffusion.noise import is_flow_matching
-from ..diffusion.predictions import FLOW_PREDICTION, PREDICTION_TYPES, check_noise_levels, expected_prediction_type
+from ..diffusion.predictions import expected_prediction_type
 from ..diffusion.timesteps import counts_from_noise
 from .decoders import LatentDecoder
 from .experts import GuidanceExperts
-from .gradient import Guidance, NoisyStep, check_setting
+from .gradient import Guidance, check_setting
+from .guided_class import guided_class
 from .pipeline_decoders import decoder_of
-from .step_schedule import StepSchedule, check_direction
+from .scheduler_checks import check_process, check_scheduler_for_guidance
+from .step_schedule import NoisyStep, StepSchedule
 from .steps import guided_prediction, step_with_guided_mean, unclipped
 from .targets import GuidanceTarget
 
+_SIGMAS_WITH_SAMPLES = ("LTXEulerAncestralRFScheduler",)  # its step computes with σ on the samples' device
 _OWN_ATTRIBUTES = ("scheduler", "guidance", "_schedule")
 
 
@@ -117,15 +120,8 @@ class GuidedScheduler(SchedulerMixin):
         vae: Any = None,
         on_nonfinite: str = "raise",
     ):
-        check_noise_levels(scheduler)
-        _check_step(scheduler)
-        _check_process(experts, scheduler)
-        kind = expected_prediction_type(scheduler)
-        known = (FLOW_PREDICTION,) if is_flow_matching(scheduler) else PREDICTION_TYPES
-        if kind not in known:
-            raise ValueError(
-                f"Expected the `prediction_type` of a {type(scheduler).__name__} to be one of {', '.join(known)}, but got {kind!r}."
-            )
+        check_scheduler_for_guidance(scheduler)
+        check_process(experts, scheduler)
         if rescale_to_mean and not self.guides_mean:
             raise ValueError(
                 f"Expected a DDPMScheduler for `rescale_to_mean`, but got a {type(scheduler).__name__}, which has no mean."
@@ -211,7 +207,7 @@ class GuidedScheduler(SchedulerMixin):
 
     @experts.setter
     def experts(self, experts: GuidanceExperts) -> None:
-        _check_process(experts, self)
+        check_process(experts, self)
         self.guidance.set_experts(experts)
 
     @property
@@ -275,8 +271,17 @@ class GuidedScheduler(SchedulerMixin):
         self._steps()
         if hasattr(self, "step_index"):  # it counts its steps; the others look for the timestep that they are given
             self.timesteps: torch.Tensor = self.timesteps.to(device)
+        if type(self).__name__ in _SIGMAS_WITH_SAMPLES:
+            self.sigmas: torch.Tensor = self.sigmas.to(device)
         for guidance in self._guidances():
             guidance.reset()
+            if not any(self._is_guided(position, guidance) for position in range(len(self.timesteps))):
+                trained = self._steps().training_timesteps.tolist()
+                warnings.warn(
+                    f"None of the {len(trained)} steps is guided, at the timesteps {trained[0]:g} to {trained[-1]:g} of training: "
+                    f"`timestep_range` is {guidance.timestep_range or self._steps().default_range}.",
+                    stacklevel=4,
+                )
 
     def _steps(self) -> StepSchedule:
         """The timesteps and noise levels of all steps."""
@@ -315,64 +320,6 @@ class GuidedScheduler(SchedulerMixin):
         return NoisyStep(schedule, position, x_t, prediction, expected_prediction_type(self))
 
 
-@functools.cache
-def _guided_class(base: Any, scheduler_class: Any) -> type:
-    """
-    Derive a class from [`GuidedScheduler`] and from a scheduler's class.
-
-    It has the name and module of the scheduler's class, because Diffusers saves schedulers under these, and they are saved
-    without guidance.
-    """
-
-    class Guided(base, scheduler_class):  # type: ignore[valid-type, misc]
-        unguided_class = scheduler_class
-        __doc__ = scheduler_class.__doc__
-        __module__ = scheduler_class.__module__
-
-        @functools.wraps(scheduler_class.set_timesteps)
-        def set_timesteps(self, *args, **kwargs):
-            call = inspect.signature(super().set_timesteps).bind(*args, **kwargs)
-            device, call.arguments["device"] = call.arguments.get("device"), "cpu"
-            super().set_timesteps(*call.args, **call.kwargs)
-            self._begin(device)
-
-        @functools.wraps(scheduler_class.step)
-        def step(self, model_output, timestep, sample, *args, **kwargs):
-            return self._guided_step(super().step, model_output, timestep, sample, *args, **kwargs)
-
-    Guided.__name__ = scheduler_class.__name__
-    Guided.__qualname__ = f"{base.__name__}[{scheduler_class.__name__}]"
-    return Guided
-
-
 def _new_instance(base: Any, scheduler_class: Any) -> GuidedScheduler:
     """A guided scheduler without attributes, which are set afterwards."""
-    return object.__new__(_guided_class(base, scheduler_class))
-
-
-def _check_step(scheduler: Any) -> None:
-    """Refuse a scheduler whose steps need something else than a prediction, or go from images to noise."""
-    parameters = inspect.signature(scheduler.step).parameters.values()
-    inputs = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD][:3]
-    has_stages = "stage_index" in inspect.signature(scheduler.set_timesteps).parameters  # of different sizes
-    if inputs != ["model_output", "timestep", "sample"][: len(inputs)] or has_stages:
-        raise ValueError(
-            "Expected `scheduler` to step from a prediction, a timestep and a sample, and from noise to an image of one size, but "
-            f"got a {type(scheduler).__name__}."
-        )
-    if getattr(scheduler, "timesteps", None) is not None and not is_flow_matching(scheduler):
-        check_direction(scheduler)  # all are checked when their timesteps are set, these before as well
-
-
-def _check_process(experts: GuidanceExperts, scheduler: Any) -> None:
-    """Refuse experts whose noise is not known, where it matters."""
-    if experts.process is not None:
-        return
-    if not is_flow_matching(scheduler):
-        experts.intervals.check_scheduler(scheduler)
-    elif experts.config.num_experts > 1:
-        raise ValueError(
-            f"Expected experts that know which noise they were trained on, for a {type(scheduler).__name__}, but got "
-            f"{experts.config.num_experts} without `noise_schedule`. For diffusion it has the arguments of the DDPMScheduler of their "
-            "training, for flow matching it is {'process': 'flow_matching'}."
-        )
+    return object.__new__(guided_class(base, scheduler_class))

@@ -12,9 +12,15 @@ from .decoders import LatentDecoder, PackedLatentDecoder, VideoDecoder
 _IMAGES = [
     "AuraFlowPipeline",
     "ClassConditionalPipeline",
+    "CogView3PlusPipeline",
+    "CogView4ControlPipeline",
+    "CogView4Pipeline",
     "DiTPipeline",
+    "HunyuanDiTControlNetPipeline",
+    "HunyuanDiTPAGPipeline",
     "HunyuanDiTPipeline",
     "KolorsImg2ImgPipeline",
+    "KolorsPAGPipeline",
     "KolorsPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
     "LatentConsistencyModelPipeline",
@@ -37,7 +43,10 @@ _IMAGES = [
     "StableDiffusion3Pipeline",
     "StableDiffusionControlNetImg2ImgPipeline",
     "StableDiffusionControlNetInpaintPipeline",
+    "StableDiffusionControlNetPAGInpaintPipeline",
+    "StableDiffusionControlNetPAGPipeline",
     "StableDiffusionControlNetPipeline",
+    "StableDiffusionDepth2ImgPipeline",
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
     "StableDiffusionInstructPix2PixPipeline",
@@ -47,9 +56,15 @@ _IMAGES = [
     "StableDiffusionPipeline",
     "StableDiffusionXLControlNetImg2ImgPipeline",
     "StableDiffusionXLControlNetInpaintPipeline",
+    "StableDiffusionXLControlNetPAGImg2ImgPipeline",
+    "StableDiffusionXLControlNetPAGPipeline",
     "StableDiffusionXLControlNetPipeline",
+    "StableDiffusionXLControlNetUnionImg2ImgPipeline",
+    "StableDiffusionXLControlNetUnionInpaintPipeline",
+    "StableDiffusionXLControlNetUnionPipeline",
     "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusionXLInpaintPipeline",
+    "StableDiffusionXLInstructPix2PixPipeline",
     "StableDiffusionXLPAGImg2ImgPipeline",
     "StableDiffusionXLPAGInpaintPipeline",
     "StableDiffusionXLPAGPipeline",
@@ -62,6 +77,7 @@ _IMAGES = [
     "ZImagePipeline",
 ]
 _PACKED = [
+    "BriaPipeline",
     "ChromaImg2ImgPipeline",
     "ChromaInpaintPipeline",
     "ChromaPipeline",
@@ -77,6 +93,7 @@ _PACKED = [
     "FluxKontextInpaintPipeline",
     "FluxKontextPipeline",
     "FluxPipeline",
+    "OvisImagePipeline",
     "QwenImageControlNetInpaintPipeline",
     "QwenImageControlNetPipeline",
     "QwenImageEditInpaintPipeline",
@@ -86,7 +103,13 @@ _PACKED = [
     "QwenImageInpaintPipeline",
     "QwenImagePipeline",
 ]
-_VIDEOS = ["WanImageToVideoPipeline", "WanPipeline", "WanVideoToVideoPipeline"]
+_VIDEOS = [
+    "SkyReelsV2ImageToVideoPipeline",
+    "SkyReelsV2Pipeline",
+    "WanImageToVideoPipeline",
+    "WanPipeline",
+    "WanVideoToVideoPipeline",
+]
 
 _DECODERS: "dict[str | type, type[LatentDecoder] | Callable[[Any, torch.Tensor], torch.Tensor]]" = {
     **dict.fromkeys(_IMAGES, LatentDecoder),

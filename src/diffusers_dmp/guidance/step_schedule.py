@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..diffusion.noise import is_flow_matching
-from ..diffusion.predictions import noise_levels
+from ..diffusion.predictions import convert_prediction, noise_levels, to_x0
 from ..diffusion.process import NoiseProcess
 from ..diffusion.timesteps import counts_from_noise, training_timesteps
 
@@ -119,6 +119,58 @@ class StepSchedule:
             yield
         finally:
             self.scheduler.timesteps = theirs
+
+
+@dataclass(frozen=True)
+class NoisyStep:
+    """
+    The input of one denoising step.
+
+    Args:
+        schedule ([`StepSchedule`]): All steps.
+        position (`int`): The index of this one.
+        x_t (`torch.Tensor` of shape (B, …)): The noisy samples, α·x0 + σ·ε, in float32 or float64.
+        prediction (`torch.Tensor` of shape (B, …)): The denoiser's prediction, in the same dtype.
+        prediction_type (`str`): The kind of the prediction; see [`convert_prediction`].
+    """
+
+    schedule: StepSchedule
+    position: int
+    x_t: torch.Tensor
+    prediction: torch.Tensor
+    prediction_type: str
+
+    @property
+    def timestep(self) -> torch.Tensor:
+        """The training timestep (), on the CPU."""
+        return self.schedule.training_timesteps[self.position]
+
+    @property
+    def alpha(self) -> torch.Tensor:
+        """α of x_t, of shape (), in float64 on the CPU."""
+        return self.schedule.alphas[self.position]
+
+    @property
+    def sigma(self) -> torch.Tensor:
+        """σ of x_t, of shape (), in float64 on the CPU."""
+        return self.schedule.sigmas[self.position]
+
+    def as_trained(self, process: "NoiseProcess | None") -> "tuple[torch.Tensor, torch.Tensor | None]":
+        """The timestep () at which a process has this noise, and what x_t is multiplied by to be a sample of it, or None."""
+        timesteps, scales = self.schedule.as_trained(process)
+        return timesteps[self.position], None if scales is None else scales[self.position]
+
+    def x0(self) -> torch.Tensor:
+        """x̂0 (B, …) of the prediction."""
+        return to_x0(self.prediction, self.x_t, self.alpha, self.sigma, self.prediction_type)
+
+    def x0_of(self, x_t: torch.Tensor) -> torch.Tensor:
+        """x̂0 (B, …) as a function of x_t, with a constant prediction; if that is x0, with constant noise."""
+        prediction, kind = self.prediction.detach().clone(), self.prediction_type
+        if kind == "sample":
+            prediction = convert_prediction(prediction, x_t.detach(), self.alpha, self.sigma, kind, "epsilon")
+            kind = "epsilon"
+        return to_x0(prediction, x_t, self.alpha, self.sigma, kind)
 
 
 def check_direction(scheduler: Any) -> None:

@@ -16,7 +16,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from ..diffusion.noise import scheduler_setting
 from ..diffusion.noise_schedules import clips
 from ..diffusion.predictions import convert_prediction, posterior_weights
-from .gradient import Guidance, NoisyStep, per_sample
+from .gradient import Guidance, per_sample
+from .step_schedule import NoisyStep
 
 # Guidance in the noise: ε - σ·s·∇log p; of a velocity of flow matching, v - s·σ/(1-σ)·∇log p
 

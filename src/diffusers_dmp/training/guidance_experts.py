@@ -93,7 +93,7 @@ def _image_settings(args: Any) -> dict[str, Any]:
 def _wrong_network(base_model: str, reason: str) -> ValueError:
     return ValueError(
         "Expected `base_model` to be the folder or Hub id of a vision model of transformers, a classifier, depth or "
-        f"segmentation model, but got {base_model!r}: {reason}"
+        f"segmentation model, CLIP or SigLIP, but got {base_model!r}: {reason}"
     )
 
 
