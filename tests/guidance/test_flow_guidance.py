@@ -210,11 +210,12 @@ def test_experts_trained_with_ddpm_guide_a_flow_model_as_its_own_do():
     assert share_of(samples_by(make(UNIPC), Unmatched(DDPM))) < 0.9
 
 
-@pytest.mark.parametrize("name", ["DDIM", "EulerDiscrete", "DPMSolverMultistep"])
+@pytest.mark.parametrize("name", ["DDIM", "DDPM", "EulerDiscrete", "DPMSolverMultistep"])
 def test_experts_trained_on_flow_matching_guide_a_ddpm_model_as_its_own_do(name):
     scheduler = getattr(diffusers, f"{name}Scheduler").from_config({"clip_sample": False})
     own, other = (samples_by(scheduler, MixtureExperts(MIXTURE, noise)) for noise in (DDPM, FLOW))
-    assert share_of(other) == pytest.approx(share_of(own), abs=0.01) and share_of(own) >= 0.97
+    assert share_of(other) == pytest.approx(share_of(own), abs=0.01)
+    assert share_of(own) >= (0.8 if name == "DDPM" else 0.97)  # its mean is guided right for many steps only
     assert (other.std(0) / own.std(0)).mean().item() == pytest.approx(1, abs=0.01)
     unmatched = samples_by(scheduler, Unmatched(FLOW))
     assert (unmatched.std(0) / own.std(0)).mean().item() < 0.8  # guided by much too much

@@ -23,7 +23,14 @@ from networks import PLAIN, linear_experts, make_resnet
 from test_guided_scheduler import make_unet
 from tiny_sentences import sentence_pipe
 
-from diffusers_dmp import ClassConditionalPipeline, ClassTarget, GuidanceExperts, GuidedScheduler, SNRSplitPipeline
+from diffusers_dmp import (
+    ClassConditionalPipeline,
+    ClassTarget,
+    GuidanceExperts,
+    GuidanceTarget,
+    GuidedScheduler,
+    SNRSplitPipeline,
+)
 
 FLOW_SIGMAS = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 LABELS = [1, 3]
@@ -201,7 +208,7 @@ def first_step(scheduler: GuidedScheduler, x_t: torch.Tensor, *arguments: Any) -
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((2, 16, 64), r"latents need a `decoder`|Latents need a `decoder`"),
+        ((2, 16, 64), r"the shape \(2, 16, 64\). Latents need a `decoder`"),
         ((2, 4, 8, 8), r"of 3 channels, but got the shape \(2, 4, 8, 8\)"),
         ((2, 16, 3, 8, 8), r"of 3 channels, but got the shape \(2, 3, 16, 8, 8\)"),
     ],
@@ -209,6 +216,27 @@ def first_step(scheduler: GuidedScheduler, x_t: torch.Tensor, *arguments: Any) -
 def test_samples_that_the_experts_cannot_see(shape, message):
     with pytest.raises(ValueError, match=message):
         first_step(guided(FlowMatchEulerDiscreteScheduler()), torch.zeros(shape))
+
+
+class MeanTarget(GuidanceTarget):
+    """Not for each image, as it should be."""
+
+    def log_likelihood(self, output):
+        return output.logits.mean()
+
+
+@pytest.mark.parametrize(
+    ("target", "decoder", "message"),
+    [
+        (MeanTarget(), None, r"of a MeanTarget to have the shape \(2,\), a number for each image, but got \(\)"),
+        (ClassTarget(1), torch.no_grad()(lambda latents: latents + 0), "to depend on the samples.*torch.no_grad"),
+        (ClassTarget(1), lambda latents: latents[:, :2], r"of 3 channels, but got the shape \(2, 2, 8, 8\)"),
+    ],
+)
+def test_targets_and_decoders_that_do_not_fit(target, decoder, message):
+    scheduler = GuidedScheduler(FlowMatchEulerDiscreteScheduler(), linear_experts(), target, decoder=decoder)
+    with pytest.raises(ValueError, match=message):
+        first_step(scheduler, torch.zeros(2, 3, 8, 8))
 
 
 def test_images_of_another_size_than_the_experts_were_trained_on():
