@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from ..diffusion.latents import decode_latents, unpack_latents
-from .decoding_vae import frozen_float32
+from .decoding_vae import frozen_vae
 from .patch_positions import PatchPositions
 
 
@@ -19,9 +19,9 @@ class LatentDecoder:
     """
     Decode latents (B, C, h, w) of a VAE, as most pipelines have them.
 
-    It decodes in float32, so that gradients do not underflow, and only latents get gradients. The VAE itself does not change: where
-    it is in half precision or offloaded, its weights are copied when a run first decodes, and the copy is dropped when the run
-    ends.
+    It decodes in float32, or in bfloat16 if the VAE is in bfloat16; a gradient in float16 would underflow. Only latents get
+    gradients. The VAE itself does not change: where it is in float16 or offloaded, its weights are copied when a run first decodes,
+    and the copy is dropped when the run ends.
 
     For pipelines that have their latents in another way, derive from it and override `decode`, or give it a function; see
     [`register_decoder`].
@@ -68,12 +68,12 @@ class LatentDecoder:
             `torch.Tensor` of shape (B, 3, H, W), or (B, f, 3, H, W) for videos: images in [-1, 1].
         """
         if self._frozen is None:
-            self._frozen = frozen_float32(self.vae)
+            self._frozen = frozen_vae(self.vae)
         return self.decode(self._frozen.to(latents.device), latents).to(latents.dtype)
 
     def decode(self, vae: Any, latents: torch.Tensor) -> torch.Tensor:
         """
-        Decode latents by a VAE in float32.
+        Decode latents by a VAE that gradients can go through.
 
         Args:
             vae ([`AutoencoderKL`] or the like): The VAE, or a copy of it.
