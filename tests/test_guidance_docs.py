@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import REPOSITORY, TINY_CONFIG, randomised
-from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusion3Pipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline, WanPipeline
 from networks import make_resnet
 from tiny_clip import save_clip
 from tiny_pipelines import RECIPES, seeded
@@ -65,29 +65,33 @@ def load_tiny(folder: Path, load: Callable, name: str, *args, **kwargs):
     return load(str(folder / Path(name).name), *args, **kwargs)
 
 
-@pytest.fixture
-def published(tmp_path, monkeypatch):
-    """Tiny things where the page names published ones."""
-    network = make_resnet(num_labels=4, id2label=dict(enumerate(CLASSES)))
-    network.save_pretrained(tmp_path / "resnet-50")
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A folder with tiny networks that have the names of published ones, and experts."""
+    folder = tmp_path_factory.mktemp("tiny")
+    make_resnet(num_labels=4, id2label=dict(enumerate(CLASSES))).save_pretrained(folder / "resnet-50")
     settings = '{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "do_resize": false}'
-    (tmp_path / "resnet-50" / "preprocessor_config.json").write_text(settings)
+    (folder / "resnet-50" / "preprocessor_config.json").write_text(settings)
     for name in ("clip-vit-large-patch14", "clip-vit-base-patch32", "PickScore_v1", "CLIP-ViT-H-14-laion2B-s32B-b79K"):
-        save_clip(tmp_path / name)
-    experts = GuidanceExperts.from_base(str(tmp_path / "resnet-50"), noise_schedule={"beta_schedule": "linear"})
-    experts.save_pretrained(tmp_path / "experts")
-    for owner, method in (
+        save_clip(folder / name)
+    experts = GuidanceExperts.from_base(str(folder / "resnet-50"), noise_schedule={"beta_schedule": "linear"})
+    experts.save_pretrained(folder / "experts")
+    return folder
+
+
+@pytest.fixture
+def published(tiny, monkeypatch):
+    """Load tiny things where the page names published ones, onto no device, and generate small images."""
+    for owner, name in (
         (GuidanceExperts, "from_base"),
-        (TextTarget, "from_pretrained"),
         (GuidanceExperts, "from_pretrained"),
+        (TextTarget, "from_pretrained"),
     ):
-        original = getattr(owner, method)
-        monkeypatch.setattr(owner, method, partial(load_tiny, tmp_path, original))
+        monkeypatch.setattr(owner, name, partial(load_tiny, tiny, getattr(owner, name)))
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", classmethod(tiny_pipeline))
     monkeypatch.setattr(DiffusionPipeline, "to", lambda self, *_: self)
-    for name in ("sd3", "flux", "wan"):
-        called_small(type(RECIPES[name].pipe(RECIPES[name].denoiser())), monkeypatch)
-    called_small(ClassConditionalPipeline, monkeypatch)
+    for pipeline_class in (StableDiffusion3Pipeline, FluxPipeline, WanPipeline, ClassConditionalPipeline):
+        called_small(pipeline_class, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +129,7 @@ def test_targets(published, lines):
     assert not torch.equal(guided, made["pipe"]("a horse", generator=seeded(), output_type="pt").images)
 
 
-def test_scores(published, tmp_path, monkeypatch):
+def test_scores(published, monkeypatch):
     """PickScore is a CLIP without a tokenizer; the aesthetic predictor is a head on CLIP's embeddings of 768 numbers."""
     code = snippets("guidance_targets.md", "PickScore_v1")
     made = {}

@@ -3,7 +3,7 @@ PPAP, https://arxiv.org/abs/2212.05973, section 5.3
 
 python pipelines/ppap/depth_guided_if.py photo.png "a photo of a dog" --experts outputs/ppap_if_depth/experts
 
-With the published experts, once they are converted (docs/guidance.md, "DeepFloyd-IF"):
+With the published experts, once they are converted (docs/guidance_training.md, "DeepFloyd-IF"):
 
 python pipelines/ppap/depth_guided_if.py photo.png "a photo of a dog" --experts deepfloyd_midas --network midas
 """

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from networks import PLAIN, make_resnet
 from plain_networks import ANIMALS, PLAIN_NETWORKS, Depth, MeanColour, ResNet, VisionTransformer, make_plain, out
@@ -247,6 +248,8 @@ def test_a_network_of_transformers_may_be_given_too(tmp_path):
     GuidanceExperts(make_resnet(), **PLAIN, base_model_name_or_path="nowhere").save_pretrained(tmp_path)
     loaded = GuidanceExperts.from_pretrained(tmp_path, network=make_resnet())
     assert loaded.network_config.num_labels == 10
+    with pytest.raises(ValueError, match="`network` or `base_model`, but got both"):
+        GuidanceExperts.from_pretrained(tmp_path, "somewhere", network=make_resnet())
 
 
 # Bad input
@@ -320,12 +323,54 @@ class StandardisedConvolution(nn.Conv2d):
         (nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), "0", "no convolution with the padding 'reflect'"),
         (nn.MultiheadAttention(4, 2), "out_proj", "no part of an nn.MultiheadAttention"),
         (nn.Embedding(3, 4), "0", "no Embedding"),
+        (nn.Sequential(nn.Conv2d(3, 4, 1)), "0", "no Sequential"),
     ],
 )
 def test_layers_whose_lora_cannot_be_merged(layer, target, message):
     network = nn.Sequential(layer, nn.Conv2d(4, 4, 1))
     with pytest.raises(ValueError, match=message):
         GuidanceExperts(network, **PLAIN, outputs="logits", rank=2, target_modules=[target])
+
+
+class ReadsWeight(nn.Module):
+    """Like the attention of torchvision's Swin and timm's BEiT; and with a layer that it never uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.conv, self.unused = nn.Linear(8, 3), nn.Conv2d(3, 8, 3), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return F.linear(self.conv(x).mean((2, 3)), self.qkv.weight, self.qkv.bias)
+
+
+@pytest.mark.parametrize("no_gradients", [torch.no_grad, torch.inference_mode])
+def test_layers_that_the_network_does_not_call(images, no_gradients):
+    """Their LoRA would have no effect, unless it is merged."""
+    settings = PLAIN | {"outputs": "logits", "rank": 2}
+    with no_gradients():
+        experts = GuidanceExperts(ReadsWeight(), **settings, target_modules=["qkv", "conv"])
+        with pytest.raises(ValueError, match="layers that the network calls, but got 'qkv'"):
+            experts(images, torch.tensor(0))
+        experts = GuidanceExperts(ReadsWeight(), **settings, target_modules=["conv", "unused"]).train()
+        assert experts(images, torch.tensor(0)).logits.shape == (5, 3) and experts.training
+
+
+def test_a_refused_network_is_unchanged():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, groups=2))
+    with pytest.raises(ValueError, match="no convolution in groups, .* but got '1'"):
+        GuidanceExperts(network, **PLAIN, outputs="logits", rank=2, target_modules=["0", "1"])
+    GuidanceExperts(network, **PLAIN, outputs="logits", rank=2, target_modules=["0"])
+
+
+def test_tensors_that_are_changed_while_their_lora_is_in_the_weights(images):
+    """As a user does who looks at an expert first."""
+    experts = make_experts("torchvision ResNet")
+    with torch.no_grad():
+        first = experts(images, torch.tensor(990)).logits
+        for tensor in experts.expert_tensors(0).values():
+            tensor.add_(1)
+        experts(images, torch.tensor(10))
+        torch.testing.assert_close(experts(images, torch.tensor(990)).logits, first, atol=1e-4, rtol=1e-4)
 
 
 def test_any_depth_network_is_told_by_its_shape():

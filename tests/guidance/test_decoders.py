@@ -357,8 +357,9 @@ def test_the_vae_of_a_pipeline_does_not_change(change):
     assert all(parameter.grad is None for parameter in vae.parameters())
 
 
-def test_a_float32_vae_is_shared_and_one_in_half_precision_is_copied_for_a_run():
-    vae, latents = decoding_vae(), image_latents()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_vae_is_shared_and_one_in_float16_is_copied_for_a_run(dtype):
+    vae, latents = decoding_vae().to(dtype), image_latents()
     decoder = LatentDecoder(vae)
     decoder(latents)
     weights = dict(decoder._frozen.named_parameters())
@@ -374,13 +375,14 @@ def test_a_float32_vae_is_shared_and_one_in_half_precision_is_copied_for_a_run()
     assert vae.dtype == torch.float16
 
 
-def test_latents_in_bfloat16_have_gradients_in_float32():
-    """What the decoder computes in does not depend on the dtype of the pipeline."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_through_a_vae_in_half_precision(dtype):
+    """Tiny ones do not underflow, and point where those in float32 do."""
     vae, latents = decoding_vae(), image_latents()
     expected = gradient_through(LatentDecoder(vae), latents)
-    gradient = gradient_through(LatentDecoder(vae.bfloat16()), latents)
-    assert gradient.dtype == torch.float32
-    assert torch.cosine_similarity(gradient.flatten(), expected.flatten(), dim=0) > 0.999
+    tiny_gradient = gradient_through(lambda z: 1e-6 * LatentDecoder(vae.to(dtype))(z), latents)
+    assert tiny_gradient.dtype == torch.float32
+    assert torch.cosine_similarity(tiny_gradient.flatten() * 1e12, expected.flatten(), dim=0) > 0.999
 
 
 def test_weights_that_are_no_numbers_are_refused():
@@ -482,7 +484,7 @@ def test_an_unknown_pipeline_says_how_it_is_made_known(registry):
         decoder_of(pipe)
 
     def decode(vae, latents):
-        assert vae.dtype == torch.float32
+        assert vae.dtype == torch.float32  # where it would be float16
         return vae.decode(latents.unflatten(1, (8, 8)).movedim(-1, 1)).sample
 
     register_decoder(PackedStableDiffusion, decode)

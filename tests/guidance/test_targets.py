@@ -147,6 +147,7 @@ def test_targets_may_be_numpy_or_single_maps():
         (lambda: WeightedTargets([]), "at least one target"),
         (lambda: WeightedTargets([ClassTarget(0)]), "pairs of a target and its finite weight"),
         (lambda: WeightedTargets([(ClassTarget(0), float("nan"))]), "pairs of a target and its finite weight"),
+        (lambda: WeightedTargets([(1.0, ClassTarget(0))]), "pairs of a target and its finite weight"),
         (lambda: WeightedTargets([("zebra", 1.0)]), "instances of GuidanceTarget, but got 'zebra'"),
         (lambda: FrameTargets([]), "at least one target"),
         (lambda: FrameTargets(["zebra"]), "instances of GuidanceTarget, but got 'zebra'"),

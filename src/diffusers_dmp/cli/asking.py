@@ -1,19 +1,17 @@
-"""What `diffusers-dmp guide` asks a vision network for, from the options of its command line.
-
-Legend: B batch, K classes, h and w height and width of a map.
-"""
+"""What `diffusers-dmp guide` asks a vision network for, from the options of its command line."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .maps import depth_target, read_class_map, read_photograph, segmentation_target
+
 if TYPE_CHECKING:
     from PIL import Image
 
     from ..guidance import GuidanceExperts, GuidanceTarget
 
-FREE = 255  # a pixel of a segmentation map that may be anything
 _BLANK_SIZE = (224, 224)  # of an image that a network resizes anyway
 
 
@@ -51,9 +49,9 @@ class Asked:
                 "Expected several of `--class` or of `--text`, one for each column of the grid, but got several of both."
             )
         if self.depth is not None:
-            _photograph(self.depth)
+            read_photograph(self.depth)
         if self.segmentation is not None:
-            _class_map(self.segmentation)
+            read_class_map(self.segmentation)
 
 
 @dataclass(frozen=True)
@@ -110,8 +108,12 @@ def columns_of(asked: Asked, vision: "GuidanceExperts", size: tuple[int, int] | 
     from ..guidance import ClassTarget, WeightedTargets
 
     blank = _answer_to_blank(vision, size)
-    maps = [_depth_column(asked.depth, vision, size, blank)] if asked.depth else []
-    maps += [_segmentation_column(asked.segmentation, vision, size, blank)] if asked.segmentation else []
+    maps = []
+    if asked.depth is not None:
+        maps.append(Column(f"the depth of {asked.depth.name}", depth_target(asked.depth, vision, size, blank)))
+    if asked.segmentation is not None:
+        wanted = segmentation_target(asked.segmentation, vision, size, blank)
+        maps.append(Column(f"the map {asked.segmentation.name}", wanted))
     if asked.classes:
         _try(ClassTarget(0), vision, blank)
     classes = []
@@ -147,10 +149,10 @@ def class_index(given: str, network_config: Any) -> int:
     known = {synonym.strip() for name in names.values() for synonym in (name, *name.split(","))}
     if given in known or not given.isdecimal():
         return find_class(given, names, "--class")
-    if int(given) >= network_config.num_labels:
+    count = network_config.num_labels  # 0 where it is not known before the first output
+    if count and int(given) >= count:
         raise ValueError(
-            f"Expected `--class` to be a class of the network that guides, whose indices are in "
-            f"[0, {network_config.num_labels - 1}], but got {given}."
+            f"Expected `--class` to be a class of the network that guides, whose indices are in [0, {count - 1}], but got {given}."
         )
     return int(given)
 
@@ -167,87 +169,6 @@ def _text_column(text: str, vision: "GuidanceExperts") -> Column:
 
     name, revision = vision.config.base_model_name_or_path, vision.config.base_model_revision
     return Column(f'"{text}"', TextTarget.from_pretrained(name, text, **({"revision": revision} if revision else {})))
-
-
-def _depth_column(path: Path, vision: "GuidanceExperts", size: tuple[int, int] | None, blank: Any) -> Column:
-    """The depth that the network itself sees in a photograph."""
-    import torch
-
-    from ..guidance import DepthTarget
-    from ..training.data.fitting import crop_to_size, to_tensor
-
-    _expect_size("--depth", vision, size)
-    if "predicted_depth" not in blank:
-        raise ValueError(
-            f"Expected a network that estimates depth for `--depth`, but got a {vision.config.base_model_class}."
-        )
-    photograph = _photograph(path)
-    if size is not None:
-        cropped = _largest_crop(photograph, size) if _is_size_fixed(vision) else size
-        photograph, _ = crop_to_size(photograph, *cropped)
-    with torch.no_grad():
-        output = vision(to_tensor(photograph)[None], torch.tensor(0))
-    return Column(f"the depth of {path.name}", DepthTarget(output.predicted_depth))
-
-
-def _segmentation_column(path: Path, vision: "GuidanceExperts", size: tuple[int, int] | None, blank: Any) -> Column:
-    """A map of classes in the size of the network's logits."""
-    import numpy as np
-    import torch
-    from PIL import Image
-
-    from ..guidance import SegmentationTarget
-
-    _expect_size("--segmentation", vision, size)
-    logits = blank.get("logits")
-    if logits is None or logits.ndim != 4:  # (B, K, h, w)
-        raise ValueError(
-            f"Expected a network of segmentation for `--segmentation`, but got a {vision.config.base_model_class}."
-        )
-    height, width = logits.shape[2:]
-    classes = np.array(_class_map(path).resize((width, height), Image.Resampling.NEAREST))
-    return Column(f"the map {path.name}", SegmentationTarget(torch.from_numpy(classes).long(), ignore_index=FREE))
-
-
-def _photograph(path: Path) -> "Image.Image":
-    from PIL import Image, ImageOps
-
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
-
-
-def _class_map(path: Path) -> "Image.Image":
-    """An image whose pixels are class indices: of one channel, or with a palette."""
-    from PIL import Image
-
-    with Image.open(path) as image:
-        if image.mode not in ("L", "P"):
-            raise ValueError(
-                f"Expected `--segmentation` to be an image of one channel with the index of a class in each pixel ({FREE}: any), "
-                f"but got {str(path)!r} in the mode {image.mode}."
-            )
-        image.load()
-        return image
-
-
-def _largest_crop(image: "Image.Image", size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the largest part of an image with the proportions of `size`."""
-    height, width = size
-    scale = min(image.height / height, image.width / width)
-    return max(round(height * scale), 1), max(round(width * scale), 1)
-
-
-def _is_size_fixed(vision: "GuidanceExperts") -> bool:
-    """Whether the network sees images of any size in one of its own."""
-    return isinstance(vision.config.image_size, (list, tuple))
-
-
-def _expect_size(option: str, vision: "GuidanceExperts", size: tuple[int, int] | None) -> None:
-    """Refuse an option whose map has the size of the images, where neither they nor the network have a known one."""
-    if size is None and not _is_size_fixed(vision):
-        raise ValueError(
-            f"Expected `--height` and `--width` with `{option}`, as this network has no size of its own, but got none."
-        )
 
 
 def _answer_to_blank(vision: "GuidanceExperts", size: tuple[int, int] | None) -> Any:

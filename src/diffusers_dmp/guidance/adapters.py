@@ -17,6 +17,15 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from .lora_layers import (
+    activate_lora,
+    add_lora,
+    check_layers_are_called,
+    check_mergeable,
+    check_not_adapted,
+    dilate_lora,
+)
+
 _ATTENTION = r".*\.attention\.[qkvo]_proj"
 _NECK = r"neck\.(convs\.\d+|fusion_stage\.layers\.\d+\.(projection|residual_layer\d\.convolution\d))"
 LORA_TARGETS = {  # `model_type` → a regular expression that matches the full names of the adapted modules
@@ -33,7 +42,6 @@ LORA_TARGETS = {  # `model_type` → a regular expression that matches the full 
 }
 CLASSIFIER = r"(^|\.)\w*classifier(\.|$)"  # the head of a network of transformers
 ANY_HEAD = r"(^|\.)(\w*classifier|heads?|head_dist|fc|last_linear)(\.|$)"  # also as timm and torchvision name it
-_PLAIN_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.LayerNorm, nn.GroupNorm),
@@ -128,16 +136,15 @@ class AdapterExperts(nn.Module):
         # Module and attribute of each tensor that every expert has a version of. They are looked up before LoRA is injected, as
         # PEFT's layers take the names of those that they wrap.
         self.slots = dict(_own_slots(network, settings))
+        check_mergeable(network, settings.lora_config())
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
-            warnings.filterwarnings("ignore", "LoRA adapter added to ConvNd layer with groups")  # refused below
             for expert in range(num_experts):
                 inject_adapter_in_model(settings.lora_config(), network, f"expert_{expert}")
         self.network = network
         self.layers = {name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)}
-        for name, layer in self.layers.items():
-            _check_mergeable(name, layer, network)
-            _dilate(layer)
+        for layer in self.layers.values():
+            dilate_lora(layer)
         # Biases and normalisation layers of all experts; those of the active one are in the network at the same time.
         self.stored = [{name: _copy(getattr(*slot)) for name, slot in self.slots.items()} for _ in range(num_experts)]
         self.active, self.merged = None, False
@@ -177,10 +184,10 @@ class AdapterExperts(nn.Module):
         adapter = f"expert_{expert}"
         for layer in self.layers.values():
             if merged:
-                _add_lora(layer, adapter, 1)
+                add_lora(layer, adapter, 1)
                 layer.merged_adapters.append(adapter)
             elif layer.active_adapters != [adapter]:
-                _set_active_adapter(layer, adapter)
+                activate_lora(layer, adapter)
         self.merged = merged
         return self.network
 
@@ -188,7 +195,7 @@ class AdapterExperts(nn.Module):
         """Subtract the active expert's LoRA from the network's weights."""
         if self.merged:
             for layer in self.layers.values():
-                _add_lora(layer, layer.merged_adapters.pop(), -1)
+                add_lora(layer, layer.merged_adapters.pop(), -1)
         self.merged = False
 
     def _store_active(self) -> None:
@@ -202,6 +209,19 @@ class AdapterExperts(nn.Module):
         if self.active is not None:
             self.activate(self.active, merged=False)
 
+    def check_called(self, images: torch.Tensor) -> None:
+        """
+        Check that the network calls the adapted layers whose weights it uses.
+
+        Args:
+            images (`torch.Tensor` of shape (B, C, H, W)): Images to try it with, preprocessed.
+
+        Raises:
+            ValueError: if it reads a layer's weight instead, so that LoRA beside the layer has no effect.
+        """
+        expert = 0 if self.active is None else self.active
+        check_layers_are_called(self.activate(expert, merged=False), self.layers, f"expert_{expert}", images)
+
     def tensors(self, expert: int) -> dict[str, torch.Tensor]:
         """All tensors that one expert owns, by name: parameters and buffers, not copied."""
         self._store_active()
@@ -211,66 +231,6 @@ class AdapterExperts(nn.Module):
             lora[f"{name}.lora_A.weight"] = layer.lora_A[adapter].weight
             lora[f"{name}.lora_B.weight"] = layer.lora_B[adapter].weight
         return lora | self.stored[expert]
-
-
-def check_not_adapted(network: nn.Module) -> None:
-    """
-    Check that nothing is in a network's layers yet.
-
-    Args:
-        network (`nn.Module`): A network to make experts of.
-
-    Raises:
-        ValueError: if there is LoRA in it, of other experts for example.
-    """
-    if any(isinstance(module, LoraLayer) for module in network.modules()):
-        raise ValueError(
-            f"Expected `network` to have no adapters, but got a {type(network).__name__} with LoRA. Experts change their network in "
-            "place: others need one that is loaded anew."
-        )
-
-
-def _check_mergeable(name: str, layer: LoraLayer, network: nn.Module) -> None:
-    """Refuse a layer for which W + α/γ·B·A is not what PEFT computes beside it."""
-    base = layer.get_base_layer()
-    own_class = next((each for each in _PLAIN_LAYERS if isinstance(base, each)), None)
-    reason = None
-    if getattr(base, "groups", 1) > 1:
-        reason = "convolution in groups"
-    elif own_class is None or type(base).forward is not own_class.forward:
-        reason = f"{type(base).__name__}, which computes in its own way"
-    elif getattr(base, "padding_mode", "zeros") != "zeros":
-        reason = f"convolution with the padding {base.padding_mode!r}"
-    elif isinstance(network.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
-        reason = "part of an nn.MultiheadAttention, which never calls it"
-    if reason is not None:
-        raise ValueError(
-            f"Expected `target_modules` to name no {reason}, whose LoRA cannot be merged, but got {name!r}."
-        )
-
-
-def _dilate(layer: LoraLayer) -> None:
-    """Give A the dilation of its convolution, which PEFT leaves out."""
-    dilation = getattr(layer.get_base_layer(), "dilation", None)
-    if dilation is not None:
-        for lora_a in layer.lora_A.values():
-            lora_a.dilation = dilation
-
-
-@torch.no_grad()
-def _add_lora(layer: LoraLayer, adapter: str, sign: int) -> None:
-    """W ± α/γ·B·A in place. PEFT's own merging multiplies by a convolution, which is several times slower."""
-    lora_a, lora_b = layer.lora_A[adapter].weight.flatten(1), layer.lora_B[adapter].weight.flatten(1)
-    weight = layer.get_base_layer().weight
-    weight.add_((lora_b @ lora_a).view(weight.shape), alpha=sign * layer.scaling[adapter])
-
-
-def _set_active_adapter(layer: LoraLayer, adapter: str) -> None:
-    """Activate an adapter without PEFT's change of `requires_grad`, which is true for the active one."""
-    requires_grad = {name: weight.requires_grad for name, weight in layer.named_parameters()}
-    layer.set_adapter(adapter)
-    for name, weight in layer.named_parameters():
-        weight.requires_grad_(requires_grad[name])
 
 
 def _own_slots(network: nn.Module, settings: AdapterSettings) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
@@ -307,6 +267,9 @@ class NetworkExperts(nn.Module):
 
     def unmerge_active(self) -> None:
         """Nothing to do, as nothing is ever merged."""
+
+    def check_called(self, images: torch.Tensor) -> None:
+        """Nothing to check without LoRA."""
 
     def tensors(self, expert: int) -> dict[str, torch.Tensor]:
         """All tensors that one expert owns, by name: parameters and buffers, not copied."""

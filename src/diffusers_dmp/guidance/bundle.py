@@ -20,7 +20,7 @@ from ..models.vision import load_network, network_sha256, processor_settings
 from ..saving.mixins import check_version
 from ..saving.reading import read_json
 from ..saving.weight_files import read_safetensors
-from .adapters import check_not_adapted
+from .lora_layers import check_not_adapted
 from .outputs import FUNCTION, OUTPUT_KINDS
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ class ExpertsBundleMixin(ConfigMixin, PushToHubMixin):
         Make untrained experts of a network.
 
         Args:
-            pretrained_model_name_or_path (`str`): The folder or Hub id of a transformers model.
+            pretrained_model_name_or_path (`str`): The folder or Hub id of a transformers model; of a CLIP or SigLIP, the
+                image tower is taken.
             kwargs: The other arguments of [`GuidanceExperts`]. `image_mean`, `image_std` and `image_size` are by default those of
                 the image processor in the same folder. And `revision` (which is saved), `token`, `cache_dir`, `force_download`
                 and `local_files_only`, for the Hub.
@@ -98,6 +99,8 @@ class ExpertsBundleMixin(ConfigMixin, PushToHubMixin):
                 raise ValueError(
                     f"Expected {str(folder / cls.config_name)!r} to be that of guidance experts, but {name!r} is missing."
                 )
+        if network is not None and base_model is not None:
+            raise ValueError(f"Expected `network` or `base_model`, but got both: {base_model!r} as well.")
         _check_given(config, folder, network, outputs)
         base_model_class, fingerprint = config.pop("base_model_class"), config.pop("base_model_sha256")
         if outputs is not None:

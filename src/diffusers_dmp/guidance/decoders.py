@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from ..diffusion.latents import decode_latents, unpack_latents
-from .decoding_vae import frozen_float32
+from .decoding_vae import frozen_vae
 from .patch_positions import PatchPositions
 
 
@@ -18,9 +19,9 @@ class LatentDecoder:
     """
     Decode latents (B, C, h, w) of a VAE, as most pipelines have them.
 
-    It decodes in float32, so that gradients do not underflow, and only latents get gradients. The VAE itself does not change: where
-    it is in half precision or offloaded, its weights are copied when a run first decodes, and the copy is dropped when the run
-    ends.
+    It decodes in float32, or in bfloat16 if the VAE is in bfloat16; a gradient in float16 would underflow. Only latents get
+    gradients. The VAE itself does not change: where it is in float16 or offloaded, its weights are copied when a run first decodes,
+    and the copy is dropped when the run ends.
 
     For pipelines that have their latents in another way, derive from it and override `decode`, or give it a function; see
     [`register_decoder`].
@@ -67,12 +68,12 @@ class LatentDecoder:
             `torch.Tensor` of shape (B, 3, H, W), or (B, f, 3, H, W) for videos: images in [-1, 1].
         """
         if self._frozen is None:
-            self._frozen = frozen_float32(self.vae)
+            self._frozen = frozen_vae(self.vae)
         return self.decode(self._frozen.to(latents.device), latents).to(latents.dtype)
 
     def decode(self, vae: Any, latents: torch.Tensor) -> torch.Tensor:
         """
-        Decode latents by a VAE in float32.
+        Decode latents by a VAE that gradients can go through.
 
         Args:
             vae ([`AutoencoderKL`] or the like): The VAE, or a copy of it.
@@ -135,9 +136,10 @@ class VideoDecoder(LatentDecoder):
     Decode chosen frames of latents (B, C, F, h, w) of a causal video VAE, Wan's.
 
     The first latent frame is one frame of the video, and each of the others stands for several (Wan: 4), which depend on all
-    frames before. Decoded on its own, a latent frame gives one image of what is to be seen in it, as in previews: time and memory
-    are those of `f` images, however long the video is. With `exact=True`, the frames are those of the decoded video; the VAE
-    decodes all latent frames up to the last chosen one, and their activations stay in memory until the gradient is known.
+    frames before. Decoded on its own, a latent frame gives one image of what is to be seen in it, as in previews: the time is that
+    of `f` images, however long the video is, and the memory that of one, for the activations of several are computed again in the
+    backward pass. With `exact=True`, the frames are those of the decoded video; the VAE decodes all latent frames up to the last
+    chosen one, and the activations of all of them stay in memory until the gradient is known.
 
     Args:
         vae ([`AutoencoderKLWan`] or the like): The VAE.
@@ -175,10 +177,16 @@ class VideoDecoder(LatentDecoder):
         frames = self._chosen(1 + each * (latents.shape[2] - 1))
         latent_frames = [(frame + each - 1) // each for frame in frames]
         if self.exact:
-            return _frames_at(frames, decode_latents(vae, latents[:, :, : max(latent_frames) + 1]))
-        chosen = _frames_at(latent_frames, latents)  # (B, f, C, h, w)
-        images = decode_latents(vae, chosen.flatten(0, 1)[:, :, None])[:, :, 0]
-        return images.unflatten(0, chosen.shape[:2])
+            video = decode_latents(vae, latents[:, :, : max(latent_frames) + 1])
+            # a list as the index would have to be copied to an accelerator
+            return torch.stack([video[:, :, frame] for frame in frames], dim=1)
+        images = [
+            checkpoint(decode_latents, vae, latents[:, :, index : index + 1], use_reentrant=False)
+            if len(frames) > 1
+            else decode_latents(vae, latents[:, :, index : index + 1])
+            for index in latent_frames
+        ]
+        return torch.cat(images, dim=2).transpose(1, 2)
 
     def _chosen(self, count: int) -> list[int]:
         """The chosen ones of `count` frames, counted from 0."""
@@ -192,8 +200,3 @@ class VideoDecoder(LatentDecoder):
                     f"{count} frames{' of which the first is given' * first}, but got {frame}."
                 )
         return [frame % count for frame in self.frames]
-
-
-def _frames_at(indices: list[int], video: torch.Tensor) -> torch.Tensor:
-    """Some frames (B, f, C, H, W) of a video (B, C, F, H, W); a list as the index would have to be copied to an accelerator."""
-    return torch.stack([video[:, :, index] for index in indices], dim=1)

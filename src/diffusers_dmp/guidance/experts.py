@@ -41,8 +41,8 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
 
     Args:
         network (`nn.Module`): A network of images (B, C, H, W): one of transformers for image classification, depth estimation
-            or segmentation, or any other, of which `outputs` says what it returns. It becomes a part of this module, changed in
-            place, in float32.
+            or segmentation, the image tower of a CLIP or SigLIP, or any other, of which `outputs` says what it returns. It becomes
+            a part of this module, changed in place, in float32.
         image_mean, image_std (`list[float]`), image_size (`int` or `list[int]`, *optional*): See [`ImagePreprocessor`].
         num_experts (`int`): E.
         num_train_timesteps (`int`): T.
@@ -152,6 +152,7 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
             self.experts = AdapterExperts(network, num_experts, settings)
         else:
             self.experts = NetworkExperts(network, num_experts)
+        self._is_checked = outputs is None
         self.eval()
 
     def expert_tensors(self, expert: int | None = None) -> dict[str, torch.Tensor]:
@@ -164,6 +165,7 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
         Returns:
             `dict[str, torch.Tensor]`: The tensors by name; those of all experts with the prefix `expert_<e>.`
         """
+        self.experts.unmerge_active()  # otherwise the network's weights would keep the LoRA that is changed in place
         if expert is not None:
             return self.experts.tensors(expert)
         return {
@@ -183,7 +185,6 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
         Raises:
             ValueError: if a tensor is missing, unknown or of another shape.
         """
-        self.experts.unmerge_active()  # otherwise the network's weights would keep the replaced LoRA
         own = self.expert_tensors()
         for name in own.keys() ^ tensors.keys():
             raise ValueError(
@@ -255,8 +256,19 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
             merged (`bool`, *optional*): Add the expert's LoRA to the weights first, so that it costs nothing; by default in eval
                 mode only.
         """
+        images = self.preprocess(images)
+        if not self._is_checked:
+            self._check_layers(images)
         network = self.experts.activate(expert, merged=not self.training if merged is None else merged)
-        return read_output(network(self.preprocess(images)), self.outputs, len(images))
+        return read_output(network(images), self.outputs, len(images))
+
+    def _check_layers(self, images: torch.Tensor) -> None:
+        """Check once, with the first image, that a network which is not of transformers calls its adapted layers."""
+        training = self.training
+        self.eval()  # batches of one image have no statistics
+        self.experts.check_called(images[:1])
+        self.train(training)
+        self._is_checked = True
 
     def requires_grad_of_expert(self, expert: int) -> dict[str, nn.Parameter]:
         """

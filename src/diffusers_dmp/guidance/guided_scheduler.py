@@ -76,7 +76,7 @@ class GuidedScheduler(SchedulerMixin):
             flow matching. By default all of them, and for flow matching those below 0.95·T: above, the gradient would be
             multiplied by more than 19.
         every (`int`): Guide every n-th step, beginning with the first one.
-        decoder (*optional*): For latents: x̂0 is decoded, in float32, and the experts see the decoded images. A [`LatentDecoder`]
+        decoder (*optional*): For latents: x̂0 is decoded, and the experts see the decoded images. A [`LatentDecoder`]
             or any function of latents (B, …) that returns images (B, 3, H, W) or videos (B, f, 3, H, W) in [-1, 1].
         vae ([`AutoencoderKL`], *optional*): Short for `decoder=LatentDecoder(vae)`.
         on_nonfinite (`str`): What to do where guidance is infinite or not a number in the samples' dtype. Such samples are not

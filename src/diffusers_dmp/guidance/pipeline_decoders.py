@@ -131,7 +131,7 @@ def register_decoder(
 
     Args:
         pipeline_class (`type`): The class of pipelines; classes that derive from it are decoded in the same way.
-        decoder (`Callable` or a class that derives from [`LatentDecoder`]): A function of the pipeline's VAE, in float32, and of
+        decoder (`Callable` or a class that derives from [`LatentDecoder`]): A function of the pipeline's VAE, or of a copy of it, and of
             latents (B, …) as the scheduler sees them, which returns images (B, 3, H, W) or videos (B, f, 3, H, W) in [-1, 1], and
             which gradients go through. Or a class, whose `from_pipeline` makes a decoder of a pipeline.
 

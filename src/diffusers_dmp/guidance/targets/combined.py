@@ -5,6 +5,7 @@ Legend: B batch, f frames.
 
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ class WeightedTargets(GuidanceTarget):
 
     def __init__(self, targets: "Sequence[tuple[GuidanceTarget, float]]"):
         for each in targets:
-            if not isinstance(each, (tuple, list)) or len(each) != 2 or not math.isfinite(each[1]):
+            is_pair = isinstance(each, (tuple, list)) and len(each) == 2 and isinstance(each[1], Real)
+            if not is_pair or not math.isfinite(each[1]):
                 raise ValueError(
                     f"Expected `targets` to be pairs of a target and its finite weight, but got {each!r}."
                 )

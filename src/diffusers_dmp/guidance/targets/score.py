@@ -23,7 +23,7 @@ class ScoreTarget(GuidanceTarget):
 
     ```py
     experts = GuidanceExperts.from_base("openai/clip-vit-large-patch14", num_experts=1)
-    target = ScoreTarget(head, normalize=True)  # LAION's aesthetic predictor: see docs/guidance.md
+    target = ScoreTarget(head, normalize=True)  # LAION's aesthetic predictor: see docs/guidance_targets.md
     ```
 
     Args:
