@@ -219,3 +219,28 @@ def test_experts_trained_on_flow_matching_guide_a_ddpm_model_as_its_own_do(name)
     assert (other.std(0) / own.std(0)).mean().item() == pytest.approx(1, abs=0.01)
     unmatched = samples_by(scheduler, Unmatched(FLOW))
     assert (unmatched.std(0) / own.std(0)).mean().item() < 0.8  # guided by much too much
+
+
+class CleanClassifier(MixtureExperts):
+    """The classifier of clean samples, shown x_t: its gradient does not vanish where there is nothing but noise."""
+
+    def _levels(self, t):
+        return torch.ones(()), torch.zeros(())
+
+
+def test_by_default_steps_near_pure_noise_are_not_guided():
+    """There the gradient of a classifier that does not know noise pushes samples far out of their class."""
+
+    def farthest(timestep_range: tuple[float, float] | None) -> float:
+        experts = CleanClassifier(MIXTURE, FLOW)
+        scheduler = GuidedScheduler(
+            make(UNIPC), experts, ClassTarget(HARDEST), scale=1.0, timestep_range=timestep_range
+        )
+        samples = generate(MIXTURE, scheduler, steps=28)
+        distances = (samples - MIXTURE.means[HARDEST]).flatten(1).norm(dim=1)
+        assert share_of(samples) >= 0.97
+        return distances.quantile(0.95).item()
+
+    of_the_class = MIXTURE.sample(torch.full((4000,), HARDEST)) - MIXTURE.means[HARDEST]
+    spread = of_the_class.flatten(1).norm(dim=1).quantile(0.95).item()
+    assert farthest(None) < 4 * spread < 5.5 * spread < farthest((0, 1001))

@@ -1,6 +1,8 @@
 """Guided flow matching in this package's pipelines, settings that change between calls, and what is refused."""
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -146,7 +148,20 @@ def test_a_copy_and_the_same_guidance_around_another_scheduler():
     assert (scheduler.scale, scheduler.timestep_range) == (2.0, (0, 500))
     copied.set_timesteps(3)
     assert len(scheduler._steps().timesteps) == 4 and len(copied._steps().timesteps) == 3
-    assert copied._steps().scheduler is copied
+
+
+def test_a_guided_scheduler_is_freed_as_soon_as_it_is_replaced():
+    """With experts and VAE, which may take gigabytes."""
+    pipe = class_pipe()
+    pipe.scheduler = guided(pipe.scheduler)
+    generate(pipe)
+    experts = weakref.ref(pipe.scheduler.experts)
+    gc.disable()
+    try:
+        pipe.scheduler = pipe.scheduler.scheduler
+        assert experts() is None
+    finally:
+        gc.enable()
 
 
 def test_steps_of_pure_noise_and_of_no_noise_are_not_guided():

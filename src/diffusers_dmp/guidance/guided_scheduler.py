@@ -141,7 +141,6 @@ class GuidedScheduler(SchedulerMixin):
         copied.__dict__.update(self.__dict__)
         copied.guidance = copy.copy(self.guidance)
         copied.guidance.reset()
-        copied._schedule = None  # it knows whose it is
         if isinstance(self.scheduler, GuidedScheduler):
             copied.scheduler = copy.copy(self.scheduler)
         return copied
@@ -245,7 +244,7 @@ class GuidedScheduler(SchedulerMixin):
         if (call.arguments | kwargs).get("per_token_timesteps") is not None:
             raise ValueError("Expected one timestep for the whole of a sample, but got `per_token_timesteps`.")
         schedule = self._steps()
-        with schedule.on_cpu():
+        with schedule.on_cpu(self):
             position = self._position(timestep)
             if isinstance(timestep, torch.Tensor):
                 timestep = schedule.timesteps[position]
@@ -297,7 +296,7 @@ class GuidedScheduler(SchedulerMixin):
             index = getattr(self, name, None)
             if index is not None:
                 return index
-        return self._steps().position_of(timestep)
+        return self._steps().position_of(timestep, self)
 
     def _is_guided(self, position: int, guidance: Guidance) -> bool:
         """Whether guidance applies. Of a second-order scheduler's step both evaluations are guided, or neither."""
@@ -319,7 +318,7 @@ class GuidedScheduler(SchedulerMixin):
         x_t = sample if is_flow else self.scale_model_input(sample, schedule.timesteps[position])
         x_t = x_t.to(torch.promote_types(x_t.dtype, torch.float32))
         prediction = model_output[:, : sample.shape[1]].to(x_t.dtype)
-        return NoisyStep(schedule, position, x_t, prediction, expected_prediction_type(self))
+        return NoisyStep(self, schedule, position, x_t, prediction, expected_prediction_type(self))
 
 
 def _new_instance(base: Any, scheduler_class: Any) -> GuidedScheduler:

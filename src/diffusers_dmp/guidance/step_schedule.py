@@ -29,14 +29,12 @@ class StepSchedule:
     Timesteps and noise levels of all steps.
 
     Args:
-        scheduler ([`SchedulerMixin`]): The scheduler that takes the steps.
-        timesteps (`torch.Tensor` of shape (S,)): Its timesteps.
+        timesteps (`torch.Tensor` of shape (S,)): Those of the scheduler.
         training_timesteps (`torch.Tensor` of shape (S,)): The same, counted as in training: t = σ·T for flow matching.
         alphas, sigmas (`torch.Tensor` of shape (S,)): α and σ; see [`noise_levels`].
         default_range (`tuple[float, float]`): The training timesteps that are guided if nothing else is asked for.
     """
 
-    scheduler: Any
     timesteps: torch.Tensor
     training_timesteps: torch.Tensor
     alphas: torch.Tensor
@@ -62,16 +60,16 @@ class StepSchedule:
         if not is_flow_matching(scheduler):
             count = config.get("model_train_timesteps") or config["num_train_timesteps"]
             trained = training_timesteps(scheduler, count)
-            return cls(scheduler, timesteps, trained, alphas, sigmas, (0.0, float("inf")))
+            return cls(timesteps, trained, alphas, sigmas, (0.0, float("inf")))
         count = config["num_train_timesteps"]
         if count == 1:  # it counts from 0 to 1
             count = num_train_timesteps
         # t = σ·T: the scheduler's own timesteps may be rounded
-        return cls(scheduler, timesteps, sigmas * count, alphas, sigmas, (0.0, MAX_FLOW_SIGMA * count))
+        return cls(timesteps, sigmas * count, alphas, sigmas, (0.0, MAX_FLOW_SIGMA * count))
 
-    def position_of(self, timestep: Any) -> int:
+    def position_of(self, timestep: Any, scheduler: Any) -> int:
         """
-        Find the step that the scheduler begins with if it is given a timestep.
+        Find the step that a scheduler begins with if it is given a timestep.
 
         Raises:
             ValueError: if it is none of the scheduler's timesteps.
@@ -80,20 +78,21 @@ class StepSchedule:
         matches = (self.timesteps == timestep).nonzero().flatten().tolist()
         if not matches:
             raise ValueError(f"Expected `timestep` to be one of {self.timesteps.tolist()}, but got {timestep}.")
-        if len(matches) == 1 or not hasattr(self.scheduler, "index_for_timestep"):
+        if len(matches) == 1 or not hasattr(scheduler, "index_for_timestep"):
             return matches[0]
-        return self.scheduler.index_for_timestep(timestep, self.timesteps)
+        return scheduler.index_for_timestep(timestep, self.timesteps)
 
     def can_be_guided(self, position: int) -> bool:
         """Whether there is an image to guide, and noise to guide it by."""
         return self.alphas[position].item() > MIN_ALPHA and self.sigmas[position].item() > 0
 
-    def as_trained(self, process: "NoiseProcess | None") -> "tuple[torch.Tensor, torch.Tensor | None]":
+    def as_trained(self, process: "NoiseProcess | None", scheduler: Any) -> "tuple[torch.Tensor, torch.Tensor | None]":
         """
         Where a process has the noise of each step.
 
         Args:
             process ([`NoiseProcess`], *optional*): That of experts' training; None if it is not known.
+            scheduler ([`SchedulerMixin`]): The scheduler that takes the steps.
 
         Returns:
             Training timesteps (S,) of that process, and what x_t of each step is multiplied by to be a sample of it (S,), None
@@ -102,8 +101,8 @@ class StepSchedule:
         if process is None:
             return self.training_timesteps, None
         if process not in self._trained:
-            is_flow, timesteps, scales = is_flow_matching(self.scheduler), self.training_timesteps, None
-            if is_flow or not process.is_process_of(self.scheduler):
+            is_flow, timesteps, scales = is_flow_matching(scheduler), self.training_timesteps, None
+            if is_flow or not process.is_process_of(scheduler):
                 timesteps = process.timestep_at(self.alphas, self.sigmas)
             if is_flow != process.is_flow_matching:
                 scales = process.scale_at(self.alphas, self.sigmas)
@@ -111,14 +110,14 @@ class StepSchedule:
         return self._trained[process]
 
     @contextmanager
-    def on_cpu(self) -> Iterator[None]:
-        """Let the scheduler have its timesteps on the CPU within a `with` block: some read them at each step."""
-        theirs = self.scheduler.timesteps
-        self.scheduler.timesteps = self.timesteps
+    def on_cpu(self, scheduler: Any) -> Iterator[None]:
+        """Let a scheduler have its timesteps on the CPU within a `with` block: some read them at each step."""
+        theirs = scheduler.timesteps
+        scheduler.timesteps = self.timesteps
         try:
             yield
         finally:
-            self.scheduler.timesteps = theirs
+            scheduler.timesteps = theirs
 
 
 @dataclass(frozen=True)
@@ -127,13 +126,15 @@ class NoisyStep:
     The input of one denoising step.
 
     Args:
-        schedule ([`StepSchedule`]): All steps.
+        scheduler ([`SchedulerMixin`]): The scheduler.
+        schedule ([`StepSchedule`]): All of its steps.
         position (`int`): The index of this one.
         x_t (`torch.Tensor` of shape (B, …)): The noisy samples, α·x0 + σ·ε, in float32 or float64.
         prediction (`torch.Tensor` of shape (B, …)): The denoiser's prediction, in the same dtype.
         prediction_type (`str`): The kind of the prediction; see [`convert_prediction`].
     """
 
+    scheduler: Any
     schedule: StepSchedule
     position: int
     x_t: torch.Tensor
@@ -157,7 +158,7 @@ class NoisyStep:
 
     def as_trained(self, process: "NoiseProcess | None") -> "tuple[torch.Tensor, torch.Tensor | None]":
         """The timestep () at which a process has this noise, and what x_t is multiplied by to be a sample of it, or None."""
-        timesteps, scales = self.schedule.as_trained(process)
+        timesteps, scales = self.schedule.as_trained(process, self.scheduler)
         return timesteps[self.position], None if scales is None else scales[self.position]
 
     def x0(self) -> torch.Tensor:
