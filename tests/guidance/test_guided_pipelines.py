@@ -164,10 +164,10 @@ def test_scale_zero_is_no_guidance(name):
     assert seen(experts)  # it has been asked
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", FLOW_PIPELINES)
-def test_samples_become_what_is_asked_for(name, dtype):
-    """Two samples of one prompt, each with a class of its own, with classifier-free guidance in a batch or in a second call."""
+def test_samples_become_what_is_asked_for(name):
+    """Two samples of one prompt in bfloat16, each with a class of its own, with classifier-free guidance in either way."""
+    dtype = torch.bfloat16
     pipe = tiny(name).to(dtype)
 
     def log_p(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

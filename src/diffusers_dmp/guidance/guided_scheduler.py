@@ -163,6 +163,8 @@ class GuidedScheduler(SchedulerMixin):
         """
         Guide the scheduler of a pipeline by the images that its latents are decoded to.
 
+        If it is guided already, this guidance is added; `pipe.scheduler.target = …` asks for something else instead.
+
         ```py
         pipe.scheduler = GuidedScheduler.for_pipeline(pipe, experts, ClassTarget("zebra"), scale=7.5)
         ```
