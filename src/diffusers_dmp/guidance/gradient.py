@@ -101,7 +101,14 @@ class Guidance:
             # copies, as tensors that were made in inference mode take no part in gradients
             x_t = step.x_t.detach().clone().requires_grad_()
             log_likelihood = self._log_likelihood(step, x_t)
-            (gradient,) = torch.autograd.grad(log_likelihood.sum(), x_t)
+            gradient = None
+            if log_likelihood.requires_grad:
+                (gradient,) = torch.autograd.grad(log_likelihood.sum(), x_t, allow_unused=True)
+        if gradient is None:
+            raise ValueError(
+                "Expected gradients to go through the `decoder`, the guidance experts' network and the `target`, but got a "
+                "log-likelihood without; one of them computes under `torch.no_grad()`, or rounds."
+            )
         return gradient
 
     def _log_likelihood(self, step: NoisyStep, x_t: torch.Tensor) -> torch.Tensor:
