@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import REPOSITORY
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
+from networks import PLAIN, LinearClassifier
 from tiny_pipelines import filled, qwen_pipe, randn, wan_pipe
 from torch import nn
 
-from diffusers_dmp import LatentDecoder
+from diffusers_dmp import ClassTarget, GuidanceExperts, GuidedScheduler, LatentDecoder
 from diffusers_dmp.diffusion.latents import decode_latents
 
 
@@ -143,3 +144,11 @@ def test_the_estimated_memory_is_what_tensors_take(meta_memory):
     with memory:
         differentiate(torch.empty(1, 4, 16, 16, device="meta"))
     assert memory.peak_bytes == pytest.approx(accelerator.peak_bytes - before, rel=0.05)
+
+
+def test_a_decoder_that_gradients_do_not_go_through_is_refused():
+    experts = GuidanceExperts(LinearClassifier(randn(10, 48)), **PLAIN, method="finetune", num_experts=1)
+    scheduler = GuidedScheduler(DDIMScheduler(), experts, ClassTarget(3), decoder=torch.no_grad()(lambda x: x[:, :3]))
+    scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match="no_grad"):
+        scheduler.step(randn(1, 4, 4, 4), scheduler.timesteps[0], randn(1, 4, 4, 4))
