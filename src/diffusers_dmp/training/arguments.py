@@ -228,11 +228,18 @@ class BoundaryArguments:
             scheduler ([`SchedulerMixin`]): For T and what SNR its timesteps have.
 
         Raises:
-            ValueError: if the boundaries do not ascend (of SNR, descend), or lie outside of what there is.
+            ValueError: if the boundaries do not ascend (of SNR, descend), or lie outside of what there is; if they are σ, and the
+                scheduler is no flow-matching one.
         """
-        from ..intervals import NoiseIntervals  # which imports Diffusers
+        from ..diffusion.noise import is_flow_matching  # which imports Diffusers
+        from ..intervals import NoiseIntervals
 
         total = scheduler.config["num_train_timesteps"]
+        if self.sigma_boundaries and not is_flow_matching(scheduler):
+            raise ValueError(
+                f"Expected `sigma_boundaries` for flow matching alone, but got {self.sigma_boundaries} for a "
+                f"{type(scheduler).__name__}; `snr_boundaries` and `timestep_boundaries` are for diffusion as well."
+            )
         if self.sigma_boundaries:
             return NoiseIntervals.from_sigmas(self.sigma_boundaries, total)
         if self.timestep_boundaries:
