@@ -48,7 +48,7 @@ SCHEDULERS = {
     ),
 }
 GUIDED_SIGMA = 0.95  # above it, steps of flow matching are not guided by default
-MEASURED_SIGMAS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
+MEASURED_SIGMAS = (0.1, 0.3, 0.5, 0.55, 0.6, 0.7, 0.75, 0.8, 0.9)
 FLOW_MATCHING = {"process": "flow_matching"}
 CLEAN, CLEAN_X0 = "classifier", "classifier of x̂0"
 FLOW, DDPM, UNMATCHED = "flow experts", "DDPM experts", "DDPM experts unmatched"
@@ -78,8 +78,7 @@ class Cell:
 
 COMPARED = (
     Cell("Euler", UNGUIDED),
-    *(Cell("Euler", guide, SCALE) for guide in GUIDES),
-    Cell("Euler", CLEAN_X0, X0_SCALE),
+    *(Cell("Euler", guide, X0_SCALE if guide == CLEAN_X0 else SCALE) for guide in GUIDES),
     *(Cell("UniPC", guide, SCALE) for guide in (CLEAN, FLOW, DDPM)),
 )
 

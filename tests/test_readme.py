@@ -77,6 +77,7 @@ def test_the_report_of_prompts(demo_folder, monkeypatch):
         "docs/guidance.md",
         "docs/guidance_targets.md",
         "docs/guidance_training.md",
+        "docs/demo_guidance.md",
         "docs/hub.md",
         "docs/evaluation.md",
     ],
