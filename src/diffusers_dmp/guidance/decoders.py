@@ -145,9 +145,7 @@ class VideoDecoder(LatentDecoder):
             not have such frames.
     """
 
-    def __init__(
-        self, vae: Any, frames: "list[int] | None" = None, exact: bool = False, first_is_given: bool = False
-    ):
+    def __init__(self, vae: Any, frames: "list[int] | None" = None, exact: bool = False, first_is_given: bool = False):
         super().__init__(vae)
         if frames is not None and len(frames) == 0:
             raise ValueError("Expected `frames` to name one frame or more, but got none.")
