@@ -86,6 +86,9 @@ class GuidedScheduler(SchedulerMixin):
     Raises:
         ValueError: if the scheduler's noise levels are not known, the experts do not know theirs and cannot be matched, an
             argument is out of range, or the target does not fit the experts' network.
+
+    Warns:
+        If experts of noisy images are given a decoder; and when a run ends in which no step was guided.
     """
 
     unguided_class: "ClassVar[type[SchedulerMixin] | None]" = None
@@ -130,6 +133,12 @@ class GuidedScheduler(SchedulerMixin):
         self.__dict__.update(copy.deepcopy(state))
         self.scheduler = scheduler
         decoder = LatentDecoder(vae) if vae is not None else decoder
+        if decoder is not None and experts.process is not None:
+            warnings.warn(
+                "The guidance experts were trained on noisy images, but with a decoder they see clean ones, which they know less "
+                "well than the network that they were made of: `GuidanceExperts.from_base(…, num_experts=1)`.",
+                stacklevel=2,
+            )
         self.guidance = Guidance(
             experts, target, scale, rescale_to_mean, timestep_range, every, decoder=decoder, on_nonfinite=on_nonfinite
         )
