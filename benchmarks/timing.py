@@ -133,8 +133,12 @@ class Settings:
         target: float | None = None,
     ) -> Ratio:
         """Compare two functions on the device and within the budget; see [`compare`]."""
-        clock = time.process_time if self.cpu_time else time.perf_counter
-        return compare(name, candidate, baseline, self.device, self.budget, target, clock)
+        return compare(name, candidate, baseline, self.device, self.budget, target, self.clock)
+
+    @property
+    def clock(self) -> Clock:
+        """The clock whose seconds are compared."""
+        return time.process_time if self.cpu_time else time.perf_counter
 
     def name_of(self, dtype: torch.dtype) -> str:
         """Return the name of a dtype for a table, with 'compiled' if the models are."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-SLOW = [pytest.param(system, marks=pytest.mark.slow) for system in ("remix", "patch", "ppap")]
+SLOW = [pytest.param(system, marks=pytest.mark.slow) for system in ("remix", "patch", "ppap", "guidance")]
 
 
 SMALLER = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 8}
@@ -26,6 +26,14 @@ def test_a_benchmark_runs(system, monkeypatch):
         monkeypatch.setattr(text_training, "DEPTH", 0.5)
         monkeypatch.setitem(experts.DIT_PRESETS, "DiT-S/8", SMALLER)
         monkeypatch.setattr(experts, "FLUX_DEPTH", {"num_layers": 1, "num_single_layers": 2})
+    if system == "guidance":
+        from benchmarks import guidance
+
+        sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+        vae = {"block_out_channels": (4, 4), "latent_channels": 16, "layers_per_block": 1, "norm_num_groups": 2}
+        wan_vae = {"base_dim": 3, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+        for name, value in {"RESNET": sizes, "PIXELS": 16, "VAE": vae, "WAN_VAE": wan_vae}.items():
+            monkeypatch.setattr(guidance, name, value)
     monkeypatch.setattr(timing, "MIN_ROUNDS", 2)
     settings = timing.Settings("DiT-S/8", torch.device("cpu"), [torch.float32], [1, 2], compile=False, budget=0.0)
     ratios = list(import_module(f"benchmarks.{system}").run(settings))

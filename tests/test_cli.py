@@ -44,7 +44,8 @@ def run(*arguments) -> str:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["export"], ["sample"], ["convert"], ["publish"], ["plot"], ["diagnose"], ["info"]]
+    "command",
+    [[], ["train"], ["export"], ["sample"], ["guide"], ["convert"], ["publish"], ["plot"], ["diagnose"], ["info"]],
 )
 def test_help(command):
     output = run(*command, "--help")

@@ -75,6 +75,8 @@ def test_the_report_of_prompts(demo_folder, monkeypatch):
         "docs/routing.md",
         "docs/snr_split.md",
         "docs/guidance.md",
+        "docs/guidance_targets.md",
+        "docs/guidance_training.md",
         "docs/demo_guidance.md",
         "docs/hub.md",
         "docs/evaluation.md",

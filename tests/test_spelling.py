@@ -31,11 +31,13 @@ MEANINGS = {
     "images at once": ("batch_size", "train_batch_size|per_device_batch_size|bs"),
     "seed": ("seed", "random_seed|manual_seed"),
     "precision of a computation": ("dtype", "precision|torch_dtype|data_type"),
-    "scale of guidance": ("guidance_scale", "cfg|cfg_scale|scale|guidance"),
+    "scale of classifier-free guidance": ("guidance_scale", "cfg|cfg_scale|guidance"),
+    "scale of guidance by a vision network": ("scale", "vision_scale|strength|gradient_scale"),
     "network or pipeline to start from": ("pretrained_model_name_or_path", "pretrained|init_from|model_name_or_path|ckpt"),
     "number of bands": ("num_bands", "bands"),
     "size of a network's images": ("image_processor_size", "network_image_size|processor_size"),
 }  # fmt: skip
+TWO_MEANINGS = {"prompt", "prompts", "expert", "experts"}  # one, and a file of many
 CLASSES = [EvaluationArguments, SamplingArguments, DiTTrainingArguments, GenerationArguments, EncodingArguments]
 
 
@@ -72,7 +74,9 @@ def test_one_spelling_for_one_meaning(argument_classes):
         for meaning, (spelling, others) in MEANINGS.items():
             assert not re.fullmatch(others, name), f"{name} of {where}: the {meaning} is spelled {spelling}"
     folded: dict[str, str] = {}
-    for name in used:  # num_images and numimages, image_columns and image_column, would be two spellings
+    for name in (
+        used.keys() - TWO_MEANINGS
+    ):  # num_images and numimages, image_columns and image_column, would be two spellings
         other = folded.setdefault(re.sub(r"s?_|s$", "", name), name)
         assert other == name, f"{name} of {used[name]} and {other} of {used[other]}"
 

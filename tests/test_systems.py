@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from conftest import REPOSITORY, randomised
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from networks import PLAIN, make_resnet
 from peft import LoraConfig
 from small_pipelines import DIT, PIPELINES, with_one
@@ -88,6 +88,22 @@ def test_guidance_experts_are_found_in_the_scheduler():
     assert [system.key for system, _ in systems_in(pipeline)] == ["ppap", "dit"]
     assert responsibility(pipeline, 285) == "At timestep 285 expert 2 of 7 guides; it owns the timesteps 285 to 427."
     assert list(specialisation_figures(pipeline)) == ["guidance_experts"]
+
+
+def test_guidance_experts_are_found_by_the_noise_that_they_were_trained_on():
+    """At σ = 0.5, x_t is half image and half noise; with the linear schedule of diffusion it is so at t = 259."""
+    pipeline = sd3_pipe(RECIPES["sd3"].denoiser())
+    experts = GuidanceExperts(make_resnet(), **PLAIN, num_experts=7, noise_schedule={"beta_schedule": "linear"})
+    pipeline.scheduler = GuidedScheduler.for_pipeline(pipeline, experts, ClassTarget(0))
+    alphas_cumprod = DDPMScheduler().alphas_cumprod
+    assert alphas_cumprod[258] > 0.5 > alphas_cumprod[259]
+    assert responsibility(pipeline, 500) == (
+        "At timestep 500 expert 1 of 7 guides; it owns the timesteps 142 to 284 of the noise that it was trained on."
+    )
+    (axes,) = specialisation_figures(pipeline, timestep=500)["guidance_experts"].axes
+    share = axes.lines[0].get_ydata()
+    assert share[259] == pytest.approx(alphas_cumprod[259].item())
+    assert axes.lines[1].get_xdata()[0] in (258, 259)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -13,6 +13,7 @@ from diffusers_dmp.diffusion.process import NoiseProcess
 from diffusers_dmp.guidance.experts import METHODS
 from diffusers_dmp.hub.pushing import with_hub
 from diffusers_dmp.training.arguments import (
+    BoundaryArguments,
     ExpertArguments,
     NoiseArguments,
     ProcessArguments,
@@ -22,7 +23,13 @@ from diffusers_dmp.training.arguments import (
 from diffusers_dmp.training.conditions import no_conditions
 from diffusers_dmp.training.data.training_data import load_training_data
 from diffusers_dmp.training.experts import ExpertTraining, train_experts
-from diffusers_dmp.training.guidance_experts import WEIGHTS_NAME, make_experts, save_expert, save_together
+from diffusers_dmp.training.guidance_experts import (
+    WEIGHTS_NAME,
+    expert_intervals,
+    make_experts,
+    save_expert,
+    save_together,
+)
 from diffusers_dmp.training.objectives import distillation
 from diffusers_dmp.training.objectives.from_arguments import make_noising, noise_record
 from diffusers_dmp.training.objectives.objective import Objective
@@ -31,10 +38,12 @@ from diffusers_dmp.training.parsing import renamed, run_entry_point
 from diffusers_dmp.training.recipe import TrainingRecipe
 from diffusers_dmp.training.trainer import make_accelerator
 
+NUM_EXPERTS = 5  # the paper's
+
 
 @renamed(network_image_size="image_processor_size")
 @dataclass(kw_only=True)
-class PPAPTrainingArguments(ExpertArguments, ProcessArguments, SharedTrainingArguments):
+class PPAPTrainingArguments(BoundaryArguments, ExpertArguments, ProcessArguments, SharedTrainingArguments):
     """The experts of a vision model that guide."""
 
     # fields of 0.1, which its `training_arguments.yaml` have
@@ -42,11 +51,15 @@ class PPAPTrainingArguments(ExpertArguments, ProcessArguments, SharedTrainingArg
         "learn_sigma", "prediction_type", "weighting", "uncertainty_learning_rate",
     )  # fmt: skip
 
-    base_model: str = option("", "Folder or Hub id of the transformers model: classifier, depth or segmentation.")
+    base_model: str = option(
+        "", "Folder or Hub id of the transformers model: classifier, depth, segmentation, CLIP or SigLIP."
+    )
     method: str = option(
         "ppap", "ppap (no labels), or the paper's baselines, on labels: multi_experts (whole copies), finetune (one)."
     )
-    num_experts: int = option(5, "Number of equal intervals of timesteps, each with its expert.")
+    num_experts: int = option(  # None until `_resolve_intervals`
+        None, "Number of experts, with intervals of equally many timesteps; 5, or as many as boundaries make."
+    )
     rank: int = option(16, "Rank of LoRA.")
     lora_alpha: float = option(8.0, "LoRA is scaled by this over its rank.")
     target_modules: list[str] = option([], "Endings of the names of layers that get LoRA; the paper's by default.")
@@ -75,9 +88,8 @@ class PPAPTrainingArguments(ExpertArguments, ProcessArguments, SharedTrainingArg
         self._check_noise()
         if self.method not in METHODS:
             raise ValueError(f"Expected `method` to be one of {', '.join(METHODS)}, but got {self.method!r}.")
-        if self.method == "finetune":
-            self.num_experts = 1
-        self.check_at_least_one("num_experts", "rank")
+        self._resolve_intervals()
+        self.check_at_least_one("rank")
         if self.image_processor_size is not None:
             self.check_at_least_one("image_processor_size")
         self.check_expert(self.num_experts)
@@ -95,6 +107,29 @@ class PPAPTrainingArguments(ExpertArguments, ProcessArguments, SharedTrainingArg
             raise ValueError(
                 "Expected `random_flip` to be false where the teacher has images of its own, but got true."
             )
+
+    def _resolve_intervals(self) -> None:
+        """Set the number of experts, and check that the intervals are given in one way and fit the noise."""
+        given = self.given_boundaries
+        if len(given) > 1:
+            raise ValueError(f"Expected one kind of boundaries at most, but got {' and '.join(given)}.")
+        if self.method == "finetune":
+            if given:
+                raise ValueError(f"Expected no `{given[0]}` for the method finetune, which trains one network.")
+            self.num_experts = 1
+        if self.sigma_boundaries and self.objective != "flow":
+            raise ValueError(
+                "Expected `objective` to be flow where `sigma_boundaries` is set, but got ddpm; `snr_boundaries` and "
+                "`timestep_boundaries` go with both."
+            )
+        if self.num_experts is None:
+            self.num_experts = self.count_experts() if given else NUM_EXPERTS
+        if given and self.num_experts != self.count_experts():
+            raise ValueError(
+                f"Expected `num_experts` to be the {self.count_experts()} that `{given[0]}` makes, but got {self.num_experts}."
+            )
+        self.check_at_least_one("num_experts")
+        expert_intervals(self)  # raises where boundaries and noise do not fit
 
     def _check_noise(self) -> None:
         """Check the noise process, and that nothing is set that it does not have."""

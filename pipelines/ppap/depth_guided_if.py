@@ -2,6 +2,10 @@
 PPAP, https://arxiv.org/abs/2212.05973, section 5.3
 
 python pipelines/ppap/depth_guided_if.py photo.png "a photo of a dog" --experts outputs/ppap_if_depth/experts
+
+With the published experts, once they are converted (docs/guidance_training.md, "DeepFloyd-IF"):
+
+python pipelines/ppap/depth_guided_if.py photo.png "a photo of a dog" --experts deepfloyd_midas --network midas
 """
 
 import argparse
@@ -18,8 +22,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("image", help="photograph with the depth to ask for")
     parser.add_argument("prompt")
+    parser.add_argument("--experts", default="outputs/ppap_if_depth/experts", help="folder of the experts")
     parser.add_argument(
-        "--experts", default="outputs/ppap_if_depth/experts", help="folder that training/train_ppap.py wrote"
+        "--network", choices=["midas"], help="midas: the experts are the published ones, of MiDaS small from torch.hub"
     )
     parser.add_argument("--stage_1", default="DeepFloyd/IF-I-XL-v1.0")
     parser.add_argument("--stage_2", default="DeepFloyd/IF-II-L-v1.0", help="empty to stop at 64 x 64 pixels")
@@ -29,7 +34,8 @@ def main() -> None:
     parser.add_argument("--output", default="depth_guided.png")
     args = parser.parse_args()
 
-    experts = GuidanceExperts.from_pretrained(args.experts)
+    network = torch.hub.load("intel-isl/MiDaS", "MiDaS_small") if args.network == "midas" else None
+    experts = GuidanceExperts.from_pretrained(args.experts, network=network)
     photograph = to_tensor(center_crop(Image.open(args.image).convert("RGB"), 256))[None]  # (1, 3, 256, 256)
     with torch.no_grad():
         depth = experts(photograph, torch.tensor(0)).predicted_depth

@@ -188,7 +188,7 @@ def _gated_prompts(pipeline: "DiffusionPipeline") -> Any:
     return None if prompts is None or prompts.config.gate == "none" else prompts
 
 
-def _owner(intervals: "NoiseIntervals", timestep: int) -> tuple[int, str]:
+def _owner(intervals: "NoiseIntervals", timestep: float) -> tuple[int, str]:
     """The expert that owns a timestep, and in words which timesteps it owns."""
     import torch
 
@@ -280,8 +280,22 @@ def _snr_split_sentence(pipeline: Any, _: Any, timestep: int) -> str:
 
 
 def _ppap_sentence(pipeline: Any, experts: Any, timestep: int) -> str:
-    expert, owns = _owner(experts.intervals, timestep)
-    return f"At timestep {timestep} expert {expert} of {experts.intervals.num_experts} guides; {owns}."
+    own_timestep = _timestep_of_experts(pipeline, experts, timestep)
+    expert, owns = _owner(experts.intervals, timestep if own_timestep is None else own_timestep)
+    where = "" if own_timestep is None else " of the noise that it was trained on"
+    return f"At timestep {timestep} expert {expert} of {experts.intervals.num_experts} guides; {owns}{where}."
+
+
+def _timestep_of_experts(pipeline: Any, experts: Any, timestep: int) -> float | None:
+    """The timestep with the same noise in the process that guidance experts were trained on; None if it is the pipeline's."""
+    import torch
+
+    from .diffusion.process import NoiseProcess
+
+    if experts.process is None or experts.process.is_process_of(pipeline.scheduler):
+        return None
+    levels = NoiseProcess(pipeline.scheduler).levels_at(torch.tensor(timestep))
+    return float(experts.process.timestep_at(*levels))
 
 
 def _baked_experts(pipeline: Any, model: Any) -> "list[tuple[ModelMixin, str]]":
@@ -407,6 +421,7 @@ SYSTEMS: dict[str, System] = {
             intervals=lambda experts: experts.intervals,
             derived_intervals=_uniform_intervals,
             is_guidance=True,
+            pipeline_tag=None,
         ),
     )
 }

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from conftest import FIXTURES, Vectors
+from diffusers import DDPMScheduler
 from networks import make_resnet
 from torch.nn import functional as F
 
@@ -89,9 +90,26 @@ def test_published_experts(published, tmp_path):
             logits = experts.run_expert(expert, images, merged=merged).logits
             torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
     assert experts.intervals.edges == (0, 500, 1000)
+    adm = DDPMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
+    assert experts.process.is_process_of(adm) and experts.config.sample_size == [256, 256]
     experts.save_pretrained(tmp_path / "experts")
     loaded = GuidanceExperts.from_pretrained(tmp_path / "experts")
     torch.testing.assert_close(loaded.run_expert(1, images).logits, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_experts", [1, 2])
+@torch.no_grad()
+def test_published_baselines(published, num_experts):
+    """Whole networks without LoRA: one for all timesteps, or one for each interval."""
+    _, networks = published
+    checkpoints = [
+        {original_name(name): tensor for name, tensor in network.state_dict().items()} for network in networks
+    ]
+    experts = convert_checkpoint("ppap", checkpoints[:num_experts])
+    assert experts.config.method == ("finetune" if num_experts == 1 else "multi_experts")
+    images = torch.randn(2, 3, 32, 32)
+    for expert, network in enumerate(networks[:num_experts]):
+        torch.testing.assert_close(experts.run_expert(expert, images).logits, network(images).logits)
 
 
 def published_deit(seed: int) -> dict[str, torch.Tensor]:
@@ -168,8 +186,15 @@ def test_published_deit(tmp_path):
 
 def test_checkpoints_that_do_not_fit(published):
     checkpoints, _ = published
-    with pytest.raises(ValueError, match="a ResNet's or a DeiT's weights, but got 'midas.scratch'"):
-        convert_checkpoint("ppap", [{"midas.scratch.weight": torch.zeros(1)}])
+    with pytest.raises(ValueError, match="a ResNet's or a DeiT's weights, but got 'scratch'"):
+        convert_checkpoint("ppap", [{"scratch.weight": torch.zeros(1)}])
+    with pytest.raises(ValueError, match="`gamma` to be 2, which the shapes of the LoRA show, but got 16"):
+        convert_checkpoint("ppap", checkpoints, {"gamma": 16})
+    with pytest.raises(ValueError, match="no `network` for the experts of a ResNet"):
+        convert_checkpoint("ppap", checkpoints, network=make_resnet())
+    factor = {"resnet.layer1.0.conv1.lora_B": torch.zeros(5, RANK)}
+    with pytest.raises(ValueError, match=r"LoRA of 'layer1.0.conv1' to fit .* \(5, 2\)"):
+        convert_checkpoint("ppap", [checkpoints[0] | factor])
     with pytest.raises(ValueError, match="a DeiT's weights, but got 'blocks.0.ls1.gamma'"):
         convert_checkpoint("ppap", [published_deit(1) | {"deit.classifier.blocks.0.ls1.gamma": torch.zeros(1)}])
     with pytest.raises(ValueError, match="'classifier.1.bias' is missing"):

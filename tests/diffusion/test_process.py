@@ -49,6 +49,16 @@ def test_its_own_timesteps_are_found_again(name):
         assert process.scale_at(*levels(process, t)).item() == pytest.approx(1)
 
 
+@pytest.mark.parametrize("name", sorted(RECORDS))
+def test_noise_of_timesteps(name):
+    """That of a timestep between two whole ones is between theirs."""
+    process = NoiseProcess.from_record(RECORDS[name])
+    for t in (1, 250, 600, 998):
+        torch.testing.assert_close(process.levels_at(torch.tensor(t)), levels(process, t), rtol=1e-6, atol=1e-6)
+        before, between, after = process.levels_at(torch.tensor([t, t + 0.5, t + 1]))[1]
+        assert before < between < after
+
+
 def test_noise_beyond_a_process_is_that_of_its_first_or_last_timestep():
     process = NoiseProcess.from_record(RECORDS["linear"])
     zero, one = torch.zeros(()), torch.ones(())

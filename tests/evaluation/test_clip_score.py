@@ -7,37 +7,19 @@ import PIL.Image
 import pytest
 import torch
 from networks import make_vit
-from tiny_pipelines import filled
+from tiny_clip import save_clip
 from tiny_text import clip_tokenizer
 from torchmetrics.functional.multimodal import clip_score as torchmetrics_score
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPModel
 
 from diffusers_dmp.evaluation.clip_score import ClipScorer, clip_score
 from diffusers_dmp.evaluation.digits import digit_images
 from diffusers_dmp.evaluation.evaluate import EvaluationArguments, evaluate
 from diffusers_dmp.evaluation.fingerprint import expect_comparable
 from diffusers_dmp.evaluation.npz import write_npz
-from diffusers_dmp.evaluation.prompts import prompts_sha256
+from diffusers_dmp.training.data.prompts import prompts_sha256
 
 PROMPTS = ["a handwritten seven", "one", "a photo of the digit eight, on the left"]
-
-
-def save_clip(folder, seed: int = 4) -> str:
-    tokenizer = clip_tokenizer()
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    text = sizes | special | {"vocab_size": len(tokenizer)}
-    vision = sizes | {"image_size": 16, "patch_size": 4}
-    network = filled(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)), seed)
-    with torch.no_grad():  # so that cosines of either sign occur
-        for parameter in network.parameters():
-            parameter.mul_(10)
-    network.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    settings = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 16}}
-    settings["crop_size"] = {"height": 16, "width": 16}
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +173,11 @@ def test_bad_prompts_and_clips(clip, images, tmp_path):
         score(tmp_path, generated, str(tmp_path / "vit"))
     with pytest.raises(ValueError, match="`clip` to be an existing folder or a Hub id, but got './missing'"):
         score(tmp_path, generated, "./missing")
+    save_clip(tmp_path / "wordless")
+    for file in (tmp_path / "wordless").glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="the model's vocabulary of 514 tokens, but got 2"):
+        score(tmp_path, generated, str(tmp_path / "wordless"))
     with pytest.raises(ValueError, match="no `skip_unreadable` with `clip`"):
         score(tmp_path, generated, clip, skip_unreadable=True)
     with pytest.raises(ValueError, match="Expected `extractor` to be given"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import TINY_CONFIG, randomised
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from networks import PLAIN, make_resnet
 from runs import train_here, weights
 from torch import nn
@@ -102,6 +102,24 @@ def test_a_pipeline_samples_what_it_samples_on_the_cpu(system):
     expected = sample()
     pipeline.to(GPU)
     torch.testing.assert_close(sample(), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler(), FlowMatchEulerDiscreteScheduler()], ids=["DDIM", "flow"])
+@torch.no_grad()
+def test_no_guided_step_waits_for_the_gpu(scheduler):
+    """But the first one, to which weights are moved, and the last one, which tells whether all gradients were finite."""
+    noise_schedule = {"process": "flow_matching"}
+    experts = GuidanceExperts(make_resnet(), **PLAIN, num_experts=2, rank=2, noise_schedule=noise_schedule)
+    scheduler = GuidedScheduler(scheduler, experts, ClassTarget([1, 3]))
+    scheduler.set_timesteps(6, device=GPU)
+    sample, output = torch.randn(2, 3, 8, 8, device=GPU), torch.randn(2, 3, 8, 8, device=GPU)
+    for index, timestep in enumerate(scheduler.timesteps):
+        torch.cuda.set_sync_debug_mode("error" if 2 <= index < 5 else "default")
+        try:
+            sample = scheduler.step(output, timestep, sample).prev_sample
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert sample.isfinite().all()
 
 
 def test_a_deterministic_training_resumes_bit_for_bit(digits, tmp_path):

@@ -1,18 +1,21 @@
 """A mixture of normal distributions, one for each class, of which denoisers and noise-aware classifiers are known exactly.
 
-x_t = α·x0 + σ·ε of class k is normal with the mean α·μ_k and the variance α²·s² + σ². Legend: B batch, K classes, D numbers of
-a sample.
+x_t = α·x0 + σ·ε of class k is normal with the mean α·μ_k and the variance α²·s² + σ². Legend: B batch, K classes.
 """
 
+import inspect
 from typing import Any
 
+import numpy as np
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from diffusers_dmp import GuidanceExperts
-from diffusers_dmp.diffusion.noise import levels_at
+from diffusers_dmp.diffusion.noise import is_flow_matching
+from diffusers_dmp.diffusion.predictions import noise_levels
 from diffusers_dmp.diffusion.process import NoiseProcess
 
 FLOW = {"process": "flow_matching"}
@@ -57,6 +60,10 @@ class GaussianMixture:
         gain = alpha * self.std**2 / (alpha**2 * self.std**2 + sigma**2)
         return mean + gain * (x_t - alpha * mean)
 
+    def noise(self, x_t: torch.Tensor, alpha: Any, sigma: Any, label: int | None = None) -> torch.Tensor:
+        """E[ε | x_t] (B, …)."""
+        return (x_t - alpha * self.x0(x_t, alpha, sigma, label)) / sigma
+
     def velocity(self, x_t: torch.Tensor, sigma: Any, label: int | None = None) -> torch.Tensor:
         """E[ε - x0 | x_t] (B, …) of flow matching, x_t = (1-σ)·x0 + σ·ε."""
         return (x_t - self.x0(x_t, 1 - sigma, sigma, label)) / sigma
@@ -64,6 +71,25 @@ class GaussianMixture:
     def share_of(self, x0: torch.Tensor, label: int) -> float:
         """The share of samples (B, …) that are most likely of a class."""
         return (self.class_log_probs(x0, 1.0, 0.0).argmax(-1) == label).double().mean().item()
+
+
+def generate(
+    mixture: GaussianMixture, scheduler: SchedulerMixin, steps: int = 25, count: int = 4000, **schedule: Any
+) -> torch.Tensor:
+    """Samples (B, …) by a scheduler and the exact denoiser of the mixture, which knows of no class: always from the same noise."""
+    scheduler.set_timesteps(steps, **schedule)
+    shape, generator = (count, *mixture.means.shape[1:]), torch.Generator().manual_seed(0)
+    x_t = torch.randn(shape, generator=generator, dtype=torch.float64) * getattr(scheduler, "init_noise_sigma", 1.0)
+    own = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    for t, alpha, sigma in zip(scheduler.timesteps, *noise_levels(scheduler)):
+        if is_flow_matching(scheduler):
+            prediction = mixture.velocity(x_t, sigma)
+            if scheduler.config.get("invert_sigmas"):
+                prediction = -prediction  # as Mochi predicts it
+        else:
+            prediction = mixture.noise(scheduler.scale_model_input(x_t, t), alpha, sigma)
+        x_t = scheduler.step(prediction, t, x_t, **own).prev_sample
+    return x_t
 
 
 class _Nothing(PreTrainedModel):
@@ -101,12 +127,10 @@ class MixtureExperts(GuidanceExperts):
         process = self.process
         assert isinstance(process, NoiseProcess)
         if process.is_flow_matching:
-            return 1 - t / 1000, t / 1000
-        # between whole timesteps by the angle, independently of the code under test: a fine bisection would do the same
-        low, part = t.floor(), t - t.floor()
-        ends = [
-            torch.atan2(*reversed(levels_at(process.scheduler, (low + step).clamp(max=999)))).double()
-            for step in (0, 1)
-        ]
-        angle = ends[0] + part * (ends[1] - ends[0])
+            sigma = t / self.config.num_train_timesteps
+            return 1 - sigma, sigma
+        # between whole timesteps by the angle
+        alphas_cumprod = process.scheduler.alphas_cumprod.double()
+        angles = np.arctan2((1 - alphas_cumprod).sqrt(), alphas_cumprod.sqrt())
+        angle = torch.tensor(np.interp(t, np.arange(1000), angles))
         return angle.cos(), angle.sin()

@@ -546,6 +546,13 @@ def test_each_step_is_guided_by_the_expert_of_its_timestep():
     assert acting == [3, 2, 1, 0]
 
 
+def test_experts_of_noisy_images_behind_a_decoder():
+    """They see x̂0 there, which has no noise."""
+    experts = GuidanceExperts(make_resnet(), **PLAIN, rank=2, noise_schedule={"beta_schedule": "linear"})
+    with pytest.warns(UserWarning, match="trained on noisy images, but with a decoder they see clean ones"):
+        GuidedScheduler(DDIMScheduler(), experts, ClassTarget(1), decoder=lambda x0: x0)
+
+
 # Copies and settings
 
 

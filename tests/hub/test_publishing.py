@@ -257,6 +257,18 @@ def test_guidance_experts_alone(hub, to_hub, tmp_path):
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected)
 
 
+@pytest.mark.parametrize(("outputs", "given"), [("logits", ""), (torch.nn.Identity(), ", outputs=...")])
+def test_guidance_experts_of_a_network_from_elsewhere(tmp_path, outputs, given):
+    """It need not be on the Hub; the card says what to load the experts with."""
+    settings = PLAIN | {"method": "finetune", "num_experts": 1, "base_model_name_or_path": "torch.hub a/b c"}
+    GuidanceExperts(torch.nn.Flatten(), outputs=outputs, **settings).save_pretrained(tmp_path)
+    publication = publish(tmp_path, "user/experts", license="mit", dry_run=True)
+    assert "network = ...  # torch.hub a/b c\n" in publication.card
+    assert f'GuidanceExperts.from_pretrained("user/experts", network=network{given})\n' in publication.card
+    assert "base_model:" not in publication.card
+    assert json.loads(publication.files["config.json"])["base_model_name_or_path"] == "torch.hub a/b c"
+
+
 def test_a_dry_run_leaves_no_trace(hub, to_hub, training):
     publication = publish(training, "user/remix-digits", **to_hub, dry_run=True)
     assert "model_index.json" in publication.files

@@ -175,26 +175,28 @@ def scheduler_classes() -> dict[str, type]:
     return dict(sorted(found.items()))
 
 
+def flow_settings(scheduler_class: type) -> dict:
+    """The settings with which a scheduler is a flow-matching one, if it has any."""
+    has_flow_sigmas = "use_flow_sigmas" in inspect.signature(scheduler_class.__init__).parameters
+    return {"use_flow_sigmas": True, "prediction_type": "flow_prediction"} if has_flow_sigmas else {}
+
+
 def row(name: str, scheduler_class: type) -> str:
-    """A row of the table: for ε with a linear and a cosine schedule, for flow velocities, and under guidance."""
+    """A row of the table: for ε with a linear and a cosine schedule, for flow velocities, and under guidance of what fits."""
     distilled = name in DISTILLED
     words = [
         measure(scheduler_class, ExactDenoiser(beta_schedule, distilled=distilled))
         for beta_schedule in ("linear", "squaredcos_cap_v2")
     ]
-    flow = (
-        {"use_flow_sigmas": True}
-        if "use_flow_sigmas" in inspect.signature(scheduler_class.__init__).parameters
-        else {}
-    )
-    flow |= {"prediction_type": "flow_prediction"} if flow else {}
-    words.append(
-        measure(scheduler_class, ExactDenoiser(prediction_type="flow_prediction", distilled=distilled), **flow)
-    )
-    is_right = "right" in words[:2]
-    words.append(
-        measure_guided(scheduler_class, ExactDenoiser("squaredcos_cap_v2", distilled=distilled)) if is_right else "–"
-    )
+    flow = flow_settings(scheduler_class)
+    flow_denoiser = ExactDenoiser(prediction_type="flow_prediction", distilled=distilled)
+    words.append(measure(scheduler_class, flow_denoiser, **flow))
+    guided = []
+    if "right" in words[:2]:
+        guided.append(measure_guided(scheduler_class, ExactDenoiser("squaredcos_cap_v2", distilled=distilled)))
+    if words[2] == "right":
+        guided.append(measure_guided(scheduler_class, flow_denoiser, **flow))
+    words.append(", ".join(dict.fromkeys(guided)) or "–")
     if distilled:
         words = [each.replace("right", "right if distilled") for each in words]
     return f"| `{name}` | {' | '.join(words)} |"

@@ -20,6 +20,7 @@ from exact_denoisers import (
     DISTILLED,
     TABLE,
     ExactDenoiser,
+    flow_settings,
     generate,
     measure,
     measure_guided,
@@ -293,6 +294,7 @@ def test_the_split_is_that_of_the_noise_schedule_of_training():
     assert pipeline.intervals().edges == edges
 
 
+FLOW_RIGHT = [name for name in CLASSES if words(name)[2].startswith("right")]
 GUIDED = {name: {"use_karras_sigmas": True} if takes(name, "use_karras_sigmas") else {} for name in RIGHT}
 
 
@@ -302,6 +304,15 @@ GUIDED = {name: {"use_karras_sigmas": True} if takes(name, "use_karras_sigmas") 
 def test_guidance_of_every_scheduler(name, beta_schedule):
     denoiser = ExactDenoiser(beta_schedule, distilled=name in DISTILLED)
     assert measure_guided(CLASSES[name], denoiser, **GUIDED[name]) == "right"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FLOW_RIGHT)
+def test_guidance_of_every_flow_matching_scheduler(name):
+    denoiser = ExactDenoiser(prediction_type="flow_prediction", distilled=name in DISTILLED)
+    shift = "flow_shift" if takes(name, "flow_shift") else "shift"
+    settings = flow_settings(CLASSES[name]) | ({shift: 3.0} if takes(name, shift) else {})
+    assert measure_guided(CLASSES[name], denoiser, **settings) == "right"
 
 
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"])

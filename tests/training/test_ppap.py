@@ -1,27 +1,50 @@
-"""PPAP's training: images that a diffusion model generated, and experts on them."""
+"""PPAP's training: experts on images that a diffusion model generated, or on any others."""
 
+import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import REPOSITORY, TINY_CONFIG, Vectors, assert_matches, randomised
-from datasets import Dataset, Features, Image, load_dataset
-from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from datasets import Dataset, Features, Image
+from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from guidance_data import generate, save_unconditional
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from networks import make_dpt, make_resnet
 from runs import launch_script
+from tiny_clip import save_clip, save_siglip
+from tiny_pipelines import RECIPES
+from tiny_text import with_text
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification
+from transformers.utils import ModelOutput
 
-from diffusers_dmp import ClassConditionalPipeline, DiTModel, GuidanceExperts
+from diffusers_dmp import (
+    ClassConditionalPipeline,
+    ClassTarget,
+    DiTModel,
+    GuidanceExperts,
+    GuidedScheduler,
+    NoiseIntervals,
+    TextTarget,
+)
 from diffusers_dmp.evaluation.digits import fit_classifier
-from diffusers_dmp.training.data.generation import GenerationArguments, generate_images
+from diffusers_dmp.training.arguments import BoundaryArguments, ProcessArguments
 from diffusers_dmp.training.data.images import load_images, training_items
-from diffusers_dmp.training.objectives.distillation import distillation_losses
+from diffusers_dmp.training.guidance_experts import expert_intervals
+from diffusers_dmp.training.objectives.densities import DENSITIES
+from diffusers_dmp.training.objectives.distillation import LabelObjective, distillation_losses
+from diffusers_dmp.training.objectives.from_arguments import make_noising
 from diffusers_dmp.training.objectives.noising import FlowNoising
+from diffusers_dmp.training.objectives.timesteps import StepExperts
+from diffusers_dmp.training.parsing import parse_arguments
+from diffusers_dmp.training.resuming import differing_arguments
 
 TINY = {
     "image_size": 8,
@@ -49,82 +72,28 @@ def base(tmp_path) -> Path:
 
 @pytest.fixture
 def pipeline(tmp_path) -> Path:
-    transformer = randomised(
-        DiTModel(**TINY_CONFIG | {"in_channels": 1, "out_channels": 1, "num_classes": 1, "class_dropout_prob": 0.0})
-    )
-    ClassConditionalPipeline(transformer, DDPMScheduler()).save_pretrained(tmp_path / "pipeline")
-    return tmp_path / "pipeline"
+    return save_unconditional(tmp_path / "pipeline")
 
 
 @pytest.fixture
-def train_ppap_here(digits, base, monkeypatch):
-    """In this process."""
+def arguments_class(monkeypatch) -> type:
     monkeypatch.syspath_prepend(str(REPOSITORY / "training"))
-    from train_ppap import PPAPTrainingArguments, train_ppap
+    from train_ppap import PPAPTrainingArguments
+
+    return PPAPTrainingArguments
+
+
+@pytest.fixture
+def train_ppap_here(digits, base, arguments_class):
+    """In this process."""
+    from train_ppap import train_ppap
 
     def train(output_dir: Path, **arguments) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         defaults = TINY | {"dataset": str(digits), "base_model": str(base), "output_dir": str(output_dir)}
-        train_ppap(PPAPTrainingArguments(**defaults | arguments))
+        train_ppap(arguments_class(**defaults | arguments))
 
     return train
-
-
-def generate(pipeline: Path, output_dir: Path, **arguments) -> Dataset:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    defaults = {"num_images": 10, "batch_size": 4, "shard_size": 6, "num_inference_steps": 2}
-    generate_images(GenerationArguments(pipeline=str(pipeline), output_dir=str(output_dir), **defaults | arguments))
-    return load_dataset(str(output_dir), split="train")
-
-
-def grey_levels(images: list, others: list) -> int:
-    """The largest difference between two lists of images, in 8-bit grey levels."""
-    pixels, other_pixels = (np.stack([np.asarray(image, dtype=int) for image in each]) for each in (images, others))
-    return np.abs(pixels - other_pixels).max()
-
-
-def assert_alike(images: list, others: list) -> None:
-    """Equal up to rounding: float32's in another batch or thread may take a pixel to the next grey level."""
-    assert grey_levels(images, others) <= 1
-
-
-# Images without data
-
-
-def test_images_depend_on_seed_and_index_alone(pipeline, tmp_path):
-    images = generate(pipeline, tmp_path / "one")["image"]
-    assert len(images) == 10 and images[0].size == (8, 8)
-    assert_alike(generate(pipeline, tmp_path / "two", batch_size=3)["image"], images)
-    assert grey_levels(images[:1], images[1:2]) > 10
-
-
-def test_generating_goes_on_where_it_was(pipeline, tmp_path):
-    images = generate(pipeline, tmp_path / "run")["image"]
-    first, second = sorted((tmp_path / "run").glob("*.parquet"))
-    kept, lost = first.read_bytes(), second.read_bytes()
-    second.unlink()
-    before = first.stat().st_mtime_ns
-    again = generate(pipeline, tmp_path / "run")["image"]
-    assert first.stat().st_mtime_ns == before and first.read_bytes() == kept and second.read_bytes() == lost
-    assert [image.tobytes() for image in again] == [image.tobytes() for image in images]
-    with pytest.raises(ValueError, match="`num_inference_steps` to be 2, as in the images that .* holds, but got 3"):
-        generate(pipeline, tmp_path / "run", num_inference_steps=3)
-
-
-@pytest.mark.slow
-def test_generating_on_two_processes(pipeline, tmp_path):
-    images = generate(pipeline, tmp_path / "one")["image"]
-    arguments = {"pipeline": pipeline, "num_images": 10, "batch_size": 4, "shard_size": 6, "num_inference_steps": 2}
-    launch_script("generate_guidance_data.py", tmp_path / "two", 2, arguments)
-    assert_alike(load_dataset(str(tmp_path / "two"), split="train")["image"], images)
-
-
-def test_generating_with_diffusers_own_pipeline(tmp_path):
-    unet = UNet2DModel(8, 3, 3, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
-                       norm_num_groups=4, layers_per_block=1)  # fmt: skip
-    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
-    images = generate(tmp_path / "ddpm", tmp_path / "run", scheduler="")["image"]
-    assert images[9].mode == "RGB"
 
 
 # What is learned
@@ -132,14 +101,21 @@ def test_generating_with_diffusers_own_pipeline(tmp_path):
 
 def test_published_distillation():
     vectors = Vectors("diffusion")
-    losses = distillation_losses(vectors["ppap.kd.student_logits"], vectors["ppap.kd.teacher_logits"], is_depth=False)
+    losses = distillation_losses(vectors["ppap.kd.student_logits"], vectors["ppap.kd.teacher_logits"], "logits")
     assert_matches(losses, vectors["ppap.kd.loss_per_sample"])
 
 
 def test_depth_is_learned_by_squares():
     student, teacher = torch.randn(2, 4, 5), torch.randn(2, 4, 5)
     expected = torch.stack([F.mse_loss(student[i], teacher[i]) for i in range(2)])
-    torch.testing.assert_close(distillation_losses(student, teacher, is_depth=True), expected)
+    torch.testing.assert_close(distillation_losses(student, teacher, "predicted_depth"), expected)
+
+
+def test_embeddings_are_learned_by_their_angle():
+    student, teacher = torch.randn(2, 8), torch.randn(2, 8)
+    expected = (F.normalize(student) - F.normalize(teacher)).square().sum(1)
+    for name in ("image_embeds", "pooler_output"):
+        torch.testing.assert_close(distillation_losses(3 * student, teacher, name), expected)
 
 
 # Training
@@ -190,14 +166,17 @@ def test_one_by_one_is_all(train_ppap_here, tmp_path):
         torch.testing.assert_close(apart.expert_tensors()[name], tensor)
 
 
-def test_an_expert_goes_on_where_it_was_stopped(train_ppap_here, tmp_path):
-    arguments = {"checkpointing_steps": 1, "max_train_steps": 3, "checkpoints_total_limit": 3}
+@pytest.mark.parametrize("process", [{}, {"objective": "flow", "num_experts": None, "sigma_boundaries": [0.875]}])
+def test_an_expert_goes_on_where_it_was_stopped(train_ppap_here, tmp_path, process):
+    arguments = process | {"checkpointing_steps": 1, "max_train_steps": 3, "checkpoints_total_limit": 3}
     train_ppap_here(tmp_path / "run", **arguments)
     whole = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts").expert_tensors()
     for step in (2, 3):
         shutil.rmtree(tmp_path / "run" / "expert_1" / f"checkpoint-{step}")
     with pytest.raises(ValueError, match="no checkpoints of an earlier run"):
         train_ppap_here(tmp_path / "run", **arguments)
+    with pytest.raises(ValueError, match="num_train_timesteps: 1000 → 500"):
+        train_ppap_here(tmp_path / "run", resume_from_checkpoint="latest", **arguments | {"num_train_timesteps": 500})
     train_ppap_here(tmp_path / "run", resume_from_checkpoint="latest", **arguments)
     resumed = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts").expert_tensors()
     for name, tensor in whole.items():
@@ -231,8 +210,10 @@ def seen_by_students(monkeypatch) -> list:
 @pytest.mark.parametrize("method", ["ppap", "multi_experts"])
 def test_experts_learn_on_the_noise_of_flow_matching(train_ppap_here, tmp_path, seen_by_students, method):
     """By distillation and from labels: the loss has nothing to do with the noise."""
-    train_ppap_here(tmp_path / "run", method=method, objective="flow", density="logit_normal", shift="3")
+    arguments = {"density": "logit_normal", "shift": "3", "num_experts": None, "sigma_boundaries": [0.875]}
+    train_ppap_here(tmp_path / "run", method=method, objective="flow", **arguments)
     experts = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts")
+    assert experts.intervals.edges == (0, 875, 1000)
     assert [expert for expert, *_ in seen_by_students] == [0, 0, 1, 1]  # two steps of each
     for expert, x0, noise, timesteps, x_t in seen_by_students:
         assert (experts.intervals.index(timesteps) == expert).all() and timesteps.unique().numel() == 16
@@ -245,11 +226,98 @@ def test_experts_learn_on_the_noise_of_flow_matching(train_ppap_here, tmp_path, 
     assert experts.config.sample_size == [8, 8]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "edges"),
+    [
+        ({"num_experts": None}, (0, 200, 400, 600, 800, 1000)),
+        ({"num_experts": 4}, (0, 250, 500, 750, 1000)),
+        ({"timestep_boundaries": [100, 600.5]}, (0, 100, 600.5, 1000)),
+        ({"objective": "flow", "sigma_boundaries": [0.875]}, (0, 875, 1000)),
+        ({"objective": "flow", "snr_boundaries": [9.0, 1.0]}, (0, 250, 500, 1000)),
+        ({"snr_boundaries": [1.0]}, (0, 259, 1000)),
+        ({"method": "finetune"}, (0, 1000)),
+    ],
+)
+def test_intervals_are_given_as_for_any_experts(arguments, edges, arguments_class):
+    args = arguments_class(**arguments)
+    assert expert_intervals(args).edges == edges and args.num_experts == len(edges) - 1
+    assert dataclasses.replace(args) == args  # as a preset of its own
+    older = SimpleNamespace(
+        **{name: value for name, value in vars(args).items() if "boundaries" not in name and name != "objective"}
+    )
+    assert expert_intervals(older).edges == NoiseIntervals.uniform(len(edges) - 1).edges
+
+
+def test_experts_of_flow_matching_guide_a_model_of_flow_matching(digits, base, arguments_class, tmp_path):
+    """By the preset, from the training to the guided pipeline."""
+    from train_ppap import train_ppap
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    given = {"dataset": digits, "base_model": base, "output_dir": tmp_path / "run", "max_train_steps": 1}
+    command_line = ["--config", "ppap_digits_flow", "--report_to", "none"]
+    for name, value in given.items():
+        command_line += [f"--{name}", str(value)]
+    train_ppap(parse_arguments(arguments_class, command_line))
+    experts = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts")
+    assert experts.config.num_experts == 5 and experts.process.is_flow_matching
+    config = {"in_channels": 1, "out_channels": 1, "num_classes": 1, "class_dropout_prob": 0.0}
+    pipe = ClassConditionalPipeline(randomised(DiTModel(**TINY_CONFIG | config)), FlowMatchEulerDiscreteScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    images = []
+    for scale in (0.0, 30.0):
+        pipe.scheduler = GuidedScheduler(FlowMatchEulerDiscreteScheduler(), experts, ClassTarget(3), scale=scale)
+        output = pipe(num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt")
+        images.append(output.images)
+    assert images[0].isfinite().all() and images[1].isfinite().all() and not torch.equal(*images)
+
+
 def test_the_record_of_diffusion_is_the_noise_of_the_training(train_ppap_here, tmp_path):
     train_ppap_here(tmp_path / "run", beta_schedule="linear0.025", num_train_timesteps=500, max_train_steps=1)
     experts = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts")
     assert experts.config.noise_schedule["process"] == "diffusion" and experts.config.sample_size == [8, 8]
     assert experts.process.is_process_of(DDPMScheduler(500, beta_end=0.025))
+
+
+def test_a_checkpoint_of_before_flow_matching_was_ddpm(arguments_class):
+    """As version 0.3 recorded it: with the number of experts, without process and boundaries."""
+    ddpm, flow = arguments_class(num_experts=3), arguments_class(num_experts=3, objective="flow")
+    new = [field.name for group in (ProcessArguments, BoundaryArguments) for field in dataclasses.fields(group)]
+    older = {name: value for name, value in vars(ddpm).items() if name not in new} | {"num_experts": 3}
+    assert differing_arguments(older, vars(ddpm), ddpm) == []
+    assert differing_arguments(older, vars(flow), flow) == ["objective: 'ddpm' → 'flow'"]
+
+
+EDGES = st.lists(st.floats(5, 995), min_size=0, max_size=4, unique=True).map(sorted)
+PROCESSES = st.fixed_dictionaries(
+    {"objective": st.sampled_from(["ddpm", "flow"])},
+    optional={"density": st.sampled_from(DENSITIES), "shift": st.floats(0.3, 6)},
+)
+
+
+@given(boundaries=EDGES, process=PROCESSES, seed=st.integers(0, 2**32 - 1))
+def test_experts_are_trained_on_what_they_will_see(boundaries, process, seed):
+    """Any density, shift and edges: the expert that is trained at a timestep is the one that sees it when it guides."""
+    edges = [0, *boundaries, 1000]
+    assume(min(high - low for low, high in zip(edges, edges[1:])) > 1.01)
+    args = ProcessArguments(**process)
+    is_flow = args.objective == "flow"
+    scheduler = FlowMatchEulerDiscreteScheduler() if is_flow else DDPMScheduler()
+    objective = LabelObjective(make_noising(args, scheduler))
+    intervals = NoiseIntervals(tuple(edges))
+    assume(not is_flow or min(objective.noising.density.shares(intervals)) > 1e-6)
+    experts = experts_that_say_who_they_are()
+    experts.intervals = intervals
+    for expert in range(intervals.num_experts):
+        trained = StepExperts(intervals, [expert])
+        timesteps = objective.sample_timesteps(64, torch.Generator().manual_seed(seed), trained)
+        assert (experts(torch.zeros(64, 1, 8, 8), timesteps).expert == expert).all()
+
+
+@functools.cache
+def experts_that_say_who_they_are() -> GuidanceExperts:
+    experts = GuidanceExperts(make_resnet(num_channels=1), [0.5], [0.5])
+    experts.run_expert = lambda expert, images, merged=None: ModelOutput(expert=torch.full((len(images),), expert))
+    return experts
 
 
 @pytest.fixture
@@ -293,6 +361,35 @@ def test_depth_from_pairs_of_resolutions(train_ppap_here, depth_base, pairs, tmp
     monkeypatch.undo()
     experts = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts")
     assert experts(torch.zeros(2, 3, 8, 8), torch.tensor(700)).predicted_depth.shape == (2, 64, 64)
+
+
+@pytest.mark.parametrize("save", [save_clip, save_siglip])
+def test_experts_of_an_image_tower(train_ppap_here, tmp_path, save):
+    """Of CLIP or SigLIP: they learn embeddings, and guide by prompts."""
+    name = save(tmp_path / "base")
+    train_ppap_here(tmp_path / "run", base_model=name, image_channels=3)
+    experts = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts")
+    fresh = GuidanceExperts.from_base(name, num_experts=2, rank=2).expert_tensors()
+    moved = [key for key, tensor in experts.expert_tensors().items() if not torch.equal(tensor, fresh[key])]
+    for expert in (0, 1):
+        assert [key for key in moved if key.startswith(f"expert_{expert}.") and key.endswith("lora_B.weight")]
+    guided = GuidedScheduler(DDPMScheduler(), experts, TextTarget.from_pretrained(name, "a seven"), scale=1.0)
+    guided.set_timesteps(4)
+    x_t = torch.randn(2, 3, 8, 8)
+    assert guided.step(x_t, guided.timesteps[1], x_t).prev_sample.isfinite().all()
+
+
+def test_experts_learn_from_images_of_a_pipeline_of_text(train_ppap_here, depth_base, tmp_path):
+    """In pixels, whatever the pipeline denoises."""
+    with_text("sd3", RECIPES["sd3"].pipe(RECIPES["sd3"].denoiser())).save_pretrained(tmp_path / "sd3")
+    (tmp_path / "prompts.txt").write_text("a red cat\na blue dog\n")
+    prompts = {"prompts": str(tmp_path / "prompts.txt"), "height": 8, "width": 8}
+    generate(tmp_path / "sd3", tmp_path / "data", num_images=16, **prompts)
+    arguments = {"dataset": str(tmp_path / "data"), "base_model": str(depth_base), "image_channels": 3}
+    train_ppap_here(tmp_path / "run", objective="flow", max_train_steps=1, **arguments)
+    experts = GuidanceExperts.from_pretrained(tmp_path / "run" / "experts")
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "sd3")
+    assert experts.process.is_process_of(pipe.scheduler) and experts.config.sample_size == [8, 8]
 
 
 @pytest.mark.slow
@@ -369,6 +466,12 @@ def test_the_network_is_said_to_be_the_trouble(train_ppap_here, base, tmp_path):
         ({"vae": "vae"}, "no `vae`, as the experts look at images"),
         ({"teacher_image_size": 16}, "both or neither, but got None and 16"),
         ({"teacher_image_size": 16, "teacher_image_column": "t", "random_flip": True}, "`random_flip` to be false"),
+        ({"num_experts": 3, "timestep_boundaries": [500]}, "the 2 that `timestep_boundaries` makes, but got 3"),
+        ({"timestep_boundaries": [500], "snr_boundaries": [1.0]}, "one kind of boundaries at most"),
+        ({"timestep_boundaries": [500], "method": "finetune"}, "no `timestep_boundaries` for the method finetune"),
+        ({"num_experts": None, "timestep_boundaries": [1000]}, "ascend strictly between 0 and 1000"),
+        ({"sigma_boundaries": [0.5]}, "`objective` to be flow where `sigma_boundaries` is set, but got ddpm"),
+        ({"num_experts": 0}, "`num_experts` to be at least 1"),
         ({"objective": "rectified"}, "`objective` to be one of ddpm, flow, but got 'rectified'"),
         ({"shift": "3"}, "`objective` to be flow where `shift` is set, but got ddpm and '3.0'"),
         ({"density": "mode"}, "`objective` to be flow where `density` is set, but got ddpm and 'mode'"),
@@ -384,15 +487,3 @@ def test_the_network_is_said_to_be_the_trouble(train_ppap_here, base, tmp_path):
 def test_arguments_that_do_not_fit(train_ppap_here, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         train_ppap_here(tmp_path, **arguments)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"num_images": 0}, "`num_images` to be at least 1"),
-        ({"scheduler": "Heun"}, "one of DDIM, .*, but got 'Heun'"),
-    ],
-)
-def test_generation_arguments_out_of_range(pipeline, tmp_path, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        generate(pipeline, tmp_path / "run", **arguments)

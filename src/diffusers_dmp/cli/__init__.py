@@ -1,4 +1,4 @@
-"""`diffusers-dmp`: train, sample images, convert published weights, export checkpoints, publish, plot, diagnose, describe.
+"""`diffusers-dmp`: train, sample and guide images, convert published weights, export checkpoints, publish, plot, diagnose, describe.
 
 The commands are in one module per topic; importing it adds them, in the order in which `--help` lists them.
 """
@@ -8,4 +8,4 @@ from .program import RENAMED as RENAMED
 from .program import app as app
 from .program import main as main
 
-from . import training, sampling, folders, diagnosis  # noqa: F401, I001  # isort: skip
+from . import training, sampling, guiding, folders, diagnosis  # noqa: F401, I001  # isort: skip

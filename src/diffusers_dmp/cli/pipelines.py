@@ -1,7 +1,7 @@
 """Where a pipeline or another folder is that a command is given, and what is loaded of it."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -36,6 +36,62 @@ def load_pipeline(name: str) -> "DiffusionPipeline":
         )
     expect_finite_pipeline(pipeline, source)
     return pipeline
+
+
+def load_any_pipeline(source: str, dtype: str, device: str | None, scheduler: str | None) -> Any:
+    """
+    Load any pipeline of Diffusers or of this package.
+
+    Args:
+        source (`str`): Its folder or Hub id, from [`pipeline_source`].
+        dtype (`str`): The precision that it computes in, such as 'bfloat16'.
+        device (`str`, *optional*): By default an accelerator, if there is one.
+        scheduler (`str`, *optional*): The class of another scheduler.
+
+    Raises:
+        ValueError: if there is no such device, a file is damaged, or weights are not finite.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+    from diffusers.utils.torch_utils import get_device
+
+    from ..diffusion.schedulers import make_like
+    from ..saving.finite import expect_finite_pipeline
+    from ..saving.weight_files import check_saved_folder
+
+    try:
+        torch.empty(0, device=device)
+    except RuntimeError as error:
+        raise ValueError(f"Expected `--device` to be a device of this computer, but got {device!r}.") from error
+    check_saved_folder(source)
+    pipe: Any = DiffusionPipeline.from_pretrained(source, dtype=getattr(torch, dtype))
+    expect_finite_pipeline(pipe, source)
+    pipe.to(device or get_device())
+    if scheduler is not None:
+        pipe.scheduler = make_like(pipe.scheduler, scheduler)
+    return pipe
+
+
+def saved_pipeline_class(source: str) -> Any:
+    """The class of a saved pipeline, which is not loaded; None if Diffusers has no such class."""
+    from diffusers import DiffusionPipeline
+
+    import diffusers_dmp  # noqa: F401  its pipelines are Diffusers' then
+
+    from ..saving.pipeline_parts import saved_class
+
+    return saved_class(DiffusionPipeline.load_config(source))
+
+
+def saved_sample_size(source: str) -> Any:
+    """The size of the images of a saved pipeline of pixels, without loading it; None if it has a VAE, or no size of its own."""
+    from diffusers import DiffusionPipeline, UNet2DModel
+
+    parts = DiffusionPipeline.load_config(source)
+    denoiser = next((name for name in ("transformer", "unet") if name in parts), None)
+    if denoiser is None or parts.get("vae", [None])[0] is not None:
+        return None
+    return UNet2DModel.load_config(source, subfolder=denoiser).get("sample_size")  # of any denoiser
 
 
 def pipeline_source(name: str) -> str:

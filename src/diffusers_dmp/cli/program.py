@@ -9,7 +9,9 @@ from ..saving.version import __version__
 from ..terminal import DEBUG, DEBUG_HELP, INTERRUPTED, run_command, with_new_names
 
 NAME = "diffusers-dmp"
-HELP = "Train, sample images, convert published weights, export checkpoints, publish, plot, diagnose, describe."
+HELP = (
+    "Train, sample and guide images, convert published weights, export checkpoints, publish, plot, diagnose, describe."
+)
 RENAMED = {  # options, by their names up to 0.2
     "sample": {"per_class": "num_images_per_label", "steps": "num_inference_steps"},
     "convert": {"output": "output_dir"},
@@ -19,6 +21,7 @@ RENAMED = {  # options, by their names up to 0.2
         "steps": "num_inference_steps",
     },
 }  # fmt: skip
+SHORT = {"guide": {"out": "output"}}  # options, by what else they may be called
 _UsageError: Any = typer.BadParameter.__mro__[1]  # click's, of which Typer may have a copy
 
 
@@ -32,7 +35,9 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """See click's `Command.parse_args`."""
-        args = with_new_names([_with_underscores(argument) for argument in args], RENAMED.get(self.name or "", {}))
+        name = self.name or ""
+        args = [_in_full(_with_underscores(argument), SHORT.get(name, {})) for argument in args]
+        args = with_new_names(args, RENAMED.get(name, {}))
         return super().parse_args(ctx, args)
 
 
@@ -84,3 +89,9 @@ def _with_underscores(option: str) -> str:
     """An option as it is spelled here, with underscores; any other argument as it is."""
     name, equals, value = option.partition("=")
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else option
+
+
+def _in_full(option: str, names: dict[str, str]) -> str:
+    """An option by its whole name; any other argument as it is."""
+    name, equals, value = option.partition("=")
+    return f"--{names[name[2:]]}{equals}{value}" if name.startswith("--") and name[2:] in names else option

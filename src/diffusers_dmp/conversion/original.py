@@ -1,7 +1,7 @@
 """Conversion of published checkpoints to this library's models.
 
 DiT (`dit`), DTR (`dtr`), Remix-DiT (`remix`) and DMP (`dmp`): see `dit.py`; Patch Diffusion: `patch_diffusion.py`; ADM:
-`adm.py`; PPAP: `ppap.py`. What the shapes of the weights show need not be given: width, depth, patch size, channels,
+`adm.py`; PPAP: `ppap/`. What the shapes of the weights show need not be given: width, depth, patch size, channels,
 classes, learned variance, image size, bases, experts, prompts.
 """
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
 
 from ..guidance import GuidanceExperts
 from ..saving.finite import expect_finite_weights
@@ -37,6 +38,7 @@ def convert_checkpoint(
     system: str,
     state_dict: "dict[str, torch.Tensor] | Sequence[dict[str, torch.Tensor]]",
     config: dict[str, Any] | None = None,
+    network: nn.Module | None = None,
 ) -> "ModelMixin | GuidanceExperts":
     """
     Turn the state dict of a published implementation into this library's model.
@@ -49,6 +51,8 @@ def convert_checkpoint(
             a width of no published size), `num_classes`, `class_dropout_prob`, `learn_sigma`, …, and for DTR
             `sharing_ratio`, `alpha`, `taskcount` and `init_method`, for DMP `vp_type`, `topk` and `uncond`, for Patch
             Diffusion and ADM `image_size`, `num_head_channels`, …. Arguments that contradict the weights are refused.
+        network (`nn.Module`, *optional*): For 'ppap' the network that the experts were made of, where the checkpoints do not
+            define it: MiDaS small, `torch.hub.load("intel-isl/MiDaS", "MiDaS_small")`. It is changed in place.
 
     Returns:
         [`DiTModel`], [`DTRTransformer2DModel`], [`RemixDiTModel`], [`PatchedUNet2DModel`] or, for 'adm', Diffusers'
@@ -56,7 +60,7 @@ def convert_checkpoint(
         attached, which `PromptPatch.attached_to(model)` returns.
 
     Raises:
-        ValueError: if `system` or an argument in `config` is unknown, `num_heads` is needed, or a weight is missing,
+        ValueError: if `system` or an argument in `config` is unknown, `num_heads` or `network` is needed, or a weight is missing,
             unknown or of another shape than `config` says (the first such weight is named).
     """
     systems = [*_CONVERSIONS, "ppap"]
@@ -67,10 +71,12 @@ def convert_checkpoint(
         raise ValueError(
             f"Expected `state_dict` to be {wanted} for {system!r}, but got a {type(state_dict).__name__}."
         )
+    if network is not None and system != "ppap":
+        raise ValueError(f"Expected `network` for 'ppap' alone, but got one for {system!r}.")
     config = dict(config or {})
     try:
         if not isinstance(state_dict, dict):
-            experts = convert_ppap(state_dict, config)
+            experts = convert_ppap(state_dict, config, network)
             _check_all_used(config, system)
             return experts
         build, load = _CONVERSIONS[system]

@@ -71,13 +71,16 @@ def latent_shift_and_scale(vae: Any, latents: torch.Tensor) -> tuple[Any, Any]:
     scale: Any = config.get("scaling_factor", 1)
     # AutoencoderKLWan and AutoencoderKLQwenImage have these instead; an AutoencoderKL of SDXL may have them as well
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-        shape = (1, -1) + (1,) * (latents.ndim - 2)
-        mean, std = (
-            torch.tensor(config[name], device=latents.device, dtype=latents.dtype).view(shape)
-            for name in ("latents_mean", "latents_std")
-        )
+        mean, std = (_per_channel(config[name], latents) for name in ("latents_mean", "latents_std"))
         shift, scale = mean, scale / std
     return shift, scale
+
+
+def _per_channel(values: list[float], latents: torch.Tensor) -> torch.Tensor:
+    """One value for each channel, in the shape that is broadcast to latents (B, C, …)."""
+    # filled one by one, as a copy of the list would wait until an accelerator has done all that it was asked for before
+    filled = [torch.full((), value, device=latents.device, dtype=latents.dtype) for value in values]
+    return torch.stack(filled).view(1, -1, *[1] * (latents.ndim - 2))
 
 
 def latent_distribution(vae: Any, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -116,7 +116,7 @@ def convert_prediction(
     x0 = to_x0(prediction, x_t, alpha, sigma, prediction_type)
     if target_type == "sample":
         return x0
-    epsilon = (x_t - alpha * x0) / sigma
+    epsilon = prediction if prediction_type == "epsilon" else (x_t - alpha * x0) / sigma
     if target_type == FLOW_PREDICTION:
         return flow_velocity(x0, epsilon)
     return epsilon if target_type == "epsilon" else velocity(x0, epsilon, alpha, sigma)

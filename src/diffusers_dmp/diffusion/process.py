@@ -78,6 +78,22 @@ class NoiseProcess:
             levels = levels[: len(scheduler.alphas_cumprod)]  # it has only the first of them: see `without_pure_noise`
         return are_same_levels(levels, scheduler.alphas_cumprod)
 
+    def levels_at(self, timesteps: torch.Tensor) -> "tuple[torch.Tensor, torch.Tensor]":
+        """
+        Compute α and σ of training timesteps.
+
+        Args:
+            timesteps (`torch.Tensor` of any shape): t in [0, T], which need not be whole numbers, on the CPU.
+
+        Returns:
+            α and σ, in the shape of `timesteps`, in float64.
+        """
+        if self.is_flow_matching:
+            sigmas = timesteps.double() / self.num_train_timesteps
+            return 1 - sigmas, sigmas
+        angles = angles_at(self.scheduler.alphas_cumprod, timesteps)
+        return angles.cos(), angles.sin()
+
     def timestep_at(self, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """
         Find the timestep with the noise level of α·x0 + σ·ε; if there is none, the first or the last one.

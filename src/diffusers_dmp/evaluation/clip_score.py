@@ -9,11 +9,12 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+from transformers import AutoImageProcessor, CLIPModel
 from transformers.image_processing_base import ImageProcessingMixin
 
+from ..models.text_image import load_tokenizer
 from ..models.vision import load_network, network_sha256
-from .prompts import prompts_of
+from ..training.data.prompts import prompts_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +35,13 @@ class ClipScorer(torch.nn.Module):
         super().__init__()
         name = os.fspath(name_or_path)
         try:
-            network = load_network(name)
+            network = load_network(name, with_text=True)
             if not isinstance(network, CLIPModel):
                 raise ValueError(
                     f"Expected `clip` to be a CLIPModel of transformers, but got a {type(network).__name__}."
                 )
             self.network = network.requires_grad_(False)
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            self.tokenizer = load_tokenizer(name, network.config.text_config)
             self.processor = AutoImageProcessor.from_pretrained(name)
             self.processor_settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
         except OSError as error:

@@ -19,6 +19,7 @@ import torch
 
 from ..saving.sources import check_source
 from ..training.arguments import option
+from ..training.data.prompts import PROMPT, prompts_sha256, read_prompts
 from ..training.parsing import run_entry_point
 from .clip_score import ClipScorer, clip_score
 from .features import DIGITS, INCEPTION, FeatureExtractor, Features, extract_features
@@ -26,7 +27,6 @@ from .fingerprint import make_fingerprint, read_settings
 from .images import DatasetImages, open_images
 from .metrics import GaussianStatistics, frechet_distance, inception_score, kernel_distance, precision_and_recall
 from .npz import NpzImages, read_arrays
-from .prompts import PROMPT, prompts_sha256, read_prompts
 from .sample import PROMPTS_NAME, SETTINGS_NAME
 
 MAX_REFERENCE = 10_000  # real images for precision and recall, as many as ADM's reference batches have

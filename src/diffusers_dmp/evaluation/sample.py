@@ -25,13 +25,13 @@ from ..saving.sources import check_source
 from ..saving.whole import written_whole
 from ..training.arguments import option
 from ..training.data.folders import LABEL
+from ..training.data.prompts import PROMPT, prompts_sha256, read_prompts
+from ..training.data.requests import CallArguments, Requests, make_requests
 from ..training.data.seeded_sampling import SeededSamplingArguments, load_sampling_pipeline, sample_seeded
 from ..training.data.shards import make_shard_accelerator, remember_settings, write_shards
 from ..training.parsing import renamed, run_entry_point
 from .images import DatasetImages
 from .npz import write_npz
-from .prompts import PROMPT, prompts_sha256, read_prompts
-from .requests import Requests, make_requests
 
 NPZ_NAME, SETTINGS_NAME, PROMPTS_NAME = "samples.npz", "sampling.json", "prompts.json"
 SHARDS, PNG_FOLDER = "shards", "png"
@@ -39,25 +39,13 @@ SHARDS, PNG_FOLDER = "shards", "png"
 
 @renamed(num_samples="num_images")
 @dataclass(kw_only=True)
-class SamplingArguments(SeededSamplingArguments):
+class SamplingArguments(CallArguments, SeededSamplingArguments):
     """Arguments of [`sample_images`]."""
 
     output_dir: str = option("outputs/samples", f"Folder for {NPZ_NAME} and the shards that it is made of.")
     num_images: int = option(50_000, "How many images.")
     num_inference_steps: int = option(250, "Denoising steps.")
-    guidance_scale: float | None = option(None, "Scale of classifier-free guidance; by default the pipeline's own.")
     guidance_channels: int | None = option(None, "How many channels are guided; all by default.")
-    prompts: str | None = option(
-        None,
-        "For a pipeline of text: a .txt file with one prompt in each line, or a .jsonl, .json, .csv or .parquet file.",
-    )
-    prompt_column: str = option(PROMPT, "Column of prompts, if the file has columns.")
-    height: int | None = option(None, "Height of the images in pixels; by default the pipeline's own.")
-    width: int | None = option(None, "Width of the images in pixels; by default the pipeline's own.")
-    pipeline_arguments: str | None = option(
-        None,
-        'Further arguments of the pipeline\'s call, as JSON; for example {"true_cfg_scale": 4, "negative_prompt": " "}.',
-    )
     lora_experts: str | None = option(None, "Folder or Hub id of LoRA experts to attach to the pipeline.")
     tf32: bool = option(False, "Allow TF32 in float32 products, on a GPU that has it.")
     png: bool = option(False, f"Write {PNG_FOLDER}/<index>.png as well.")
@@ -66,24 +54,8 @@ class SamplingArguments(SeededSamplingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("height", "width"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"Expected `{name}` to be at least 1, but got {getattr(self, name)}.")
-        self.further_arguments()
+        self.check_call()
         check_source("lora_experts", self.lora_experts)
-
-    def further_arguments(self) -> dict[str, Any]:
-        """Return `pipeline_arguments` as a dictionary."""
-        try:
-            found = json.loads(self.pipeline_arguments or "{}")
-        except json.JSONDecodeError:
-            found = None
-        if not isinstance(found, dict):
-            raise ValueError(
-                f'Expected `pipeline_arguments` to be a JSON object such as {{"true_cfg_scale": 4}}, but got '
-                f"{self.pipeline_arguments!r}."
-            )
-        return found
 
 
 def sample_images(args: SamplingArguments) -> Path | None:
@@ -149,9 +121,7 @@ def _experts_folder(args: SamplingArguments) -> Path | None:
 
 
 def _make_requests(pipeline: DiffusionPipeline, args: SamplingArguments, prompts: list[str] | None) -> Requests:
-    names = ("guidance_scale", "guidance_channels", "height", "width")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    given |= args.further_arguments()
+    given = args.given("guidance_scale", "guidance_channels", "height", "width") | args.further_arguments()
     return make_requests(pipeline, prompts, given, num_inference_steps=args.num_inference_steps)
 
 

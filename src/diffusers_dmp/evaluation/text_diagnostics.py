@@ -26,13 +26,13 @@ from ..training.data.clean_samples import clean_samples
 from ..training.data.encoded_rows import collate
 from ..training.data.encoded_text import Encoded, batches_of_one_bucket, check_shapes
 from ..training.data.encoding_record import check_encoding
+from ..training.data.prompts import PROMPT
 from ..training.data.seeded_sampling import DTYPES
 from ..training.objectives.shifts import ResolutionShift
 from ..training.summary import SUMMARY_NAME
 from ..training.text_pipelines import TextPipeline, text_pipeline_of
 from .denoiser_diagnostics import DiagnosisOptions, diagnose_batches, losses_between
 from .diagnostics import SEED, Diagnosis, training_samples_in
-from .prompts import PROMPT
 
 BATCH_SIZE = 8
 

@@ -17,6 +17,15 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from .lora_layers import (
+    activate_lora,
+    add_lora,
+    check_layers_are_called,
+    check_mergeable,
+    check_not_adapted,
+    dilate_lora,
+)
+
 _ATTENTION = r".*\.attention\.[qkvo]_proj"
 _NECK = r"neck\.(convs\.\d+|fusion_stage\.layers\.\d+\.(projection|residual_layer\d\.convolution\d))"
 LORA_TARGETS = {  # `model_type` → a regular expression that matches the full names of the adapted modules
@@ -26,21 +35,25 @@ LORA_TARGETS = {  # `model_type` → a regular expression that matches the full 
     "dinov2": _ATTENTION,
     "segformer": _ATTENTION,
     "depth_anything": rf"{_ATTENTION}|{_NECK}",
+    **dict.fromkeys(
+        ("clip", "clip_vision_model", "siglip", "siglip_vision_model"), r".*\.self_attn\.(q|k|v|out)_proj"
+    ),
     "dpt": rf".*\.attention\.(attention\.(query|key|value)|output\.dense)|{_NECK}",
 }
-_HEAD = re.compile(r"(^|\.)(\w*classifier)(\.|$)")
+CLASSIFIER = r"(^|\.)\w*classifier(\.|$)"  # the head of a network of transformers
+ANY_HEAD = r"(^|\.)(\w*classifier|heads?|head_dist|fc|last_linear)(\.|$)"  # also as timm and torchvision name it
 _NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.LayerNorm, nn.GroupNorm),
 )
 
 
-def lora_targets(network: PreTrainedModel) -> str:
+def lora_targets(network: nn.Module) -> str:
     """
     Find the modules that the paper adapts in a network.
 
     Args:
-        network (`PreTrainedModel`): A vision network of transformers.
+        network (`nn.Module`): A vision network, of transformers or not.
 
     Returns:
         `str`: A regular expression that matches their full names.
@@ -48,9 +61,14 @@ def lora_targets(network: PreTrainedModel) -> str:
     Raises:
         ValueError: if the network's family has no default.
     """
-    model_type = network.config.model_type
+    model_type = network.config.model_type if isinstance(network, PreTrainedModel) else type(network).__name__
     if model_type not in LORA_TARGETS:
         layers = [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+        if not layers:
+            raise ValueError(
+                f"Expected a network with convolutions or linears for the method 'ppap', but got a {type(network).__name__} "
+                "without; `method='finetune', num_experts=1` takes it as it is."
+            )
         raise ValueError(
             f"Expected a network of {', '.join(LORA_TARGETS)}, or `target_modules` to be a regular expression of (or a list of "
             f"endings of) the names of its convolutions and linears, such as {layers[len(layers) // 2]!r}, but got "
@@ -71,6 +89,9 @@ class AdapterSettings:
         rank_pattern (`dict[str, int]`): Layers with another rank, by regular expression, as PEFT reads it.
         alpha_pattern (`dict[str, float]`): Layers with another α, by regular expression, as PEFT reads it.
         adapt_head_bias (`bool`): Whether each expert owns the bias of the classification head as well.
+        head (`str`): A regular expression that is found in the names of the head's modules, and in no others.
+        adapt_head_norms (`bool`): Whether each expert owns the head's normalisation layers, too. Otherwise a training changes
+            the statistics of those that it has.
     """
 
     rank: int
@@ -79,6 +100,8 @@ class AdapterSettings:
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
     adapt_head_bias: bool = False
+    head: str = CLASSIFIER
+    adapt_head_norms: bool = False
 
     def lora_config(self) -> LoraConfig:
         """The same settings as PEFT takes them."""
@@ -96,34 +119,32 @@ class AdapterExperts(nn.Module):
     E adapters in one network, of which one is active at a time.
 
     Args:
-        network (`PreTrainedModel`): The network that is adapted. It is changed in place, and all its parameters are frozen.
+        network (`nn.Module`): The network that is adapted. It is changed in place, and all its parameters are frozen.
         num_experts (`int`): E.
         settings ([`AdapterSettings`]): Where LoRA goes, and its size.
 
     Raises:
-        ValueError: if a target is a grouped convolution.
+        ValueError: if a target is a layer whose LoRA cannot be merged, or the network is adapted already.
     """
 
     active: int | None
     merged: bool
 
-    def __init__(self, network: PreTrainedModel, num_experts: int, settings: AdapterSettings):
+    def __init__(self, network: nn.Module, num_experts: int, settings: AdapterSettings):
         super().__init__()
+        check_not_adapted(network)
         # Module and attribute of each tensor that every expert has a version of. They are looked up before LoRA is injected, as
         # PEFT's layers take the names of those that they wrap.
-        self.slots = dict(_own_slots(network, settings.adapt_head_bias))
+        self.slots = dict(_own_slots(network, settings))
+        check_mergeable(network, settings.lora_config())
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
-            warnings.filterwarnings("ignore", "LoRA adapter added to ConvNd layer with groups")  # refused below
             for expert in range(num_experts):
                 inject_adapter_in_model(settings.lora_config(), network, f"expert_{expert}")
         self.network = network
         self.layers = {name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)}
-        for name, layer in self.layers.items():
-            if getattr(layer.get_base_layer(), "groups", 1) > 1:
-                raise ValueError(
-                    f"Expected `target_modules` to name no convolution in groups, whose LoRA cannot be merged, but got {name!r}."
-                )
+        for layer in self.layers.values():
+            dilate_lora(layer)
         # Biases and normalisation layers of all experts; those of the active one are in the network at the same time.
         self.stored = [{name: _copy(getattr(*slot)) for name, slot in self.slots.items()} for _ in range(num_experts)]
         self.active, self.merged = None, False
@@ -163,10 +184,10 @@ class AdapterExperts(nn.Module):
         adapter = f"expert_{expert}"
         for layer in self.layers.values():
             if merged:
-                _add_lora(layer, adapter, 1)
+                add_lora(layer, adapter, 1)
                 layer.merged_adapters.append(adapter)
             elif layer.active_adapters != [adapter]:
-                _set_active_adapter(layer, adapter)
+                activate_lora(layer, adapter)
         self.merged = merged
         return self.network
 
@@ -174,7 +195,7 @@ class AdapterExperts(nn.Module):
         """Subtract the active expert's LoRA from the network's weights."""
         if self.merged:
             for layer in self.layers.values():
-                _add_lora(layer, layer.merged_adapters.pop(), -1)
+                add_lora(layer, layer.merged_adapters.pop(), -1)
         self.merged = False
 
     def _store_active(self) -> None:
@@ -188,6 +209,19 @@ class AdapterExperts(nn.Module):
         if self.active is not None:
             self.activate(self.active, merged=False)
 
+    def check_called(self, images: torch.Tensor) -> None:
+        """
+        Check that the network calls the adapted layers whose weights it uses.
+
+        Args:
+            images (`torch.Tensor` of shape (B, C, H, W)): Images to try it with, preprocessed.
+
+        Raises:
+            ValueError: if it reads a layer's weight instead, so that LoRA beside the layer has no effect.
+        """
+        expert = 0 if self.active is None else self.active
+        check_layers_are_called(self.activate(expert, merged=False), self.layers, f"expert_{expert}", images)
+
     def tensors(self, expert: int) -> dict[str, torch.Tensor]:
         """All tensors that one expert owns, by name: parameters and buffers, not copied."""
         self._store_active()
@@ -199,29 +233,15 @@ class AdapterExperts(nn.Module):
         return lora | self.stored[expert]
 
 
-@torch.no_grad()
-def _add_lora(layer: LoraLayer, adapter: str, sign: int) -> None:
-    """W ± α/γ·B·A in place. PEFT's own merging multiplies by a convolution, which is several times slower."""
-    lora_a, lora_b = layer.lora_A[adapter].weight.flatten(1), layer.lora_B[adapter].weight.flatten(1)
-    weight = layer.get_base_layer().weight
-    weight.add_((lora_b @ lora_a).view(weight.shape), alpha=sign * layer.scaling[adapter])
-
-
-def _set_active_adapter(layer: LoraLayer, adapter: str) -> None:
-    """Activate an adapter without PEFT's change of `requires_grad`, which is true for the active one."""
-    requires_grad = {name: weight.requires_grad for name, weight in layer.named_parameters()}
-    layer.set_adapter(adapter)
-    for name, weight in layer.named_parameters():
-        weight.requires_grad_(requires_grad[name])
-
-
-def _own_slots(network: nn.Module, adapt_head_bias: bool) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
-    """Biases, and normalisation layers with their statistics, by full name; of the head its bias at most."""
+def _own_slots(network: nn.Module, settings: AdapterSettings) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
+    """Biases, and normalisation layers with their statistics, by full name; of the head what the settings say."""
     for module_name, module in network.named_modules():
-        in_head = bool(_HEAD.search(module_name))
-        if in_head and not adapt_head_bias:
-            continue
-        is_norm = not in_head and (isinstance(module, _NORMS) or type(module).__name__.endswith("Norm"))
+        in_head = bool(re.search(settings.head, module_name))
+        is_norm = isinstance(module, _NORMS) or type(module).__name__.endswith("Norm")
+        if in_head:
+            is_norm = is_norm and settings.adapt_head_norms
+            if not is_norm and not settings.adapt_head_bias:
+                continue
         for key, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if is_norm or key == "bias":
                 yield f"{module_name}.{key}", (module, key)
@@ -236,7 +256,7 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 class NetworkExperts(nn.Module):
     """E copies of a whole network, one per expert."""
 
-    def __init__(self, network: PreTrainedModel, num_experts: int):
+    def __init__(self, network: nn.Module, num_experts: int):
         super().__init__()
         network.requires_grad_(False)
         self.networks = nn.ModuleList([network, *(copy.deepcopy(network) for _ in range(num_experts - 1))])
@@ -247,6 +267,9 @@ class NetworkExperts(nn.Module):
 
     def unmerge_active(self) -> None:
         """Nothing to do, as nothing is ever merged."""
+
+    def check_called(self, images: torch.Tensor) -> None:
+        """Nothing to check without LoRA."""
 
     def tensors(self, expert: int) -> dict[str, torch.Tensor]:
         """All tensors that one expert owns, by name: parameters and buffers, not copied."""

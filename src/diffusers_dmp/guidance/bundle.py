@@ -4,19 +4,24 @@ The network that they share is not copied: the configuration has its name and a 
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import transformers
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.utils import PushToHubMixin
 from huggingface_hub import create_repo, snapshot_download, upload_folder
 from safetensors.torch import save_file
+from torch import nn
 
 from ..models.loading import HUB_ARGUMENTS
 from ..models.vision import load_network, network_sha256, processor_settings
 from ..saving.mixins import check_version
 from ..saving.reading import read_json
 from ..saving.weight_files import read_safetensors
+from .lora_layers import check_not_adapted
+from .outputs import FUNCTION, OUTPUT_KINDS
 
 if TYPE_CHECKING:
     from .experts import GuidanceExperts
@@ -35,7 +40,8 @@ class ExpertsBundleMixin(ConfigMixin, PushToHubMixin):
         Make untrained experts of a network.
 
         Args:
-            pretrained_model_name_or_path (`str`): The folder or Hub id of a transformers model.
+            pretrained_model_name_or_path (`str`): The folder or Hub id of a transformers model; of a CLIP or SigLIP, the
+                image tower is taken.
             kwargs: The other arguments of [`GuidanceExperts`]. `image_mean`, `image_std` and `image_size` are by default those of
                 the image processor in the same folder. And `revision` (which is saved), `token`, `cache_dir`, `force_download`
                 and `local_files_only`, for the Hub.
@@ -57,6 +63,8 @@ class ExpertsBundleMixin(ConfigMixin, PushToHubMixin):
         base_model: "str | os.PathLike | None" = None,
         revision: str | None = None,
         subfolder: str | None = None,
+        network: nn.Module | None = None,
+        outputs: "Callable[[Any], Any] | None" = None,
         **hub_arguments,
     ) -> "GuidanceExperts":
         """
@@ -67,12 +75,15 @@ class ExpertsBundleMixin(ConfigMixin, PushToHubMixin):
             base_model (*optional*): The folder or Hub id of the network, if it has moved since the experts were saved.
             revision (`str`, *optional*): The branch, tag or commit of the experts' repository. That of the network is saved.
             subfolder (`str`, *optional*): Where the experts lie in the folder or repository.
+            network (`nn.Module`, *optional*): The network itself, as it was before experts were made of it: needed if it is not
+                one of transformers. It is changed in place, as in [`GuidanceExperts`].
+            outputs (*optional*): The function of the network's output that the experts were made with, if it was one.
             hub_arguments: `token`, `cache_dir`, `force_download` and `local_files_only`, for the Hub: for the experts and for
                 their network.
 
         Raises:
-            ValueError: if `base_model` is another model than the experts were made for, or tensors are missing, unknown or
-                of another shape.
+            ValueError: if `base_model` or `network` is another model than the experts were made for, `network` or `outputs` is
+                needed, or tensors are missing, unknown or of another shape.
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
@@ -88,14 +99,22 @@ class ExpertsBundleMixin(ConfigMixin, PushToHubMixin):
                 raise ValueError(
                     f"Expected {str(folder / cls.config_name)!r} to be that of guidance experts, but {name!r} is missing."
                 )
+        if network is not None and base_model is not None:
+            raise ValueError(f"Expected `network` or `base_model`, but got both: {base_model!r} as well.")
+        _check_given(config, folder, network, outputs)
         base_model_class, fingerprint = config.pop("base_model_class"), config.pop("base_model_sha256")
-        base_revision = None if base_model else config.get("base_model_revision")
-        base_model = str(base_model or config["base_model_name_or_path"])
-        network = load_network(base_model, revision=base_revision, **hub_arguments)
-        if (type(network).__name__, network_sha256(network)) != (base_model_class, fingerprint):
+        if outputs is not None:
+            config["outputs"] = outputs
+        given, place = "network", ""
+        if network is None:
+            base_revision = None if base_model else config.get("base_model_revision")
+            base_model = str(base_model or config["base_model_name_or_path"])
+            network = load_network(base_model, revision=base_revision, **hub_arguments)
+            given, place = "base_model", f" in {base_model!r}"
+        if (type(network).__name__, network_sha256(network.float())) != (base_model_class, fingerprint):
             raise ValueError(
-                f"Expected `base_model` to be the {base_model_class} that the experts in {str(folder)!r} were made for "
-                f"({config['base_model_name_or_path']!r}), but got a {type(network).__name__} with other weights in {base_model!r}."
+                f"Expected `{given}` to be the {base_model_class} that the experts in {str(folder)!r} were made for "
+                f"({config['base_model_name_or_path']!r}), but got a {type(network).__name__} with other weights{place}."
             )
         experts = cls(network, **config)
         tensors = read_safetensors(folder / WEIGHTS_NAME)
@@ -130,6 +149,37 @@ class ExpertsBundleMixin(ConfigMixin, PushToHubMixin):
         save_file(tensors, os.path.join(save_directory, WEIGHTS_NAME), metadata={"format": "pt"})
         if push_to_hub:
             _upload(save_directory, **kwargs)
+
+
+def _check_given(
+    config: dict[str, Any], folder: Path, network: nn.Module | None, outputs: "Callable[[Any], Any] | None"
+) -> None:
+    """Check that what the folder does not hold is given: a network that is not of transformers, and a function."""
+    name, network_class, kind = config["base_model_name_or_path"], config["base_model_class"], config.get("outputs")
+    needs_function = kind == FUNCTION
+    if network is None and (kind in OUTPUT_KINDS or not hasattr(transformers, network_class)):
+        function = ", outputs=…" if needs_function else ""
+        raise ValueError(
+            f"Expected `network` to be the {network_class} that the experts in {str(folder)!r} were made for ({name!r}), which "
+            f"is no model of transformers, but got none: `from_pretrained(…, network={_expression(name)}{function})`."
+        )
+    if needs_function and not callable(outputs):
+        raise ValueError(
+            f"Expected `outputs` to be the function of the network's output that the experts in {str(folder)!r} were made with, "
+            f"which is not saved, but got {outputs!r}."
+        )
+    if outputs is not None and not needs_function:
+        raise ValueError(f"Expected no `outputs`, as {str(folder)!r} says it ({kind!r}), but got {outputs!r}.")
+    if network is not None:
+        check_not_adapted(network)
+
+
+def _expression(name: str) -> str:
+    """The line of Python that makes the network, where its name says it: "torch.hub intel-isl/MiDaS MiDaS_small"."""
+    words = name.split()
+    if len(words) == 3 and words[0] == "torch.hub":
+        return f"torch.hub.load({words[1]!r}, {words[2]!r})"
+    return "…"
 
 
 def _upload(

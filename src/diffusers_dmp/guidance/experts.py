@@ -4,20 +4,22 @@ https://arxiv.org/abs/2212.05973
 Legend: B batch, C channels, H and W height and width in pixels, E experts, T diffusion timesteps.
 """
 
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers.configuration_utils import FrozenDict
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..diffusion.process import NoiseProcess
 from ..intervals import NoiseIntervals, group_by_expert
 from ..models.vision import ImagePreprocessor, network_sha256
 from ..saving.mixins import VersionedMixin
-from .adapters import AdapterExperts, AdapterSettings, NetworkExperts, lora_targets
+from .adapters import ANY_HEAD, CLASSIFIER, AdapterExperts, AdapterSettings, NetworkExperts, lora_targets
 from .bundle import ExpertsBundleMixin
+from .outputs import FUNCTION, check_output_kind, described_network, read_output
 
 METHODS = ("ppap", "multi_experts", "finetune")
 
@@ -29,24 +31,31 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
     ```py
     experts = GuidanceExperts.from_base("microsoft/resnet-50", num_experts=5)  # to be trained: training/train_ppap.py
     experts = GuidanceExperts.from_pretrained("outputs/ppap/experts")
+    experts = GuidanceExperts(  # any other network
+        torchvision.models.resnet18(weights="DEFAULT"), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], image_size=224,
+        outputs="logits", target_modules=["conv1", "conv2"], base_model_name_or_path="torchvision resnet18",
+    )
     ```
 
     Untrained experts compute what the network itself does.
 
     Args:
-        network (`PreTrainedModel`): A network of transformers for image classification, depth estimation or segmentation. It
-            becomes a part of this module, changed in place, in float32.
+        network (`nn.Module`): A network of images (B, C, H, W): one of transformers for image classification, depth estimation
+            or segmentation, the image tower of a CLIP or SigLIP, or any other, of which `outputs` says what it returns. It becomes
+            a part of this module, changed in place, in float32.
         image_mean, image_std (`list[float]`), image_size (`int` or `list[int]`, *optional*): See [`ImagePreprocessor`].
         num_experts (`int`): E.
         num_train_timesteps (`int`): T.
         method (`str`): 'ppap': each expert owns LoRA, biases and normalisation layers; 'multi_experts': each expert is a whole
             network; 'finetune': one network for all timesteps.
         rank (`int`), lora_alpha (`float`): γ and α of LoRA, W + α/γ·B·A.
-        target_modules (`str` or `list[str]`, *optional*): The layers that get LoRA, as PEFT reads it; by default the paper's.
+        target_modules (`str` or `list[str]`, *optional*): The layers that get LoRA, as PEFT reads it; by default the paper's,
+            for networks of transformers.
         rank_pattern, alpha_pattern (`dict`, *optional*): Layers with another rank or α, as PEFT reads them.
         adapt_head_bias (`bool`): Let each expert own the bias of the classification head as well, as the published code does for
             DeiT. The paper leaves the head as it is.
-        base_model_name_or_path (`str`, *optional*): The folder or Hub id that the network was loaded from.
+        base_model_name_or_path (`str`, *optional*): The folder or Hub id that the network was loaded from; of a network that is
+            not of transformers any name, such as "torch.hub intel-isl/MiDaS MiDaS_small", for those who load the experts.
         noise_schedule (`dict`, *optional*): The noise that the experts are trained on: `{"process": "flow_matching"}`, or the
             arguments of a [`DDPMScheduler`] with it, such as `{"beta_schedule": "linear", "beta_end": 0.02}`. A guided scheduler
             with other noise is matched to it by SNR. None if it is not known.
@@ -56,6 +65,10 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
         interval_edges (`list[float]` of length E + 1, *optional*): In timesteps, ascending from 0 to T: expert e owns
             `interval_edges[e] <= t < interval_edges[e + 1]`. By default the intervals are of equal length,
             [⌊e·T/E⌋, ⌊(e+1)·T/E⌋).
+        outputs (`str` or a function, *optional*): What the network returns, if it is not one of transformers: "logits", of shape
+            (B, K) or (B, K, h, w); "depth", of shape (B, h, w) or (B, 1, h, w); or a function that takes what the network returns,
+            and returns logits, a dict of tensors by name, or a `ModelOutput`. Functions are not saved.
+        id2label (`dict[int, str]` or `list[str]`, *optional*): The names of the classes, if the network does not know them.
 
     Raises:
         ValueError: if `method` is unknown, 'finetune' is to have several experts, the network is of a family without a default
@@ -66,7 +79,7 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
 
     def __init__(
         self,
-        network: PreTrainedModel,
+        network: nn.Module,
         image_mean: list[float],
         image_std: list[float],
         image_size: "int | list[int] | None" = None,
@@ -84,15 +97,20 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
         noise_schedule: dict[str, Any] | None = None,
         base_model_revision: str | None = None,
         sample_size: list[int] | None = None,
+        outputs: "str | Callable[[Any], Any] | None" = None,
+        id2label: "Mapping[int, str] | Sequence[str] | None" = None,
     ):
         super().__init__()
         if method not in METHODS:
             raise ValueError(f"Expected `method` to be one of {', '.join(METHODS)}, but got {method!r}.")
         if method == "finetune" and num_experts != 1:
             raise ValueError(f"Expected `num_experts` to be 1 for the method 'finetune', but got {num_experts}.")
+        check_output_kind(outputs)
         if target_modules is None and method == "ppap":
             target_modules = lora_targets(network)
         network.float()
+        self.outputs = outputs
+        self.network_config, names = described_network(network, id2label, outputs)
         self.intervals = _intervals(interval_edges, num_experts, num_train_timesteps)
         self.process = _process(noise_schedule, num_train_timesteps)
         self.register_to_config(  # type: ignore[operator]  # Diffusers has no types
@@ -110,9 +128,11 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
             alpha_pattern=alpha_pattern,
             adapt_head_bias=adapt_head_bias,
             noise_schedule=noise_schedule,
-            base_model_name_or_path=base_model_name_or_path or network.name_or_path,
+            base_model_name_or_path=base_model_name_or_path or getattr(network, "name_or_path", None),
             base_model_revision=base_model_revision,
             sample_size=sample_size,
+            outputs=FUNCTION if callable(outputs) else outputs,
+            id2label=names,
             base_model_class=type(network).__name__,
             base_model_sha256=network_sha256(network),
         )
@@ -120,12 +140,19 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
         self.experts: AdapterExperts | NetworkExperts
         if target_modules is not None and method == "ppap":
             settings = AdapterSettings(
-                rank, lora_alpha, target_modules, rank_pattern or {}, alpha_pattern or {}, adapt_head_bias
+                rank,
+                lora_alpha,
+                target_modules,
+                rank_pattern or {},
+                alpha_pattern or {},
+                adapt_head_bias,
+                head=CLASSIFIER if outputs in (None, "depth") else ANY_HEAD,
+                adapt_head_norms=outputs is not None,
             )
             self.experts = AdapterExperts(network, num_experts, settings)
         else:
             self.experts = NetworkExperts(network, num_experts)
-        self.network_config = network.config
+        self._is_checked = outputs is None
         self.eval()
 
     def expert_tensors(self, expert: int | None = None) -> dict[str, torch.Tensor]:
@@ -138,6 +165,7 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
         Returns:
             `dict[str, torch.Tensor]`: The tensors by name; those of all experts with the prefix `expert_<e>.`
         """
+        self.experts.unmerge_active()  # otherwise the network's weights would keep the LoRA that is changed in place
         if expert is not None:
             return self.experts.tensors(expert)
         return {
@@ -157,7 +185,6 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
         Raises:
             ValueError: if a tensor is missing, unknown or of another shape.
         """
-        self.experts.unmerge_active()  # otherwise the network's weights would keep the replaced LoRA
         own = self.expert_tensors()
         for name in own.keys() ^ tensors.keys():
             raise ValueError(
@@ -184,7 +211,8 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
     @property
     def _tensor(self) -> torch.Tensor:
         """Any tensor of the experts'; a network may have no parameters."""
-        tensors = (*self.parameters(), *self.buffers())
+        # asked for at every guided step: nothing more is looked at than needed
+        tensors = itertools.chain(self.parameters(), self.buffers())
         return next((each for each in tensors if each.is_floating_point()), torch.zeros(()))
 
     def forward(self, images: torch.Tensor, timesteps: torch.Tensor) -> ModelOutput:
@@ -197,6 +225,9 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
 
         Returns:
             `ModelOutput`: The network's output, with `logits` or `predicted_depth`, in the order of the images.
+
+        Raises:
+            ValueError: if the network returned something else than `outputs` says.
         """
         timesteps = timesteps.cpu()
         if timesteps.is_floating_point():
@@ -225,8 +256,19 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
             merged (`bool`, *optional*): Add the expert's LoRA to the weights first, so that it costs nothing; by default in eval
                 mode only.
         """
+        images = self.preprocess(images)
+        if not self._is_checked:
+            self._check_layers(images)
         network = self.experts.activate(expert, merged=not self.training if merged is None else merged)
-        return network(self.preprocess(images))
+        return read_output(network(images), self.outputs, len(images))
+
+    def _check_layers(self, images: torch.Tensor) -> None:
+        """Check once, with the first image, that a network which is not of transformers calls its adapted layers."""
+        training = self.training
+        self.eval()  # batches of one image have no statistics
+        self.experts.check_called(images[:1])
+        self.train(training)
+        self._is_checked = True
 
     def requires_grad_of_expert(self, expert: int) -> dict[str, nn.Parameter]:
         """

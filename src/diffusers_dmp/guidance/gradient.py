@@ -4,56 +4,23 @@ https://arxiv.org/abs/2212.05973, after https://arxiv.org/abs/2105.05233
 Legend: B batch, f frames (videos only), H and W height and width; the other dimensions of a sample are its own.
 """
 
+import contextlib
 import copy
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from transformers.utils import ModelOutput
 
-from ..diffusion.predictions import convert_prediction, to_x0
+from ..models.vision import ImagePreprocessor
 from .decoders import LatentDecoder
 from .experts import GuidanceExperts
+from .step_schedule import NoisyStep
 from .targets import GuidanceTarget
 
 NONFINITE = ("raise", "unguided")
-
-
-@dataclass(frozen=True)
-class NoisyStep:
-    """
-    The input of one denoising step.
-
-    Args:
-        scheduler ([`SchedulerMixin`]): The scheduler.
-        timestep (`torch.Tensor` of shape ()): The training timestep, on the CPU.
-        x_t (`torch.Tensor` of shape (B, …)): The noisy samples, α·x0 + σ·ε, in float32 or float64.
-        prediction (`torch.Tensor` of shape (B, …)): The denoiser's prediction, in the same dtype.
-        prediction_type (`str`): The kind of the prediction; see [`convert_prediction`].
-        alpha, sigma (`torch.Tensor` of shape ()): α and σ, in float64 on the CPU.
-    """
-
-    scheduler: SchedulerMixin
-    timestep: torch.Tensor
-    x_t: torch.Tensor
-    prediction: torch.Tensor
-    prediction_type: str
-    alpha: torch.Tensor
-    sigma: torch.Tensor
-
-    def x0(self) -> torch.Tensor:
-        """x̂0 (B, …) of the prediction."""
-        return to_x0(self.prediction, self.x_t, self.alpha, self.sigma, self.prediction_type)
-
-    def x0_of(self, x_t: torch.Tensor) -> torch.Tensor:
-        """x̂0 (B, …) as a function of x_t, with a constant prediction; if that is x0, with constant noise."""
-        prediction, kind = self.prediction.detach().clone(), self.prediction_type
-        if kind == "sample":
-            prediction = convert_prediction(prediction, x_t.detach(), self.alpha, self.sigma, kind, "epsilon")
-            kind = "epsilon"
-        return to_x0(prediction, x_t, self.alpha, self.sigma, kind)
 
 
 def check_setting(name: str, value: Any) -> None:
@@ -63,6 +30,13 @@ def check_setting(name: str, value: Any) -> None:
     Raises:
         ValueError: if it is out of range.
     """
+    if name == "scale" and not isinstance(value, numbers.Real):
+        raise ValueError(f"Expected `scale` to be a number, but got {value!r}.")
+    if name == "timestep_range" and value is not None and not _is_timestep_range(value):
+        raise ValueError(
+            "Expected `timestep_range` to be two training timesteps, 0 <= low < high, where t = σ·T for flow matching, but got "
+            f"{value!r}."
+        )
     if name == "every" and value < 1:
         raise ValueError(f"Expected `every` to be at least 1, but got {value}.")
     if name == "on_nonfinite" and value not in NONFINITE:
@@ -92,12 +66,14 @@ class Guidance:
     )
 
     def __post_init__(self):
-        for name in ("every", "on_nonfinite"):
+        for name in ("scale", "timestep_range", "every", "on_nonfinite"):
             check_setting(name, getattr(self, name))
-        self.experts = self.experts.float().eval()
+        self.set_experts(self.experts)
+
+    def set_experts(self, experts: GuidanceExperts) -> None:
+        """Guide by other experts, in whose network the target looks up its classes."""
+        self.experts = experts.float().eval()
         self.set_target(self.target)
-        if isinstance(self.decoder, LatentDecoder):
-            self.decoder = self.decoder.in_float32()
 
     def set_target(self, target: GuidanceTarget) -> None:
         """Ask for something else. The target is copied, as it looks up its classes in the network of these experts."""
@@ -119,48 +95,53 @@ class Guidance:
     def gradient(self, step: NoisyStep) -> torch.Tensor:
         """∇ log p(y | x_t) with respect to x_t (B, …), in float32 or float64."""
         device, dtype = step.x_t.device, step.x_t.dtype
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(device.type, enabled=False),
-        ):
+        with torch.inference_mode(False), torch.enable_grad(), _without_autocast(device):
             if self.experts.device != device or self.experts.dtype != dtype:
                 self.experts.to(device, dtype)
             # copies, as tensors that were made in inference mode take no part in gradients
             x_t = step.x_t.detach().clone().requires_grad_()
             log_likelihood = self._log_likelihood(step, x_t)
+            self._check_log_likelihood(log_likelihood, len(x_t))
             (gradient,) = torch.autograd.grad(log_likelihood.sum(), x_t)
         return gradient
 
     def _log_likelihood(self, step: NoisyStep, x_t: torch.Tensor) -> torch.Tensor:
         """log p(y | x_t) (B,)."""
-        timestep, scale = self._as_trained(step)
+        timestep, scale = step.as_trained(self.experts.process)
         if self.decoder is not None:
-            images = self.decoder(step.x0_of(x_t))
+            images = self.decoder(step.x0_of(x_t)).to(x_t.dtype)
         else:
             images = x_t if scale is None else scale * x_t
             if images.ndim == 5:
                 images = images.transpose(1, 2)  # frames before channels, as decoded ones
-        self._check_size(images)
+        self._check_images(images)
         if images.ndim == 4:
             return self.target.log_likelihood(self.experts(images, timestep))
         count = images.shape[1]
         output = self.experts(images.flatten(0, 1), timestep)
         return self.target.log_likelihood_of_frames([_frame(output, index, count) for index in range(count)])
 
-    def _as_trained(self, step: NoisyStep) -> "tuple[torch.Tensor, torch.Tensor | None]":
-        """The timestep at which the experts know this noise, and what x_t is multiplied by to be as they know it."""
-        process = self.experts.process
-        if process is None or process.is_process_of(step.scheduler):
-            return step.timestep, None
-        return process.timestep_at(step.alpha, step.sigma), process.scale_at(step.alpha, step.sigma)
-
-    def _check_size(self, images: torch.Tensor) -> None:
-        """Refuse images of another size than the experts were trained on."""
-        if images.ndim not in (4, 5):
+    def _check_log_likelihood(self, log_likelihood: torch.Tensor, batch_size: int) -> None:
+        """Refuse a target that has no number for each image, or no gradient."""
+        if log_likelihood.shape != (batch_size,):
             raise ValueError(
-                f"Expected the experts to see images (B, C, H, W) or videos (B, f, C, H, W), but got the shape "
-                f"{tuple(images.shape)}; latents need a `decoder`, which `GuidedScheduler.for_pipeline` finds."
+                f"Expected the log-likelihood of a {type(self.target).__name__} to have the shape {(batch_size,)}, a number for "
+                f"each image, but got {tuple(log_likelihood.shape)}."
+            )
+        if not log_likelihood.requires_grad:
+            raise ValueError(
+                f"Expected the log-likelihood of a {type(self.target).__name__} to depend on the samples, but got one without a "
+                "gradient; `torch.no_grad`, `detach` or rounding in a decoder, network or target cuts it off."
+            )
+
+    def _check_images(self, images: torch.Tensor) -> None:
+        """Refuse what the experts cannot see, and images of another size than they were trained on."""
+        preprocess, channels = self.experts.preprocess, images.shape[-3] if images.ndim in (4, 5) else None
+        known = len(preprocess.mean) if isinstance(preprocess, ImagePreprocessor) else 1
+        if channels is None or (channels not in (1, known) and known > 1):
+            raise ValueError(
+                f"Expected the guidance experts to see images (B, C, H, W) or videos (B, f, C, H, W) of {known} channels, but got "
+                f"the shape {tuple(images.shape)}. Latents need a `decoder`, which `GuidedScheduler.for_pipeline` finds."
             )
         trained, seen = self.experts.config.get("sample_size"), list(images.shape[-2:])
         if trained is not None and list(trained) != seen:
@@ -182,12 +163,14 @@ class Guidance:
         """
         finite = guided.flatten(1).isfinite().all(1)
         if self.on_nonfinite == "raise":
-            self._nonfinite.append((step.timestep, self._as_trained(step)[0], (~finite).any()))
+            self._nonfinite.append((step.timestep, step.as_trained(self.experts.process)[0], (~finite).any()))
         return torch.where(per_sample(finite, guided), guided, unguided)
 
     def reset(self) -> None:
         """Forget the steps that were taken."""
         self._nonfinite = []
+        if isinstance(self.decoder, LatentDecoder):
+            self.decoder.reset()
 
     def raise_if_nonfinite(self) -> None:
         """
@@ -203,7 +186,7 @@ class Guidance:
         flags = torch.stack([flag for *_, flag in found]).tolist()
         for (timestep, as_trained, _), flag in zip(found, flags):
             if flag:
-                expert = self.experts.intervals.index(as_trained).item()
+                expert = self.experts.intervals.index(as_trained.float()).item()  # in float32, as the experts find it
                 raise FloatingPointError(
                     f"Expected guidance of scale {self.scale} to have finite gradients, but got others at timestep "
                     f"{timestep.item():g}, from expert {expert}. `on_nonfinite='unguided'` leaves such steps unguided."
@@ -213,6 +196,22 @@ class Guidance:
 def per_sample(values: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
     """Shape one value for each sample (B,) so that it is broadcast to samples (B, …)."""
     return values.view(-1, *[1] * (samples.ndim - 1))
+
+
+def _is_timestep_range(value: Any) -> bool:
+    """Whether a value is low and high of training timesteps; up to 1 they would be a σ or a share of the steps."""
+    try:
+        low, high = value
+        return 0 <= low < high and high > 1
+    except (TypeError, ValueError):
+        return False
+
+
+def _without_autocast(device: torch.device) -> Any:
+    """A context without autocast, on devices that have it."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _frame(output: ModelOutput, index: int, count: int) -> ModelOutput:

@@ -5,10 +5,9 @@ Legend: B batch, T training timesteps, S steps; the other dimensions of a sample
 """
 
 import copy
-import functools
 import inspect
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -16,24 +15,19 @@ from diffusers import DDPMParallelScheduler, DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..diffusion.noise import is_flow_matching
-from ..diffusion.predictions import (
-    FLOW_PREDICTION,
-    PREDICTION_TYPES,
-    check_noise_levels,
-    expected_prediction_type,
-    noise_levels,
-)
-from ..diffusion.timesteps import counts_from_noise, training_timesteps
+from ..diffusion.predictions import expected_prediction_type
+from ..diffusion.timesteps import counts_from_noise
 from .decoders import LatentDecoder
 from .experts import GuidanceExperts
-from .gradient import Guidance, NoisyStep, check_setting
+from .gradient import Guidance, check_setting
+from .guided_class import guided_class
+from .pipeline_decoders import decoder_of
+from .scheduler_checks import check_process, check_scheduler_for_guidance
+from .step_schedule import NoisyStep, StepSchedule
 from .steps import guided_prediction, step_with_guided_mean, unclipped
 from .targets import GuidanceTarget
 
-# With a smaller α, x_t has no image to guide: at ᾱ = 0, or the 2⁻²⁴ that some schedulers replace it by.
-MIN_ALPHA = 1e-3
-# In flow matching, ∇log p is multiplied by σ/(1-σ), and a gradient that does not vanish where there is nothing but noise diverges.
-MAX_FLOW_SIGMA = 0.95
+_SIGMAS_WITH_SAMPLES = ("LTXEulerAncestralRFScheduler",)  # its step computes with σ on the samples' device
 _OWN_ATTRIBUTES = ("scheduler", "guidance", "_schedule")
 
 
@@ -82,7 +76,7 @@ class GuidedScheduler(SchedulerMixin):
             flow matching. By default all of them, and for flow matching those below 0.95·T: above, the gradient would be
             multiplied by more than 19.
         every (`int`): Guide every n-th step, beginning with the first one.
-        decoder (*optional*): For latents: x̂0 is decoded, in float32, and the experts see the decoded images. A [`LatentDecoder`]
+        decoder (*optional*): For latents: x̂0 is decoded, and the experts see the decoded images. A [`LatentDecoder`]
             or any function of latents (B, …) that returns images (B, 3, H, W) or videos (B, f, 3, H, W) in [-1, 1].
         vae ([`AutoencoderKL`], *optional*): Short for `decoder=LatentDecoder(vae)`.
         on_nonfinite (`str`): What to do where guidance is infinite or not a number in the samples' dtype. Such samples are not
@@ -92,13 +86,15 @@ class GuidedScheduler(SchedulerMixin):
     Raises:
         ValueError: if the scheduler's noise levels are not known, the experts do not know theirs and cannot be matched, an
             argument is out of range, or the target does not fit the experts' network.
+
+    Warns:
+        If experts of noisy images are given a decoder; and when a run ends in which no step was guided.
     """
 
     unguided_class: "ClassVar[type[SchedulerMixin] | None]" = None
 
     scheduler: SchedulerMixin
     guidance: Guidance
-    experts = _setting("experts")
     scale = _setting("scale")
     rescale_to_mean = _setting("rescale_to_mean")
     timestep_range = _setting("timestep_range")
@@ -127,14 +123,8 @@ class GuidedScheduler(SchedulerMixin):
         vae: Any = None,
         on_nonfinite: str = "raise",
     ):
-        check_noise_levels(scheduler)
-        _check_process(experts, scheduler)
-        kind = expected_prediction_type(scheduler)
-        known = (FLOW_PREDICTION,) if is_flow_matching(scheduler) else PREDICTION_TYPES
-        if kind not in known:
-            raise ValueError(
-                f"Expected the `prediction_type` of a {type(scheduler).__name__} to be one of {', '.join(known)}, but got {kind!r}."
-            )
+        check_scheduler_for_guidance(scheduler)
+        check_process(experts, scheduler)
         if rescale_to_mean and not self.guides_mean:
             raise ValueError(
                 f"Expected a DDPMScheduler for `rescale_to_mean`, but got a {type(scheduler).__name__}, which has no mean."
@@ -143,10 +133,16 @@ class GuidedScheduler(SchedulerMixin):
         self.__dict__.update(copy.deepcopy(state))
         self.scheduler = scheduler
         decoder = LatentDecoder(vae) if vae is not None else decoder
+        if decoder is not None and experts.process is not None:
+            warnings.warn(
+                "The guidance experts were trained on noisy images, but with a decoder they see clean ones, which they know less "
+                "well than the network that they were made of: `GuidanceExperts.from_base(…, num_experts=1)`.",
+                stacklevel=2,
+            )
         self.guidance = Guidance(
             experts, target, scale, rescale_to_mean, timestep_range, every, decoder=decoder, on_nonfinite=on_nonfinite
         )
-        self._schedule: _Schedule | None = None
+        self._schedule: StepSchedule | None = None
 
     def __copy__(self) -> "GuidedScheduler":
         """A copy whose settings can be changed on their own; `copy.deepcopy` copies the experts as well."""
@@ -163,6 +159,46 @@ class GuidedScheduler(SchedulerMixin):
         return _new_instance, type(self).__bases__, self.__dict__
 
     @classmethod
+    def for_pipeline(
+        cls,
+        pipeline: Any,
+        experts: GuidanceExperts,
+        target: GuidanceTarget,
+        scale: float = 7.5,
+        *,
+        frames: "list[int] | None" = None,
+        **settings: Any,
+    ) -> "GuidedScheduler":
+        """
+        Guide the scheduler of a pipeline by the images that its latents are decoded to.
+
+        If it is guided already, this guidance is added; `pipe.scheduler.target = …` asks for something else instead.
+
+        ```py
+        pipe.scheduler = GuidedScheduler.for_pipeline(pipe, experts, ClassTarget("zebra"), scale=7.5)
+        ```
+
+        Args:
+            pipeline ([`DiffusionPipeline`]): The pipeline; without a VAE, the experts see its noisy images.
+            experts, target, scale: See [`GuidedScheduler`].
+            frames (`list[int]`, *optional*): Which frames of a video guide; see [`VideoDecoder`].
+            settings: Further arguments of [`GuidedScheduler`]. `decoder` replaces the one of the pipeline (see [`decoder_of`]), and
+                `vae` the VAE in it.
+
+        Raises:
+            ValueError: as [`GuidedScheduler`] and [`decoder_of`].
+        """
+        of_decoder = {"frames": frames, "vae": settings.pop("vae", None)}
+        of_decoder = {name: value for name, value in of_decoder.items() if value is not None}
+        if settings.get("decoder") is None:
+            settings["decoder"] = decoder_of(pipeline, **of_decoder)
+        elif of_decoder:
+            raise ValueError(
+                f"Expected no `{next(iter(of_decoder))}` beside a `decoder`, which has its own, but got both."
+            )
+        return cls(pipeline.scheduler, experts, target, scale, **settings)
+
+    @classmethod
     def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs) -> Any:
         """
         Make the scheduler without guidance; see [`ConfigMixin.from_config`]. [`around`] guides another scheduler.
@@ -173,6 +209,16 @@ class GuidedScheduler(SchedulerMixin):
         if cls.unguided_class is None:
             raise ValueError("Expected `from_config` of a scheduler's class, but got that of GuidedScheduler.")
         return cls.unguided_class.from_config(config, return_unused_kwargs, **kwargs)
+
+    @property
+    def experts(self) -> GuidanceExperts:
+        """The network that guides."""
+        return self.guidance.experts
+
+    @experts.setter
+    def experts(self, experts: GuidanceExperts) -> None:
+        check_process(experts, self)
+        self.guidance.set_experts(experts)
 
     @property
     def target(self) -> GuidanceTarget:
@@ -203,31 +249,54 @@ class GuidedScheduler(SchedulerMixin):
         self, step: Callable, model_output: torch.Tensor, timestep, sample: torch.Tensor, *args, **kwargs
     ):
         """A step of the scheduler with guidance, where `step` is the one without."""
-        if kwargs.get("per_token_timesteps") is not None:
+        call = inspect.signature(step).bind(model_output, timestep, sample, *args, **kwargs)
+        if (call.arguments | kwargs).get("per_token_timesteps") is not None:
             raise ValueError("Expected one timestep for the whole of a sample, but got `per_token_timesteps`.")
-        position = self._position(timestep)
-        guidances = [guidance for guidance in self._guidances() if self._is_guided(position, guidance)]
-        if not guidances:
-            result = step(model_output, timestep, sample, *args, **kwargs)
-        elif self.guides_mean:
-            call = inspect.signature(step).bind(model_output, int(self.timesteps[position]), sample, *args, **kwargs)
-            noisy = self._noisy_step(position, model_output, sample)
-            result = step_with_guided_mean(self, step, call, noisy, guidances)
-        else:
-            prediction = self._signed(model_output)
-            noisy = self._noisy_step(position, prediction, sample)
-            guided = self._signed(guided_prediction(self, noisy, prediction, guidances))
-            with unclipped(self):
-                result = step(guided, timestep, sample, *args, **kwargs)
-        if position == len(self.timesteps) - 1:
+        schedule = self._steps()
+        with schedule.on_cpu(self):
+            position = self._position(timestep)
+            if isinstance(timestep, torch.Tensor):
+                timestep = schedule.timesteps[position]
+            guidances = [guidance for guidance in self._guidances() if self._is_guided(position, guidance)]
+            if not guidances:
+                result = step(model_output, timestep, sample, *args, **kwargs)
+            elif self.guides_mean:
+                call.arguments["timestep"] = int(schedule.timesteps[position])
+                noisy = self._noisy_step(position, model_output, sample)
+                result = step_with_guided_mean(self, step, call, noisy, guidances)
+            else:
+                prediction = self._signed(model_output)
+                noisy = self._noisy_step(position, prediction, sample)
+                guided = self._signed(guided_prediction(self, noisy, prediction, guidances))
+                with unclipped(self):
+                    result = step(guided, timestep, sample, *args, **kwargs)
+        if position == len(schedule.timesteps) - 1:
             for guidance in self._guidances():
                 guidance.raise_if_nonfinite()
         return result
 
-    def _steps(self) -> "_Schedule":
+    def _begin(self, device: "torch.device | str | None") -> None:
+        """Begin with steps that were made on the CPU, so that none waits for an accelerator to know which one it is."""
+        self._schedule = None
+        self._steps()
+        if hasattr(self, "step_index"):  # it counts its steps; the others look for the timestep that they are given
+            self.timesteps: torch.Tensor = self.timesteps.to(device)
+        if type(self).__name__ in _SIGMAS_WITH_SAMPLES:
+            self.sigmas: torch.Tensor = self.sigmas.to(device)
+        for guidance in self._guidances():
+            guidance.reset()
+            if not any(self._is_guided(position, guidance) for position in range(len(self.timesteps))):
+                trained = self._steps().training_timesteps.tolist()
+                warnings.warn(
+                    f"None of the {len(trained)} steps is guided, at the timesteps {trained[0]:g} to {trained[-1]:g} of training: "
+                    f"`timestep_range` is {guidance.timestep_range or self._steps().default_range}.",
+                    stacklevel=4,
+                )
+
+    def _steps(self) -> StepSchedule:
         """The timesteps and noise levels of all steps."""
         if self._schedule is None:
-            self._schedule = _Schedule.of(self)
+            self._schedule = StepSchedule.of(self, self.experts.intervals.num_train_timesteps)
         return self._schedule
 
     def _position(self, timestep) -> int:
@@ -236,21 +305,16 @@ class GuidedScheduler(SchedulerMixin):
             index = getattr(self, name, None)
             if index is not None:
                 return index
-        timesteps = self._steps().timesteps
-        matches = (timesteps == torch.as_tensor(timestep).cpu()).nonzero()
-        if len(matches) == 0:
-            raise ValueError(f"Expected `timestep` to be one of {timesteps.tolist()}, but got {timestep}.")
-        return int(matches[0])
+        return self._steps().position_of(timestep, self)
 
     def _is_guided(self, position: int, guidance: Guidance) -> bool:
         """Whether guidance applies. Of a second-order scheduler's step both evaluations are guided, or neither."""
-        step = position // self.order
-        first_step = (getattr(self, "begin_index", None) or 0) // self.order
-        schedule = self._steps()
-        applies = guidance.applies(
-            schedule.training_timesteps[step * self.order], step - first_step, schedule.default_range
-        )
-        return applies and schedule.alphas[position].item() > MIN_ALPHA
+        schedule, first = self._steps(), getattr(self, "begin_index", None) or 0
+        begins = position // self.order * self.order  # with its first evaluation
+        if not (schedule.can_be_guided(begins) and schedule.can_be_guided(position)):
+            return False
+        step = begins // self.order - first // self.order
+        return guidance.applies(schedule.training_timesteps[begins], step, schedule.default_range)
 
     def _signed(self, prediction: torch.Tensor) -> torch.Tensor:
         """The velocity ε - x0 of one that Mochi's scheduler takes, x0 - ε, and the other way round."""
@@ -263,99 +327,9 @@ class GuidedScheduler(SchedulerMixin):
         x_t = sample if is_flow else self.scale_model_input(sample, schedule.timesteps[position])
         x_t = x_t.to(torch.promote_types(x_t.dtype, torch.float32))
         prediction = model_output[:, : sample.shape[1]].to(x_t.dtype)
-        return NoisyStep(
-            scheduler=self,
-            timestep=schedule.training_timesteps[position],
-            x_t=x_t,
-            prediction=prediction,
-            prediction_type=expected_prediction_type(self),
-            alpha=schedule.alphas[position],
-            sigma=schedule.sigmas[position],
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class _Schedule:
-    """
-    Timesteps and noise levels of all steps, on the CPU, so that no step waits for an accelerator.
-
-    Args:
-        timesteps (`torch.Tensor` of shape (S,)): Those of the scheduler.
-        training_timesteps (`torch.Tensor` of shape (S,)): The same, counted as in training.
-        alphas, sigmas (`torch.Tensor` of shape (S,)): α and σ; see [`noise_levels`].
-        default_range (`tuple[float, float]`): The training timesteps that are guided if nothing else is asked for.
-    """
-
-    timesteps: torch.Tensor
-    training_timesteps: torch.Tensor
-    alphas: torch.Tensor
-    sigmas: torch.Tensor
-    default_range: tuple[float, float]
-
-    @classmethod
-    def of(cls, scheduler: "GuidedScheduler") -> "_Schedule":
-        """Those of a scheduler whose timesteps are set."""
-        alphas, sigmas = noise_levels(scheduler)
-        timesteps, config = scheduler.timesteps.cpu(), scheduler.config
-        if not is_flow_matching(scheduler):
-            count = config.get("model_train_timesteps") or config["num_train_timesteps"]
-            trained = training_timesteps(scheduler, count)
-            return cls(timesteps, trained, alphas, sigmas, default_range=(0.0, float("inf")))
-        count = config["num_train_timesteps"]
-        if count == 1:  # some count from 0 to 1
-            count = scheduler.experts.intervals.num_train_timesteps
-        # t = σ·T: the scheduler's own timesteps may be rounded
-        return cls(timesteps, sigmas * count, alphas, sigmas, default_range=(0.0, MAX_FLOW_SIGMA * count))
-
-
-@functools.cache
-def _guided_class(base: Any, scheduler_class: Any) -> type:
-    """
-    Derive a class from [`GuidedScheduler`] and from a scheduler's class.
-
-    It has the name and module of the scheduler's class, because Diffusers saves schedulers under these, and they are saved
-    without guidance.
-    """
-
-    class Guided(base, scheduler_class):  # type: ignore[valid-type, misc]
-        unguided_class = scheduler_class
-        __doc__ = scheduler_class.__doc__
-        __module__ = scheduler_class.__module__
-
-        @functools.wraps(scheduler_class.set_timesteps)
-        def set_timesteps(self, *args, **kwargs):
-            # The timesteps are made on the CPU, so that no step waits for an accelerator to know which one it is.
-            call = inspect.signature(super().set_timesteps).bind(*args, **kwargs)
-            device, call.arguments["device"] = call.arguments.get("device"), "cpu"
-            super().set_timesteps(*call.args, **call.kwargs)
-            self._schedule = _Schedule.of(self)
-            if hasattr(self, "step_index"):  # which counts the steps; the others look at `timesteps` at each of them
-                self.timesteps = self.timesteps.to(device)
-            for guidance in self._guidances():
-                guidance.reset()
-
-        @functools.wraps(scheduler_class.step)
-        def step(self, model_output, timestep, sample, *args, **kwargs):
-            return self._guided_step(super().step, model_output, timestep, sample, *args, **kwargs)
-
-    Guided.__name__ = scheduler_class.__name__
-    Guided.__qualname__ = f"{base.__name__}[{scheduler_class.__name__}]"
-    return Guided
+        return NoisyStep(self, schedule, position, x_t, prediction, expected_prediction_type(self))
 
 
 def _new_instance(base: Any, scheduler_class: Any) -> GuidedScheduler:
     """A guided scheduler without attributes, which are set afterwards."""
-    return object.__new__(_guided_class(base, scheduler_class))
-
-
-def _check_process(experts: GuidanceExperts, scheduler: Any) -> None:
-    """Refuse experts whose noise is not known, where it matters."""
-    if experts.process is not None:
-        return
-    if is_flow_matching(scheduler) and experts.config.num_experts > 1:
-        raise ValueError(
-            f"Expected experts that know which noise they were trained on, for a {type(scheduler).__name__}, but got "
-            f"{experts.config.num_experts} without `noise_schedule`. For diffusion it has the arguments of the DDPMScheduler of their "
-            "training, for flow matching it is {'process': 'flow_matching'}."
-        )
-    experts.intervals.check_scheduler(scheduler)
+    return object.__new__(guided_class(base, scheduler_class))

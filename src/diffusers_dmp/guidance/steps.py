@@ -16,7 +16,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from ..diffusion.noise import scheduler_setting
 from ..diffusion.noise_schedules import clips
 from ..diffusion.predictions import convert_prediction, posterior_weights
-from .gradient import Guidance, NoisyStep, per_sample
+from .gradient import Guidance, per_sample
+from .step_schedule import NoisyStep
 
 # Guidance in the noise: ε - σ·s·∇log p; of a velocity of flow matching, v - s·σ/(1-σ)·∇log p
 
@@ -65,7 +66,10 @@ def _clipped(scheduler: SchedulerMixin, x0: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def unclipped(scheduler: SchedulerMixin) -> Iterator[None]:
     """Switch a scheduler's clipping off within a `with` block."""
-    switches = {name: scheduler.config[name] for name in ("thresholding", "clip_sample") if name in scheduler.config}
+    switches = {name: True for name in ("thresholding", "clip_sample") if scheduler.config.get(name)}
+    if not switches:
+        yield
+        return
     scheduler.register_to_config(**dict.fromkeys(switches, False))
     try:
         yield
@@ -104,10 +108,10 @@ def step_with_guided_mean(
     for guidance in reversed(guidances):
         gradient = guidance.gradient(noisy)
         if guidance.rescale_to_mean:
-            mean = _mean(scheduler, output.pred_original_sample.float(), noisy)
+            mean = _mean(scheduler, output.pred_original_sample.to(gradient.dtype), noisy)
             gradient = _rescaled(gradient, mean)
         unguided = output.prev_sample
-        guided = (unguided.float() + variance * guidance.scale * gradient).to(unguided.dtype)
+        guided = (unguided.to(gradient.dtype) + variance * guidance.scale * gradient).to(unguided.dtype)
         output.prev_sample = guidance.finite_or(unguided, guided, noisy)
     return output if return_dict else output.to_tuple()
 

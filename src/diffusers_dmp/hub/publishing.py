@@ -119,7 +119,7 @@ def publish(
         base_model or _base_model(contents),
         dataset or _hub_id(contents.training.get("dataset")),
     )
-    if SYSTEMS[contents.system].is_guidance and found_base is None:
+    if _needs_base_model(contents) and found_base is None:
         raise ValueError(_HOMELESS.format(contents.config["base_model_name_or_path"]))
     expect_finite_files(contents.path)
     if dry_run:
@@ -130,7 +130,7 @@ def publish(
     api = HfApi(endpoint=endpoint, token=token)
     if base_model is None and found_base is not None and not api.repo_exists(found_base):
         found_base = None
-    if SYSTEMS[contents.system].is_guidance and (found_base is None or not api.repo_exists(found_base)):
+    if _needs_base_model(contents) and (found_base is None or not api.repo_exists(found_base)):
         raise ValueError(_HOMELESS.format(base_model or contents.config["base_model_name_or_path"]))
     if dataset is None and found_dataset is not None and not api.repo_exists(found_dataset, repo_type="dataset"):
         found_dataset = None
@@ -194,7 +194,7 @@ def _publication(
     if contents.evaluation:
         texts[EVALUATION] = json.dumps(published_evaluation(contents), indent=2) + "\n"
     if SYSTEMS[contents.system].is_guidance:
-        is_moved = base_model != contents.config["base_model_name_or_path"]
+        is_moved = base_model not in (None, contents.config["base_model_name_or_path"])
         moved = {"base_model_name_or_path": base_model, "base_model_revision": None} if is_moved else {}
         texts[MODEL_CONFIG] = dumped(contents.config | moved)
     else:  # the folder holds no code, or that of an older version
@@ -222,6 +222,11 @@ def _check_repo_id(repo_id: str) -> None:
         is_name = False
     if not is_name:
         raise ValueError(f"Expected `repo_id` to be like 'user/name', but got {repo_id!r}.")
+
+
+def _needs_base_model(contents: FolderContents) -> bool:
+    """Whether the Hub has to have the base model: that of guidance experts, if it is a network of transformers."""
+    return SYSTEMS[contents.system].is_guidance and contents.config.get("outputs") is None
 
 
 def _base_model(contents: FolderContents) -> str | None:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
 from ..saving.weight_files import check_saved_folder
+from .text_image import has_towers, load_image_tower
 
 
 class ImagePreprocessor(nn.Module):
@@ -86,6 +87,12 @@ def processor_settings(name_or_path: str, **hub_arguments: Any) -> dict[str, Any
             "be given, but got neither."
         ) from error
     normalizes = settings.get("do_normalize", True)
+    for name in ("image_mean", "image_std"):
+        if normalizes and settings.get(name) is None:
+            raise ValueError(
+                f"Expected the image processor of {name_or_path!r} to give `{name}`, or `image_mean`, `image_std` and `image_size` "
+                "to be given, but got neither."
+            )
     return {
         "image_mean": list(settings["image_mean"]) if normalizes else [0.0],
         "image_std": list(settings["image_std"]) if normalizes else [1.0],
@@ -95,9 +102,10 @@ def processor_settings(name_or_path: str, **hub_arguments: Any) -> dict[str, Any
 
 def _output_size(settings: dict[str, Any]) -> "int | list[int]":
     """The size after cropping: instead of being cropped, the whole image is resized to it."""
-    size = settings["crop_size"] if settings.get("do_center_crop") else settings["size"]
+    is_cropped = settings.get("do_center_crop")
+    size = settings["crop_size"] if is_cropped else settings["size"]
     if isinstance(size, int):
-        return size
+        return [size, size] if is_cropped else size
     if "height" in size and "width" in size:
         return [size["height"], size["width"]]
     if "shortest_edge" in size:
@@ -107,19 +115,29 @@ def _output_size(settings: dict[str, Any]) -> "int | list[int]":
     )
 
 
-def load_network(name_or_path: str, **hub_arguments: Any) -> PreTrainedModel:
+def load_network(name_or_path: str, *, with_text: bool = False, **hub_arguments: Any) -> PreTrainedModel:
     """
     Load a transformers model of the class that it was saved as, in float32 and eval mode.
 
     Args:
-        name_or_path (`str`): The folder or Hub id of the model.
+        name_or_path (`str`): The folder or Hub id of the model. Of a CLIP or SigLIP, its image tower is loaded: a
+            `CLIPVisionModelWithProjection` or `SiglipVisionModel`.
+        with_text (`bool`): Load all of a CLIP or SigLIP.
         hub_arguments: `revision` and those in `HUB_ARGUMENTS`, for the Hub.
 
     Raises:
-        ValueError: if transformers has no such class, or a file of a local folder is damaged; it is named.
+        ValueError: if transformers has no such class, it takes no images as a whole, or a file of a local folder is damaged; it
+            is named.
     """
     check_saved_folder(name_or_path, components=False)
     config = AutoConfig.from_pretrained(name_or_path, **hub_arguments)
+    if config.model_type.startswith("siglip2"):
+        raise ValueError(
+            f"Expected {name_or_path!r} to be a network of images as a whole, but got a SigLIP 2 of patches of any number (NaFlex); "
+            "those of a fixed size, such as google/siglip2-base-patch16-224, are loaded."
+        )
+    if has_towers(config) and not with_text:
+        return load_image_tower(name_or_path, config, **hub_arguments)
     network_class = getattr(transformers, (config.architectures or ["none"])[0], None)
     if network_class is None:
         raise ValueError(

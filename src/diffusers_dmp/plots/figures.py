@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from ..diffusion.noise import signal_to_noise_ratio
+from ..diffusion.process import NoiseProcess
 from ..evaluation.costs import gigaflops
 from ..intervals import NoiseIntervals
 from ..models.inputs import class_count
@@ -218,15 +219,23 @@ def experts_figure(experts: "GuidanceExperts", scheduler: SchedulerMixin, timest
     """
     Plot which guidance expert owns which timesteps, with the share of the image in x_t (https://arxiv.org/abs/2212.05973).
 
+    The timesteps are those of the noise that the experts were trained on.
+
     Args:
-        experts ([`GuidanceExperts`]): Experts for as many training timesteps as the scheduler has.
-        scheduler ([`SchedulerMixin`]): A scheduler with `alphas_cumprod`.
-        timestep (`int`, *optional*): A timestep to mark, in [0, T).
+        experts ([`GuidanceExperts`]): The experts.
+        scheduler ([`SchedulerMixin`]): A flow-matching scheduler, or one with `alphas_cumprod`: the noise of experts that do not
+            know theirs.
+        timestep (`int`, *optional*): A timestep of the scheduler to mark, in [0, T).
     """
     edges = experts.intervals.edges
+    given = NoiseProcess(scheduler)
+    process = given if experts.process is None or experts.process.is_process_of(scheduler) else experts.process
+    alphas, sigmas = process.levels_at(torch.arange(process.num_train_timesteps))
+    if timestep is not None and process is not given:
+        timestep = round(float(process.timestep_at(*given.levels_at(torch.tensor(timestep)))))
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(scheduler.alphas_cumprod, color="k")
+    axes.plot(alphas**2 / (alphas**2 + sigmas**2), color="k")
     for expert, (low, high) in enumerate(zip(edges, edges[1:])):
         axes.axvspan(low, high, color=f"C{expert}", alpha=0.3)
         axes.text((low + high) / 2, 1.08, f"expert {expert}", ha="center", va="center")

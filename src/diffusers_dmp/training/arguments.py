@@ -16,10 +16,12 @@ from .optimisers import check_lr_schedule, check_optimiser
 from .parsing import parse_arguments as parse_arguments  # its former place
 
 if TYPE_CHECKING:
+    from ..intervals import NoiseIntervals
     from .objectives.densities import NoiseDensity
 
 TRACKERS = ("tensorboard", "wandb", "none")
 OBJECTIVES = ("ddpm", "flow")
+BOUNDARIES = ("sigma_boundaries", "timestep_boundaries", "snr_boundaries")
 _OF_FLOW = ("density", "logit_mean", "logit_std", "mode_scale", "shift")
 
 Arguments = TypeVar("Arguments")
@@ -194,6 +196,57 @@ class ObjectiveArguments(ProcessArguments):
             raise ValueError(
                 f"Expected `prediction_type` to be {default} for flow matching, but got {self.prediction_type!r}."
             )
+
+
+@dataclass(kw_only=True)
+class BoundaryArguments:
+    """The noise intervals of experts: between boundaries, or of equally many timesteps."""
+
+    sigma_boundaries: list[float] = option(
+        [], "The σ between the experts, ascending, for flow matching: 0.875 makes two, as Wan2.2 has them."
+    )
+    timestep_boundaries: list[float] = option([], "Or the training timesteps between them, ascending.")
+    snr_boundaries: list[float] = option([], "Or the signal-to-noise ratios between them, descending.")
+    num_experts: int | None = option(None, "Or the number of experts, with intervals of equally many timesteps.")
+
+    @property
+    def given_boundaries(self) -> list[str]:
+        """The names of the boundaries that are given."""
+        return [name for name in BOUNDARIES if getattr(self, name)]
+
+    def count_experts(self) -> int:
+        """The number of experts; 1 without intervals."""
+        if not self.given_boundaries:
+            return self.num_experts or 1
+        return 1 + sum(len(getattr(self, name)) for name in BOUNDARIES)
+
+    def intervals(self, scheduler: Any) -> "NoiseIntervals":
+        """
+        The experts' intervals.
+
+        Args:
+            scheduler ([`SchedulerMixin`]): For T and what SNR its timesteps have.
+
+        Raises:
+            ValueError: if the boundaries do not ascend (of SNR, descend), or lie outside of what there is; if they are σ, and the
+                scheduler is no flow-matching one.
+        """
+        from ..diffusion.noise import is_flow_matching  # which imports Diffusers
+        from ..intervals import NoiseIntervals
+
+        total = scheduler.config["num_train_timesteps"]
+        if self.sigma_boundaries and not is_flow_matching(scheduler):
+            raise ValueError(
+                f"Expected `sigma_boundaries` for flow matching alone, but got {self.sigma_boundaries} for a "
+                f"{type(scheduler).__name__}; `snr_boundaries` and `timestep_boundaries` are for diffusion as well."
+            )
+        if self.sigma_boundaries:
+            return NoiseIntervals.from_sigmas(self.sigma_boundaries, total)
+        if self.timestep_boundaries:
+            return NoiseIntervals.from_timesteps(self.timestep_boundaries, total)
+        if self.snr_boundaries:
+            return NoiseIntervals.from_snr(self.snr_boundaries, scheduler)
+        return NoiseIntervals.uniform(self.count_experts(), total)
 
 
 @dataclass(kw_only=True)

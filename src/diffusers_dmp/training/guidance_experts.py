@@ -1,15 +1,19 @@
 """Guidance experts (PPAP) in training: how they are made from the arguments, and saved one by one and together."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
+from ..diffusion.process import NoiseProcess
 from ..guidance import GuidanceExperts
+from ..intervals import NoiseIntervals
 from ..models.vision import load_network, processor_settings
 from ..saving.weight_files import read_safetensors
 from ..saving.whole import written_whole
+from .arguments import BoundaryArguments
 from .objectives.from_arguments import noise_record
 from .resources import explained_disk_errors
 from .summary import TrainingSummary
@@ -25,11 +29,14 @@ def make_experts(args: Any) -> GuidanceExperts:
         args: The arguments of a training, of this version or an older one.
 
     Raises:
-        ValueError: if `base_model` is no network that can guide, or it is not known how it wants its images.
+        ValueError: if `base_model` is no network that can guide, or it is not known how it wants its images; see also
+            [`expert_intervals`].
     """
+    intervals = expert_intervals(args)
     settings = {
-        "num_experts": args.num_experts,
-        "num_train_timesteps": args.num_train_timesteps,
+        "num_experts": intervals.num_experts,
+        "num_train_timesteps": intervals.num_train_timesteps,
+        "interval_edges": intervals.to_config(),
         "method": args.method,
         "rank": args.rank,
         "lora_alpha": args.lora_alpha,
@@ -41,14 +48,30 @@ def make_experts(args: Any) -> GuidanceExperts:
         network = load_network(args.base_model)
     except (OSError, ValueError) as error:
         raise _wrong_network(args.base_model, str(error)) from error
-    # a classifier, a depth or segmentation model, which transformers calls …For…
-    if network.main_input_name != "pixel_values" or "For" not in type(network).__name__:
+    # a classifier, a depth or segmentation model, which transformers calls …For…, or an image tower, …VisionModel…
+    predicts = any(word in type(network).__name__ for word in ("For", "VisionModel"))
+    if network.main_input_name != "pixel_values" or not predicts:
         raise _wrong_network(args.base_model, f"a {type(network).__name__} does not predict anything of images.")
     try:
         settings |= _image_settings(args)
         return GuidanceExperts(network, base_model_name_or_path=args.base_model, **settings)
     except ValueError as error:
         raise _wrong_network(args.base_model, str(error)) from error
+
+
+def expert_intervals(args: Any) -> NoiseIntervals:
+    """
+    Return the intervals of the experts.
+
+    Args:
+        args: The arguments of a training, of this version or an older one, which has their number alone.
+
+    Raises:
+        ValueError: if there is no such noise, or the boundaries do not fit it.
+    """
+    names = [field.name for field in fields(BoundaryArguments)]
+    boundaries = BoundaryArguments(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+    return boundaries.intervals(NoiseProcess.from_record(noise_record(args)).scheduler)
 
 
 def _image_settings(args: Any) -> dict[str, Any]:
@@ -70,7 +93,7 @@ def _image_settings(args: Any) -> dict[str, Any]:
 def _wrong_network(base_model: str, reason: str) -> ValueError:
     return ValueError(
         "Expected `base_model` to be the folder or Hub id of a vision model of transformers, a classifier, depth or "
-        f"segmentation model, but got {base_model!r}: {reason}"
+        f"segmentation model, CLIP or SigLIP, but got {base_model!r}: {reason}"
     )
 
 

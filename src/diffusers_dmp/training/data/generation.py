@@ -1,6 +1,6 @@
 """Images that a diffusion model itself generates, for networks to learn from without other data."""
 
-import json
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,16 +10,20 @@ import PIL.Image
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
+from ...diffusion.noise import is_flow_matching
 from ..arguments import option
+from .prompts import PROMPT, prompts_sha256, read_prompts
+from .requests import CallArguments, Requests, make_requests
 from .seeded_sampling import SeededSamplingArguments, load_sampling_pipeline, sample_seeded
 from .shards import make_shard_accelerator, remember_settings, write_shards
 
 IMAGE, TEACHER_IMAGE = "image", "teacher_image"  # the columns
 SETTINGS_NAME = "generation.json"
+DEFAULT_SCHEDULER = "DDIMScheduler"  # the paper's
 
 
 @dataclass(kw_only=True)
-class GenerationArguments(SeededSamplingArguments):
+class GenerationArguments(CallArguments, SeededSamplingArguments):
     """How the images are generated, and where they are written."""
 
     super_resolution_pipeline: str | None = option(
@@ -28,44 +32,78 @@ class GenerationArguments(SeededSamplingArguments):
     )
     output_dir: str = option("outputs/guidance_data", "Where the parquet shards are written.")
     num_images: int = option(500_000, "Number of images.")
-    scheduler: str = option(
-        "DDIMScheduler",
-        "The scheduler to sample with, such as DDIM or DDIMScheduler, in the pipelines' settings; empty for the pipelines' own.",
+    scheduler: str | None = option(  # type: ignore[assignment]
+        None,
+        "The scheduler to sample with, such as DDIM or DDIMScheduler, in the pipelines' settings; empty for the pipelines' own. By "
+        "default DDIM, and for flow matching the pipelines' own.",
     )
     pipeline_arguments: str = option(
-        "{}", 'Further arguments of the pipelines\' calls, as JSON; for example {"prompt": ""}.'
+        "{}",
+        'Further arguments of the pipelines\' calls, as JSON; for example {"negative_prompt": "blurry"}, or {"prompt": ""} for all '
+        "images.",
     )
 
     number_field: ClassVar[str] = "num_images"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_call()
+        if self.prompts is not None and PROMPT in self.further_arguments():
+            raise ValueError(
+                f"Expected either `prompts` or the `{PROMPT}` of `pipeline_arguments`, but got {self.prompts!r} and "
+                f"{self.further_arguments()[PROMPT]!r}."
+            )
+
+    def scheduler_for(self, pipeline: DiffusionPipeline) -> str:
+        """See [`SeededSamplingArguments`]."""
+        if self.scheduler is None:
+            return "" if is_flow_matching(pipeline.scheduler) else DEFAULT_SCHEDULER
+        return self.scheduler
+
+    def read_prompts(self) -> list[str] | None:
+        """The prompts that the images have in turn; None for a pipeline without."""
+        if self.prompts is not None:
+            return read_prompts(self.prompts, self.prompt_column)
+        prompt = self.further_arguments().get(PROMPT)
+        return None if prompt is None else [prompt]
 
 
 def generate_images(args: GenerationArguments) -> None:
     """
     Write parquet shards of generated images (see [`write_shards`]).
 
-    The images are in the column `image`; with a super-resolution pipeline the same ones, enlarged, in `teacher_image`.
+    The images are in the column `image`; with a super-resolution pipeline the same ones, enlarged, in `teacher_image`. Image i
+    has the prompt i modulo the number of prompts; of a pipeline of classes the images are those without. Of a pipeline of
+    videos, the first frame is the image.
 
     Args:
         args ([`GenerationArguments`]): Everything that can be set.
 
     Raises:
-        ValueError: if `output_dir` holds images that were generated with other settings.
+        ValueError: if `output_dir` holds images that were generated with other settings, or the pipelines' calls and the
+            arguments do not fit.
     """
+    prompts = args.read_prompts()
     accelerator = make_shard_accelerator()
-    with accelerator.main_process_first():
-        _check_settings(args)
     stages = (
         [args.pipeline] if args.super_resolution_pipeline is None else [args.pipeline, args.super_resolution_pipeline]
     )
     pipelines = [load_sampling_pipeline(name, args, accelerator.device) for name in stages]
+    requests = [_make_requests(pipeline, args, prompts, stage) for stage, pipeline in enumerate(pipelines)]
+    with accelerator.main_process_first():
+        settings = _settings(args, pipelines[0], prompts)
+        remember_settings(Path(args.output_dir, SETTINGS_NAME), settings, "images")
 
     def make_shard(rows: range, progress: tqdm) -> datasets.Dataset:
         columns: dict[str, list[PIL.Image.Image]] = {name: [] for name in (IMAGE, TEACHER_IMAGE)[: len(pipelines)]}
         for start in range(0, len(rows), args.batch_size):
             indices = rows[start : start + args.batch_size]
-            columns[IMAGE] += _generate(pipelines[0], args, indices)
+            images = sample_seeded(pipelines[0], args.seed, indices, **requests[0](indices))
+            columns[IMAGE] += images
             if len(pipelines) == 2:
-                columns[TEACHER_IMAGE] += _generate(pipelines[1], args, indices, columns[IMAGE][-len(indices) :])
+                arguments = requests[1](indices) | {"image": images}
+                arguments.pop("batch_size", None)  # that of the images
+                columns[TEACHER_IMAGE] += sample_seeded(pipelines[1], args.seed, indices, **arguments)
             progress.update(len(indices))
         return datasets.Dataset.from_dict(
             columns, features=datasets.Features(dict.fromkeys(columns, datasets.Image()))
@@ -75,22 +113,22 @@ def generate_images(args: GenerationArguments) -> None:
     accelerator.end_training()
 
 
-def _generate(
-    pipeline: DiffusionPipeline, args: GenerationArguments, indices: range, small: list[PIL.Image.Image] | None = None
-) -> list[PIL.Image.Image]:
-    """One image for each index; with `small` images, those enlarged."""
-    arguments: dict[str, Any] = json.loads(args.pipeline_arguments)
-    if "prompt" in arguments:
-        arguments["prompt"] = [arguments["prompt"]] * len(indices)
-    elif small is None:
-        arguments["batch_size"] = len(indices)
-    if small is not None:
-        arguments["image"] = small
-    return sample_seeded(pipeline, args.seed, indices, num_inference_steps=args.num_inference_steps, **arguments)
+def _make_requests(
+    pipeline: DiffusionPipeline, args: GenerationArguments, prompts: list[str] | None, stage: int
+) -> Requests:
+    """What the pipeline of a stage is called with; the second one enlarges the images of the first, and knows its own size."""
+    given = args.given("guidance_scale", *[("height", "width"), ()][stage]) | args.further_arguments()
+    given.pop(PROMPT, None)
+    if stage == 1 and PROMPT not in inspect.signature(pipeline.__call__).parameters:
+        prompts = None  # it enlarges by the images alone
+    return make_requests(pipeline, prompts, given, classes_in_turn=False, num_inference_steps=args.num_inference_steps)
 
 
-def _check_settings(args: GenerationArguments) -> None:
-    """Record the settings that the images depend on, or compare them with those recorded."""
-    free = ("output_dir", "batch_size")
+def _settings(args: GenerationArguments, pipeline: DiffusionPipeline, prompts: list[str] | None) -> dict[str, Any]:
+    """The settings that the images depend on."""
+    free = ("output_dir", "batch_size", "prompt_column")
     settings = {name: value for name, value in vars(args).items() if name not in free}
-    remember_settings(Path(args.output_dir, SETTINGS_NAME), settings, "images")
+    settings["scheduler"] = args.scheduler_for(pipeline)
+    if args.prompts is not None and prompts is not None:
+        settings |= {"prompts": Path(args.prompts).name, "prompts_sha256": prompts_sha256(prompts)}
+    return settings

@@ -63,6 +63,10 @@ class SeededSamplingArguments:
         if self.dtype not in DTYPES:
             raise ValueError(f"Expected `dtype` to be one of {', '.join(DTYPES)}, but got {self.dtype!r}.")
 
+    def scheduler_for(self, pipeline: DiffusionPipeline) -> str:
+        """The class of the scheduler that a pipeline samples with; empty for its own."""
+        return self.scheduler
+
 
 def load_sampling_pipeline(
     name_or_path: str, args: SeededSamplingArguments, device: torch.device
@@ -76,13 +80,15 @@ def load_sampling_pipeline(
         device (`torch.device`): The device to move it to.
 
     Raises:
-        ValueError: if a file of a local folder is damaged, or weights are not finite, also in this dtype.
+        ValueError: if a file of a local folder is damaged, weights are not finite, also in this dtype, or the scheduler is of
+            another noise process than the pipeline's own.
     """
     check_saved_folder(name_or_path)
     pipeline = DiffusionPipeline.from_pretrained(name_or_path, dtype=getattr(torch, args.dtype)).to(device)
     expect_finite_pipeline(pipeline, name_or_path)
-    if args.scheduler:
-        pipeline.scheduler = _scheduler_for(pipeline, args.scheduler)
+    class_name = args.scheduler_for(pipeline)
+    if class_name:
+        pipeline.scheduler = _scheduler_for(pipeline, class_name)
     for name in ("watermarker", "safety_checker"):  # they would change images that are only learned from or measured
         if getattr(pipeline, name, None) is not None:
             setattr(pipeline, name, None)
@@ -98,6 +104,11 @@ def _scheduler_for(pipeline: DiffusionPipeline, class_name: str) -> SchedulerMix
     schedule may be in pure noise: with `timestep_spacing="leading"` it is before that.
     """
     scheduler = make_like(pipeline.scheduler, class_name)
+    if is_flow_matching(scheduler) != is_flow_matching(pipeline.scheduler):
+        raise ValueError(
+            f"Expected `scheduler` to be of the noise process of the {type(pipeline).__name__}'s own, a "
+            f"{type(pipeline.scheduler).__name__}, but got a {class_name}: only one of them is for flow matching."
+        )
     chooses = any(descends_from(pipeline, name) for name in ("ClassConditionalPipeline", "SNRSplitPipeline"))
     if chooses or is_flow_matching(scheduler) or clips(scheduler) or not ends_in_pure_noise(scheduler):
         return scheduler

@@ -4,7 +4,7 @@ https://arxiv.org/abs/2212.05973 (PPAP), section 4.3
 Without labels, the network itself is the teacher: the expert learns to see in the noisy image what the network sees in the
 clean one.
 
-Legend: B batch, K classes, C channels, H and W height and width.
+Legend: B batch, K classes, D numbers of an embedding, C channels, H and W height and width.
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from diffusers import SchedulerMixin
 from diffusers.utils import BaseOutput
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ...guidance import GuidanceExperts
@@ -26,16 +27,26 @@ TEACHER_TEMPERATURE = 0.25
 
 
 def prediction(output: ModelOutput) -> torch.Tensor:
-    """What a vision model predicts: logits (B, K) or (B, K, h, w), or depth (B, h, w)."""
-    return output.predicted_depth if "predicted_depth" in output else output.logits
+    """What a vision model predicts: depth (B, h, w), logits (B, K) or (B, K, h, w), or embeddings of images (B, D)."""
+    return output[_prediction_name(output)]
+
+
+def _prediction_name(output: ModelOutput) -> str:
+    """What the output of a vision model calls its prediction."""
+    names = ("predicted_depth", "logits", "image_embeds", "pooler_output")
+    found = next((name for name in names if name in output), None)
+    if found is None:
+        raise ValueError(f"Expected a network whose output has one of {', '.join(names)}, but got {list(output)}.")
+    return found
 
 
 class DistillationObjective(Objective):
     """
     The distance between what a student makes of x_t and what its teacher makes of x0:
 
-        KL(softmax(teacher/0.25) ‖ softmax(student)), averaged over the classes, or
-        (teacher - student)², averaged over the pixels, for depth.
+        KL(softmax(teacher/0.25) ‖ softmax(student)), averaged over the classes,
+        (teacher - student)², averaged over the pixels, for depth, or
+        ‖teacher/‖teacher‖ - student/‖student‖‖² = 2 - 2·cos(teacher, student), for embeddings, which are compared by angle.
 
     Args:
         noising ([`Noising`] or [`SchedulerMixin`]): Adds the noise.
@@ -60,15 +71,16 @@ class DistillationObjective(Objective):
         images = batch.columns["teacher_images"] if self.uses_teacher_images else batch.x0
         with torch.no_grad():
             output = self.teacher.run_expert(0, images)
-        is_depth = "predicted_depth" in output
-        losses = distillation_losses(model_output.float(), prediction(output).float(), is_depth)
+        losses = distillation_losses(model_output.float(), prediction(output).float(), _prediction_name(output))
         return ObjectiveOutput(loss=losses.mean(), sample_losses=losses)
 
 
-def distillation_losses(student: torch.Tensor, teacher: torch.Tensor, is_depth: bool) -> torch.Tensor:
-    """The distance (B,) between each pair of predictions; see [`DistillationObjective`]."""
-    if is_depth:
+def distillation_losses(student: torch.Tensor, teacher: torch.Tensor, name: str) -> torch.Tensor:
+    """The distance (B,) between each pair of predictions, by their name in outputs; see [`DistillationObjective`]."""
+    if name == "predicted_depth":
         return ((student - teacher) ** 2).flatten(1).mean(1)
+    if name != "logits":
+        return 2 - 2 * F.cosine_similarity(student, teacher, dim=1)
     targets = F.softmax(teacher / TEACHER_TEMPERATURE, dim=1)
     divergence = F.kl_div(F.log_softmax(student, dim=1), targets, reduction="none")
     return divergence.flatten(1).mean(1)
@@ -132,8 +144,19 @@ class ExpertStudent(nn.Module):
         return super().train(mode)
 
     def enable_gradient_checkpointing(self) -> None:
-        """Enable gradient checkpointing in the network."""
-        self._experts[0].experts.activate(self.expert, merged=False).gradient_checkpointing_enable()  # type: ignore[operator]
+        """
+        Enable gradient checkpointing in the network.
+
+        Raises:
+            ValueError: if the network is none of transformers.
+        """
+        network = self._experts[0].experts.activate(self.expert, merged=False)
+        if not isinstance(network, PreTrainedModel):
+            raise ValueError(
+                "Expected gradient checkpointing to be for a network of transformers, but got a "
+                f"{type(network).__name__}."
+            )
+        network.gradient_checkpointing_enable()
 
 
 class StudentCall(Denoiser):

@@ -1,26 +1,17 @@
 """The options that some methods of text-to-image training have and others do not."""
 
 from dataclasses import dataclass
-from typing import Any
 
-from ...intervals import NoiseIntervals
-from ..arguments import option
+from ..arguments import BOUNDARIES, BoundaryArguments, option
 
-BOUNDARIES = ("sigma_boundaries", "timestep_boundaries", "snr_boundaries")
 EXPERT_SHARES = ("balanced", "density")
 EXPERT_BATCHES = ("mixed", "one")
 
 
 @dataclass(kw_only=True)
-class IntervalArguments:
+class IntervalArguments(BoundaryArguments):
     """The noise intervals of the experts, and how often each of them is trained."""
 
-    sigma_boundaries: list[float] = option(
-        [], "The σ between the experts, ascending, for flow matching: 0.875 makes two, as Wan2.2 has them."
-    )
-    timestep_boundaries: list[float] = option([], "Or the training timesteps between them, ascending.")
-    snr_boundaries: list[float] = option([], "Or the signal-to-noise ratios between them, descending.")
-    num_experts: int | None = option(None, "Or the number of experts, with intervals of equally many timesteps.")
     expert: str = option(
         "all",
         "The expert to train: all of them in one run; or one, 0 for the least noise, 1, …, such as on a machine of its own. What "
@@ -43,8 +34,7 @@ class IntervalArguments:
         Raises:
             ValueError: if the intervals are not given in exactly one way, or an argument is unknown.
         """
-        given = [name for name in BOUNDARIES if getattr(self, name)]
-        given += ["num_experts"] * (self.num_experts is not None)
+        given = [*self.given_boundaries, *["num_experts"] * (self.num_experts is not None)]
         if len(given) != 1:
             ways = ", ".join(f"`{name}`" for name in (*BOUNDARIES, "num_experts"))
             raise ValueError(f"Expected exactly one of {ways} to be set, but got {' and '.join(given) or 'none'}.")
@@ -64,33 +54,10 @@ class IntervalArguments:
                 "chooses its expert, but got 'one'."
             )
 
-    def count_experts(self) -> int:
-        """The number of experts; 1 without intervals."""
-        return self.num_experts or 1 + sum(len(getattr(self, name)) for name in BOUNDARIES)
-
     @property
     def single_expert(self) -> int | None:
         """The one expert to train; None for all of them."""
         return None if self.expert == "all" else int(self.expert)
-
-    def intervals(self, scheduler: Any) -> NoiseIntervals:
-        """
-        The experts' intervals.
-
-        Args:
-            scheduler ([`SchedulerMixin`]): The pipeline's, for T and what SNR its timesteps have.
-
-        Raises:
-            ValueError: if the boundaries do not ascend (of SNR, descend), or lie outside of what there is.
-        """
-        total = scheduler.config["num_train_timesteps"]
-        if self.num_experts is not None:
-            return NoiseIntervals.uniform(self.num_experts, total)
-        if self.sigma_boundaries:
-            return NoiseIntervals.from_sigmas(self.sigma_boundaries, total)
-        if self.snr_boundaries:
-            return NoiseIntervals.from_snr(self.snr_boundaries, scheduler)
-        return NoiseIntervals.from_timesteps(self.timestep_boundaries, total)
 
 
 @dataclass(kw_only=True)

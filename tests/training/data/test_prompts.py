@@ -6,7 +6,7 @@ import json
 import datasets
 import pytest
 
-from diffusers_dmp.evaluation.prompts import prompts_of, prompts_sha256, read_prompts
+from diffusers_dmp.training.data.prompts import prompts_of, prompts_sha256, read_prompts
 
 PROMPTS = ["a cat", 'a "big" dog, running', "ein Haus in Köln\u2028 am Rhein"]
 

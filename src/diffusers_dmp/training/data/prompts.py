@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from ..saving.reading import parsed_json, read_text
-from ..training.data.shards import expect_parquet
+from ...saving.reading import parsed_json, read_text
+from .shards import expect_parquet
 
 PROMPT = "prompt"  # the column
 

@@ -1,0 +1,138 @@
+"""Layers with LoRA in networks of any origin: which layers can have it, and how it is added to their weights.
+
+Legend: B batch, C channels, H and W height and width in pixels.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+from torch.func import functional_call
+
+_PLAIN_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def check_not_adapted(network: nn.Module) -> None:
+    """
+    Check that nothing is in a network's layers yet.
+
+    Args:
+        network (`nn.Module`): A network to make experts of.
+
+    Raises:
+        ValueError: if there is LoRA in it, of other experts for example.
+    """
+    if any(isinstance(module, LoraLayer) for module in network.modules()):
+        raise ValueError(
+            f"Expected `network` to have no adapters, but got a {type(network).__name__} with LoRA. Experts change their network in "
+            "place: others need one that is loaded anew."
+        )
+
+
+def check_mergeable(network: nn.Module, config: LoraConfig) -> None:
+    """
+    Check that W + α/γ·B·A is what PEFT computes beside each layer.
+
+    Args:
+        network (`nn.Module`): A network without LoRA.
+        config ([`LoraConfig`]): Where LoRA goes.
+
+    Raises:
+        ValueError: if it is not for one of the layers.
+    """
+    for name, module in network.named_modules():
+        if not check_target_module_exists(config, name):
+            continue
+        own_class = next((each for each in _PLAIN_LAYERS if isinstance(module, each)), None)
+        reason = None
+        if getattr(module, "groups", 1) != 1:
+            reason = "convolution in groups"
+        elif own_class is None or type(module).forward is not own_class.forward:
+            reason = f"{type(module).__name__}, which computes in its own way"
+        elif getattr(module, "padding_mode", "zeros") != "zeros":
+            reason = f"convolution with the padding {module.padding_mode!r}"
+        elif isinstance(network.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+            reason = "part of an nn.MultiheadAttention, which never calls it"
+        if reason is not None:
+            raise ValueError(
+                f"Expected `target_modules` to name no {reason}, whose LoRA cannot be merged, but got {name!r}."
+            )
+
+
+def check_layers_are_called(
+    network: nn.Module, layers: "Mapping[str, LoraLayer]", adapter: str, images: torch.Tensor
+) -> None:
+    """
+    Check that a network calls the layers with LoRA whose weights it uses.
+
+    Some networks read a weight and compute with it themselves; LoRA beside the layer then has no effect.
+
+    Args:
+        network (`nn.Module`): The network, with an active adapter that is not merged.
+        layers (`Mapping[str, LoraLayer]`): Its layers with LoRA, by name.
+        adapter (`str`): The active adapter.
+        images (`torch.Tensor` of shape (B, C, H, W)): Images to try it with, preprocessed.
+
+    Raises:
+        ValueError: if the output depends on a layer's weight, but not on its LoRA.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        # copies of all tensors, as those that were made in inference mode take no part in gradients
+        tensors = {
+            name: each.detach().clone() for name, each in (*network.named_parameters(), *network.named_buffers())
+        }
+        weights = [f"{name}.base_layer.weight" for name in layers]
+        factors = [f"{name}.lora_B.{adapter}.weight" for name in layers]
+        asked = [tensors[name].requires_grad_() for name in (*weights, *factors)]
+        returned = functional_call(network, tensors, (images.clone(),))
+        total = torch.stack([each.float().sum() for each in _differentiable(returned)] or [images.new_zeros(())]).sum()
+        if not total.requires_grad:
+            return
+        gradients = torch.autograd.grad(total, asked, allow_unused=True)
+    for name, of_weight, of_factor in zip(layers, gradients, gradients[len(layers) :]):
+        if of_weight is not None and of_factor is None:
+            raise ValueError(
+                f"Expected `target_modules` to name layers that the network calls, but got {name!r}, whose weight it reads to "
+                "compute in its own way: LoRA has no effect there."
+            )
+
+
+def _differentiable(returned: Any) -> Iterator[torch.Tensor]:
+    """The tensors in what a network returns that gradients can be taken of."""
+    if isinstance(returned, torch.Tensor):
+        if returned.requires_grad:
+            yield returned
+    elif isinstance(returned, Mapping):
+        for each in returned.values():
+            yield from _differentiable(each)
+    elif isinstance(returned, (list, tuple)):
+        for each in returned:
+            yield from _differentiable(each)
+
+
+def dilate_lora(layer: LoraLayer) -> None:
+    """Give A the dilation of its convolution, which PEFT leaves out."""
+    dilation = getattr(layer.get_base_layer(), "dilation", None)
+    if dilation is not None:
+        for lora_a in layer.lora_A.values():
+            lora_a.dilation = dilation
+
+
+@torch.no_grad()
+def add_lora(layer: LoraLayer, adapter: str, sign: int) -> None:
+    """W ± α/γ·B·A in place. PEFT's own merging multiplies by a convolution, which is several times slower."""
+    lora_a, lora_b = layer.lora_A[adapter].weight.flatten(1), layer.lora_B[adapter].weight.flatten(1)
+    weight = layer.get_base_layer().weight
+    weight.add_((lora_b @ lora_a).view(weight.shape), alpha=sign * layer.scaling[adapter])
+
+
+def activate_lora(layer: LoraLayer, adapter: str) -> None:
+    """Activate an adapter without PEFT's change of `requires_grad`, which is true for the active one."""
+    requires_grad = {name: weight.requires_grad for name, weight in layer.named_parameters()}
+    layer.set_adapter(adapter)
+    for name, weight in layer.named_parameters():
+        weight.requires_grad_(requires_grad[name])
