@@ -6,10 +6,13 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSDEScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
     UNet2DModel,
     UniPCMultistepScheduler,
 )
@@ -82,6 +85,19 @@ def test_noise_levels_of_schedulers_with_sigmas(scheduler_class, use_karras_sigm
     assert len(alpha) == len(scheduler.timesteps) == 10
     torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(10, dtype=torch.float64))
     torch.testing.assert_close(sigma / alpha, scheduler.sigmas[:10].double(), atol=0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("use_karras_sigmas", [False, True])
+@pytest.mark.parametrize("scheduler_class", [HeunDiscreteScheduler, KDPM2DiscreteScheduler, DPMSolverSDEScheduler])
+def test_noise_levels_of_second_order_steps(scheduler_class, use_karras_sigmas):
+    """The second evaluation is at the end of a step or in its middle; `scale_model_input` multiplies x_t by its α."""
+    scheduler, found = scheduler_class(use_karras_sigmas=use_karras_sigmas), []
+    scheduler.set_timesteps(6)
+    x_t = torch.ones(1, 1, 8, 8)
+    for t in scheduler.timesteps:
+        found.append((scheduler.scale_model_input(x_t, t) / x_t).mean())
+        x_t = scheduler.step(torch.ones_like(x_t), t, x_t).prev_sample
+    torch.testing.assert_close(torch.stack(found).double(), noise_levels(scheduler)[0], atol=1e-4, rtol=1e-2)
 
 
 def test_noise_levels_of_schedulers_with_integer_timesteps():

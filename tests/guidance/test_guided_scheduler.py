@@ -484,6 +484,11 @@ def test_timesteps_stay_on_the_cpu():
     [
         (None, {}, "`scheduler` to be a scheduler of Diffusers, but got None"),
         (EDMEulerScheduler(), {}, "with other noise levels"),
+        (
+            EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
+            {},
+            "to count training timesteps.*, but got a EulerDiscreteScheduler, which has a time",
+        ),
         (DDIMScheduler(num_train_timesteps=500), {}, "to be the model's 1000, but got a DDIMScheduler with 500"),
         (DDIMScheduler(), {"rescale_to_mean": True}, "a DDPMScheduler for `rescale_to_mean`"),
         (DDIMScheduler(), {"every": 0}, "`every` to be at least 1"),

@@ -156,7 +156,9 @@ def noise_levels(scheduler: SchedulerMixin) -> tuple[torch.Tensor, torch.Tensor]
     if is_flow_matching(scheduler):
         return _flow_levels(scheduler, len(timesteps))
     sigmas = getattr(scheduler, "sigmas", None)
-    if sigmas is not None and len(sigmas) in (len(timesteps), len(timesteps) + 1):
+    # DPMSolverSDEScheduler lists where its steps begin and end, and evaluates in the middle between them as well
+    has_midpoints = hasattr(scheduler, "mid_point_sigma")
+    if sigmas is not None and len(sigmas) in (len(timesteps), len(timesteps) + 1) and not has_midpoints:
         # here `sigmas` is σ/α; the timesteps may be rounded to integers, so that they are less exact
         angles = sigmas[: len(timesteps)].cpu().double().atan()
     else:

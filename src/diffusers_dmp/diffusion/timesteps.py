@@ -71,6 +71,25 @@ def counts_from_noise(scheduler: SchedulerMixin) -> bool:
     return bool(scheduler_setting(scheduler, "invert_sigmas"))
 
 
+def check_counts_timesteps(scheduler: SchedulerMixin) -> None:
+    """
+    Check that the timesteps of a scheduler are training timesteps.
+
+    Args:
+        scheduler ([`SchedulerMixin`]): Any scheduler of Diffusers.
+
+    Raises:
+        ValueError: if they are not, as those of EDM, or of Euler's scheduler for Stable Video Diffusion, which count ln(σ)/4.
+    """
+    counts = is_flow_matching(scheduler) or hasattr(scheduler, "alphas_cumprod")
+    settings = tuple(scheduler_setting(scheduler, name) for name in ("timestep_type", "prediction_type"))
+    if not counts or settings == ("continuous", "v_prediction"):
+        raise ValueError(
+            "Expected `scheduler` to count training timesteps, as those with `alphas_cumprod` and flow-matching ones do, but "
+            f"got a {type(scheduler).__name__}, which has a time of its own."
+        )
+
+
 def training_timesteps(scheduler: SchedulerMixin, num_train_timesteps: int) -> torch.Tensor:
     """
     Return the training timestep t of each of a scheduler's steps.
@@ -86,14 +105,10 @@ def training_timesteps(scheduler: SchedulerMixin, num_train_timesteps: int) -> t
         `torch.Tensor` of shape (S,), on the CPU: integer or float timesteps, in [0, T].
 
     Raises:
-        ValueError: if the scheduler's timesteps are no training timesteps, as those of EDM, or it has another number of them.
+        ValueError: see [`check_counts_timesteps`]; and if the scheduler has another number of them.
     """
+    check_counts_timesteps(scheduler)
     flow = is_flow_matching(scheduler)
-    if not flow and not hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError(
-            "Expected `scheduler` to count training timesteps, as those with `alphas_cumprod` and flow-matching ones do, but "
-            f"got a {type(scheduler).__name__}, which has a time of its own."
-        )
     timesteps = scheduler.timesteps.cpu()
     last = scheduler.config.get("num_train_timesteps")
     if flow and counts_from_noise(scheduler):

@@ -101,8 +101,15 @@ class Guidance:
             # copies, as tensors that were made in inference mode take no part in gradients
             x_t = step.x_t.detach().clone().requires_grad_()
             log_likelihood = self._log_likelihood(step, x_t)
-            self._check_log_likelihood(log_likelihood, len(x_t))
-            (gradient,) = torch.autograd.grad(log_likelihood.sum(), x_t)
+            self._check_shape(log_likelihood, len(x_t))
+            gradient = None
+            if log_likelihood.requires_grad:  # perhaps only because the experts' parameters do
+                (gradient,) = torch.autograd.grad(log_likelihood.sum(), x_t, allow_unused=True)
+        if gradient is None:
+            raise ValueError(
+                f"Expected the log-likelihood of a {type(self.target).__name__} to depend on the samples, but got one without a "
+                "gradient; `torch.no_grad`, `detach` or rounding in a decoder, network or target cuts it off."
+            )
         return gradient
 
     def _log_likelihood(self, step: NoisyStep, x_t: torch.Tensor) -> torch.Tensor:
@@ -121,17 +128,12 @@ class Guidance:
         output = self.experts(images.flatten(0, 1), timestep)
         return self.target.log_likelihood_of_frames([_frame(output, index, count) for index in range(count)])
 
-    def _check_log_likelihood(self, log_likelihood: torch.Tensor, batch_size: int) -> None:
-        """Refuse a target that has no number for each image, or no gradient."""
+    def _check_shape(self, log_likelihood: torch.Tensor, batch_size: int) -> None:
+        """Refuse a target that has no number for each image."""
         if log_likelihood.shape != (batch_size,):
             raise ValueError(
                 f"Expected the log-likelihood of a {type(self.target).__name__} to have the shape {(batch_size,)}, a number for "
                 f"each image, but got {tuple(log_likelihood.shape)}."
-            )
-        if not log_likelihood.requires_grad:
-            raise ValueError(
-                f"Expected the log-likelihood of a {type(self.target).__name__} to depend on the samples, but got one without a "
-                "gradient; `torch.no_grad`, `detach` or rounding in a decoder, network or target cuts it off."
             )
 
     def _check_images(self, images: torch.Tensor) -> None:

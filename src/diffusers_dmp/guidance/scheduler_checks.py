@@ -5,6 +5,7 @@ from typing import Any
 
 from ..diffusion.noise import is_flow_matching
 from ..diffusion.predictions import FLOW_PREDICTION, PREDICTION_TYPES, check_noise_levels, expected_prediction_type
+from ..diffusion.timesteps import check_counts_timesteps
 from .experts import GuidanceExperts
 from .step_schedule import check_direction
 
@@ -17,10 +18,11 @@ def check_scheduler_for_guidance(scheduler: Any) -> None:
         scheduler ([`SchedulerMixin`]): Any scheduler of Diffusers.
 
     Raises:
-        ValueError: if its noise levels or what it predicts are not known, or its steps need something else than a prediction or go
-            from images to noise.
+        ValueError: if its noise levels or what it predicts are not known, its timesteps are none of training, or its steps need
+            something else than a prediction or go from images to noise.
     """
     check_noise_levels(scheduler)
+    check_counts_timesteps(scheduler)
     parameters = inspect.signature(scheduler.step).parameters.values()
     inputs = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD][:3]
     has_stages = "stage_index" in inspect.signature(scheduler.set_timesteps).parameters  # of different sizes
