@@ -127,9 +127,13 @@ def load_guides(folder: Path) -> dict[str, GuidanceExperts]:
     }
 
 
-def load_pipeline(folder: Path = PIPELINE) -> SentenceToImagePipeline:
+def load_pipeline() -> SentenceToImagePipeline:
     """The text-to-image model of `make demo-text`."""
-    pipeline = DiffusionPipeline.from_pretrained(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    if not PIPELINE.is_dir():
+        raise ValueError(
+            f"Expected `make demo-text` to have left its model in {str(PIPELINE)!r}, but there is no such folder."
+        )
+    pipeline = DiffusionPipeline.from_pretrained(PIPELINE).to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

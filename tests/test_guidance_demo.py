@@ -93,14 +93,18 @@ def test_the_comparison(demo, folder, capsys):
 
 def test_pictures_are_drawn_once(demo, folder):
     cell = demo.Cell("Euler", demo.CLEAN, 0.0)
-    drawn = demo.draw(folder / "again", demo.load_pipeline(folder / "pipeline"), cell, demo.load_guides(folder), 1)
+    drawn = demo.draw(folder / "again", demo.load_pipeline(), cell, demo.load_guides(folder), 1)
     read = demo.draw(folder / "again", None, cell, {}, 1)
     assert (drawn["images"] == read["images"]).all() and (read["labels"] == np.arange(10)).all()
     # a scale of 0 changes nothing
-    unguided = demo.draw(
-        folder / "again", demo.load_pipeline(folder / "pipeline"), demo.Cell("Euler", demo.UNGUIDED), {}, 1
-    )
+    unguided = demo.draw(folder / "again", demo.load_pipeline(), demo.Cell("Euler", demo.UNGUIDED), {}, 1)
     assert (unguided["images"] == drawn["images"]).all()
+
+
+def test_the_model_of_the_other_demo_is_needed(demo, folder, monkeypatch):
+    monkeypatch.setattr(demo, "PIPELINE", folder / "nowhere")
+    with pytest.raises(ValueError, match=r"`make demo-text` to have left its model in '.*nowhere', but there is no"):
+        demo.search(folder)
 
 
 def test_which_noise_an_expert_owns(demo, folder):
