@@ -101,10 +101,10 @@ def fit_classifiers(folder: Path) -> None:
     write_json(folder / "classifiers.json", summary)
 
 
-def clean_guide(folder: Path) -> GuidanceExperts:
-    """The classifier of clean pictures, as the only expert at all noise levels."""
+def clean_guide(folder: Path, noise_schedule: dict[str, Any] | None = None) -> GuidanceExperts:
+    """The classifier of clean pictures, as the only expert at all noise levels, as if it knew a noise."""
     return GuidanceExperts.from_base(
-        str(folder / "guide"), method="finetune", num_experts=1, noise_schedule=FLOW_MATCHING
+        str(folder / "guide"), method="finetune", num_experts=1, noise_schedule=noise_schedule
     )
 
 
@@ -119,7 +119,7 @@ def load_guides(folder: Path) -> dict[str, GuidanceExperts]:
     # as if they had been trained on it: they see x_t as it is, at t = σ·T
     unmatched.process = NoiseProcess.from_record(FLOW_MATCHING)
     return {
-        CLEAN: clean_guide(folder),
+        CLEAN: clean_guide(folder, FLOW_MATCHING),  # it sees x_t as it is
         CLEAN_X0: clean_guide(folder),
         FLOW: GuidanceExperts.from_pretrained(folder / "flow" / "experts"),
         DDPM: GuidanceExperts.from_pretrained(folder / "ddpm" / "experts"),
