@@ -101,10 +101,10 @@ def fit_classifiers(folder: Path) -> None:
     write_json(folder / "classifiers.json", summary)
 
 
-def clean_guide(folder: Path) -> GuidanceExperts:
-    """The classifier of clean pictures, as the only expert at all noise levels."""
+def clean_guide(folder: Path, noise_schedule: dict[str, Any] | None = None) -> GuidanceExperts:
+    """The classifier of clean pictures, as the only expert at all noise levels, as if it knew a noise."""
     return GuidanceExperts.from_base(
-        str(folder / "guide"), method="finetune", num_experts=1, noise_schedule=FLOW_MATCHING
+        str(folder / "guide"), method="finetune", num_experts=1, noise_schedule=noise_schedule
     )
 
 
@@ -119,7 +119,7 @@ def load_guides(folder: Path) -> dict[str, GuidanceExperts]:
     # as if they had been trained on it: they see x_t as it is, at t = σ·T
     unmatched.process = NoiseProcess.from_record(FLOW_MATCHING)
     return {
-        CLEAN: clean_guide(folder),
+        CLEAN: clean_guide(folder, FLOW_MATCHING),  # it sees x_t as it is
         CLEAN_X0: clean_guide(folder),
         FLOW: GuidanceExperts.from_pretrained(folder / "flow" / "experts"),
         DDPM: GuidanceExperts.from_pretrained(folder / "ddpm" / "experts"),
@@ -129,6 +129,10 @@ def load_guides(folder: Path) -> dict[str, GuidanceExperts]:
 
 def load_pipeline() -> SentenceToImagePipeline:
     """The text-to-image model of `make demo-text`."""
+    if not PIPELINE.is_dir():
+        raise ValueError(
+            f"Expected `make demo-text` to have left its model in {str(PIPELINE)!r}, but there is no such folder."
+        )
     pipeline = DiffusionPipeline.from_pretrained(PIPELINE).to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

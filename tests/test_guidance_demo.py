@@ -101,6 +101,12 @@ def test_pictures_are_drawn_once(demo, folder):
     assert (unguided["images"] == drawn["images"]).all()
 
 
+def test_the_model_of_the_other_demo_is_needed(demo, folder, monkeypatch):
+    monkeypatch.setattr(demo, "PIPELINE", folder / "nowhere")
+    with pytest.raises(ValueError, match=r"`make demo-text` to have left its model in '.*nowhere', but there is no"):
+        demo.search(folder)
+
+
 def test_which_noise_an_expert_owns(demo, folder):
     guides = demo.load_guides(folder)
     assert demo.edges_as_sigma(guides[demo.FLOW]) == [0, 0.2, 0.4, 0.6, 0.8, 1]
