@@ -238,7 +238,7 @@ def accuracy_by_sigma(guides: dict[str, GuidanceExperts]) -> dict[str, dict[str,
         level = torch.tensor([1 - sigma, sigma], dtype=torch.float64)
         x_t = (1 - sigma) * x0 + sigma * noise
         for name, by_sigma in found.items():
-            process = guides[name].process
+            process = guides[name].process or NoiseProcess.from_record(FLOW_MATCHING)  # the classifier has none
             inputs = (process.scale_at(*level) * x_t).float()
             seen = guides[name](inputs, process.timestep_at(*level)).logits.argmax(1)
             by_sigma[f"{sigma:g}"] = share(seen == labels)
