@@ -23,10 +23,12 @@ from diffusers import (
     HeunDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
+    UnCLIPScheduler,
     UNet2DModel,
     UniPCMultistepScheduler,
 )
 from networks import PLAIN, linear_experts, make_resnet
+from tiny_pipelines import randn
 
 from diffusers_dmp import (
     ClassConditionalPipeline,
@@ -217,6 +219,19 @@ def test_two_networks_at_once():
     torch.testing.assert_close(both, once, atol=1e-4, rtol=1e-3)
 
 
+def test_the_order_of_two_networks_does_not_matter():
+    """Each guides by its gradient at the x̂0 of the denoiser, not at one that the other has changed."""
+    experts = [linear_experts(randn(5, 192, seed=seed)) for seed in (1, 2)]
+    x_t, steps = randn(2, 3, 8, 8), []
+    for first, second in (experts, experts[::-1]):
+        settings = {"scale": 1.0, "decoder": torch.tanh}
+        scheduler = GuidedScheduler(DDIMScheduler(clip_sample=False), first, ClassTarget(1), **settings)
+        scheduler = GuidedScheduler(scheduler, second, ClassTarget(1), **settings)
+        scheduler.set_timesteps(10)
+        steps.append(scheduler.step(toy_noise(x_t), scheduler.timesteps[4], x_t).prev_sample)
+    torch.testing.assert_close(*steps)
+
+
 def test_a_vae_in_half_precision():
     """Gradients would underflow in half precision: the VAE is copied in float32."""
     vae = randomised(AutoencoderKL(latent_channels=4, block_out_channels=(4,), norm_num_groups=2, sample_size=8))
@@ -327,16 +342,32 @@ def test_timestep_range_of_a_second_order_scheduler():
     assert guided_timesteps(scheduler, 5) == [799, 599, 599, 399, 399, 199]
 
 
-def test_every_other_step_from_a_later_beginning():
-    scheduler = guided(EulerDiscreteScheduler(timestep_spacing="trailing"), every=2)
+@pytest.mark.parametrize("solver", [DDIMScheduler, EulerDiscreteScheduler], ids=lambda cls: cls.__name__)
+def test_every_other_step_from_a_later_beginning(solver):
+    """As image-to-image pipelines begin, from the first step that they take."""
+    scheduler = guided(solver(timestep_spacing="trailing"), every=2)
     seen = []
     scheduler.experts.register_forward_pre_hook(lambda module, args: seen.append(int(args[1])))
-    scheduler.set_timesteps(10)
-    scheduler.set_begin_index(5)
-    x_t = torch.randn(2, 3, 8, 8)
-    for t in scheduler.timesteps[5:]:
-        x_t = scheduler.step(toy_noise(scheduler.scale_model_input(x_t, t)), t, x_t).prev_sample
-    assert seen == [499, 299, 99]
+    for begin, expected in ((5, [499, 299, 99]), (6, [399, 199])):
+        seen.clear()
+        scheduler.set_timesteps(10)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(begin)
+        x_t = torch.randn(2, 3, 8, 8)
+        for t in scheduler.timesteps[begin:]:
+            x_t = scheduler.step(toy_noise(scheduler.scale_model_input(x_t, t)), t, x_t).prev_sample
+        assert seen == expected
+
+
+def test_the_scheduler_of_unclip():
+    """Which does not say of which order it is."""
+    x_t, steps = randn(2, 3, 8, 8), []
+    for scheduler in (UnCLIPScheduler(), guided(UnCLIPScheduler(), scale=0.0), guided(UnCLIPScheduler(), scale=3.0)):
+        scheduler.set_timesteps(10)
+        step = scheduler.step(toy_noise(x_t), scheduler.timesteps[4], x_t, generator=torch.Generator().manual_seed(0))
+        steps.append(step.prev_sample)
+    torch.testing.assert_close(steps[1], steps[0])
+    assert log_likelihood((steps[2].movedim(1, -1) + 1) / 2) > log_likelihood((steps[0].movedim(1, -1) + 1) / 2)
 
 
 # A subclass of the scheduler's class

@@ -28,7 +28,7 @@ from .steps import guided_prediction, step_with_guided_mean, unclipped
 from .targets import GuidanceTarget
 
 _SIGMAS_WITH_SAMPLES = ("LTXEulerAncestralRFScheduler",)  # its step computes with σ on the samples' device
-_OWN_ATTRIBUTES = ("scheduler", "guidance", "_schedule")
+_OWN_ATTRIBUTES = ("scheduler", "guidance", "_schedule", "_first_position")
 
 
 def _setting(name: str) -> property:
@@ -143,6 +143,7 @@ class GuidedScheduler(SchedulerMixin):
             experts, target, scale, rescale_to_mean, timestep_range, every, decoder=decoder, on_nonfinite=on_nonfinite
         )
         self._schedule: StepSchedule | None = None
+        self._first_position: int | None = None  # of the steps that are taken, if an image is given: img2img
 
     def __copy__(self) -> "GuidedScheduler":
         """A copy whose settings can be changed on their own; `copy.deepcopy` copies the experts as well."""
@@ -255,6 +256,8 @@ class GuidedScheduler(SchedulerMixin):
         schedule = self._steps()
         with schedule.on_cpu(self):
             position = self._position(timestep)
+            if self._first_position is None:
+                self._first_position = position
             if isinstance(timestep, torch.Tensor):
                 timestep = schedule.timesteps[position]
             guidances = [guidance for guidance in self._guidances() if self._is_guided(position, guidance)]
@@ -277,7 +280,7 @@ class GuidedScheduler(SchedulerMixin):
 
     def _begin(self, device: "torch.device | str | None") -> None:
         """Begin with steps that were made on the CPU, so that none waits for an accelerator to know which one it is."""
-        self._schedule = None
+        self._schedule, self._first_position = None, None
         self._steps()
         if hasattr(self, "step_index"):  # it counts its steps; the others look for the timestep that they are given
             self.timesteps: torch.Tensor = self.timesteps.to(device)
@@ -309,11 +312,12 @@ class GuidedScheduler(SchedulerMixin):
 
     def _is_guided(self, position: int, guidance: Guidance) -> bool:
         """Whether guidance applies. Of a second-order scheduler's step both evaluations are guided, or neither."""
-        schedule, first = self._steps(), getattr(self, "begin_index", None) or 0
-        begins = position // self.order * self.order  # with its first evaluation
+        schedule, first = self._steps(), self._first_position or 0
+        order = getattr(self, "order", 1)  # UnCLIPScheduler has none
+        begins = position // order * order  # with its first evaluation
         if not (schedule.can_be_guided(begins) and schedule.can_be_guided(position)):
             return False
-        step = begins // self.order - first // self.order
+        step = begins // order - first // order
         return guidance.applies(schedule.training_timesteps[begins], step, schedule.default_range)
 
     def _signed(self, prediction: torch.Tensor) -> torch.Tensor:
