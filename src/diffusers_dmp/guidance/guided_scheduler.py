@@ -28,6 +28,7 @@ from .steps import guided_prediction, step_with_guided_mean, unclipped
 from .targets import GuidanceTarget
 
 _SIGMAS_WITH_SAMPLES = ("LTXEulerAncestralRFScheduler",)  # its step computes with σ on the samples' device
+_TIMESTEPS_WITH_SAMPLES = ("CogVideoXDDIMScheduler",)  # CogView 3's denoiser does not move them there
 _OWN_ATTRIBUTES = ("scheduler", "guidance", "_schedule", "_first_position")
 
 
@@ -282,9 +283,11 @@ class GuidedScheduler(SchedulerMixin):
         """Begin with steps that were made on the CPU, so that none waits for an accelerator to know which one it is."""
         self._schedule, self._first_position = None, None
         self._steps()
-        if hasattr(self, "step_index"):  # it counts its steps; the others look for the timestep that they are given
+        name = type(self).__name__
+        # the others do not count their steps, but look for the timestep that they are given
+        if hasattr(self, "step_index") or name in _TIMESTEPS_WITH_SAMPLES:
             self.timesteps: torch.Tensor = self.timesteps.to(device)
-        if type(self).__name__ in _SIGMAS_WITH_SAMPLES:
+        if name in _SIGMAS_WITH_SAMPLES:
             self.sigmas: torch.Tensor = self.sigmas.to(device)
         for guidance in self._guidances():
             guidance.reset()
