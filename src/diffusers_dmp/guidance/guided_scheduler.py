@@ -34,6 +34,8 @@ def _setting(name: str) -> property:
 
     def change(self: "GuidedScheduler", value: Any) -> None:
         check_setting(name, value)
+        if name == "rescale_to_mean":
+            self._check_mean(value)
         setattr(self.guidance, name, value)
 
     return property(get, change)
@@ -118,14 +120,15 @@ class GuidedScheduler(GuidedStepsMixin):
     ):
         check_scheduler_for_guidance(scheduler)
         check_process(experts, scheduler)
-        if rescale_to_mean and not self.guides_mean:
+        self._check_mean(rescale_to_mean)
+        if decoder is not None and vae is not None:
             raise ValueError(
-                f"Expected a DDPMScheduler for `rescale_to_mean`, but got a {type(scheduler).__name__}, which has no mean."
+                "Expected `decoder` or `vae`, which is short for `decoder=LatentDecoder(vae)`, but got both."
             )
         state = {name: value for name, value in scheduler.__dict__.items() if name not in _OWN_ATTRIBUTES}
         self.__dict__.update(copy.deepcopy(state))
         self.scheduler = scheduler
-        decoder = LatentDecoder(vae) if vae is not None else decoder
+        decoder = decoder if vae is None else LatentDecoder(vae)
         if decoder is not None and experts.process is not None:
             warnings.warn(
                 "The guidance experts were trained on noisy images, but with a decoder they see clean ones, which they know less "
@@ -221,6 +224,13 @@ class GuidedScheduler(GuidedStepsMixin):
     @target.setter
     def target(self, target: GuidanceTarget) -> None:
         self.guidance.set_target(target)
+
+    def _check_mean(self, rescale_to_mean: bool) -> None:
+        """Refuse to rescale gradients to a mean that there is not."""
+        if rescale_to_mean and not self.guides_mean:
+            raise ValueError(
+                f"Expected a DDPMScheduler for `rescale_to_mean`, but got a {type(self).__name__}, which has no mean."
+            )
 
     def around(self, scheduler: SchedulerMixin) -> "GuidedScheduler":
         """The same guidance around another scheduler, which shares its settings: a change of one's is one of the other's."""
