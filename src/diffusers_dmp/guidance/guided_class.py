@@ -7,6 +7,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -83,26 +84,26 @@ class GuidedStepsMixin(SchedulerMixin):
     def _begin(self, device: "torch.device | str | None") -> None:
         """Begin with steps that were made on the CPU, so that none waits for an accelerator to know which one it is."""
         self._schedule, self._first_position = None, None
-        self._steps()
-        name = type(self).__name__
+        schedule, name = self._steps(), type(self).__name__
         # the others do not count their steps, but look for the timestep that they are given
         if hasattr(self, "step_index") or name in _TIMESTEPS_WITH_SAMPLES:
             self.timesteps: torch.Tensor = self.timesteps.to(device)
+            self._schedule = schedule = replace(schedule, moved=self.timesteps)
         if name in _SIGMAS_WITH_SAMPLES:
             self.sigmas: torch.Tensor = self.sigmas.to(device)
+        trained = schedule.training_timesteps.tolist()
         for guidance in self._guidances():
             guidance.reset()
-            if not any(self._is_guided(position, guidance) for position in range(len(self.timesteps))):
-                trained = self._steps().training_timesteps.tolist()
+            if not any(self._is_guided(position, guidance) for position in range(len(trained))):
                 warnings.warn(
                     f"None of the {len(trained)} steps is guided, at the timesteps {trained[0]:g} to {trained[-1]:g} of training: "
-                    f"`timestep_range` is {guidance.timestep_range or self._steps().default_range}.",
+                    f"`timestep_range` is {guidance.timestep_range or schedule.default_range}.",
                     stacklevel=4,
                 )
 
     def _steps(self) -> StepSchedule:
         """The timesteps and noise levels of all steps."""
-        if self._schedule is None:
+        if self._schedule is None or not self._schedule.is_of(self):
             self._schedule = StepSchedule.of(self, self.experts.intervals.num_train_timesteps)
         return self._schedule
 

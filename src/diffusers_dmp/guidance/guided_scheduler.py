@@ -215,6 +215,7 @@ class GuidedScheduler(GuidedStepsMixin):
     def experts(self, experts: GuidanceExperts) -> None:
         check_process(experts, self)
         self.guidance.set_experts(experts)
+        self._schedule = None  # a scheduler that counts from 0 to 1 counts the timesteps of its experts
 
     @property
     def target(self) -> GuidanceTarget:
