@@ -123,6 +123,27 @@ def test_rescale_to_mean():
     torch.testing.assert_close(shift, 20 * variance * mean.flatten(1).norm(dim=1), atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range"])
+@torch.no_grad()
+def test_the_variance_is_that_of_the_noise_which_the_step_adds(kind):
+    """μ + σ²·s·∇log p, where σ is read off two steps with other noise."""
+    plain = DDPMScheduler(variance_type=kind, clip_sample=False)
+    scheduler, x_t = guided(DDPMScheduler(variance_type=kind, clip_sample=False), scale=2.0), randn(2, 3, 8, 8)
+    output = torch.cat(
+        [toy_noise(x_t), 0.2 + 0.1 * randn(2, 3, 8, 8, seed=1).abs()][: 1 + kind.startswith("learned")], 1
+    )
+
+    def step(scheduler, seed: int) -> torch.Tensor:
+        return scheduler.step(output, 500, x_t, generator=torch.Generator().manual_seed(seed)).prev_sample
+
+    sigma = (step(plain, 0) - step(plain, 1)) / (randn(2, 3, 8, 8, seed=0) - randn(2, 3, 8, 8, seed=1))
+    weight = Vectors("diffusion")["guidance.W"]
+    probabilities = (x_t.flatten(1) @ weight.T).softmax(-1)
+    gradient = ((F.one_hot(torch.tensor(LABELS), 5) - probabilities) @ weight).view_as(x_t)
+    expected = sigma.square() * 2.0 * gradient
+    torch.testing.assert_close(step(scheduler, 0) - step(plain, 0), expected, rtol=2e-2, atol=1e-4)
+
+
 def test_zero_gradient():
     """A gradient of zero cannot be rescaled, and changes nothing."""
     scheduler = GuidedScheduler(
