@@ -50,7 +50,7 @@ def published_experts() -> GuidanceExperts:
 @pytest.mark.parametrize(
     ("make_experts", "guidance_scale", "share"),
     [
-        (lambda: GuidanceExperts(make_dpt(), **PLAIN), 1.0, 0.6),
+        pytest.param(lambda: GuidanceExperts(make_dpt(), **PLAIN), 1.0, 0.6, marks=pytest.mark.slow),
         (lambda: GuidanceExperts(make_dpt(), **PLAIN), 7.0, 0.6),
         (published_experts, 1.0, 0.9),
     ],

@@ -176,6 +176,21 @@ def test_steps_of_pure_noise_and_of_no_noise_are_not_guided():
         assert seen == expected and x_t.isfinite().all()
 
 
+def test_timesteps_that_are_set_by_hand():
+    """They count, and not those that `set_timesteps` has made before."""
+    levels, steps = torch.tensor([0.9, 0.5, 0.2]), []
+    for by_hand in (False, True):
+        scheduler = guided(FlowMatchEulerDiscreteScheduler(), scale=2.0)
+        scheduler.set_timesteps(sigmas=[0.7, 0.6, 0.1] if by_hand else levels.tolist())
+        if by_hand:
+            scheduler.sigmas, scheduler.timesteps = torch.cat([levels, torch.zeros(1)]), 1000 * levels
+        x_t = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        for t in scheduler.timesteps:
+            x_t = scheduler.step(0.6 * x_t, t, x_t).prev_sample
+        steps.append(x_t)
+    torch.testing.assert_close(*steps)
+
+
 # Bad input
 
 

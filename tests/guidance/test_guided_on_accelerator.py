@@ -55,7 +55,7 @@ def test_no_step_waits(pretended, accelerator, name):
     assert len(scheduler.timesteps) == len(waits) and sum(waits[3:-1]) == 0 and waits[-1] == 1
 
 
-@pytest.mark.parametrize("name", ["LTXEulerAncestralRF", "FlowMapEulerDiscrete", "UniPCMultistep"])
+@pytest.mark.parametrize("name", ["LTXEulerAncestralRF", "FlowMapEulerDiscrete", "UniPCMultistep", "CogVideoXDDIM"])
 @torch.no_grad()
 def test_no_step_waits_more_often_than_without_guidance(pretended, accelerator, name):
     """These wait themselves."""
@@ -63,6 +63,7 @@ def test_no_step_waits_more_often_than_without_guidance(pretended, accelerator, 
     for scheduler in (scheduler_class(), guided(accelerator, scheduler_class(), timestep_range=(0, 1001))):
         with accelerator:
             scheduler.set_timesteps(6, device=pretended.DEVICE)
+            assert scheduler.timesteps.device == pretended.DEVICE
             x_t = accelerator.put(torch.randn(2, 3, 8, 8))
             for step, t in enumerate(scheduler.timesteps):
                 if step == 4:

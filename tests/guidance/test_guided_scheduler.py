@@ -23,10 +23,12 @@ from diffusers import (
     HeunDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
+    UnCLIPScheduler,
     UNet2DModel,
     UniPCMultistepScheduler,
 )
 from networks import PLAIN, linear_experts, make_resnet
+from tiny_pipelines import randn
 
 from diffusers_dmp import (
     ClassConditionalPipeline,
@@ -119,6 +121,27 @@ def test_rescale_to_mean():
     step = scheduler.step(toy_noise(x_t), 500, x_t, generator=torch.Generator().manual_seed(0)).prev_sample
     shift = (step - variance.sqrt() * noise - mean).flatten(1).norm(dim=1)
     torch.testing.assert_close(shift, 20 * variance * mean.flatten(1).norm(dim=1), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range"])
+@torch.no_grad()
+def test_the_variance_is_that_of_the_noise_which_the_step_adds(kind):
+    """μ + σ²·s·∇log p, where σ is read off two steps with other noise."""
+    plain = DDPMScheduler(variance_type=kind, clip_sample=False)
+    scheduler, x_t = guided(DDPMScheduler(variance_type=kind, clip_sample=False), scale=2.0), randn(2, 3, 8, 8)
+    output = torch.cat(
+        [toy_noise(x_t), 0.2 + 0.1 * randn(2, 3, 8, 8, seed=1).abs()][: 1 + kind.startswith("learned")], 1
+    )
+
+    def step(scheduler, seed: int) -> torch.Tensor:
+        return scheduler.step(output, 500, x_t, generator=torch.Generator().manual_seed(seed)).prev_sample
+
+    sigma = (step(plain, 0) - step(plain, 1)) / (randn(2, 3, 8, 8, seed=0) - randn(2, 3, 8, 8, seed=1))
+    weight = Vectors("diffusion")["guidance.W"]
+    probabilities = (x_t.flatten(1) @ weight.T).softmax(-1)
+    gradient = ((F.one_hot(torch.tensor(LABELS), 5) - probabilities) @ weight).view_as(x_t)
+    expected = sigma.square() * 2.0 * gradient
+    torch.testing.assert_close(step(scheduler, 0) - step(plain, 0), expected, rtol=2e-2, atol=1e-4)
 
 
 def test_zero_gradient():
@@ -215,6 +238,19 @@ def test_two_networks_at_once():
     pipeline.scheduler = guided(DDIMScheduler(clip_sample=False), scale=2.0)
     once = pipeline(batch_size=2, latents=noise, num_inference_steps=3, output_type="latent").images
     torch.testing.assert_close(both, once, atol=1e-4, rtol=1e-3)
+
+
+def test_the_order_of_two_networks_does_not_matter():
+    """Each guides by its gradient at the x̂0 of the denoiser, not at one that the other has changed."""
+    experts = [linear_experts(randn(5, 192, seed=seed)) for seed in (1, 2)]
+    x_t, steps = randn(2, 3, 8, 8), []
+    for first, second in (experts, experts[::-1]):
+        settings = {"scale": 1.0, "decoder": torch.tanh}
+        scheduler = GuidedScheduler(DDIMScheduler(clip_sample=False), first, ClassTarget(1), **settings)
+        scheduler = GuidedScheduler(scheduler, second, ClassTarget(1), **settings)
+        scheduler.set_timesteps(10)
+        steps.append(scheduler.step(toy_noise(x_t), scheduler.timesteps[4], x_t).prev_sample)
+    torch.testing.assert_close(*steps)
 
 
 def test_a_vae_in_half_precision():
@@ -327,16 +363,32 @@ def test_timestep_range_of_a_second_order_scheduler():
     assert guided_timesteps(scheduler, 5) == [799, 599, 599, 399, 399, 199]
 
 
-def test_every_other_step_from_a_later_beginning():
-    scheduler = guided(EulerDiscreteScheduler(timestep_spacing="trailing"), every=2)
+@pytest.mark.parametrize("solver", [DDIMScheduler, EulerDiscreteScheduler], ids=lambda cls: cls.__name__)
+def test_every_other_step_from_a_later_beginning(solver):
+    """As image-to-image pipelines begin, from the first step that they take."""
+    scheduler = guided(solver(timestep_spacing="trailing"), every=2)
     seen = []
     scheduler.experts.register_forward_pre_hook(lambda module, args: seen.append(int(args[1])))
-    scheduler.set_timesteps(10)
-    scheduler.set_begin_index(5)
-    x_t = torch.randn(2, 3, 8, 8)
-    for t in scheduler.timesteps[5:]:
-        x_t = scheduler.step(toy_noise(scheduler.scale_model_input(x_t, t)), t, x_t).prev_sample
-    assert seen == [499, 299, 99]
+    for begin, expected in ((5, [499, 299, 99]), (6, [399, 199])):
+        seen.clear()
+        scheduler.set_timesteps(10)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(begin)
+        x_t = torch.randn(2, 3, 8, 8)
+        for t in scheduler.timesteps[begin:]:
+            x_t = scheduler.step(toy_noise(scheduler.scale_model_input(x_t, t)), t, x_t).prev_sample
+        assert seen == expected
+
+
+def test_the_scheduler_of_unclip():
+    """Which does not say of which order it is."""
+    x_t, steps = randn(2, 3, 8, 8), []
+    for scheduler in (UnCLIPScheduler(), guided(UnCLIPScheduler(), scale=0.0), guided(UnCLIPScheduler(), scale=3.0)):
+        scheduler.set_timesteps(10)
+        step = scheduler.step(toy_noise(x_t), scheduler.timesteps[4], x_t, generator=torch.Generator().manual_seed(0))
+        steps.append(step.prev_sample)
+    torch.testing.assert_close(steps[1], steps[0])
+    assert log_likelihood((steps[2].movedim(1, -1) + 1) / 2) > log_likelihood((steps[0].movedim(1, -1) + 1) / 2)
 
 
 # A subclass of the scheduler's class
@@ -492,6 +544,11 @@ def test_timesteps_stay_on_the_cpu():
         (DDIMScheduler(num_train_timesteps=500), {}, "to be the model's 1000, but got a DDIMScheduler with 500"),
         (DDIMScheduler(), {"rescale_to_mean": True}, "a DDPMScheduler for `rescale_to_mean`"),
         (DDIMScheduler(), {"every": 0}, "`every` to be at least 1"),
+        (
+            DDIMScheduler(),
+            {"decoder": lambda x0: x0, "vae": torch.nn.Identity()},
+            "`decoder` or `vae`.*, but got both",
+        ),
         (DDIMScheduler(), {"on_nonfinite": "stop"}, "one of raise, unguided, but got 'stop'"),
     ],
 )
@@ -571,10 +628,10 @@ def test_a_copy_has_settings_of_its_own():
     assert copied.experts is outer.experts
 
 
-@pytest.mark.parametrize("name, value", [("every", 0), ("on_nonfinite", "ignore")])
+@pytest.mark.parametrize("name, value", [("every", 0), ("on_nonfinite", "ignore"), ("rescale_to_mean", True)])
 def test_settings_are_checked_when_they_change(name, value):
     scheduler = guided(DDIMScheduler())
-    with pytest.raises(ValueError, match=f"Expected `{name}` to be"):
+    with pytest.raises(ValueError, match=f"Expected .*`{name}`"):
         setattr(scheduler, name, value)
 
 

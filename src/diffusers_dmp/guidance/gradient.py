@@ -27,6 +27,10 @@ def check_setting(name: str, value: Any) -> None:
     """
     Check a setting of [`Guidance`].
 
+    Args:
+        name (`str`): The name of an argument of [`GuidedScheduler`]; of others than those that have a range, all values are right.
+        value: What it is to be.
+
     Raises:
         ValueError: if it is out of range.
     """

@@ -1,34 +1,29 @@
 """Guidance by a vision network for any pipeline: in the scheduler, which sees x_t, t and the denoiser's prediction.
 https://arxiv.org/abs/2212.05973, after https://arxiv.org/abs/2105.05233, algorithms 1 and 2
 
-Legend: B batch, T training timesteps, S steps; the other dimensions of a sample are its own.
+How a step is guided: guided_class.py, which needs the noise levels of step_schedule.py, the gradient of gradient.py and the two
+formulas of steps.py.
+
+Legend: B batch, T training timesteps; the other dimensions of a sample are its own.
 """
 
 import copy
-import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DDPMParallelScheduler, DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ..diffusion.noise import is_flow_matching
-from ..diffusion.predictions import expected_prediction_type
-from ..diffusion.timesteps import counts_from_noise
 from .decoders import LatentDecoder
 from .experts import GuidanceExperts
 from .gradient import Guidance, check_setting
-from .guided_class import guided_class
+from .guided_class import GuidedStepsMixin, guided_class
 from .pipeline_decoders import decoder_of
 from .scheduler_checks import check_process, check_scheduler_for_guidance
-from .step_schedule import NoisyStep, StepSchedule
-from .steps import guided_prediction, step_with_guided_mean, unclipped
 from .targets import GuidanceTarget
 
-_SIGMAS_WITH_SAMPLES = ("LTXEulerAncestralRFScheduler",)  # its step computes with σ on the samples' device
-_OWN_ATTRIBUTES = ("scheduler", "guidance", "_schedule")
+_OWN_ATTRIBUTES = ("scheduler", "guidance", "_schedule", "_first_position")
 
 
 def _setting(name: str) -> property:
@@ -39,12 +34,14 @@ def _setting(name: str) -> property:
 
     def change(self: "GuidedScheduler", value: Any) -> None:
         check_setting(name, value)
+        if name == "rescale_to_mean":
+            self._check_mean(value)
         setattr(self.guidance, name, value)
 
     return property(get, change)
 
 
-class GuidedScheduler(SchedulerMixin):
+class GuidedScheduler(GuidedStepsMixin):
     """
     A scheduler whose steps move towards samples in which a vision network sees what is asked for.
 
@@ -93,8 +90,6 @@ class GuidedScheduler(SchedulerMixin):
 
     unguided_class: "ClassVar[type[SchedulerMixin] | None]" = None
 
-    scheduler: SchedulerMixin
-    guidance: Guidance
     scale = _setting("scale")
     rescale_to_mean = _setting("rescale_to_mean")
     timestep_range = _setting("timestep_range")
@@ -125,14 +120,15 @@ class GuidedScheduler(SchedulerMixin):
     ):
         check_scheduler_for_guidance(scheduler)
         check_process(experts, scheduler)
-        if rescale_to_mean and not self.guides_mean:
+        self._check_mean(rescale_to_mean)
+        if decoder is not None and vae is not None:
             raise ValueError(
-                f"Expected a DDPMScheduler for `rescale_to_mean`, but got a {type(scheduler).__name__}, which has no mean."
+                "Expected `decoder` or `vae`, which is short for `decoder=LatentDecoder(vae)`, but got both."
             )
         state = {name: value for name, value in scheduler.__dict__.items() if name not in _OWN_ATTRIBUTES}
         self.__dict__.update(copy.deepcopy(state))
         self.scheduler = scheduler
-        decoder = LatentDecoder(vae) if vae is not None else decoder
+        decoder = decoder if vae is None else LatentDecoder(vae)
         if decoder is not None and experts.process is not None:
             warnings.warn(
                 "The guidance experts were trained on noisy images, but with a decoder they see clean ones, which they know less "
@@ -142,7 +138,7 @@ class GuidedScheduler(SchedulerMixin):
         self.guidance = Guidance(
             experts, target, scale, rescale_to_mean, timestep_range, every, decoder=decoder, on_nonfinite=on_nonfinite
         )
-        self._schedule: StepSchedule | None = None
+        self._schedule, self._first_position = None, None
 
     def __copy__(self) -> "GuidedScheduler":
         """A copy whose settings can be changed on their own; `copy.deepcopy` copies the experts as well."""
@@ -219,6 +215,7 @@ class GuidedScheduler(SchedulerMixin):
     def experts(self, experts: GuidanceExperts) -> None:
         check_process(experts, self)
         self.guidance.set_experts(experts)
+        self._schedule = None  # a scheduler that counts from 0 to 1 counts the timesteps of its experts
 
     @property
     def target(self) -> GuidanceTarget:
@@ -229,105 +226,18 @@ class GuidedScheduler(SchedulerMixin):
     def target(self, target: GuidanceTarget) -> None:
         self.guidance.set_target(target)
 
-    @property
-    def guides_mean(self) -> bool:
-        """Whether the mean of a step is guided, as for DDPM, or else the noise."""
-        return isinstance(self, (DDPMScheduler, DDPMParallelScheduler))
+    def _check_mean(self, rescale_to_mean: bool) -> None:
+        """Refuse to rescale gradients to a mean that there is not."""
+        if rescale_to_mean and not self.guides_mean:
+            raise ValueError(
+                f"Expected a DDPMScheduler for `rescale_to_mean`, but got a {type(self).__name__}, which has no mean."
+            )
 
     def around(self, scheduler: SchedulerMixin) -> "GuidedScheduler":
         """The same guidance around another scheduler, which shares its settings: a change of one's is one of the other's."""
         guided = GuidedScheduler(scheduler, self.experts, self.target, rescale_to_mean=self.rescale_to_mean)
         guided.guidance = self.guidance
         return guided
-
-    def _guidances(self) -> list[Guidance]:
-        """Its own guidance, and then that of each guided scheduler inside."""
-        inner = self.scheduler._guidances() if isinstance(self.scheduler, GuidedScheduler) else []
-        return [self.guidance, *inner]
-
-    def _guided_step(
-        self, step: Callable, model_output: torch.Tensor, timestep, sample: torch.Tensor, *args, **kwargs
-    ):
-        """A step of the scheduler with guidance, where `step` is the one without."""
-        call = inspect.signature(step).bind(model_output, timestep, sample, *args, **kwargs)
-        if (call.arguments | kwargs).get("per_token_timesteps") is not None:
-            raise ValueError("Expected one timestep for the whole of a sample, but got `per_token_timesteps`.")
-        schedule = self._steps()
-        with schedule.on_cpu(self):
-            position = self._position(timestep)
-            if isinstance(timestep, torch.Tensor):
-                timestep = schedule.timesteps[position]
-            guidances = [guidance for guidance in self._guidances() if self._is_guided(position, guidance)]
-            if not guidances:
-                result = step(model_output, timestep, sample, *args, **kwargs)
-            elif self.guides_mean:
-                call.arguments["timestep"] = int(schedule.timesteps[position])
-                noisy = self._noisy_step(position, model_output, sample)
-                result = step_with_guided_mean(self, step, call, noisy, guidances)
-            else:
-                prediction = self._signed(model_output)
-                noisy = self._noisy_step(position, prediction, sample)
-                guided = self._signed(guided_prediction(self, noisy, prediction, guidances))
-                with unclipped(self):
-                    result = step(guided, timestep, sample, *args, **kwargs)
-        if position == len(schedule.timesteps) - 1:
-            for guidance in self._guidances():
-                guidance.raise_if_nonfinite()
-        return result
-
-    def _begin(self, device: "torch.device | str | None") -> None:
-        """Begin with steps that were made on the CPU, so that none waits for an accelerator to know which one it is."""
-        self._schedule = None
-        self._steps()
-        if hasattr(self, "step_index"):  # it counts its steps; the others look for the timestep that they are given
-            self.timesteps: torch.Tensor = self.timesteps.to(device)
-        if type(self).__name__ in _SIGMAS_WITH_SAMPLES:
-            self.sigmas: torch.Tensor = self.sigmas.to(device)
-        for guidance in self._guidances():
-            guidance.reset()
-            if not any(self._is_guided(position, guidance) for position in range(len(self.timesteps))):
-                trained = self._steps().training_timesteps.tolist()
-                warnings.warn(
-                    f"None of the {len(trained)} steps is guided, at the timesteps {trained[0]:g} to {trained[-1]:g} of training: "
-                    f"`timestep_range` is {guidance.timestep_range or self._steps().default_range}.",
-                    stacklevel=4,
-                )
-
-    def _steps(self) -> StepSchedule:
-        """The timesteps and noise levels of all steps."""
-        if self._schedule is None:
-            self._schedule = StepSchedule.of(self, self.experts.intervals.num_train_timesteps)
-        return self._schedule
-
-    def _position(self, timestep) -> int:
-        """The index in `timesteps` of the step that is taken."""
-        for name in ("step_index", "begin_index"):  # a second-order scheduler has each timestep twice
-            index = getattr(self, name, None)
-            if index is not None:
-                return index
-        return self._steps().position_of(timestep, self)
-
-    def _is_guided(self, position: int, guidance: Guidance) -> bool:
-        """Whether guidance applies. Of a second-order scheduler's step both evaluations are guided, or neither."""
-        schedule, first = self._steps(), getattr(self, "begin_index", None) or 0
-        begins = position // self.order * self.order  # with its first evaluation
-        if not (schedule.can_be_guided(begins) and schedule.can_be_guided(position)):
-            return False
-        step = begins // self.order - first // self.order
-        return guidance.applies(schedule.training_timesteps[begins], step, schedule.default_range)
-
-    def _signed(self, prediction: torch.Tensor) -> torch.Tensor:
-        """The velocity ε - x0 of one that Mochi's scheduler takes, x0 - ε, and the other way round."""
-        return -prediction if is_flow_matching(self) and counts_from_noise(self) else prediction
-
-    def _noisy_step(self, position: int, model_output: torch.Tensor, sample: torch.Tensor) -> NoisyStep:
-        """The input of a step as guidance needs it."""
-        schedule = self._steps()
-        is_flow = is_flow_matching(self)
-        x_t = sample if is_flow else self.scale_model_input(sample, schedule.timesteps[position])
-        x_t = x_t.to(torch.promote_types(x_t.dtype, torch.float32))
-        prediction = model_output[:, : sample.shape[1]].to(x_t.dtype)
-        return NoisyStep(self, schedule, position, x_t, prediction, expected_prediction_type(self))
 
 
 def _new_instance(base: Any, scheduler_class: Any) -> GuidedScheduler:

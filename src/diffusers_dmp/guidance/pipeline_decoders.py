@@ -9,110 +9,42 @@ from torch import nn
 from .decoders import LatentDecoder, PackedLatentDecoder, VideoDecoder
 
 # By name, so that no pipeline is imported before it is used. A class that derives from one of these is found as well.
-_IMAGES = [
-    "AuraFlowPipeline",
-    "CogView3PlusPipeline",
-    "CogView4ControlPipeline",
-    "CogView4Pipeline",
-    "DiTPipeline",
-    "HunyuanDiTControlNetPipeline",
-    "HunyuanDiTPAGPipeline",
-    "HunyuanDiTPipeline",
-    "KolorsImg2ImgPipeline",
-    "KolorsPAGPipeline",
-    "KolorsPipeline",
-    "LatentConsistencyModelImg2ImgPipeline",
-    "LatentConsistencyModelPipeline",
-    "Lumina2Pipeline",
-    "LuminaPipeline",
-    "PixArtAlphaPipeline",
-    "PixArtSigmaPAGPipeline",
-    "PixArtSigmaPipeline",
-    "SanaControlNetPipeline",
-    "SanaPAGPipeline",
-    "SanaPipeline",
-    "StableDiffusion3ControlNetInpaintingPipeline",
-    "StableDiffusion3ControlNetPipeline",
-    "StableDiffusion3Img2ImgPipeline",
-    "StableDiffusion3InpaintPipeline",
-    "StableDiffusion3PAGImg2ImgPipeline",
-    "StableDiffusion3PAGPipeline",
-    "StableDiffusion3Pipeline",
-    "StableDiffusionControlNetImg2ImgPipeline",
-    "StableDiffusionControlNetInpaintPipeline",
-    "StableDiffusionControlNetPAGInpaintPipeline",
-    "StableDiffusionControlNetPAGPipeline",
-    "StableDiffusionControlNetPipeline",
-    "StableDiffusionDepth2ImgPipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionInpaintPipeline",
-    "StableDiffusionInstructPix2PixPipeline",
-    "StableDiffusionPAGImg2ImgPipeline",
-    "StableDiffusionPAGInpaintPipeline",
-    "StableDiffusionPAGPipeline",
-    "StableDiffusionPipeline",
-    "StableDiffusionXLControlNetImg2ImgPipeline",
-    "StableDiffusionXLControlNetInpaintPipeline",
-    "StableDiffusionXLControlNetPAGImg2ImgPipeline",
-    "StableDiffusionXLControlNetPAGPipeline",
-    "StableDiffusionXLControlNetPipeline",
-    "StableDiffusionXLControlNetUnionImg2ImgPipeline",
-    "StableDiffusionXLControlNetUnionInpaintPipeline",
-    "StableDiffusionXLControlNetUnionPipeline",
-    "StableDiffusionXLImg2ImgPipeline",
-    "StableDiffusionXLInpaintPipeline",
-    "StableDiffusionXLInstructPix2PixPipeline",
-    "StableDiffusionXLPAGImg2ImgPipeline",
-    "StableDiffusionXLPAGInpaintPipeline",
-    "StableDiffusionXLPAGPipeline",
-    "StableDiffusionXLPipeline",
-    "ZImageControlNetInpaintPipeline",
-    "ZImageControlNetPipeline",
-    "ZImageImg2ImgPipeline",
-    "ZImageInpaintPipeline",
-    "ZImageOmniPipeline",
-    "ZImagePipeline",
-]
-_PACKED = [
-    "ChromaImg2ImgPipeline",
-    "ChromaInpaintPipeline",
-    "ChromaPipeline",
-    "FluxControlImg2ImgPipeline",
-    "FluxControlInpaintPipeline",
-    "FluxControlNetImg2ImgPipeline",
-    "FluxControlNetInpaintPipeline",
-    "FluxControlNetPipeline",
-    "FluxControlPipeline",
-    "FluxFillPipeline",
-    "FluxImg2ImgPipeline",
-    "FluxInpaintPipeline",
-    "FluxKontextInpaintPipeline",
-    "FluxKontextPipeline",
-    "FluxPipeline",
-    "OvisImagePipeline",
-    "QwenImageControlNetInpaintPipeline",
-    "QwenImageControlNetPipeline",
-    "QwenImageEditInpaintPipeline",
-    "QwenImageEditPipeline",
-    "QwenImageEditPlusPipeline",
-    "QwenImageImg2ImgPipeline",
-    "QwenImageInpaintPipeline",
-    "QwenImagePipeline",
-]
-_VIDEOS = [
-    "SkyReelsV2ImageToVideoPipeline",
-    "SkyReelsV2Pipeline",
-    "WanImageToVideoPipeline",
-    "WanPipeline",
-    "WanVideoToVideoPipeline",
-]
-
-_IMAGES_OR_PIXELS = ["ClassConditionalPipeline", "SNRSplitPipeline", "SentenceToImagePipeline"]
+_IMAGES = """
+    AuraFlowPipeline CogView3PlusPipeline CogView4ControlPipeline CogView4Pipeline DiTPipeline
+    HunyuanDiTControlNetPipeline HunyuanDiTPAGPipeline HunyuanDiTPipeline KolorsImg2ImgPipeline KolorsPAGPipeline
+    KolorsPipeline LatentConsistencyModelImg2ImgPipeline LatentConsistencyModelPipeline Lumina2Pipeline LuminaPipeline
+    PixArtAlphaPipeline PixArtSigmaPAGPipeline PixArtSigmaPipeline SanaControlNetPipeline SanaPAGPipeline SanaPipeline
+    StableDiffusion3ControlNetInpaintingPipeline StableDiffusion3ControlNetPipeline StableDiffusion3Img2ImgPipeline
+    StableDiffusion3InpaintPipeline StableDiffusion3PAGImg2ImgPipeline StableDiffusion3PAGPipeline
+    StableDiffusion3Pipeline StableDiffusionControlNetImg2ImgPipeline StableDiffusionControlNetInpaintPipeline
+    StableDiffusionControlNetPAGInpaintPipeline StableDiffusionControlNetPAGPipeline StableDiffusionControlNetPipeline
+    StableDiffusionDepth2ImgPipeline StableDiffusionImg2ImgPipeline StableDiffusionInpaintPipeline
+    StableDiffusionInstructPix2PixPipeline StableDiffusionPAGImg2ImgPipeline StableDiffusionPAGInpaintPipeline
+    StableDiffusionPAGPipeline StableDiffusionPipeline StableDiffusionXLControlNetImg2ImgPipeline
+    StableDiffusionXLControlNetInpaintPipeline StableDiffusionXLControlNetPAGImg2ImgPipeline
+    StableDiffusionXLControlNetPAGPipeline StableDiffusionXLControlNetPipeline
+    StableDiffusionXLControlNetUnionImg2ImgPipeline StableDiffusionXLControlNetUnionInpaintPipeline
+    StableDiffusionXLControlNetUnionPipeline StableDiffusionXLImg2ImgPipeline StableDiffusionXLInpaintPipeline
+    StableDiffusionXLInstructPix2PixPipeline StableDiffusionXLPAGImg2ImgPipeline StableDiffusionXLPAGInpaintPipeline
+    StableDiffusionXLPAGPipeline StableDiffusionXLPipeline ZImageControlNetInpaintPipeline ZImageControlNetPipeline
+    ZImageImg2ImgPipeline ZImageInpaintPipeline ZImageOmniPipeline ZImagePipeline
+"""
+_PACKED = """
+    ChromaImg2ImgPipeline ChromaInpaintPipeline ChromaPipeline FluxControlImg2ImgPipeline FluxControlInpaintPipeline
+    FluxControlNetImg2ImgPipeline FluxControlNetInpaintPipeline FluxControlNetPipeline FluxControlPipeline
+    FluxFillPipeline FluxImg2ImgPipeline FluxInpaintPipeline FluxKontextInpaintPipeline FluxKontextPipeline FluxPipeline
+    OvisImagePipeline QwenImageControlNetInpaintPipeline QwenImageControlNetPipeline QwenImageEditInpaintPipeline
+    QwenImageEditPipeline QwenImageEditPlusPipeline QwenImageImg2ImgPipeline QwenImageInpaintPipeline QwenImagePipeline
+"""
+_VIDEOS = """
+    SkyReelsV2ImageToVideoPipeline SkyReelsV2Pipeline WanImageToVideoPipeline WanPipeline WanVideoToVideoPipeline
+"""
+_IMAGES_OR_PIXELS = "ClassConditionalPipeline SNRSplitPipeline SentenceToImagePipeline"  # of this package
 
 _DECODERS: "dict[str | type, type[LatentDecoder] | Callable[[Any, torch.Tensor], torch.Tensor]]" = {
-    **dict.fromkeys([*_IMAGES, *_IMAGES_OR_PIXELS], LatentDecoder),
-    **dict.fromkeys(_PACKED, PackedLatentDecoder),
-    **dict.fromkeys(_VIDEOS, VideoDecoder),
+    **dict.fromkeys(_IMAGES.split() + _IMAGES_OR_PIXELS.split(), LatentDecoder),
+    **dict.fromkeys(_PACKED.split(), PackedLatentDecoder),
+    **dict.fromkeys(_VIDEOS.split(), VideoDecoder),
 }
 
 
@@ -165,7 +97,7 @@ def decoder_of(pipeline: Any, **settings: Any) -> "LatentDecoder | None":
     classes = [key for each in type(pipeline).__mro__ for key in (each, each.__name__)]
     decoder: Any = next((_DECODERS[key] for key in classes if key in _DECODERS), None)
     has_vae = bool(autoencoders) or settings.get("vae") is not None
-    if not has_vae and (decoder is None or any(key in _IMAGES_OR_PIXELS for key in classes)):
+    if not has_vae and (decoder is None or any(key in _IMAGES_OR_PIXELS.split() for key in classes)):
         if settings:
             raise ValueError(
                 f"Expected no `{next(iter(settings))}` for a {name} without a VAE, which is guided by whole images."

@@ -33,6 +33,7 @@ class StepSchedule:
         training_timesteps (`torch.Tensor` of shape (S,)): The same, counted as in training: t = σ·T for flow matching.
         alphas, sigmas (`torch.Tensor` of shape (S,)): α and σ; see [`noise_levels`].
         default_range (`tuple[float, float]`): The training timesteps that are guided if nothing else is asked for.
+        moved (`torch.Tensor` of shape (S,), *optional*): The scheduler's timesteps themselves, where they are on an accelerator.
     """
 
     timesteps: torch.Tensor
@@ -40,6 +41,7 @@ class StepSchedule:
     alphas: torch.Tensor
     sigmas: torch.Tensor
     default_range: tuple[float, float]
+    moved: "torch.Tensor | None" = None
     _trained: "dict[NoiseProcess, tuple[torch.Tensor, torch.Tensor | None]]" = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -56,16 +58,20 @@ class StepSchedule:
         """
         check_direction(scheduler)
         alphas, sigmas = noise_levels(scheduler)
-        timesteps, config = scheduler.timesteps.cpu(), scheduler.config
+        timesteps, moved, config = scheduler.timesteps.cpu(), scheduler.timesteps, scheduler.config
         if not is_flow_matching(scheduler):
             count = config.get("model_train_timesteps") or config["num_train_timesteps"]
             trained = training_timesteps(scheduler, count)
-            return cls(timesteps, trained, alphas, sigmas, (0.0, float("inf")))
+            return cls(timesteps, trained, alphas, sigmas, (0.0, float("inf")), moved)
         count = config["num_train_timesteps"]
         if count == 1:  # it counts from 0 to 1
             count = num_train_timesteps
         # t = σ·T: the scheduler's own timesteps may be rounded
-        return cls(timesteps, sigmas * count, alphas, sigmas, (0.0, MAX_FLOW_SIGMA * count))
+        return cls(timesteps, sigmas * count, alphas, sigmas, (0.0, MAX_FLOW_SIGMA * count), moved)
+
+    def is_of(self, scheduler: Any) -> bool:
+        """Whether a scheduler still has these timesteps: others may have been set without `set_timesteps`."""
+        return any(scheduler.timesteps is known for known in (self.timesteps, self.moved))
 
     def position_of(self, timestep: Any, scheduler: Any) -> int:
         """

@@ -7,7 +7,6 @@ Legend: B batch, C channels; the other dimensions of a sample are its own.
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,28 +31,24 @@ def guided_prediction(
         scheduler ([`SchedulerMixin`]): Its configuration says whether x̂0 is clipped.
         noisy ([`NoisyStep`]): The step.
         model_output (`torch.Tensor` of shape (B, C or 2C, …)): The denoiser's output; a learned variance stays as it is.
-        guidances (`list[Guidance]`): What guides, one after the other.
+        guidances (`list[Guidance]`): What guides, each by its gradient at x_t and the denoiser's prediction.
 
     Returns:
         `torch.Tensor` of shape (B, C or 2C, …): A prediction of the same type, of a clipped x̂0 if the scheduler clips.
     """
-    levels = noisy.alpha, noisy.sigma
+    levels, kind, prediction = (noisy.alpha, noisy.sigma), noisy.prediction_type, noisy.prediction
+    if clips(scheduler):
+        # As in the published code: the guided noise is that of the clipped x̂0.
+        x0 = _clipped(scheduler, noisy.x0())
+        prediction = convert_prediction(x0, noisy.x_t, *levels, "sample", kind)
     for guidance in guidances:
-        gradient = guidance.gradient(noisy)
-        if clips(scheduler) and guidance is guidances[0]:
-            # Clipped before it is guided, as in the published code: the guided noise is that of the clipped x̂0.
-            x0 = _clipped(scheduler, noisy.x0())
-            prediction = convert_prediction(x0, noisy.x_t, *levels, "sample", noisy.prediction_type)
-            noisy = replace(noisy, prediction=prediction)
         # A prediction of another type is linear in ε and x_t together: the change is that of ε's change at x_t = 0.
-        change = -noisy.sigma * guidance.scale * gradient
-        change = convert_prediction(change, torch.zeros_like(change), *levels, "epsilon", noisy.prediction_type)
-        unguided = noisy.prediction.to(model_output.dtype)
-        guided = (noisy.prediction + change).to(model_output.dtype)
-        finite = guidance.finite_or(unguided, guided, noisy)
-        noisy = replace(noisy, prediction=finite.to(noisy.x_t.dtype))
+        change = -noisy.sigma * guidance.scale * guidance.gradient(noisy)
+        change = convert_prediction(change, torch.zeros_like(change), *levels, "epsilon", kind)
+        unguided, guided = prediction.to(model_output.dtype), (prediction + change).to(model_output.dtype)
+        prediction = guidance.finite_or(unguided, guided, noisy).to(noisy.x_t.dtype)
     rest = model_output[:, noisy.x_t.shape[1] :]
-    return torch.cat([noisy.prediction.to(model_output.dtype), rest], dim=1)
+    return torch.cat([prediction.to(model_output.dtype), rest], dim=1)
 
 
 def _clipped(scheduler: SchedulerMixin, x0: torch.Tensor) -> torch.Tensor:
