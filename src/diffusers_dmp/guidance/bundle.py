@@ -110,12 +110,7 @@ class ExpertsBundleMixin(ConfigMixin, PushToHubMixin):
         if network is None:
             base_revision = None if base_model else config.get("base_model_revision")
             base_model = str(base_model or config["base_model_name_or_path"])
-            if is_local(base_model) and not Path(base_model).is_dir():
-                raise ValueError(
-                    f"Expected the network that the experts in {str(folder)!r} were made of in {base_model!r}, but there is no such "
-                    "folder here: go to where they were trained, or say as `base_model` where it is now."
-                )
-            network = load_network(base_model, revision=base_revision, **hub_arguments)
+            network = _load_base_model(base_model, folder, revision=base_revision, **hub_arguments)
             given, place = "base_model", f" in {base_model!r}"
         if (type(network).__name__, network_sha256(network.float())) != (base_model_class, fingerprint):
             raise ValueError(
@@ -178,6 +173,16 @@ def _check_given(
         raise ValueError(f"Expected no `outputs`, as {str(folder)!r} says it ({kind!r}), but got {outputs!r}.")
     if network is not None:
         check_not_adapted(network)
+
+
+def _load_base_model(name: str, folder: Path, **hub_arguments: Any) -> nn.Module:
+    """Load the network that the experts in a folder were made of, which may have moved since."""
+    if is_local(name) and not Path(name).is_dir():
+        raise ValueError(
+            f"Expected the network that the experts in {str(folder)!r} were made of in {name!r}, but there is no such folder here: "
+            "go to where they were trained, or say as `base_model` where it is now."
+        )
+    return load_network(name, **hub_arguments)
 
 
 def _expression(name: str) -> str:
