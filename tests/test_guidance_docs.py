@@ -23,6 +23,7 @@ from diffusers_dmp import (
     DiTModel,
     GuidanceExperts,
     GuidedScheduler,
+    LatentDecoder,
     TextTarget,
 )
 
@@ -116,7 +117,8 @@ def test_a_pipeline_is_taught(monkeypatch):
     made = {"MyPipeline": type("MyPipeline", (DiffusionPipeline,), {})}
     exec(compile(snippets("guidance.md", "register_decoder"), "guidance.md", "exec"), made)
     vae = RECIPES["sd15"].pipe(RECIPES["sd15"].denoiser()).vae
-    assert made["decode"](vae, torch.zeros(1, 4, 8, 8)).shape == (1, 3, 8, 8)
+    latents = torch.zeros(1, 4, 8, 8)
+    assert made["decode"](vae, latents).shape == LatentDecoder(vae, made["decode"])(latents).shape == (1, 3, 8, 8)
 
 
 @pytest.mark.parametrize("lines", [("a photo of a zebra",), ("class MeanColour",)])

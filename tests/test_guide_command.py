@@ -1,6 +1,8 @@
 """`diffusers-dmp guide`: any pipeline, guided by a vision network, as an image of what was asked for beside what was not."""
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -209,6 +211,11 @@ def test_errors_come_in_one_line_before_the_pipeline_is_loaded(folder, tmp_path,
     pixels, resnet, picture = folder / "pixels", folder / "resnet", tmp_path / "guided.png"
     zebra = ["--network", resnet, "--class", "zebra"]
     sd3 = [folder / "sd3", "--prompt", "a zebra"]
+    shutil.copytree(folder / "ppap" / "experts", folder / "moved")
+    config = json.loads((folder / "moved" / "config.json").read_text())
+    (folder / "moved" / "config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": "somewhere/else/base"})
+    )
     for arguments, message in [
         ([pixels, "--network", resnet], "`--class`, `--text`, `--depth` or `--segmentation`"),
         ([pixels, "--class", "zebra"], "`--experts` or a `--network` as it is, but got neither"),
@@ -228,6 +235,11 @@ def test_errors_come_in_one_line_before_the_pipeline_is_loaded(folder, tmp_path,
         ([pixels, "--network", resnet, "--segmentation", folder / "photo.png"], "of one channel with the index of a class"),
         ([*sd3, "--network", folder / "any_size", "--segmentation", folder / "map.png"], "`--height` and `--width` with"),
         ([pixels, *zebra, "--output", "guided.mp4"], "to be an image file in an existing folder, but got 'guided.mp4'"),
+        ([pixels, *zebra, "--output", "guided.psd"], "to be an image file in an existing folder, but got 'guided.psd'"),
+        ([pixels, *zebra, "--scale", "nan"], "`--scale` to be a finite number, but got nan"),
+        ([folder / "sd3", *zebra, "--prompt", "a", "--guidance_scale", "inf"], "`--guidance_scale` to be a finite number"),
+        ([pixels, *zebra, "--timestep_range", 900, 100], "two training timesteps, 0 <= low < high"),
+        ([pixels, "--experts", folder / "moved", "--class", 1], "in 'somewhere/else/base', but there is no such folder here"),
         ([pixels, *zebra, "--dtype", "int8"], "`--dtype` to be one of float32, float16, bfloat16, but got 'int8'"),
         ([pixels, *zebra, "--scheduler", "PNDM"], "`scheduler` to be one of DDIM, "),
         ([pixels, *zebra, "--every", 0], "--every"),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .maps import depth_target, read_class_map, read_photograph, segmentation_target
+from .pipelines import saved_sample_size
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -89,6 +90,31 @@ class Column:
             if self.class_index is not None:
                 recognised += int(output.logits.log_softmax(-1).mean(0).argmax()) == self.class_index
         return total / len(videos), recognised
+
+
+def vision_network(experts: str | None, network: str | None, pipeline: str) -> "GuidanceExperts":
+    """The network that guides: trained experts, or one network as it is, which has the pipeline's number of timesteps."""
+    from diffusers import DDPMScheduler
+
+    from ..guidance import GuidanceExperts
+
+    if experts is not None:
+        nested = Path(experts, "experts")
+        return GuidanceExperts.from_pretrained(str(nested) if nested.is_dir() else experts)
+    config = DDPMScheduler.load_config(pipeline, subfolder="scheduler")  # of any scheduler
+    count = config.get("model_train_timesteps") or config.get("num_train_timesteps") or 1000
+    timesteps = {} if count == 1 else {"num_train_timesteps": count}
+    return GuidanceExperts.from_base(str(network), num_experts=1, method="finetune", **timesteps)
+
+
+def image_size(
+    vision: "GuidanceExperts", source: str, height: int | None, width: int | None
+) -> tuple[int, int] | None:
+    """Height and width of the images that the network will see, if they are known without loading the pipeline."""
+    if height is not None and width is not None:
+        return height, width
+    size = vision.config.get("sample_size") or saved_sample_size(source)
+    return (size, size) if isinstance(size, int) else size and (size[0], size[1])
 
 
 def columns_of(asked: Asked, vision: "GuidanceExperts", size: tuple[int, int] | None) -> list[Column]:

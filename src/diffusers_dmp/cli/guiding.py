@@ -1,5 +1,6 @@
 """The command that guides any pipeline by a vision network."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,9 +9,9 @@ import typer
 
 from ..diffusion.scheduler_names import SCHEDULERS, scheduler_class
 from ..saving.sources import check_source
-from .asking import Asked, Column, columns_of
+from .asking import Asked, Column, columns_of, image_size, vision_network
 from .generating import StepClock, call_arguments, generate, save_grid, steps_of
-from .pipelines import Folder, load_any_pipeline, pipeline_source, saved_pipeline_class, saved_sample_size
+from .pipelines import Folder, load_any_pipeline, pipeline_source, saved_pipeline_class
 from .program import Command, app
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def guide(
     output: Annotated[
         Path,
         typer.Option(
-            help="The image file to write, or --out: a grid with one column for each thing asked for. A video is animated in "
+            help="The image file to write (also --out): a grid with one column for each thing asked for. A video is animated in "
             "a .gif, and else a strip of frames."
         ),
     ] = Path("guided.png"),
@@ -110,6 +111,8 @@ def guide(
     asked = Asked(classes or [], text or [], depth, segmentation)
     asked.check()
     _check_options(output, experts, network, dtype)
+    settings = {"scale": scale, "timestep_range": timestep_range, "every": every, "frames": frames or None}
+    _check_numbers(settings, guidance_scale)
     chosen = None if scheduler is None else scheduler_class(scheduler)
     source = pipeline_source(pipeline)
     given = {
@@ -119,11 +122,10 @@ def guide(
     pipeline_class = saved_pipeline_class(source)
     if pipeline_class is not None:
         call_arguments(pipeline_class, given, num_images)  # before anything heavy is loaded
-    vision = _vision(experts, network, source)
-    columns = columns_of(asked, vision, _image_size(vision, source, height, width))
+    vision = vision_network(experts, network, source)
+    columns = columns_of(asked, vision, image_size(vision, source, height, width))
     pipe = load_any_pipeline(source, dtype, device, chosen)
     call = call_arguments(type(pipe), given, num_images)
-    settings = {"scale": scale, "timestep_range": timestep_range, "every": every, "frames": frames or None}
     runs = _run(pipe, vision, columns, call, seed, settings, compare)
     save_grid([run.videos for run in runs], output, pixel_size)
     typer.echo(_summary(output, vision, columns, runs[1:] if compare else runs, runs[0] if compare else None))
@@ -209,11 +211,23 @@ def _judged(vision: "GuidanceExperts", columns: list[Column], videos: "list[list
     return f"{sum(log_likelihood for log_likelihood, _ in judged) / len(judged):.4g}"
 
 
+def _check_numbers(settings: dict[str, Any], guidance_scale: float | None) -> None:
+    """Check the guidance of the vision model, and the scale of the pipeline's own, before anything is loaded."""
+    for name, value in (("scale", settings["scale"]), ("guidance_scale", guidance_scale)):
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"Expected `--{name}` to be a finite number, but got {value}.")
+
+    from ..guidance.gradient import check_setting
+
+    check_setting("timestep_range", settings["timestep_range"])
+
+
 def _check_options(output: Path, experts: str | None, network: str | None, dtype: str) -> None:
     """Check what can be checked at once."""
     from PIL import Image
 
-    if output.suffix.lower() not in Image.registered_extensions() or not output.parent.is_dir():
+    format_name = Image.registered_extensions().get(output.suffix.lower())
+    if format_name not in Image.SAVE or not output.parent.is_dir():  # Pillow reads more formats than it writes
         raise ValueError(f"Expected `--output` to be an image file in an existing folder, but got {str(output)!r}.")
     if (experts is None) == (network is None):
         raise ValueError(
@@ -224,28 +238,3 @@ def _check_options(output: Path, experts: str | None, network: str | None, dtype
         raise ValueError(f"Expected `--dtype` to be one of {', '.join(DTYPES)}, but got {dtype!r}.")
     check_source("--experts", experts, repo_type="model")
     check_source("--network", network, repo_type="model")
-
-
-def _vision(experts: str | None, network: str | None, pipeline: str) -> "GuidanceExperts":
-    """The network that guides: trained experts, or one network as it is, which has the pipeline's number of timesteps."""
-    from diffusers import DDPMScheduler
-
-    from ..guidance import GuidanceExperts
-
-    if experts is not None:
-        nested = Path(experts, "experts")
-        return GuidanceExperts.from_pretrained(str(nested) if nested.is_dir() else experts)
-    config = DDPMScheduler.load_config(pipeline, subfolder="scheduler")  # of any scheduler
-    count = config.get("model_train_timesteps") or config.get("num_train_timesteps") or 1000
-    timesteps = {} if count == 1 else {"num_train_timesteps": count}
-    return GuidanceExperts.from_base(str(network), num_experts=1, method="finetune", **timesteps)
-
-
-def _image_size(
-    vision: "GuidanceExperts", source: str, height: int | None, width: int | None
-) -> tuple[int, int] | None:
-    """Height and width of the images that the network will see, if they are known without loading the pipeline."""
-    if height is not None and width is not None:
-        return height, width
-    size = vision.config.get("sample_size") or saved_sample_size(source)
-    return (size, size) if isinstance(size, int) else size and (size[0], size[1])

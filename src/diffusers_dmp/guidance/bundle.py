@@ -19,6 +19,7 @@ from ..models.loading import HUB_ARGUMENTS
 from ..models.vision import load_network, network_sha256, processor_settings
 from ..saving.mixins import check_version
 from ..saving.reading import read_json
+from ..saving.sources import is_local
 from ..saving.weight_files import read_safetensors
 from .lora_layers import check_not_adapted
 from .outputs import FUNCTION, OUTPUT_KINDS
@@ -82,8 +83,8 @@ class ExpertsBundleMixin(ConfigMixin, PushToHubMixin):
                 their network.
 
         Raises:
-            ValueError: if `base_model` or `network` is another model than the experts were made for, `network` or `outputs` is
-                needed, or tensors are missing, unknown or of another shape.
+            ValueError: if `base_model` or `network` is another model than the experts were made for, there is no such folder,
+                `network` or `outputs` is needed, or tensors are missing, unknown or of another shape.
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
@@ -109,7 +110,7 @@ class ExpertsBundleMixin(ConfigMixin, PushToHubMixin):
         if network is None:
             base_revision = None if base_model else config.get("base_model_revision")
             base_model = str(base_model or config["base_model_name_or_path"])
-            network = load_network(base_model, revision=base_revision, **hub_arguments)
+            network = _load_base_model(base_model, folder, revision=base_revision, **hub_arguments)
             given, place = "base_model", f" in {base_model!r}"
         if (type(network).__name__, network_sha256(network.float())) != (base_model_class, fingerprint):
             raise ValueError(
@@ -172,6 +173,16 @@ def _check_given(
         raise ValueError(f"Expected no `outputs`, as {str(folder)!r} says it ({kind!r}), but got {outputs!r}.")
     if network is not None:
         check_not_adapted(network)
+
+
+def _load_base_model(name: str, folder: Path, **hub_arguments: Any) -> nn.Module:
+    """Load the network that the experts in a folder were made of, which may have moved since."""
+    if is_local(name) and not Path(name).is_dir():
+        raise ValueError(
+            f"Expected the network that the experts in {str(folder)!r} were made of in {name!r}, but there is no such folder here: "
+            "go to where they were trained, or say as `base_model` where it is now."
+        )
+    return load_network(name, **hub_arguments)
 
 
 def _expression(name: str) -> str:
