@@ -272,5 +272,7 @@ class NetworkExperts(nn.Module):
         """Nothing to check without LoRA."""
 
     def tensors(self, expert: int) -> dict[str, torch.Tensor]:
-        """All tensors that one expert owns, by name: parameters and buffers, not copied."""
-        return self.networks[expert].state_dict(keep_vars=True)
+        """All tensors that one expert owns, by name: parameters and buffers, not copied; those in several places once."""
+        tensors = self.networks[expert].state_dict(keep_vars=True)
+        first_names = {id(tensor): name for name, tensor in reversed(tensors.items())}
+        return {name: tensor for name, tensor in tensors.items() if first_names[id(tensor)] == name}

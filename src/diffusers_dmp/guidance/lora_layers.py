@@ -3,6 +3,7 @@
 Legend: B batch, C channels, H and W height and width in pixels.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -44,23 +45,34 @@ def check_mergeable(network: nn.Module, config: LoraConfig) -> None:
     Raises:
         ValueError: if it is not for one of the layers.
     """
+    uses = Counter(id(weight) for _, weight in network.named_parameters(remove_duplicate=False))
     for name, module in network.named_modules():
         if not check_target_module_exists(config, name):
             continue
-        own_class = next((each for each in _PLAIN_LAYERS if isinstance(module, each)), None)
-        reason = None
-        if getattr(module, "groups", 1) != 1:
-            reason = "convolution in groups"
-        elif own_class is None or type(module).forward is not own_class.forward:
-            reason = f"{type(module).__name__}, which computes in its own way"
-        elif getattr(module, "padding_mode", "zeros") != "zeros":
-            reason = f"convolution with the padding {module.padding_mode!r}"
-        elif isinstance(network.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
-            reason = "part of an nn.MultiheadAttention, which never calls it"
+        reason = _why_not_mergeable(module, network.get_submodule(name.rpartition(".")[0]), uses)
         if reason is not None:
             raise ValueError(
                 f"Expected `target_modules` to name no {reason}, whose LoRA cannot be merged, but got {name!r}."
             )
+
+
+def _why_not_mergeable(module: nn.Module, parent: nn.Module, uses: "Counter[int]") -> str | None:
+    """What a module is that LoRA cannot be merged into, or None. Of each weight, `uses` says how many modules have it."""
+    own_class = next((each for each in _PLAIN_LAYERS if isinstance(module, each)), None)
+    if getattr(module, "groups", 1) != 1:
+        return "convolution in groups"
+    if own_class is None or type(module).forward is not own_class.forward:
+        return f"{type(module).__name__}, which computes in its own way"
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        return f"convolution with the padding {module.padding_mode!r}"
+    if isinstance(parent, nn.MultiheadAttention):
+        return "part of an nn.MultiheadAttention, which never calls it"
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    if weight is None:
+        return "layer with a computed weight (weight_norm, spectral_norm)"
+    if uses[id(weight)] > 1:
+        return "layer with a weight that the network has in several places"
+    return None
 
 
 def check_layers_are_called(
