@@ -211,16 +211,27 @@ def test_interval_edges(images, tmp_path):
         torch.testing.assert_close(together[i], alone[0], atol=1e-5, rtol=1e-4)
 
 
-def test_bundles_of_version_0_1_have_uniform_intervals(tmp_path):
+# settings that bundles of older versions do not have
+SINCE_0_4 = ["sample_size", "outputs", "id2label"]
+SINCE_0_3 = ["noise_schedule", "base_model_revision", *SINCE_0_4]
+SINCE_0_2 = ["interval_edges", *SINCE_0_3]
+
+
+@pytest.mark.parametrize("missing", [SINCE_0_2, SINCE_0_3, SINCE_0_4], ids=["0.1", "0.2", "0.3"])
+@torch.no_grad()
+def test_bundles_of_older_versions(missing, images, tmp_path):
+    """Compute what they always did; without edges, their intervals are uniform."""
     make_resnet().save_pretrained(tmp_path / "base")
-    experts = GuidanceExperts.from_base(str(tmp_path / "base"), **PLAIN, image_size=None, num_experts=3)
+    experts = adapted(type(make_resnet()).from_pretrained(tmp_path / "base"), num_experts=3)
     experts.save_pretrained(tmp_path / "experts")
     path = tmp_path / "experts" / "config.json"
     config = json.loads(path.read_text())
-    assert config.pop("interval_edges") == [0, 333, 666, 1000]
-    path.write_text(json.dumps(config))
+    assert set(missing) <= config.keys()
+    path.write_text(json.dumps({name: value for name, value in config.items() if name not in missing}))
     loaded = GuidanceExperts.from_pretrained(tmp_path / "experts")
     assert loaded.intervals == NoiseIntervals.uniform(3) and loaded.config.interval_edges == [0, 333, 666, 1000]
+    assert loaded.process is None and loaded.config.outputs is None
+    torch.testing.assert_close(result(loaded(images, TIMESTEPS)), result(experts(images, TIMESTEPS)))
 
 
 @pytest.mark.parametrize("message", [None, "Five experts"])
@@ -262,6 +273,26 @@ def test_settings_of_the_image_processor(tmp_path):
     torch.testing.assert_close(experts.preprocess(white)[0, :, 0, 0], torch.tensor([0.9 / 0.4, 0.8 / 0.5, 0.7 / 0.6]))
     assert experts.preprocess(torch.ones(1, 1, 16, 16)).shape == (1, 3, 8, 8)  # a grey image
     assert experts.config.base_model_name_or_path == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"include_top": True}, "include_top"),  # EfficientNet: divided by the deviation twice
+        ({"do_flip_channel_order": True}, "do_flip_channel_order"),  # MobileViT: BGR
+        ({"rescale_factor": 1 / 127.5, "rescale_offset": True}, "rescale_offset, rescale_factor"),
+        ({"do_rescale": False}, "rescale_factor"),
+    ],
+)
+def test_image_processors_that_compute_something_else(settings, found, tmp_path):
+    make_resnet().save_pretrained(tmp_path)
+    normal = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"shortest_edge": 8}, "rescale_factor": 0.00392}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(normal))
+    GuidanceExperts.from_base(str(tmp_path))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(normal | settings))
+    with pytest.raises(ValueError, match=rf"to compute \(pixels/255 - mean\)/std .* but got one with {found}\."):
+        GuidanceExperts.from_base(str(tmp_path))
+    GuidanceExperts.from_base(str(tmp_path), **PLAIN, image_size=8)
 
 
 def test_moving_moves_all_experts():
