@@ -302,7 +302,11 @@ class Returns(nn.Module):
         ),
         ("depth", lambda x: None, "but got a NoneType"),
         (lambda x: {"pooled": x.sum()}, lambda x: x, r"pooled for 2 images .* but got the shape \(\)"),
-        (lambda x: ModelOutput(logits=x[:1, :, 0, 0]), lambda x: x, r"logits for 2 images .* but got the shape \(1, 3\)"),
+        (
+            lambda x: ModelOutput(logits=x[:1, :, 0, 0]),
+            lambda x: x,
+            r"logits for 2 images .* but got the shape \(1, 3\)",
+        ),
         (lambda x: [x], lambda x: x, r"but got a list of 1 \(Tensor\)"),
     ],
 )

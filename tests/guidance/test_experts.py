@@ -330,6 +330,7 @@ def test_families_without_a_default():
         ({"method": "lora"}, "one of ppap, multi_experts, finetune, but got 'lora'"),
         ({"method": "finetune"}, "`num_experts` to be 1 for the method 'finetune', but got 5"),
         ({"image_std": [1.0]}, "to have one length"),
+        ({"sample_size": 64}, "`sample_size` to be height and width in pixels, but got 64"),
         (
             {"interval_edges": [0, 300, 1000]},
             r"`interval_edges` to be 6 numbers .* 5 experts, but got \[0, 300, 1000\]",

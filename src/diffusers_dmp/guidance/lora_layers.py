@@ -1,4 +1,4 @@
-"""Layers with LoRA in networks of any origin: which layers can have it, and how it is added to their weights.
+"""Layers with LoRA: which layers of a network get it, which can have it, and how it is added to their weights.
 
 Legend: B batch, C channels, H and W height and width in pixels.
 """
@@ -13,8 +13,52 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from torch.func import functional_call
+from transformers import PreTrainedModel
 
 _PLAIN_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_ATTENTION = r".*\.attention\.[qkvo]_proj"
+_NECK = r"neck\.(convs\.\d+|fusion_stage\.layers\.\d+\.(projection|residual_layer\d\.convolution\d))"
+LORA_TARGETS = {  # `model_type` → a regular expression that matches the full names of the adapted modules
+    "resnet": r".*\.embedder\.convolution|.*\.layer\.[01]\.convolution",  # the stem, and the first two of each block
+    "vit": _ATTENTION,
+    "deit": _ATTENTION,
+    "dinov2": _ATTENTION,
+    "segformer": _ATTENTION,
+    "depth_anything": rf"{_ATTENTION}|{_NECK}",
+    **dict.fromkeys(
+        ("clip", "clip_vision_model", "siglip", "siglip_vision_model"), r".*\.self_attn\.(q|k|v|out)_proj"
+    ),
+    "dpt": rf".*\.attention\.(attention\.(query|key|value)|output\.dense)|{_NECK}",
+}
+
+
+def lora_targets(network: nn.Module) -> str:
+    """
+    Find the modules that the paper adapts in a network.
+
+    Args:
+        network (`nn.Module`): A vision network, of transformers or not.
+
+    Returns:
+        `str`: A regular expression that matches their full names.
+
+    Raises:
+        ValueError: if the network's family has no default.
+    """
+    model_type = network.config.model_type if isinstance(network, PreTrainedModel) else type(network).__name__
+    if model_type not in LORA_TARGETS:
+        layers = [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+        if not layers:
+            raise ValueError(
+                f"Expected a network with convolutions or linears for the method 'ppap', but got a {type(network).__name__} "
+                "without; `method='finetune', num_experts=1` takes it as it is."
+            )
+        raise ValueError(
+            f"Expected a network of {', '.join(LORA_TARGETS)}, or `target_modules` to be a regular expression of (or a list of "
+            f"endings of) the names of its convolutions and linears, such as {layers[len(layers) // 2]!r}, but got "
+            f"{model_type!r} and no `target_modules`."
+        )
+    return LORA_TARGETS[model_type]
 
 
 def check_not_adapted(network: nn.Module) -> None:

@@ -18,7 +18,6 @@ from transformers.image_processing_base import ImageProcessingMixin
 from ..saving.weight_files import check_saved_folder
 from .text_image import has_towers, load_image_tower
 
-
 # Settings of image processors: a second normalisation, as of EfficientNet, another range, and BGR
 _OTHER_STEPS = ("include_top", "rescale_offset", "do_flip_channel_order")
 
