@@ -302,6 +302,19 @@ def test_moving_moves_all_experts():
     assert {tensor.dtype for tensor in experts.expert_tensors().values()} == {torch.float64, torch.int64}
 
 
+@torch.no_grad()
+def test_statistics_of_moved_experts(images):
+    """Moving makes new buffers, of which the active expert's are in the network."""
+    experts = adapted(make_resnet())
+    experts.run_expert(1, images)
+    experts.to(torch.float64)
+    before = {name: tensor.clone() for name, tensor in experts.expert_tensors(1).items() if "running" in name}
+    experts.train().run_expert(1, images.double())
+    experts.eval().run_expert(0, images.double())
+    after = experts.expert_tensors(1)
+    assert before and not [name for name, tensor in before.items() if torch.equal(tensor, after[name])]
+
+
 # Bad input
 
 
