@@ -315,6 +315,21 @@ def test_statistics_of_moved_experts(images):
     assert before and not [name for name, tensor in before.items() if torch.equal(tensor, after[name])]
 
 
+@torch.no_grad()
+def test_a_copy_has_its_own_experts(images):
+    """Also while LoRA is in the weights."""
+    experts = adapted(make_resnet())
+    expected = {expert: result(experts.run_expert(expert, images)) for expert in (0, 1)}
+    copied = copy.deepcopy(experts)
+    for expert in (1, 0):
+        torch.testing.assert_close(result(copied.run_expert(expert, images)), expected[expert], atol=1e-5, rtol=1e-4)
+    for tensor in copied.expert_tensors().values():
+        tensor.add_(1)
+    for expert in (1, 0):
+        assert not torch.allclose(result(copied.run_expert(expert, images)), expected[expert], atol=1e-3)
+        torch.testing.assert_close(result(experts.run_expert(expert, images)), expected[expert], atol=1e-5, rtol=1e-4)
+
+
 # Bad input
 
 
