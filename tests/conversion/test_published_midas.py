@@ -18,7 +18,7 @@ def checkpoints() -> list[dict[str, torch.Tensor]]:
 
 @pytest.fixture(scope="module")
 def images() -> torch.Tensor:
-    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    return torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
 def assert_close(depth: torch.Tensor, expected: torch.Tensor) -> None:
@@ -32,10 +32,10 @@ def test_published_experts(checkpoints, images, tmp_path):
     assert experts.intervals.edges == (0, 200, 400, 600, 800, 1000)
     adapted = {name for name in experts.expert_tensors(0) if name.endswith("lora_A.weight")}
     assert adapted == {f"{name}.lora_A.weight" for name in adapted_convolutions(make_midas())}
+    other = run_published_midas(make_midas(), published_midas(make_midas(), seed=9), images)
     for expert, checkpoint in enumerate(checkpoints):
         expected = run_published_midas(make_midas(), checkpoint, images)
-        plain = run_published_midas(make_midas(), published_midas(make_midas(), seed=9), images)
-        assert (expected - plain).abs().mean() > 0.1 * expected.std() > 0.01  # what the expert owns matters
+        assert (expected - other).abs().mean() > 0.1 * expected.std() > 0.01  # what the expert owns matters
         for merged in (False, True):
             depth = experts.run_expert(expert, images, merged=merged).predicted_depth
             assert_close(depth, expected)

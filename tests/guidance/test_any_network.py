@@ -1,5 +1,6 @@
 """Guidance experts of networks that are not of transformers: of torchvision, timm, torch.hub, or of one's own."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +10,7 @@ from diffusers import DDIMScheduler
 from networks import PLAIN, make_resnet
 from plain_networks import ANIMALS, PLAIN_NETWORKS, Depth, MeanColour, ResNet, VisionTransformer, make_plain, out
 from torch import nn
+from torch.nn.utils import parametrizations
 from transformers.utils import ModelOutput
 
 from diffusers_dmp import ClassTarget, DepthTarget, GuidanceExperts, GuidedScheduler, SegmentationTarget
@@ -213,6 +215,20 @@ def test_train_save_and_load(kind, images, tmp_path):
             torch.testing.assert_close(result(loaded(images, timestep)), expected, atol=1e-5, rtol=1e-4)
 
 
+def test_weights_in_several_places(images, tmp_path):
+    """Each is owned, saved and loaded once."""
+    settings = PLAIN | {"outputs": "logits", "method": "multi_experts", "base_model_name_or_path": "twice"}
+    experts = GuidanceExperts(Twice(nn.Conv2d(3, 3, 1)), **settings)
+    network = copy.deepcopy(experts.experts.networks[0])
+    assert len(experts.expert_tensors(1)) == 3  # a weight and two biases
+    with torch.no_grad():
+        for tensor in experts.expert_tensors().values():
+            tensor.add_(torch.rand_like(tensor))
+        experts.save_pretrained(tmp_path)
+        loaded = GuidanceExperts.from_pretrained(tmp_path, network=network)
+        assert torch.equal(loaded(images, TIMESTEPS).logits, experts(images, TIMESTEPS).logits)
+
+
 def test_loading_needs_the_network(tmp_path):
     make_experts("torchvision ResNet", id2label=ANIMALS).save_pretrained(tmp_path)
     assert load("torchvision ResNet", tmp_path).network_config.id2label == dict(enumerate(ANIMALS))
@@ -286,6 +302,11 @@ class Returns(nn.Module):
         ),
         ("depth", lambda x: None, "but got a NoneType"),
         (lambda x: {"pooled": x.sum()}, lambda x: x, r"pooled for 2 images .* but got the shape \(\)"),
+        (
+            lambda x: ModelOutput(logits=x[:1, :, 0, 0]),
+            lambda x: x,
+            r"logits for 2 images .* but got the shape \(1, 3\)",
+        ),
         (lambda x: [x], lambda x: x, r"but got a list of 1 \(Tensor\)"),
     ],
 )
@@ -316,6 +337,19 @@ class StandardisedConvolution(nn.Conv2d):
         return self._conv_forward(x, weight, self.bias)
 
 
+class Twice(nn.Module):
+    """A layer under two names, and its weight in a second layer."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.first = layer
+        self.second = nn.ModuleDict({"same": layer, "tied": nn.Conv2d(3, 3, 1)})
+        self.second["tied"].weight = layer.weight
+
+    def forward(self, x):
+        return self.second["tied"](self.second["same"](self.first(x))).mean((2, 3))
+
+
 @pytest.mark.parametrize(
     ("layer", "target", "message"),
     [
@@ -324,6 +358,10 @@ class StandardisedConvolution(nn.Conv2d):
         (nn.MultiheadAttention(4, 2), "out_proj", "no part of an nn.MultiheadAttention"),
         (nn.Embedding(3, 4), "0", "no Embedding"),
         (nn.Sequential(nn.Conv2d(3, 4, 1)), "0", "no Sequential"),
+        (parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), "0", "no layer with a computed weight"),
+        (nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), "0", "no layer with a computed weight"),
+        (Twice(nn.Conv2d(3, 3, 1)), "0.first", "no layer with a weight that the network has in several places"),
+        (Twice(nn.Conv2d(3, 3, 1)), "0.second.tied", "no layer with a weight that the network has in several places"),
     ],
 )
 def test_layers_whose_lora_cannot_be_merged(layer, target, message):

@@ -211,16 +211,27 @@ def test_interval_edges(images, tmp_path):
         torch.testing.assert_close(together[i], alone[0], atol=1e-5, rtol=1e-4)
 
 
-def test_bundles_of_version_0_1_have_uniform_intervals(tmp_path):
+# settings that bundles of older versions do not have
+SINCE_0_4 = ["sample_size", "outputs", "id2label"]
+SINCE_0_3 = ["noise_schedule", "base_model_revision", *SINCE_0_4]
+SINCE_0_2 = ["interval_edges", *SINCE_0_3]
+
+
+@pytest.mark.parametrize("missing", [SINCE_0_2, SINCE_0_3, SINCE_0_4], ids=["0.1", "0.2", "0.3"])
+@torch.no_grad()
+def test_bundles_of_older_versions(missing, images, tmp_path):
+    """Compute what they always did; without edges, their intervals are uniform."""
     make_resnet().save_pretrained(tmp_path / "base")
-    experts = GuidanceExperts.from_base(str(tmp_path / "base"), **PLAIN, image_size=None, num_experts=3)
+    experts = adapted(type(make_resnet()).from_pretrained(tmp_path / "base"), num_experts=3)
     experts.save_pretrained(tmp_path / "experts")
     path = tmp_path / "experts" / "config.json"
     config = json.loads(path.read_text())
-    assert config.pop("interval_edges") == [0, 333, 666, 1000]
-    path.write_text(json.dumps(config))
+    assert set(missing) <= config.keys()
+    path.write_text(json.dumps({name: value for name, value in config.items() if name not in missing}))
     loaded = GuidanceExperts.from_pretrained(tmp_path / "experts")
     assert loaded.intervals == NoiseIntervals.uniform(3) and loaded.config.interval_edges == [0, 333, 666, 1000]
+    assert loaded.process is None and loaded.config.outputs is None
+    torch.testing.assert_close(result(loaded(images, TIMESTEPS)), result(experts(images, TIMESTEPS)))
 
 
 @pytest.mark.parametrize("message", [None, "Five experts"])
@@ -264,11 +275,59 @@ def test_settings_of_the_image_processor(tmp_path):
     assert experts.config.base_model_name_or_path == str(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"include_top": True}, "include_top"),  # EfficientNet: divided by the deviation twice
+        ({"do_flip_channel_order": True}, "do_flip_channel_order"),  # MobileViT: BGR
+        ({"rescale_factor": 1 / 127.5, "rescale_offset": True}, "rescale_offset, rescale_factor"),
+        ({"do_rescale": False}, "rescale_factor"),
+    ],
+)
+def test_image_processors_that_compute_something_else(settings, found, tmp_path):
+    make_resnet().save_pretrained(tmp_path)
+    normal = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"shortest_edge": 8}, "rescale_factor": 0.00392}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(normal))
+    GuidanceExperts.from_base(str(tmp_path))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(normal | settings))
+    with pytest.raises(ValueError, match=rf"to compute \(pixels/255 - mean\)/std .* but got one with {found}\."):
+        GuidanceExperts.from_base(str(tmp_path))
+    GuidanceExperts.from_base(str(tmp_path), **PLAIN, image_size=8)
+
+
 def test_moving_moves_all_experts():
     experts = adapted(make_resnet())
     experts.run_expert(1, torch.zeros(1, 3, 16, 16))
     experts.to(torch.float64)
     assert {tensor.dtype for tensor in experts.expert_tensors().values()} == {torch.float64, torch.int64}
+
+
+@torch.no_grad()
+def test_statistics_of_moved_experts(images):
+    """Moving makes new buffers, of which the active expert's are in the network."""
+    experts = adapted(make_resnet())
+    experts.run_expert(1, images)
+    experts.to(torch.float64)
+    before = {name: tensor.clone() for name, tensor in experts.expert_tensors(1).items() if "running" in name}
+    experts.train().run_expert(1, images.double())
+    experts.eval().run_expert(0, images.double())
+    after = experts.expert_tensors(1)
+    assert before and not [name for name, tensor in before.items() if torch.equal(tensor, after[name])]
+
+
+@torch.no_grad()
+def test_a_copy_has_its_own_experts(images):
+    """Also while LoRA is in the weights."""
+    experts = adapted(make_resnet())
+    expected = {expert: result(experts.run_expert(expert, images)) for expert in (0, 1)}
+    copied = copy.deepcopy(experts)
+    for expert in (1, 0):
+        torch.testing.assert_close(result(copied.run_expert(expert, images)), expected[expert], atol=1e-5, rtol=1e-4)
+    for tensor in copied.expert_tensors().values():
+        tensor.add_(1)
+    for expert in (1, 0):
+        assert not torch.allclose(result(copied.run_expert(expert, images)), expected[expert], atol=1e-3)
+        torch.testing.assert_close(result(experts.run_expert(expert, images)), expected[expert], atol=1e-5, rtol=1e-4)
 
 
 # Bad input
@@ -299,6 +358,7 @@ def test_families_without_a_default():
         ({"method": "lora"}, "one of ppap, multi_experts, finetune, but got 'lora'"),
         ({"method": "finetune"}, "`num_experts` to be 1 for the method 'finetune', but got 5"),
         ({"image_std": [1.0]}, "to have one length"),
+        ({"sample_size": 64}, "`sample_size` to be height and width in pixels, but got 64"),
         (
             {"interval_edges": [0, 300, 1000]},
             r"`interval_edges` to be 6 numbers .* 5 experts, but got \[0, 300, 1000\]",

@@ -212,6 +212,8 @@ def test_heads_that_do_not_fit():
         ScoreTarget(aesthetic_head(7)).log_likelihood(output)
     with pytest.raises(ValueError, match=r"output of `head` to be one score .* \(3,\) or \(3, 1\), but got \(3, 2\)"):
         ScoreTarget(nn.Linear(8, 2)).log_likelihood(output)
+    with pytest.raises(ValueError, match="output of `head` to be one score .* but got a ImageClassifierOutput"):
+        ScoreTarget(lambda seen: ImageClassifierOutput(logits=seen[:, :1])).log_likelihood(output)
     with pytest.raises(ValueError, match=r"the `logits` to be one score for each image, .* but got \(2, 3\)"):
         ScoreTarget().log_likelihood(ImageClassifierOutput(logits=torch.zeros(2, 3)))
     with pytest.raises(ValueError, match="`head` to be a module, a function or None, but got 'aesthetic.pth'"):

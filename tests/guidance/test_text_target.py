@@ -85,6 +85,17 @@ def test_embeddings_of_any_length(name):
     torch.testing.assert_close(given.log_likelihood(output), embedded.log_likelihood(output))
 
 
+def test_prompts_of_siglip_are_in_lower_case_and_padded_on_the_right(models, tmp_path):
+    """As it was trained, whatever the tokenizer does: that of SigLIP 2 is Gemma's."""
+    expected = TextTarget.from_pretrained(models["siglip"], PROMPT).text_embeds
+    name = save_siglip(tmp_path / "siglip2")
+    config = Path(name, "tokenizer_config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"padding_side": "left"}))
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    assert tokenizer.padding_side == "left" and tokenizer("Zebra")["input_ids"] != tokenizer("zebra")["input_ids"]
+    torch.testing.assert_close(TextTarget.from_pretrained(name, "A photo of a Zebra").text_embeds, expected)
+
+
 def test_images_in_float64():
     """The embeddings follow the images."""
     target = TextTarget(torch.randn(8))

@@ -257,7 +257,7 @@ def test_guidance_experts_alone(hub, to_hub, tmp_path):
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected)
 
 
-@pytest.mark.parametrize(("outputs", "given"), [("logits", ""), (torch.nn.Identity(), ", outputs=...")])
+@pytest.mark.parametrize(("outputs", "given"), [("logits", ""), (None, ""), (torch.nn.Identity(), ", outputs=...")])
 def test_guidance_experts_of_a_network_from_elsewhere(tmp_path, outputs, given):
     """It need not be on the Hub; the card says what to load the experts with."""
     settings = PLAIN | {"method": "finetune", "num_experts": 1, "base_model_name_or_path": "torch.hub a/b c"}
@@ -267,6 +267,19 @@ def test_guidance_experts_of_a_network_from_elsewhere(tmp_path, outputs, given):
     assert f'GuidanceExperts.from_pretrained("user/experts", network=network{given})\n' in publication.card
     assert "base_model:" not in publication.card
     assert json.loads(publication.files["config.json"])["base_model_name_or_path"] == "torch.hub a/b c"
+
+
+def test_guidance_experts_with_a_function_of_what_a_network_of_transformers_returns(tmp_path):
+    """The network is loaded by its name, so it has to be on the Hub; the function is to be given."""
+    settings = PLAIN | {"base_model_name_or_path": "user/resnet", "outputs": lambda output: output.logits[:, :2]}
+    GuidanceExperts(make_resnet(), **settings).save_pretrained(tmp_path)
+    publication = publish(tmp_path, "user/experts", license="mit", dry_run=True)
+    assert 'GuidanceExperts.from_pretrained("user/experts", outputs=...)\n' in publication.card
+    assert "base_model: user/resnet\n" in publication.card and "loaded from its own repo" in publication.card
+    config = json.loads((tmp_path / "config.json").read_text()) | {"base_model_name_or_path": "resnet"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="base model of guidance experts to be on the Hub.*'resnet'"):
+        publish(tmp_path, "user/experts", license="mit", dry_run=True)
 
 
 def test_a_dry_run_leaves_no_trace(hub, to_hub, training):

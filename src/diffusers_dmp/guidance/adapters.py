@@ -15,7 +15,6 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import PreTrainedModel
 
 from .lora_layers import (
     activate_lora,
@@ -26,55 +25,12 @@ from .lora_layers import (
     dilate_lora,
 )
 
-_ATTENTION = r".*\.attention\.[qkvo]_proj"
-_NECK = r"neck\.(convs\.\d+|fusion_stage\.layers\.\d+\.(projection|residual_layer\d\.convolution\d))"
-LORA_TARGETS = {  # `model_type` → a regular expression that matches the full names of the adapted modules
-    "resnet": r".*\.embedder\.convolution|.*\.layer\.[01]\.convolution",  # the stem, and the first two of each block
-    "vit": _ATTENTION,
-    "deit": _ATTENTION,
-    "dinov2": _ATTENTION,
-    "segformer": _ATTENTION,
-    "depth_anything": rf"{_ATTENTION}|{_NECK}",
-    **dict.fromkeys(
-        ("clip", "clip_vision_model", "siglip", "siglip_vision_model"), r".*\.self_attn\.(q|k|v|out)_proj"
-    ),
-    "dpt": rf".*\.attention\.(attention\.(query|key|value)|output\.dense)|{_NECK}",
-}
 CLASSIFIER = r"(^|\.)\w*classifier(\.|$)"  # the head of a network of transformers
 ANY_HEAD = r"(^|\.)(\w*classifier|heads?|head_dist|fc|last_linear)(\.|$)"  # also as timm and torchvision name it
 _NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.LayerNorm, nn.GroupNorm),
 )
-
-
-def lora_targets(network: nn.Module) -> str:
-    """
-    Find the modules that the paper adapts in a network.
-
-    Args:
-        network (`nn.Module`): A vision network, of transformers or not.
-
-    Returns:
-        `str`: A regular expression that matches their full names.
-
-    Raises:
-        ValueError: if the network's family has no default.
-    """
-    model_type = network.config.model_type if isinstance(network, PreTrainedModel) else type(network).__name__
-    if model_type not in LORA_TARGETS:
-        layers = [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
-        if not layers:
-            raise ValueError(
-                f"Expected a network with convolutions or linears for the method 'ppap', but got a {type(network).__name__} "
-                "without; `method='finetune', num_experts=1` takes it as it is."
-            )
-        raise ValueError(
-            f"Expected a network of {', '.join(LORA_TARGETS)}, or `target_modules` to be a regular expression of (or a list of "
-            f"endings of) the names of its convolutions and linears, such as {layers[len(layers) // 2]!r}, but got "
-            f"{model_type!r} and no `target_modules`."
-        )
-    return LORA_TARGETS[model_type]
 
 
 @dataclass(frozen=True)
@@ -272,5 +228,7 @@ class NetworkExperts(nn.Module):
         """Nothing to check without LoRA."""
 
     def tensors(self, expert: int) -> dict[str, torch.Tensor]:
-        """All tensors that one expert owns, by name: parameters and buffers, not copied."""
-        return self.networks[expert].state_dict(keep_vars=True)
+        """All tensors that one expert owns, by name: parameters and buffers, not copied; those in several places once."""
+        tensors = self.networks[expert].state_dict(keep_vars=True)
+        first_names = {id(tensor): name for name, tensor in reversed(tensors.items())}
+        return {name: tensor for name, tensor in tensors.items() if first_names[id(tensor)] == name}

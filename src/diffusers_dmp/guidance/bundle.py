@@ -152,13 +152,23 @@ class ExpertsBundleMixin(ConfigMixin, PushToHubMixin):
             _upload(save_directory, **kwargs)
 
 
+def needs_network(config: dict[str, Any]) -> bool:
+    """
+    Tell whether the network of saved experts has to be given, or else is loaded by its name.
+
+    Args:
+        config (`dict`): The experts' configuration.
+    """
+    return config.get("outputs") in OUTPUT_KINDS or not hasattr(transformers, config["base_model_class"])
+
+
 def _check_given(
     config: dict[str, Any], folder: Path, network: nn.Module | None, outputs: "Callable[[Any], Any] | None"
 ) -> None:
     """Check that what the folder does not hold is given: a network that is not of transformers, and a function."""
     name, network_class, kind = config["base_model_name_or_path"], config["base_model_class"], config.get("outputs")
     needs_function = kind == FUNCTION
-    if network is None and (kind in OUTPUT_KINDS or not hasattr(transformers, network_class)):
+    if network is None and needs_network(config):
         function = ", outputs=…" if needs_function else ""
         raise ValueError(
             f"Expected `network` to be the {network_class} that the experts in {str(folder)!r} were made for ({name!r}), which "

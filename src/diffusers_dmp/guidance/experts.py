@@ -13,12 +13,13 @@ from diffusers.configuration_utils import FrozenDict
 from torch import nn
 from transformers.utils import ModelOutput
 
-from ..diffusion.process import NoiseProcess
-from ..intervals import NoiseIntervals, group_by_expert
+from ..intervals import group_by_expert
 from ..models.vision import ImagePreprocessor, network_sha256
 from ..saving.mixins import VersionedMixin
-from .adapters import ANY_HEAD, CLASSIFIER, AdapterExperts, AdapterSettings, NetworkExperts, lora_targets
+from .adapters import ANY_HEAD, CLASSIFIER, AdapterExperts, AdapterSettings, NetworkExperts
 from .bundle import ExpertsBundleMixin
+from .lora_layers import lora_targets
+from .noise_records import read_intervals, read_process
 from .outputs import FUNCTION, check_output_kind, described_network, read_output
 
 METHODS = ("ppap", "multi_experts", "finetune")
@@ -72,7 +73,8 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
 
     Raises:
         ValueError: if `method` is unknown, 'finetune' is to have several experts, the network is of a family without a default
-            for `target_modules`, or `interval_edges` or `noise_schedule` do not fit the numbers of experts and timesteps.
+            for `target_modules`, `interval_edges` or `noise_schedule` do not fit the numbers of experts and timesteps, or
+            `sample_size` is no height and width.
     """
 
     config: FrozenDict
@@ -105,14 +107,16 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
             raise ValueError(f"Expected `method` to be one of {', '.join(METHODS)}, but got {method!r}.")
         if method == "finetune" and num_experts != 1:
             raise ValueError(f"Expected `num_experts` to be 1 for the method 'finetune', but got {num_experts}.")
+        if sample_size is not None and (isinstance(sample_size, int) or len(sample_size) != 2):
+            raise ValueError(f"Expected `sample_size` to be height and width in pixels, but got {sample_size!r}.")
         check_output_kind(outputs)
         if target_modules is None and method == "ppap":
             target_modules = lora_targets(network)
         network.float()
         self.outputs = outputs
         self.network_config, names = described_network(network, id2label, outputs)
-        self.intervals = _intervals(interval_edges, num_experts, num_train_timesteps)
-        self.process = _process(noise_schedule, num_train_timesteps)
+        self.intervals = read_intervals(interval_edges, num_experts, num_train_timesteps)
+        self.process = read_process(noise_schedule, num_train_timesteps)
         self.register_to_config(  # type: ignore[operator]  # Diffusers has no types
             image_mean=image_mean,
             image_std=image_std,
@@ -138,22 +142,26 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
         )
         self.preprocess: nn.Module = ImagePreprocessor(image_mean, image_std, image_size)
         self.experts: AdapterExperts | NetworkExperts
-        if target_modules is not None and method == "ppap":
-            settings = AdapterSettings(
-                rank,
-                lora_alpha,
-                target_modules,
-                rank_pattern or {},
-                alpha_pattern or {},
-                adapt_head_bias,
-                head=CLASSIFIER if outputs in (None, "depth") else ANY_HEAD,
-                adapt_head_norms=outputs is not None,
-            )
-            self.experts = AdapterExperts(network, num_experts, settings)
+        if method == "ppap":
+            self.experts = AdapterExperts(network, num_experts, self._adapter_settings())
         else:
             self.experts = NetworkExperts(network, num_experts)
         self._is_checked = outputs is None
         self.eval()
+
+    def _adapter_settings(self) -> AdapterSettings:
+        """What the adapters have in common; which layers are the head depends on where the network is from."""
+        config = self.config
+        return AdapterSettings(
+            config.rank,
+            config.lora_alpha,
+            config.target_modules,
+            config.rank_pattern or {},
+            config.alpha_pattern or {},
+            config.adapt_head_bias,
+            head=CLASSIFIER if config.outputs in (None, "depth") else ANY_HEAD,
+            adapt_head_norms=config.outputs is not None,
+        )
 
     def expert_tensors(self, expert: int | None = None) -> dict[str, torch.Tensor]:
         """
@@ -186,7 +194,7 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
             ValueError: if a tensor is missing, unknown or of another shape.
         """
         own = self.expert_tensors()
-        for name in own.keys() ^ tensors.keys():
+        for name in sorted(own.keys() ^ tensors.keys()):
             raise ValueError(
                 f"Expected the experts' tensors to be the {len(own)} of this network, but got "
                 f"{'none' if name in own else 'one more'} by the name {name!r}."
@@ -286,28 +294,3 @@ class GuidanceExperts(VersionedMixin, nn.Module, ExpertsBundleMixin):
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         return parameters
-
-
-def _process(noise_schedule: dict[str, Any] | None, num_train_timesteps: int) -> NoiseProcess | None:
-    """The noise process of a record, with as many timesteps as the experts."""
-    if noise_schedule is None:
-        return None
-    process = NoiseProcess.from_record({"num_train_timesteps": num_train_timesteps} | noise_schedule)
-    if process.num_train_timesteps != num_train_timesteps:
-        raise ValueError(
-            f"Expected `noise_schedule` to be one of the experts' {num_train_timesteps} training timesteps, but got "
-            f"{process.num_train_timesteps}."
-        )
-    return process
-
-
-def _intervals(edges: list[float] | None, num_experts: int, num_train_timesteps: int) -> NoiseIntervals:
-    """The intervals between `edges`, or uniform ones."""
-    if edges is None:
-        return NoiseIntervals.uniform(num_experts, num_train_timesteps)
-    if len(edges) != num_experts + 1 or edges[-1] != num_train_timesteps:
-        raise ValueError(
-            f"Expected `interval_edges` to be {num_experts + 1} numbers from 0 to {num_train_timesteps}, for "
-            f"{num_experts} experts, but got {list(edges)}."
-        )
-    return NoiseIntervals(tuple(edges))

@@ -1,8 +1,9 @@
-"""Layers with LoRA in networks of any origin: which layers can have it, and how it is added to their weights.
+"""Layers with LoRA: which layers of a network get it, which can have it, and how it is added to their weights.
 
 Legend: B batch, C channels, H and W height and width in pixels.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,8 +13,52 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from torch.func import functional_call
+from transformers import PreTrainedModel
 
 _PLAIN_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_ATTENTION = r".*\.attention\.[qkvo]_proj"
+_NECK = r"neck\.(convs\.\d+|fusion_stage\.layers\.\d+\.(projection|residual_layer\d\.convolution\d))"
+LORA_TARGETS = {  # `model_type` → a regular expression that matches the full names of the adapted modules
+    "resnet": r".*\.embedder\.convolution|.*\.layer\.[01]\.convolution",  # the stem, and the first two of each block
+    "vit": _ATTENTION,
+    "deit": _ATTENTION,
+    "dinov2": _ATTENTION,
+    "segformer": _ATTENTION,
+    "depth_anything": rf"{_ATTENTION}|{_NECK}",
+    **dict.fromkeys(
+        ("clip", "clip_vision_model", "siglip", "siglip_vision_model"), r".*\.self_attn\.(q|k|v|out)_proj"
+    ),
+    "dpt": rf".*\.attention\.(attention\.(query|key|value)|output\.dense)|{_NECK}",
+}
+
+
+def lora_targets(network: nn.Module) -> str:
+    """
+    Find the modules that the paper adapts in a network.
+
+    Args:
+        network (`nn.Module`): A vision network, of transformers or not.
+
+    Returns:
+        `str`: A regular expression that matches their full names.
+
+    Raises:
+        ValueError: if the network's family has no default.
+    """
+    model_type = network.config.model_type if isinstance(network, PreTrainedModel) else type(network).__name__
+    if model_type not in LORA_TARGETS:
+        layers = [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+        if not layers:
+            raise ValueError(
+                f"Expected a network with convolutions or linears for the method 'ppap', but got a {type(network).__name__} "
+                "without; `method='finetune', num_experts=1` takes it as it is."
+            )
+        raise ValueError(
+            f"Expected a network of {', '.join(LORA_TARGETS)}, or `target_modules` to be a regular expression of (or a list of "
+            f"endings of) the names of its convolutions and linears, such as {layers[len(layers) // 2]!r}, but got "
+            f"{model_type!r} and no `target_modules`."
+        )
+    return LORA_TARGETS[model_type]
 
 
 def check_not_adapted(network: nn.Module) -> None:
@@ -44,23 +89,34 @@ def check_mergeable(network: nn.Module, config: LoraConfig) -> None:
     Raises:
         ValueError: if it is not for one of the layers.
     """
+    uses = Counter(id(weight) for _, weight in network.named_parameters(remove_duplicate=False))
     for name, module in network.named_modules():
         if not check_target_module_exists(config, name):
             continue
-        own_class = next((each for each in _PLAIN_LAYERS if isinstance(module, each)), None)
-        reason = None
-        if getattr(module, "groups", 1) != 1:
-            reason = "convolution in groups"
-        elif own_class is None or type(module).forward is not own_class.forward:
-            reason = f"{type(module).__name__}, which computes in its own way"
-        elif getattr(module, "padding_mode", "zeros") != "zeros":
-            reason = f"convolution with the padding {module.padding_mode!r}"
-        elif isinstance(network.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
-            reason = "part of an nn.MultiheadAttention, which never calls it"
+        reason = _why_not_mergeable(module, network.get_submodule(name.rpartition(".")[0]), uses)
         if reason is not None:
             raise ValueError(
                 f"Expected `target_modules` to name no {reason}, whose LoRA cannot be merged, but got {name!r}."
             )
+
+
+def _why_not_mergeable(module: nn.Module, parent: nn.Module, uses: "Counter[int]") -> str | None:
+    """What a module is that LoRA cannot be merged into, or None. Of each weight, `uses` says how many modules have it."""
+    own_class = next((each for each in _PLAIN_LAYERS if isinstance(module, each)), None)
+    if getattr(module, "groups", 1) != 1:
+        return "convolution in groups"
+    if own_class is None or type(module).forward is not own_class.forward:
+        return f"{type(module).__name__}, which computes in its own way"
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        return f"convolution with the padding {module.padding_mode!r}"
+    if isinstance(parent, nn.MultiheadAttention):
+        return "part of an nn.MultiheadAttention, which never calls it"
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    if weight is None:
+        return "layer with a computed weight (weight_norm, spectral_norm)"
+    if uses[id(weight)] > 1:
+        return "layer with a weight that the network has in several places"
+    return None
 
 
 def check_layers_are_called(

@@ -92,13 +92,13 @@ def read_output(returned: Any, outputs: "str | Callable[[Any], Any] | None", bat
         )
     assert callable(outputs)  # for type checkers: see `check_output_kind`
     named = outputs(returned)
-    if isinstance(named, ModelOutput):
-        return named
     if not isinstance(named, Mapping):
         return _logits(named, batch_size)
+    is_output = isinstance(named, ModelOutput)  # which may hold more than tensors
     for name, tensor in named.items():
-        _check_tensor(name, tensor, batch_size, "(B, …)")
-    return NetworkOutput(**named)
+        if isinstance(tensor, torch.Tensor) or not is_output:
+            _check_tensor(name, tensor, batch_size, "(B, …)")
+    return named if is_output else NetworkOutput(**named)
 
 
 def _logits(logits: Any, batch_size: int) -> NetworkOutput:

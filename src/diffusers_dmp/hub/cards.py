@@ -61,6 +61,7 @@ def model_card(
         evaluation=evaluation,
         shared=shared,
         shared_yaml=yaml.safe_dump(shared, sort_keys=False) if shared else None,
+        network_is_given=network_is_given(contents),
         labels="class_labels=0" if has_classes(contents.num_classes) else "",
         license=license,
         base_model=base_model,
@@ -75,6 +76,15 @@ def model_card(
     text = re.sub(r"\n{3,}", "\n\n", text)
     ModelCard(text)  # reads the metadata back
     return text
+
+
+def network_is_given(contents: FolderContents) -> bool:
+    """Tell whether guidance experts are published whose network has to be given, as it is not loaded by its name."""
+    if not SYSTEMS[contents.system].is_guidance:
+        return False
+    from ..guidance.bundle import needs_network  # here, because it loads transformers
+
+    return needs_network(contents.config)
 
 
 def published_settings(settings: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from ..saving.version import __version__
 from ..saving.weight_files import check_saved_folder
 from ..saving.whole import written_whole
 from ..systems import SYSTEMS
-from .cards import model_card, published_evaluation, published_settings
+from .cards import model_card, network_is_given, published_evaluation, published_settings
 from .folders import (
     ARGUMENTS,
     EVALUATION,
@@ -225,8 +225,8 @@ def _check_repo_id(repo_id: str) -> None:
 
 
 def _needs_base_model(contents: FolderContents) -> bool:
-    """Whether the Hub has to have the base model: that of guidance experts, if it is a network of transformers."""
-    return SYSTEMS[contents.system].is_guidance and contents.config.get("outputs") is None
+    """Whether the Hub has to have the base model: that of guidance experts, if it is loaded by its name."""
+    return SYSTEMS[contents.system].is_guidance and not network_is_given(contents)
 
 
 def _base_model(contents: FolderContents) -> str | None:

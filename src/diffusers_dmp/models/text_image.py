@@ -147,7 +147,9 @@ def embed_prompts(
         raise ValueError(
             f"Expected {name_or_path!r} to be the folder or Hub id of a CLIP or SigLIP with its tokenizer, but got: {error}"
         ) from error
-    output = tower(_tokens(loaded, prompts, config.text_config.max_position_embeddings))
+    # SigLIP was trained on lower case; the tokenizer of SigLIP 2 leaves texts as they are
+    texts = [prompt.lower() for prompt in prompts] if has_bias else prompts
+    output = tower(_tokens(loaded, texts, config.text_config.max_position_embeddings))
     return PromptEmbeddings(
         embeds=output["pooler_output" if has_bias else "text_embeds"],
         logit_scale=logit.logit_scale.exp().item(),
@@ -180,11 +182,11 @@ def load_tokenizer(name_or_path: str, text_config: PreTrainedConfig, **hub_argum
 
 
 def _tokens(tokenizer: Any, prompts: list[str], max_length: int) -> torch.Tensor:
-    """Tokens (N, max_length), padded to the full length, which SigLIP was trained with; CLIP looks at no padding."""
+    """Tokens (N, max_length), padded on the right to the full length, as SigLIP was trained; CLIP looks at no padding."""
     cut = sum(len(ids) > max_length for ids in tokenizer(prompts, verbose=False)["input_ids"])
     if cut:
         logger.warning("%d of %d prompts are longer than the %d tokens that are read.", cut, len(prompts), max_length)
-    settings = {"padding": "max_length", "truncation": True, "max_length": max_length}
+    settings = {"padding": "max_length", "padding_side": "right", "truncation": True, "max_length": max_length}
     return tokenizer(prompts, return_tensors="pt", **settings)["input_ids"]
 
 

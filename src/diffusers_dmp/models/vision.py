@@ -5,6 +5,7 @@ Legend: B batch, C channels, H and W height and width in pixels.
 
 import hashlib
 import json
+import math
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from ..saving.weight_files import check_saved_folder
 from .text_image import has_towers, load_image_tower
+
+# Settings of image processors: a second normalisation, as of EfficientNet, another range, and BGR
+_OTHER_STEPS = ("include_top", "rescale_offset", "do_flip_channel_order")
 
 
 class ImagePreprocessor(nn.Module):
@@ -76,8 +80,8 @@ def processor_settings(name_or_path: str, **hub_arguments: Any) -> dict[str, Any
         `dict`: `image_mean`, `image_std` and `image_size`, the arguments of [`ImagePreprocessor`].
 
     Raises:
-        ValueError: if the model has no image processor, or its size is given neither as height and width nor as the shortest
-            edge.
+        ValueError: if the model has no image processor, it computes something else, or its size is given neither as height and
+            width nor as the shortest edge.
     """
     try:
         settings, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path, **hub_arguments)
@@ -86,6 +90,7 @@ def processor_settings(name_or_path: str, **hub_arguments: Any) -> dict[str, Any
             f"Expected {name_or_path!r} to have a preprocessor_config.json, or `image_mean`, `image_std` and `image_size` to "
             "be given, but got neither."
         ) from error
+    _check_steps(name_or_path, settings)
     normalizes = settings.get("do_normalize", True)
     for name in ("image_mean", "image_std"):
         if normalizes and settings.get(name) is None:
@@ -98,6 +103,19 @@ def processor_settings(name_or_path: str, **hub_arguments: Any) -> dict[str, Any
         "image_std": list(settings["image_std"]) if normalizes else [1.0],
         "image_size": _output_size(settings) if settings.get("do_resize", True) else None,
     }
+
+
+def _check_steps(name_or_path: str, settings: dict[str, Any]) -> None:
+    """Refuse an image processor that computes something else than (pixels/255 - mean)/std."""
+    others = [name for name in _OTHER_STEPS if settings.get(name)]
+    factor = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1.0
+    if not math.isclose(factor, 1 / 255, rel_tol=1e-3):
+        others.append("rescale_factor")
+    if others:
+        raise ValueError(
+            f"Expected the image processor of {name_or_path!r} to compute (pixels/255 - mean)/std of RGB images, or `image_mean`, "
+            f"`image_std` and `image_size` to be given, but got one with {', '.join(others)}."
+        )
 
 
 def _output_size(settings: dict[str, Any]) -> "int | list[int]":

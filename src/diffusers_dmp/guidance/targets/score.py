@@ -62,10 +62,11 @@ class ScoreTarget(GuidanceTarget):
     def log_likelihood(self, output: ModelOutput) -> torch.Tensor:
         seen = read_prediction(self, output, *self._kinds)  # (B, D or K)
         scores = seen if self.head is None else self._scores(self.head, seen)
-        if scores.shape not in ((len(seen),), (len(seen), 1)):
+        shape = tuple(scores.shape) if isinstance(scores, torch.Tensor) else f"a {type(scores).__name__}"
+        if shape not in ((len(seen),), (len(seen), 1)):
             raise ValueError(
                 f"Expected {'the `logits`' if self.head is None else 'the output of `head`'} to be one score for each image, of "
-                f"shape ({len(seen)},) or ({len(seen)}, 1), but got {tuple(scores.shape)}."
+                f"shape ({len(seen)},) or ({len(seen)}, 1), but got {shape}."
             )
         return scores.flatten()
 
