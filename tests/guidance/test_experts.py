@@ -209,6 +209,9 @@ def test_interval_edges(images, tmp_path):
     for i, expert in enumerate([0, 1, 1, 2, 2]):
         alone = result(experts.run_expert(expert, images[i : i + 1]))
         torch.testing.assert_close(together[i], alone[0], atol=1e-5, rtol=1e-4)
+    rounded = torch.tensor(700 - 1e-9, dtype=torch.float64)  # an edge, as computed in float64
+    alone = result(experts.run_expert(2, images))
+    torch.testing.assert_close(result(experts(images, rounded)), alone, atol=1e-5, rtol=1e-4)
 
 
 # settings that bundles of older versions do not have
