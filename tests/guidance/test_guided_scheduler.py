@@ -571,6 +571,20 @@ def test_nonfinite_gradients(on_nonfinite):
         torch.testing.assert_close(generate(pipeline), expected, atol=1e-5, rtol=1e-4)
 
 
+def test_only_samples_whose_guidance_is_not_finite_stay_unguided():
+    x_t, steps = randn(2, 3, 8, 8), []
+    for factors in (None, [1.0, float("inf")], [1.0, 1.0]):
+        scheduler = DDIMScheduler(clip_sample=False)
+        if factors is not None:
+            factors = torch.tensor(factors).view(2, 1, 1, 1)
+            scheduler = guided(scheduler, decoder=lambda x0, factors=factors: factors * x0, on_nonfinite="unguided")
+        scheduler.set_timesteps(10)
+        steps.append(scheduler.step(toy_noise(x_t), scheduler.timesteps[4], x_t).prev_sample)
+    unguided, found, finite = steps
+    assert torch.equal(found[0], finite[0]) and not torch.allclose(found[0], unguided[0])
+    assert torch.equal(found[1], unguided[1]) and not torch.allclose(finite[1], unguided[1])
+
+
 def test_overflow_in_half_precision():
     """Guidance that is finite in float32, but not in the samples' dtype."""
     scheduler = guided(DDIMScheduler(clip_sample=False), scale=1e9, on_nonfinite="unguided")
