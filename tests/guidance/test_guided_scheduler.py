@@ -20,6 +20,7 @@ from diffusers import (
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
@@ -338,6 +339,21 @@ def test_other_steps_are_those_of_the_scheduler():
     pipeline.scheduler = guided(inner, scale=5.0)
     assert log_likelihood(generate(pipeline)) > log_likelihood(without) + 0.1
     assert pipeline.scheduler.config.clip_sample
+
+
+def test_experts_see_samples_as_the_denoiser_does():
+    """Scaled, where Euler's are 1/α times larger; and of a step that begins in pure noise neither evaluation is guided."""
+    for scheduler, first in ((EulerDiscreteScheduler(), 0), (FlowMatchHeunDiscreteScheduler(), 2)):
+        scheduler, seen, expected = guided(scheduler, timestep_range=(0, 1001)), [], []
+        scheduler.experts.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0].detach()))
+        scheduler.set_timesteps(4)
+        x_t = scheduler.init_noise_sigma * randn(2, 3, 8, 8) if first == 0 else randn(2, 3, 8, 8)
+        for t in scheduler.timesteps:
+            expected.append(scheduler.scale_model_input(x_t, t) if first == 0 else x_t)
+            x_t = scheduler.step(toy_noise(expected[-1]), t, x_t).prev_sample
+        assert len(seen) == len(expected) - first
+        for images, sample in zip(seen, expected[first:]):
+            torch.testing.assert_close(images, sample)
 
 
 def test_every_other_step():
