@@ -20,6 +20,7 @@ from diffusers import (
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
@@ -340,6 +341,21 @@ def test_other_steps_are_those_of_the_scheduler():
     assert pipeline.scheduler.config.clip_sample
 
 
+def test_experts_see_samples_as_the_denoiser_does():
+    """Scaled, where Euler's are 1/α times larger; and of a step that begins in pure noise neither evaluation is guided."""
+    for scheduler, first in ((EulerDiscreteScheduler(), 0), (FlowMatchHeunDiscreteScheduler(), 2)):
+        scheduler, seen, expected = guided(scheduler, timestep_range=(0, 1001)), [], []
+        scheduler.experts.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0].detach()))
+        scheduler.set_timesteps(4)
+        x_t = scheduler.init_noise_sigma * randn(2, 3, 8, 8) if first == 0 else randn(2, 3, 8, 8)
+        for t in scheduler.timesteps:
+            expected.append(scheduler.scale_model_input(x_t, t) if first == 0 else x_t)
+            x_t = scheduler.step(toy_noise(expected[-1]), t, x_t).prev_sample
+        assert len(seen) == len(expected) - first
+        for images, sample in zip(seen, expected[first:]):
+            torch.testing.assert_close(images, sample)
+
+
 def test_every_other_step():
     assert guided_timesteps(guided(DDIMScheduler(), every=2), 6) == [830, 498, 166]
 
@@ -569,6 +585,20 @@ def test_nonfinite_gradients(on_nonfinite):
             generate(pipeline)
     else:
         torch.testing.assert_close(generate(pipeline), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_only_samples_whose_guidance_is_not_finite_stay_unguided():
+    x_t, steps = randn(2, 3, 8, 8), []
+    for factors in (None, [1.0, float("inf")], [1.0, 1.0]):
+        scheduler = DDIMScheduler(clip_sample=False)
+        if factors is not None:
+            factors = torch.tensor(factors).view(2, 1, 1, 1)
+            scheduler = guided(scheduler, decoder=lambda x0, factors=factors: factors * x0, on_nonfinite="unguided")
+        scheduler.set_timesteps(10)
+        steps.append(scheduler.step(toy_noise(x_t), scheduler.timesteps[4], x_t).prev_sample)
+    unguided, found, finite = steps
+    assert torch.equal(found[0], finite[0]) and not torch.allclose(found[0], unguided[0])
+    assert torch.equal(found[1], unguided[1]) and not torch.allclose(finite[1], unguided[1])
 
 
 def test_overflow_in_half_precision():
