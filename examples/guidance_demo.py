@@ -19,6 +19,7 @@ from clothes_judge import REAL, Judging, as_pixels, fit_judge, in_parts, load_ju
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from matplotlib.figure import Figure
 from PIL import Image
+from text_demo import write_json
 
 from diffusers_dmp import ClassTarget, GuidanceExperts, GuidedScheduler, SentenceToImagePipeline
 from diffusers_dmp.diffusion.noise import levels_at
@@ -301,12 +302,6 @@ def training_figures(folder: Path) -> dict[str, Any]:
     """What a training says of itself that the report repeats."""
     training = json.loads((folder / "training_summary.json").read_text())
     return {name: training[name] for name in ("steps", "train_seconds") if name in training}
-
-
-def write_json(path: Path, summary: dict[str, Any]) -> None:
-    """Write a report, and show it."""
-    path.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    print(path.read_text())
 
 
 def main(argv: list[str]) -> None:

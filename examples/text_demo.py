@@ -258,7 +258,7 @@ def training_figures(folder: Path) -> dict[str, Any]:
 
 def write_json(path: Path, summary: dict[str, Any]) -> None:
     """Write a report, and show it."""
-    path.write_text(json.dumps(summary, indent=2) + "\n")
+    path.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     print(path.read_text())
 
 

@@ -139,3 +139,17 @@ def pytest_runtest_setup(item):
     needs_accelerator = item.get_closest_marker("group_offload") and diffusers.__version__.startswith("0.40.")
     if needs_accelerator and not torch.accelerator.is_available():
         pytest.skip("Diffusers 0.40 offloads in groups only where there is an accelerator")
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """The module of an accelerator that is only pretended, which counts how often the CPU waits for it."""
+    monkeypatch.syspath_prepend(str(REPOSITORY))
+    from benchmarks import pretended_accelerator
+
+    return pretended_accelerator
+
+
+@pytest.fixture
+def accelerator(pretended):
+    return pretended.PretendedAccelerator()

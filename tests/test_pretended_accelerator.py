@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload_with_hook
-from conftest import REPOSITORY
 from peft import LoraConfig
 from tiny_pipelines import flux, randn, sd3, wan
 from torch import nn
@@ -30,19 +29,6 @@ def inputs(name: str) -> dict:
     positions = {"img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(7, 3)}
     sample = {"hidden_states": randn(2, 16, 4), "pooled_projections": randn(2, 32)}
     return text | sample | positions | {"timestep": torch.tensor([0.5, 0.5])}
-
-
-@pytest.fixture
-def pretended(monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY))
-    from benchmarks import pretended_accelerator
-
-    return pretended_accelerator
-
-
-@pytest.fixture
-def accelerator(pretended):
-    return pretended.PretendedAccelerator()
 
 
 @torch.no_grad()

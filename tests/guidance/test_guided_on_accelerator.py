@@ -7,7 +7,6 @@ import diffusers
 import pytest
 import tiny_pipelines
 import torch
-from conftest import REPOSITORY
 from networks import linear_experts
 from tiny_pipelines import RECIPES
 
@@ -15,19 +14,6 @@ from diffusers_dmp import ClassTarget, GuidedScheduler
 
 COUNT_STEPS = ["DEISMultistep", "DPMSolverSinglestep", "EulerDiscrete", "FlowMatchLCM", "LCM", "SASolver", "TCD"]
 LOOK_FOR_TIMESTEPS = ["DDIM", "PNDM"]
-
-
-@pytest.fixture
-def pretended(monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY))
-    from benchmarks import pretended_accelerator
-
-    return pretended_accelerator
-
-
-@pytest.fixture
-def accelerator(pretended):
-    return pretended.PretendedAccelerator()
 
 
 def guided(accelerator, scheduler: Any, **settings: Any) -> GuidedScheduler:

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -33,14 +32,6 @@ SCHEDULERS: dict[str, Callable[[], Any]] = {
 }
 FLOW, DIFFUSION = {"process": "flow_matching"}, {"beta_schedule": "linear"}
 FIRST = 3  # up to this step, what is asked for may be moved to the accelerator once
-
-
-@pytest.fixture
-def accelerator(monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY))
-    from benchmarks.pretended_accelerator import PretendedAccelerator
-
-    return PretendedAccelerator()
 
 
 def put(accelerator: Any, module: nn.Module) -> None:

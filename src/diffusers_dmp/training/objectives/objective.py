@@ -130,14 +130,7 @@ class Objective(nn.Module):
         return self.noising.evenly_spaced_timesteps(count, low, high)
 
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """
-        The noisy samples x_t that the model sees.
-
-        Args:
-            x0 (`torch.Tensor` of shape (B, …)): The clean samples.
-            noise (`torch.Tensor` of shape (B, …)): ε.
-            timesteps (`torch.Tensor` of shape (B,)): As [`sample_timesteps`] returns them.
-        """
+        """The noisy samples x_t (B, …) that the model sees; see [`Noising.add_noise`]."""
         return self.noising.add_noise(x0, noise, timesteps)
 
     def forward(self, model_output: torch.Tensor, batch: NoisedBatch) -> ObjectiveOutput:
