@@ -198,7 +198,8 @@ MAKERS = {"patch": make_patch, "dtr": make_dtr, "remix": make_remix, "dmp": make
 def published_presets() -> list[str]:
     """The presets of published models whose memory can be estimated."""
     names = [path.stem for path in sorted(PRESETS.glob("*.yaml"))]
-    return [name for name in names if name.partition("_")[0] in {*MAKERS, *ARCHITECTURES} and "digits" not in name]
+    names = [name for name in names if name.partition("_")[0] in {*MAKERS, *ARCHITECTURES}]
+    return [name for name in names if not any(data in name for data in ("digits", "rgb", "fashion"))]
 
 
 def main() -> None:
