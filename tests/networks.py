@@ -51,6 +51,16 @@ def linear_experts(weight: torch.Tensor | None = None) -> GuidanceExperts:
     return GuidanceExperts(LinearClassifier(weight), **PLAIN, method="finetune", num_experts=1)
 
 
+def trained(experts: GuidanceExperts) -> GuidanceExperts:
+    """Let experts differ from their network and from one another, as after training; also in their statistics."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for tensor in experts.expert_tensors().values():
+            if tensor.is_floating_point():
+                tensor.add_(0.1 * torch.rand(tensor.shape, generator=generator))
+    return experts
+
+
 def make_resnet(layer_type: str = "bottleneck", **config) -> ResNetForImageClassification:
     sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2], "num_labels": 10} | config
     return with_statistics(ResNetForImageClassification(ResNetConfig(layer_type=layer_type, **sizes)))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import FIXTURES
-from networks import NETWORKS, PLAIN, LinearClassifier, make_resnet, make_vit
+from networks import NETWORKS, PLAIN, LinearClassifier, make_resnet, make_vit, trained
 from peft.tuners.lora import LoraLayer
 from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 from transformers.utils import ModelOutput
@@ -31,13 +31,7 @@ def images() -> torch.Tensor:
 
 def adapted(network, **kwargs) -> GuidanceExperts:
     """Experts that differ from the network and from one another, as after training; also in their statistics."""
-    experts = GuidanceExperts(network, **{**PLAIN, "rank": 4, "lora_alpha": 8} | kwargs)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for tensor in experts.expert_tensors().values():
-            if tensor.is_floating_point():
-                tensor.add_(0.1 * torch.rand(tensor.shape, generator=generator))
-    return experts
+    return trained(GuidanceExperts(network, **{**PLAIN, "rank": 4, "lora_alpha": 8} | kwargs))
 
 
 def result(output: ModelOutput) -> torch.Tensor:

@@ -74,7 +74,7 @@ def check_not_adapted(network: nn.Module) -> None:
     if any(isinstance(module, LoraLayer) for module in network.modules()):
         raise ValueError(
             f"Expected `network` to have no adapters, but got a {type(network).__name__} with LoRA. Experts change their network in "
-            "place: others need one that is loaded anew."
+            "place; load it again for other experts."
         )
 
 
