@@ -19,7 +19,13 @@ from .dit.model import DiTModel
 class DTRBlock(DiTBlock):
     """A DiT block that reads the active channels only; the other channels bypass it. Arguments as for [`DiTBlock`]."""
 
-    def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        conditioning: torch.Tensor,
+        *routing: torch.Tensor,
+        modulation: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """
         Apply the block to the active channels.
 
@@ -27,12 +33,13 @@ class DTRBlock(DiTBlock):
             hidden_states (`torch.Tensor` of shape (B, N, D)): The tokens.
             conditioning (`torch.Tensor` of shape (B, D)): The sum of timestep and label embeddings.
             routing (two `torch.Tensor` of shape (B, 1, D) or (1, 1, D)): m, 1 for active channels, and 1 - m.
+            modulation (`torch.Tensor` of shape (6, B, 1, D), *optional*): See [`DiTBlock.forward`].
 
         Returns:
             `torch.Tensor` of shape (B, N, D).
         """
         active, inactive = routing
-        output = super().forward(active_channels(hidden_states, active), conditioning)
+        output = super().forward(active_channels(hidden_states, active), conditioning, modulation=modulation)
         return with_inactive_channels(output, hidden_states, inactive, in_place=True)
 
 
@@ -75,7 +82,7 @@ class DTRTransformer2DModel(DiTModel):
         """See [`DiTModel.make_block`]."""
         return DTRBlock(*sizes)
 
-    def block_inputs(self, timestep: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    def block_inputs(self, timestep: torch.Tensor, dtype: torch.dtype, *chosen: Any) -> tuple:
         """See [`DiTModel.block_inputs`]; the two inputs are those of [`DTRBlock`]."""
         active = self.task_routing(timestep)[:, None]  # (B, 1, D), or (1, 1, D) for a batch that shares its timestep
         return active.to(dtype), (~active).to(dtype)

@@ -198,6 +198,7 @@ class RemixDiTModel(RemixAdaptersMixin, RemixConversionMixin):
         class_labels: torch.Tensor | None = None,
         force_drop_ids: torch.Tensor | None = None,
         return_dict: bool = True,
+        modulations: torch.Tensor | None = None,
         expert: int | None = None,
     ) -> RemixDiTModelOutput | tuple[torch.Tensor, ...]:
         """
@@ -219,17 +220,22 @@ class RemixDiTModel(RemixAdaptersMixin, RemixConversionMixin):
         self._check_images(hidden_states)
         timestep = checked_timestep(timestep, len(hidden_states), self.config.num_train_timesteps)
         class_labels = self._checked_labels(class_labels, hidden_states)
-        order, block_inputs = self._select_experts(timestep, hidden_states, expert)
+        order, chosen = self._select_experts(timestep, hidden_states, expert)
         timestep = timestep.to(hidden_states.device, non_blocking=True)
         if order is None:
-            sample = self._denoise(hidden_states, timestep, class_labels, force_drop_ids, block_inputs)
+            sample = self._run(hidden_states, timestep, class_labels, force_drop_ids, modulations, chosen)
         else:
             order = order.to(hidden_states.device, non_blocking=True)
             drop_ids = None if force_drop_ids is None else force_drop_ids[order]
-            sample = self._denoise(hidden_states[order], timestep[order], class_labels[order], drop_ids, block_inputs)
+            known = None if modulations is None else modulations[:, :, order]
+            sample = self._run(hidden_states[order], timestep[order], class_labels[order], drop_ids, known, chosen)
             sample = sample[order.argsort()]
         output = RemixDiTModelOutput(sample=sample, prior_loss=self.prior_loss() if self.training else None)
         return output if return_dict else output.to_tuple()
+
+    def block_inputs(self, timestep: torch.Tensor, dtype: torch.dtype, *chosen: Any) -> tuple:
+        """See [`DiTModel.block_inputs`]; the inputs are those of [`RemixBlock`], which the experts decide."""
+        return chosen
 
     def _select_experts(
         self, timestep: torch.Tensor, hidden_states: torch.Tensor, expert: int | None

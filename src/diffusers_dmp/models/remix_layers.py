@@ -246,6 +246,8 @@ class RemixBlock(DiTBlock):
         conditioning: torch.Tensor,
         coefficients: torch.Tensor | None = None,
         group_sizes: list[int] | None = None,
+        *,
+        modulation: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Apply the block with mixed weights.
@@ -256,6 +258,7 @@ class RemixBlock(DiTBlock):
             coefficients (`torch.Tensor` of shape (G, K), *optional*): See [`BasisLinear.mixing`]. If None, the layers use
                 their fused weights.
             group_sizes (`list[int]` of length G, *optional*): See [`BasisLinear.mixing`].
+            modulation (`torch.Tensor` of shape (6, B, 1, D), *optional*): See [`DiTBlock.forward`].
 
         Returns:
             `torch.Tensor` of shape (B, N, D).
@@ -264,4 +267,4 @@ class RemixBlock(DiTBlock):
             if coefficients is not None and group_sizes is not None:
                 for linear in self.basis_linears:
                     stack.enter_context(linear.mixing(coefficients, group_sizes))
-            return super().forward(hidden_states, conditioning)
+            return super().forward(hidden_states, conditioning, modulation=modulation)

@@ -150,6 +150,8 @@ class Attachment:
             self.num_image_tokens = self.layout.num_image_tokens(self.inputs)
 
     def _after_embedder(self, observed: nn.Module, args: tuple, output: Any) -> None:
+        if not self.inputs:  # called by itself, as for the modulations of many timesteps at once
+            return
         conditioning = self.conditioning.read(self.embedder, output, self.inputs)
         self._move_patch_to(conditioning.device)
         # embedders in training mode drop labels at random

@@ -85,26 +85,45 @@ class DiTBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=norm_eps)
         self.ff = FeedForward(dim, dropout=dropout, activation_fn="gelu-approximate")
 
-    def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+    def modulation(self, conditioning: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """
+        Compute how the conditioning shifts, scales and gates both halves of the block.
+
+        Args:
+            conditioning (`torch.Tensor` of shape (B, D)): c, the sum of timestep and label embeddings.
+
+        Returns:
+            Six `torch.Tensor` of shape (B, 1, D): shift₁, 1 + scale₁, gate₁, shift₂, 1 + scale₂, gate₂.
+        """
+        # shift₁, scale₁, gate₁, shift₂, scale₂, gate₂ = Linear(SiLU(c))
+        parts = self.norm1.linear(self.norm1.silu(conditioning))[:, None].chunk(6, dim=-1)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts
+        return shift_msa, 1 + scale_msa, gate_msa, shift_mlp, 1 + scale_mlp, gate_mlp
+
+    def forward(
+        self, hidden_states: torch.Tensor, conditioning: torch.Tensor, *, modulation: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """
         Apply the block.
 
         Args:
             hidden_states (`torch.Tensor` of shape (B, N, D)): The tokens.
             conditioning (`torch.Tensor` of shape (B, D)): c, the sum of timestep and label embeddings.
+            modulation (`torch.Tensor` of shape (6, B, 1, D), *optional*): What [`~DiTBlock.modulation`] makes of c, if it is known.
 
         Returns:
             `torch.Tensor` of shape (B, N, D).
         """
-        # shift₁, scale₁, gate₁, shift₂, scale₂, gate₂ = Linear(SiLU(c))
-        normed, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, emb=conditioning)
+        parts = self.modulation(conditioning) if modulation is None else modulation.unbind()
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts  # the scales with 1 added
 
         # x ← x + gate₁ · Attn(LN(x)·(1 + scale₁) + shift₁)
-        hidden_states = torch.addcmul(hidden_states, gate_msa[:, None], self.attn(normed))
+        normed = torch.addcmul(shift_msa, self.norm1.norm(hidden_states), scale_msa)
+        hidden_states = torch.addcmul(hidden_states, gate_msa, self.attn(normed))
 
         # x ← x + gate₂ · MLP(LN(x)·(1 + scale₂) + shift₂)
-        normed = torch.addcmul(shift_mlp[:, None], self.norm2(hidden_states), 1 + scale_mlp[:, None])
-        return torch.addcmul(hidden_states, gate_mlp[:, None], self.ff(normed))
+        normed = torch.addcmul(shift_mlp, self.norm2(hidden_states), scale_mlp)
+        return torch.addcmul(hidden_states, gate_mlp, self.ff(normed))
 
 
 class TimestepLabelEmbedding(nn.Module):

@@ -4,6 +4,7 @@ https://arxiv.org/abs/2212.09748
 Legend: B batch, C channels, H and W height and width in (latent) pixels, p patch size, N = H/p · W/p tokens, D width.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,6 +66,7 @@ class DiTModel(StockDiTMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
     _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
 
     presets = DIT_PRESETS
+    _compiled_denoise: Callable[..., torch.Tensor] | None = None
 
     @register_to_config
     def __init__(
@@ -171,18 +173,75 @@ class DiTModel(StockDiTMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         """
         return DiTBlock(*sizes)
 
-    def block_inputs(self, timestep: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    def choose(self, timestep: torch.Tensor) -> tuple:
+        """
+        Choose by the values of the timesteps what must be known before a pass, which may be compiled. Subclasses do.
+
+        Args:
+            timestep (`torch.Tensor` of shape (B,) or (1,)): In steps of the training schedule, on any device.
+
+        Returns:
+            `tuple`: What [`~DiTModel.block_inputs`] gets after its other arguments; empty here.
+        """
+        return ()
+
+    def block_inputs(self, timestep: torch.Tensor, dtype: torch.dtype, *chosen: Any) -> tuple:
         """
         Compute what every block gets besides tokens and conditioning. Subclasses return inputs of their own blocks.
 
         Args:
-            timestep (`torch.Tensor` of shape (B,) or (1,)): In steps of the training schedule.
+            timestep (`torch.Tensor` of shape (B,) or (1,)): In steps of the training schedule, on the tokens' device.
             dtype (`torch.dtype`): The dtype of the tokens.
+            chosen: See [`~DiTModel.choose`].
 
         Returns:
             `tuple`: Empty here.
         """
         return ()
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """
+        Compile the forward pass, all but the checks of its inputs and the choice of an expert, which read values.
+
+        So nothing is compiled again when the expert changes. A copy of the model is not compiled.
+
+        Args:
+            args, kwargs: The arguments of [`torch.compile`].
+        """
+        self._compiled_denoise = torch.compile(self._denoise, *args, **kwargs)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether [`~DiTModel.compile`] was called."""
+        return self._compiled_denoise is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state.pop("_compiled_denoise", None)
+        return state
+
+    @torch.no_grad()
+    def modulations_at(self, timesteps: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+        """
+        Compute the modulations of all blocks for several timesteps at once, as `modulations` of later calls.
+
+        A third of the weights is then read once, and not once at each timestep. Without label dropout: for eval mode.
+
+        Args:
+            timesteps (`torch.Tensor` of shape (S,)): In steps of the training schedule.
+            class_labels (`torch.LongTensor` of shape (B,)): As in [`~DiTModel.forward`].
+
+        Returns:
+            `torch.Tensor` of shape (S, L, 6, B, 1, D) for L blocks; the item of a step is what `forward` takes.
+        """
+        device, count = self.device, len(timesteps)
+        timesteps, class_labels = timesteps.to(device), class_labels.to(device)
+        conditioning = self.time_label_embed(
+            timesteps.repeat_interleave(len(class_labels)), class_labels.repeat(count)
+        )  # (S·B, D)
+        blocks: Any = self.transformer_blocks
+        modulations = [torch.stack(block.modulation(conditioning)) for block in blocks]
+        return torch.stack(modulations).unflatten(2, (count, -1)).movedim(2, 0).contiguous()
 
     def forward(
         self,
@@ -191,6 +250,7 @@ class DiTModel(StockDiTMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         class_labels: torch.Tensor | None = None,
         force_drop_ids: torch.Tensor | None = None,
         return_dict: bool = True,
+        modulations: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """
         Predict what the model was trained to predict: for DiT the noise, and its variance.
@@ -204,6 +264,8 @@ class DiTModel(StockDiTMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
             force_drop_ids (`torch.BoolTensor` of shape (B,), *optional*): Which labels become the null class. If None,
                 random ones in training, and none otherwise.
             return_dict (`bool`): Whether to return a dataclass or a tuple.
+            modulations (`torch.Tensor` of shape (L, 6, B, 1, D), *optional*): Those of the L blocks at this timestep, as
+                [`~DiTModel.modulations_at`] computes them for many timesteps at once. Without gradients only.
 
         Returns:
             [`Transformer2DModelOutput`] with `sample` of shape (B, out_channels, H, W).
@@ -214,11 +276,16 @@ class DiTModel(StockDiTMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         """
         self._check_images(hidden_states)
         timestep = checked_timestep(timestep, len(hidden_states), self.config.num_train_timesteps)
+        chosen = self.choose(timestep)
         timestep = timestep.to(hidden_states.device, non_blocking=True)
         class_labels = self._checked_labels(class_labels, hidden_states)
-        block_inputs = self.block_inputs(timestep, self.pos_embed.proj.weight.dtype)
-        sample = self._denoise(hidden_states, timestep, class_labels, force_drop_ids, block_inputs)
+        sample = self._run(hidden_states, timestep, class_labels, force_drop_ids, modulations, chosen)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _run(self, *inputs: Any) -> torch.Tensor:
+        """Call [`_denoise`], or what it was compiled to."""
+        compiled = self._compiled_denoise
+        return self._denoise(*inputs) if compiled is None else compiled(*inputs)
 
     def _denoise(
         self,
@@ -226,7 +293,8 @@ class DiTModel(StockDiTMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         timestep: torch.Tensor,
         class_labels: torch.Tensor,
         force_drop_ids: torch.Tensor | None,
-        block_inputs: tuple,
+        modulations: torch.Tensor | None,
+        chosen: tuple,
     ) -> torch.Tensor:
         """Compute (B, C, H, W) → (B, out_channels, H, W) from inputs that were checked and are on one device."""
         height, width = hidden_states.shape[2:]
@@ -236,13 +304,17 @@ class DiTModel(StockDiTMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         # contiguous, as the patch embedding's transposed memory layout would slow down every block
         hidden_states = self.pos_embed(hidden_states).to(self.pos_embed.proj.weight.dtype).contiguous()
         conditioning = self.time_label_embed(timestep, class_labels, force_drop_ids)  # (B, D)
+        block_inputs = self.block_inputs(timestep, hidden_states.dtype, *chosen)
 
         # 2. Blocks
-        for block in self.transformer_blocks:
+        known = (
+            [{}] * len(self.transformer_blocks) if modulations is None else [{"modulation": m} for m in modulations]
+        )
+        for block, own in zip(self.transformer_blocks, known):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, conditioning, *block_inputs)
             else:
-                hidden_states = block(hidden_states, conditioning, *block_inputs)
+                hidden_states = block(hidden_states, conditioning, *block_inputs, **own)
 
         # 3. Output
         shift, scale = self.proj_out_1(F.silu(conditioning))[:, None].chunk(2, dim=-1)

@@ -1,0 +1,53 @@
+"""Models that are compiled but for the choice of an expert, and modulations that are computed ahead of time."""
+
+import copy
+
+import pytest
+import torch
+from conftest import TINY_CONFIG, randomised
+from torch._dynamo.testing import CompileCounter
+
+from diffusers_dmp import DiTModel, DTRTransformer2DModel, RemixDiTModel
+
+MODELS = {
+    "DiT": lambda: randomised(DiTModel(**TINY_CONFIG)),
+    "DTR": lambda: randomised(DTRTransformer2DModel(**TINY_CONFIG)),
+    "Remix-DiT": lambda: randomised(RemixDiTModel(**TINY_CONFIG, num_bases=3, num_experts=7)),
+}
+TIMESTEPS = torch.tensor([999, 500, 20, 0])
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    torch.compiler.reset()
+    return MODELS[request.param]().eval()
+
+
+@pytest.fixture
+def inputs(batch):
+    return {name: batch[name] for name in ("hidden_states", "class_labels")}
+
+
+@torch.no_grad()
+def sample_all(model, inputs, modulations=None):
+    """The outputs at all timesteps, each shared by the batch."""
+    size = len(inputs["class_labels"])
+    given = [{}] * len(TIMESTEPS) if modulations is None else [{"modulations": each} for each in modulations]
+    return torch.stack([model(**inputs, timestep=t.expand(size), **own).sample for t, own in zip(TIMESTEPS, given)])
+
+
+def test_modulations_ahead_of_time_are_those_of_each_timestep(model, inputs):
+    modulations = model.modulations_at(TIMESTEPS, inputs["class_labels"])
+    torch.testing.assert_close(sample_all(model, inputs, modulations), sample_all(model, inputs))
+    # a model without them reads others
+    assert not torch.allclose(sample_all(model, inputs, modulations.flip(0)), sample_all(model, inputs), atol=1e-2)
+
+
+def test_one_graph_serves_all_experts_and_timesteps(model, inputs):
+    expected = sample_all(model, inputs)
+    counter = CompileCounter()
+    model.compile(backend=counter, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(sample_all(model, inputs), expected)
+    assert counter.frame_count == 1
+    assert model.is_compiled and not copy.deepcopy(model).is_compiled
