@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import randomised
 from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from PIL import Image
 
 from diffusers_dmp import ClassConditionalPipeline, DiTModel
+from diffusers_dmp.evaluation import sample
 from diffusers_dmp.evaluation.sample import SamplingArguments, sample_images, sampling_settings
 from diffusers_dmp.training.data.seeded_sampling import _scheduler_for
 
@@ -186,3 +188,19 @@ def test_a_killed_run_continues(pipeline, tmp_path):
     assert all(path.stat().st_mtime_ns == time_before for path, time_before in shards_before.items())
     sample_images(arguments(pipeline, tmp_path / "whole", **many))
     assert_same_images(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"), [({"tf32": True}, "`tf32` on a GPU that has it"), ({"dtype": "bfloat16"}, "no bfloat16")]
+)
+def test_what_the_device_has_not_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, choice, said):
+    monkeypatch.setattr(sample, "check_dtype", refuse_bfloat16)
+    with pytest.raises(ValueError, match=said):
+        sample_images(arguments("missing/pipeline", tmp_path / "samples", **choice))
+    assert not (tmp_path / "samples").exists()
+
+
+def refuse_bfloat16(dtype: torch.dtype, device: torch.device) -> None:
+    """As on a GPU that has none."""
+    if dtype == torch.bfloat16:
+        raise ValueError("no bfloat16")

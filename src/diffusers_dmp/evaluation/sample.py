@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm
 
+from ..models.precision import check_dtype, check_tf32, dtype_named
 from ..models.vision import network_sha256
 from ..plugins.lora_experts import LoraExperts
 from ..saving.finite import expect_finite_files
@@ -73,11 +74,14 @@ def sample_images(args: SamplingArguments) -> Path | None:
         The path of the file on the main process, None on the others.
 
     Raises:
-        ValueError: if `output_dir` contains images that were sampled with other settings, or the pipeline's call and the
-            arguments do not fit.
+        ValueError: if `output_dir` contains images that were sampled with other settings, the pipeline's call and the
+            arguments do not fit, or the device does not have the dtype or TF32.
     """
     prompts = None if args.prompts is None else read_prompts(args.prompts, args.prompt_column)[: args.num_images]
     accelerator = make_shard_accelerator()
+    check_dtype(dtype_named(args.dtype), accelerator.device)  # before anything is downloaded
+    if args.tf32:
+        check_tf32(accelerator.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     folder = Path(args.output_dir)
     with accelerator.main_process_first():

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from ...diffusion.noise import is_flow_matching
+from ...models.precision import check_dtype, dtype_named
 from ..arguments import option
 from .prompts import PROMPT, prompts_sha256, read_prompts
 from .requests import CallArguments, Requests, make_requests
@@ -80,11 +81,12 @@ def generate_images(args: GenerationArguments) -> None:
         args ([`GenerationArguments`]): Everything that can be set.
 
     Raises:
-        ValueError: if `output_dir` holds images that were generated with other settings, or the pipelines' calls and the
-            arguments do not fit.
+        ValueError: if `output_dir` holds images that were generated with other settings, the pipelines' calls and the
+            arguments do not fit, or the device does not have the dtype.
     """
     prompts = args.read_prompts()
     accelerator = make_shard_accelerator()
+    check_dtype(dtype_named(args.dtype), accelerator.device)  # before anything is downloaded
     stages = (
         [args.pipeline] if args.super_resolution_pipeline is None else [args.pipeline, args.super_resolution_pipeline]
     )

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from ...models.precision import dtype_named
 from ..arguments import NumberChecks, SourceArguments, option
 from ..text_pipelines import TextPipeline
 from .buckets import Size, nearest_bucket
@@ -21,7 +22,6 @@ from .encoded_rows import CAPTION, FEATURES, HEIGHT, PROMPT, WIDTH, Columns, to_
 from .fitting import crop_to_size, to_tensor
 from .images import LATENTS
 
-DTYPES = ("float32", "float16", "bfloat16")
 MAX_REMEMBERED = 64  # captions of which the columns are kept, for data sets in which they come again
 
 
@@ -58,8 +58,7 @@ class PromptEncodingArguments(SourceArguments, NumberChecks):
     def __post_init__(self):
         self.check_at_least_one("resolution", "batch_size", "shard_size")
         check_background(self.background)
-        if self.dtype not in DTYPES:
-            raise ValueError(f"Expected `dtype` to be one of {', '.join(DTYPES)}, but got {self.dtype!r}.")
+        dtype_named(self.dtype)  # raises for an unknown one
 
 
 @dataclass
@@ -112,7 +111,7 @@ class Encoder:
     @property
     def dtype(self) -> torch.dtype:
         """What is stored."""
-        return getattr(torch, self.args.dtype)
+        return dtype_named(self.args.dtype)
 
     def shard(self, rows: datasets.Dataset, progress: tqdm) -> datasets.Dataset:
         """

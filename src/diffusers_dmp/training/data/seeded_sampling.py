@@ -19,12 +19,12 @@ from ...diffusion.noise import is_flow_matching
 from ...diffusion.noise_schedules import clips, ends_in_pure_noise
 from ...diffusion.scheduler_names import scheduler_class
 from ...diffusion.schedulers import make_like
+from ...models.precision import check_dtype, dtype_named
 from ...saving.finite import expect_finite_pipeline
 from ...saving.naming import descends_from
 from ...saving.weight_files import check_saved_folder
 from ..arguments import option
 
-DTYPES = ("float32", "float16", "bfloat16")
 RANDOM = frozenset(
     {
         torch.bernoulli, torch.multinomial, torch.normal, torch.rand, torch.rand_like, torch.randint, torch.randint_like,
@@ -60,8 +60,7 @@ class SeededSamplingArguments:
             self.scheduler = scheduler_class(self.scheduler)
         if self.seed < 0:
             raise ValueError(f"Expected `seed` to be at least 0, but got {self.seed}.")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"Expected `dtype` to be one of {', '.join(DTYPES)}, but got {self.dtype!r}.")
+        dtype_named(self.dtype)  # raises for an unknown one
 
     def scheduler_for(self, pipeline: DiffusionPipeline) -> str:
         """The class of the scheduler that a pipeline samples with; empty for its own."""
@@ -81,10 +80,12 @@ def load_sampling_pipeline(
 
     Raises:
         ValueError: if a file of a local folder is damaged, weights are not finite, also in this dtype, or the scheduler is of
-            another noise process than the pipeline's own.
+            another noise process than the pipeline's own; or if the device has no such dtype.
     """
+    dtype = dtype_named(args.dtype)
+    check_dtype(dtype, device)
     check_saved_folder(name_or_path)
-    pipeline = DiffusionPipeline.from_pretrained(name_or_path, dtype=getattr(torch, args.dtype)).to(device)
+    pipeline = DiffusionPipeline.from_pretrained(name_or_path, dtype=dtype).to(device)
     expect_finite_pipeline(pipeline, name_or_path)
     class_name = args.scheduler_for(pipeline)
     if class_name:
