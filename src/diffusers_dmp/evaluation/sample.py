@@ -27,6 +27,7 @@ from ..saving.whole import written_whole
 from ..training.arguments import option
 from ..training.data.folders import LABEL
 from ..training.data.prompts import PROMPT, prompts_sha256, read_prompts
+from ..training.data.random_numbers import noise_settings
 from ..training.data.requests import CallArguments, Requests, make_requests
 from ..training.data.seeded_sampling import SeededSamplingArguments, load_sampling_pipeline, sample_seeded
 from ..training.data.shards import make_shard_accelerator, remember_settings, write_shards
@@ -184,6 +185,7 @@ def sampling_settings(args: SamplingArguments, pipeline: DiffusionPipeline, fold
     settings["scheduler_sha256"] = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
     settings["vae_sha256"] = None if vae is None else network_sha256(vae)
     settings["device"] = pipeline.device.type  # CPUs and GPUs have different random numbers
+    settings |= noise_settings(pipeline.device)
     if args.guidance_scale is None:
         default = getattr(inspect.signature(pipeline.__call__).parameters.get("guidance_scale"), "default", None)
         # an `SNRSplitPipeline` has a scale for each denoiser in its config

@@ -14,6 +14,7 @@ from ...diffusion.noise import is_flow_matching
 from ...models.precision import check_dtype, dtype_named
 from ..arguments import option
 from .prompts import PROMPT, prompts_sha256, read_prompts
+from .random_numbers import noise_settings
 from .requests import CallArguments, Requests, make_requests
 from .seeded_sampling import SeededSamplingArguments, load_sampling_pipeline, sample_seeded
 from .shards import make_shard_accelerator, remember_settings, write_shards
@@ -131,6 +132,7 @@ def _settings(args: GenerationArguments, pipeline: DiffusionPipeline, prompts: l
     free = ("output_dir", "batch_size", "prompt_column")
     settings = {name: value for name, value in vars(args).items() if name not in free}
     settings["scheduler"] = args.scheduler_for(pipeline)
+    settings |= noise_settings(pipeline.device)
     if args.prompts is not None and prompts is not None:
         settings |= {"prompts": Path(args.prompts).name, "prompts_sha256": prompts_sha256(prompts)}
     return settings

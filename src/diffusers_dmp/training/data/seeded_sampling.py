@@ -3,8 +3,7 @@
 That holds on one kind of device, and up to rounding.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +12,6 @@ import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from torch.overrides import TorchFunctionMode
 
 from ...diffusion.noise import is_flow_matching
 from ...diffusion.noise_schedules import clips, ends_in_pure_noise
@@ -24,13 +22,7 @@ from ...saving.finite import expect_finite_pipeline
 from ...saving.naming import descends_from
 from ...saving.weight_files import check_saved_folder
 from ..arguments import option
-
-RANDOM = frozenset(
-    {
-        torch.bernoulli, torch.multinomial, torch.normal, torch.rand, torch.rand_like, torch.randint, torch.randint_like,
-        torch.randn, torch.randn_like, torch.Tensor.normal_, torch.Tensor.uniform_,
-    }
-)  # fmt: skip
+from .random_numbers import own_random_numbers
 
 
 @dataclass(kw_only=True)
@@ -134,47 +126,6 @@ def sample_seeded(
     states = [np.random.SeedSequence([seed, index]).generate_state(1, np.uint64).item() for index in indices]
     device = pipeline.device  # a property that takes a pipeline a millisecond to compute
     generators = [torch.Generator(device).manual_seed(state) for state in states]
-    with _own_global_numbers(states, device, type(pipeline).__name__):
+    with own_random_numbers(pipeline, generators, states[0]):
         output = pipeline(**arguments, generator=generators)
     return [frames[0] for frames in output.frames] if hasattr(output, "frames") else output.images
-
-
-@contextmanager
-def _own_global_numbers(states: list[int], device: torch.device, class_name: str) -> Iterator[None]:
-    """
-    Seed PyTorch's global generators for one image, and refuse a pipeline that uses them for several.
-
-    Some schedulers do, such as those of flow matching with `stochastic_sampling`. The state from before comes back.
-    """
-    sources = [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
-    kept = [source.get_rng_state() for source in sources]
-    torch.manual_seed(states[0])
-    try:
-        with _GlobalNumbers() as numbers:
-            yield
-    finally:
-        for state, source in zip(kept, sources):
-            source.set_rng_state(state)
-    if numbers.are_used and len(states) > 1:
-        raise ValueError(
-            f"Expected the random numbers of each image to be its own, but got a {class_name} whose scheduler or model takes them from "
-            "PyTorch's global generator, for all images of a batch; `--batch_size 1` samples them one by one."
-        )
-
-
-class _GlobalNumbers(TorchFunctionMode):
-    """
-    Notes whether random numbers are taken from PyTorch's global generators.
-
-    It watches calls and not the generators' states, which a kernel may advance without using the numbers.
-    """
-
-    are_used = False
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: "dict[str, Any] | None" = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in RANDOM and kwargs.get("generator") is None:
-            self.are_used = True
-        return func(*args, **kwargs)
