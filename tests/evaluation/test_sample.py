@@ -17,7 +17,9 @@ from PIL import Image
 
 from diffusers_dmp import ClassConditionalPipeline, DiTModel
 from diffusers_dmp.evaluation import sample
+from diffusers_dmp.evaluation.fingerprint import expect_comparable
 from diffusers_dmp.evaluation.sample import SamplingArguments, sample_images, sampling_settings
+from diffusers_dmp.training.data.random_numbers import noise_settings
 from diffusers_dmp.training.data.seeded_sampling import _scheduler_for
 
 TINY = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "sample_size": 8, "in_channels": 1}
@@ -130,6 +132,33 @@ def test_another_model_in_the_same_place_is_refused(tmp_path):
             sample_images(settings)
     with pytest.raises(ValueError, match="Expected `pipeline_sha256` to be"):
         sample_images(settings)
+
+
+@pytest.mark.parametrize("choice", [{"dtype": "bfloat16"}, {"tf32": True}])
+def test_images_of_another_precision_are_refused(pipeline, tmp_path, monkeypatch, choice):
+    """Neither are they mixed in a folder, nor are their metrics compared."""
+    monkeypatch.setattr(sample, "check_tf32", lambda device: None)
+    ((name, value),) = choice.items()
+    settings = []
+    for folder, chosen in (("plain", {}), ("other", choice)):
+        sample_images(arguments(pipeline, tmp_path / folder, num_images=2, **chosen))
+        settings.append(json.loads((tmp_path / folder / "sampling.json").read_text()))
+    assert settings[1][name] == value
+    with pytest.raises(ValueError, match=f"measured alike, but got others in {name} "):
+        expect_comparable(*settings)
+    with pytest.raises(ValueError, match=f"Expected `{name}` to be .*, but got {value!r}"):
+        sample_images(arguments(pipeline, tmp_path / "plain", num_images=2, **choice))
+    expect_comparable(settings[0], settings[0])
+
+
+def test_noise_of_another_way_is_refused(pipeline, tmp_path, monkeypatch):
+    """As on a GPU in a folder of an older version, whose images had other bits."""
+    sample_images(arguments(pipeline, tmp_path, num_images=2))
+    monkeypatch.setattr(sample, "noise_settings", lambda device: noise_settings(torch.device("cuda")))
+    with pytest.raises(
+        ValueError, match="Expected `noise` to be None, as in the images .* 'of several steps at once'"
+    ):
+        sample_images(arguments(pipeline, tmp_path, num_images=2))
 
 
 def test_images_of_other_settings_are_refused(pipeline, tmp_path):

@@ -25,6 +25,7 @@ from ..saving.finite import expect_finite_files
 from ..saving.sources import check_source
 from ..saving.whole import written_whole
 from ..training.arguments import option
+from ..training.data.encoded_images import EncodedImages
 from ..training.data.folders import LABEL
 from ..training.data.prompts import PROMPT, prompts_sha256, read_prompts
 from ..training.data.random_numbers import noise_settings
@@ -32,7 +33,7 @@ from ..training.data.requests import CallArguments, Requests, make_requests
 from ..training.data.seeded_sampling import SeededSamplingArguments, load_sampling_pipeline, sample_seeded
 from ..training.data.shards import make_shard_accelerator, remember_settings, write_shards
 from ..training.parsing import renamed, run_entry_point
-from .images import DatasetImages
+from .images import DatasetImages, read_ahead
 from .npz import write_npz
 
 NPZ_NAME, SETTINGS_NAME, PROMPTS_NAME = "samples.npz", "sampling.json", "prompts.json"
@@ -134,12 +135,13 @@ def _sample_shard(
     pipeline: DiffusionPipeline, args: SamplingArguments, rows: range, requests: Requests, progress: tqdm
 ) -> datasets.Dataset:
     """Sample the images with the indices `rows`, batch by batch."""
-    columns: dict[str, list] = {"image": []}
     features = {"image": datasets.Image()}
-    for start in range(0, len(rows), args.batch_size):
-        indices = rows[start : start + args.batch_size]
-        columns["image"] += sample_seeded(pipeline, args.seed, indices, **requests(indices))
-        progress.update(len(indices))
+    with EncodedImages() as images:
+        for start in range(0, len(rows), args.batch_size):
+            indices = rows[start : start + args.batch_size]
+            images.add(sample_seeded(pipeline, args.seed, indices, **requests(indices)))
+            progress.update(len(indices))
+        columns: dict[str, list] = {"image": images.encoded()}
     own = {PROMPT: ("string", requests.prompts_of(rows)), LABEL: ("int64", requests.labels_of(rows))}
     for name, (kind, values) in own.items():
         if values is not None:
@@ -154,7 +156,7 @@ def _join_shards(folder: Path, args: SamplingArguments, requests: Requests) -> P
     images = DatasetImages(str(folder / SHARDS))
     first = next(images.batches(1))
     path = folder / NPZ_NAME
-    write_npz(path, images.batches(args.batch_size), (len(images), *first.shape[1:]), labels)
+    write_npz(path, read_ahead(images.batches(args.batch_size)), (len(images), *first.shape[1:]), labels)
     if args.png:
         (folder / PNG_FOLDER).mkdir(exist_ok=True)
         for index, encoded in enumerate(images.dataset["image"]):

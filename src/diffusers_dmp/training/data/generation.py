@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
-import PIL.Image
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from ...diffusion.noise import is_flow_matching
 from ...models.precision import check_dtype, dtype_named
 from ..arguments import option
+from .encoded_images import EncodedImages
 from .prompts import PROMPT, prompts_sha256, read_prompts
 from .random_numbers import noise_settings
 from .requests import CallArguments, Requests, make_requests
@@ -98,16 +98,17 @@ def generate_images(args: GenerationArguments) -> None:
         remember_settings(Path(args.output_dir, SETTINGS_NAME), settings, "images")
 
     def make_shard(rows: range, progress: tqdm) -> datasets.Dataset:
-        columns: dict[str, list[PIL.Image.Image]] = {name: [] for name in (IMAGE, TEACHER_IMAGE)[: len(pipelines)]}
-        for start in range(0, len(rows), args.batch_size):
-            indices = rows[start : start + args.batch_size]
-            images = sample_seeded(pipelines[0], args.seed, indices, **requests[0](indices))
-            columns[IMAGE] += images
-            if len(pipelines) == 2:
-                arguments = requests[1](indices) | {"image": images}
-                arguments.pop("batch_size", None)  # that of the images
-                columns[TEACHER_IMAGE] += sample_seeded(pipelines[1], args.seed, indices, **arguments)
-            progress.update(len(indices))
+        with EncodedImages() as small, EncodedImages() as large:
+            for start in range(0, len(rows), args.batch_size):
+                indices = rows[start : start + args.batch_size]
+                images = sample_seeded(pipelines[0], args.seed, indices, **requests[0](indices))
+                small.add(images)
+                if len(pipelines) == 2:
+                    arguments = requests[1](indices) | {"image": images}
+                    arguments.pop("batch_size", None)  # that of the images
+                    large.add(sample_seeded(pipelines[1], args.seed, indices, **arguments))
+                progress.update(len(indices))
+            columns = dict(zip((IMAGE, TEACHER_IMAGE)[: len(pipelines)], (small.encoded(), large.encoded())))
         return datasets.Dataset.from_dict(
             columns, features=datasets.Features(dict.fromkeys(columns, datasets.Image()))
         )
