@@ -226,14 +226,16 @@ def training_steps(
         experts = parts.recipe.step_experts(args.seed, step, accelerator.num_processes, args.batch_size)
         own_expert = parts.recipe.expert_argument(experts, accelerator.process_index)
         auxiliary_weights = parts.recipe.auxiliary_weights(step)
-        losses, sample_losses, timesteps, flops, grad_norm = [], [], [], [], None
+        losses, sample_losses, timesteps, grad_norm = [], [], [], None
+        flops: int | None = 0
         auxiliary_losses: dict[str, torch.Tensor] = {}
         for micro_step in range(num_accumulated):
             batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in next(batches).items()}
             if micro_step == 0:
                 randomness = parts.step_randomness(args, step, batch, experts)
             own = randomness.take(accelerator.process_index * num_accumulated + micro_step, num_slices)
-            flops.append(count_flops(batch, own, own_expert))
+            own_flops = count_flops(batch, own, own_expert)
+            flops = None if flops is None or own_flops is None else flops + own_flops
 
             with accelerator.accumulate(*synchronised):
                 output, model_output = parts.losses(batch, own, own_expert)
@@ -257,5 +259,5 @@ def training_steps(
             grad_norm=grad_norm,
             auxiliary_losses={name: value.detach() for name, value in auxiliary_losses.items()},
             experts=experts,
-            flops=None if None in flops else sum(flops),
+            flops=flops,
         )

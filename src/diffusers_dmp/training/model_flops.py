@@ -75,4 +75,4 @@ class ModelFlops:
 
 def _set_checkpointing(modules: list[nn.Module], enabled: bool) -> None:
     for module in modules:
-        module.gradient_checkpointing = enabled
+        module.gradient_checkpointing = enabled  # type: ignore[assignment]
