@@ -90,6 +90,19 @@ def test_lora_experts_wait_once_in_a_step_to_know_the_time(accelerator, name):
     assert accelerator.waits == [COPY] * 2  # of the time and the output
 
 
+MIXED = {"sd3": [950.0, 100.0], "flux": [0.95, 0.1], "wan": [950, 100]}
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_a_batch_of_several_experts_waits_once_too(accelerator, name):
+    experts = DenoiserExperts([DENOISERS[name](seed=seed) for seed in (0, 1)], INTERVALS)
+    arguments = inputs(name) | {"timestep": torch.tensor(MIXED[name])}
+    with torch.no_grad():
+        expected = experts(**arguments)[0]
+    torch.testing.assert_close(call(accelerator, experts, arguments), expected)
+    assert accelerator.waits == [COPY] * 2  # of the time and the output
+
+
 @pytest.mark.parametrize("name", DENOISERS)
 def test_task_routing_waits_at_the_first_step_only(accelerator, name):
     model = DENOISERS[name]()
