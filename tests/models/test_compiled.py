@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 from conftest import TINY_CONFIG, randomised
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
+from torch._guards import TracingContext
 
 from diffusers_dmp import DiTModel, DTRTransformer2DModel, RemixDiTModel
 
@@ -51,3 +53,19 @@ def test_one_graph_serves_all_experts_and_timesteps(model, inputs):
         torch.testing.assert_close(sample_all(model, inputs), expected)
     assert counter.frame_count == 1
     assert model.is_compiled and not copy.deepcopy(model).is_compiled
+
+
+@torch.no_grad()
+def test_all_weights_are_static_inputs_of_the_graph(model, inputs):
+    """A CUDA graph reads static inputs where they are, and copies all others at each replay."""
+    copied = []
+
+    def compiler(graph, example_inputs):
+        static = TracingContext.get().fw_metadata.static_input_indices  # what Inductor asks
+        copied.append(sum(x.numel() for i, x in enumerate(example_inputs) if i not in static))
+        return graph.forward
+
+    model.compile(backend=aot_autograd(fw_compiler=compiler, inference_compiler=compiler), fullgraph=True)
+    sample_all(model, inputs)
+    num_inputs = sum(map(torch.numel, inputs.values())) + 1  # and the timestep
+    assert copied == [num_inputs]

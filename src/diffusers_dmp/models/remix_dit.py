@@ -51,8 +51,8 @@ class RemixDiTModel(RemixAdaptersMixin, RemixConversionMixin):
     expert's learned coefficients.
 
     Without gradients (in sampling) the weights of the expert at work are fused once, when it takes over from another one,
-    and cached: one more copy of those layers, which [`~RemixDiTModel.unfuse_expert`] frees. Hence a model serves one call
-    at a time. The weights are fused again after a call with gradients, `train()`, `eval()`, `load_state_dict`, `to()`, and
+    and cached: one more copy of those layers, which stays where it is for all experts, as CUDA graphs need it, until
+    [`~RemixDiTModel.unfuse_expert`] frees it. Hence a model serves one call at a time. The weights are fused again after a call with gradients, `train()`, `eval()`, `load_state_dict`, `to()`, and
     every in-place change that PyTorch counts. It does not count changes through `parameter.data`, such as Diffusers'
     `EMAModel.copy_to` makes, nor those of a model that was made under `torch.inference_mode()`: call
     [`~RemixDiTModel.unfuse_expert`] after these.
@@ -179,7 +179,7 @@ class RemixDiTModel(RemixAdaptersMixin, RemixConversionMixin):
             return True
         if any(tensor.device.type != self.mixing_logits.device.type for tensor in tensors):
             return False
-        coefficients = self.mixing_coefficients[expert : expert + 1]
+        coefficients = self.mixing_coefficients[expert : expert + 1].to(linears[0].weight.dtype)
         for linear in linears:
             linear.fuse(coefficients)
         self._fused_expert, self._fused_from = expert, TensorSnapshot(tensors)

@@ -76,9 +76,9 @@ def mix(bases: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
     return _matmul(coefficients.to(bases.dtype), bases.flatten(1)).unflatten(1, bases.shape[1:])
 
 
-def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """Multiply matrices in their own dtype: with `out`, autocast does not copy all bases to half precision."""
-    return torch.mm(a, b, out=a.new_empty(len(a), b.shape[1]))
+    return torch.mm(a, b, out=a.new_empty(len(a), b.shape[1]) if out is None else out)
 
 
 def grouped_linear(
@@ -105,6 +105,11 @@ def grouped_linear(
     for (group, weight, bias), part in zip(groups, output.split(group_sizes)):
         torch.addmm(bias, group.flatten(0, 1), weight.T, out=part.flatten(0, 1))
     return output
+
+
+def _differ(fused: torch.Tensor, bases: torch.Tensor) -> bool:
+    """Whether a mixture does not fit into the memory of one that was fused from other bases."""
+    return (fused.shape, fused.dtype, fused.device) != (bases.shape[1:], bases.dtype, bases.device)
 
 
 class BasisLinear(nn.Module):
@@ -146,9 +151,13 @@ class BasisLinear(nn.Module):
         """
         return Mix.apply(coefficients.to(self.weight.device), self.weight, self.bias)
 
+    @torch.no_grad()
     def fuse(self, coefficients: torch.Tensor) -> None:
         """
         Compute one mixture and use it in every call until [`~BasisLinear.unfuse`].
+
+        A mixture that is fused already is overwritten in place: a CUDA graph reads its inputs at the addresses that they had when it
+        was captured, and there are never two copies in memory.
 
         `train()`, `eval()`, `to()`, `load_state_dict` and [`~BasisLinear.mixing`] unfuse as well, since they may change the
         bases. After other changes of the bases the caller has to fuse again.
@@ -156,9 +165,15 @@ class BasisLinear(nn.Module):
         Args:
             coefficients (`torch.Tensor` of shape (1, K)): The weight of every basis.
         """
-        self.unfuse()  # first, so that there are never two copies in memory
-        weight, bias = self.mix(coefficients)
-        self._fused = weight.squeeze(0), bias.squeeze(0)
+        bases = self.weight, self.bias
+        if self._fused is None or any(map(_differ, self._fused, bases)):
+            self.unfuse()  # first, to free its memory
+            # of a tensor that is made in inference mode, nothing could be overwritten outside of it
+            with torch.inference_mode(False):
+                self._fused = self.weight.new_empty(self.weight.shape[1:]), self.bias.new_empty(self.bias.shape[1:])
+        for fused, tensors in zip(self._fused, bases):
+            a = coefficients.to(tensors)
+            _matmul(a, tensors.flatten(1), out=fused.view(1, -1))
 
     def unfuse(self) -> None:
         """Drop the fused weights."""
