@@ -112,7 +112,7 @@ class DenoisingMixin(TrainedNoiseMixin):
         conversion = Conversion.between(kinds, scheduler)
 
         # 2. Inputs of the denoisers
-        batch_size, inputs = self._prepare_inputs(settings, denoisers, scheduler.timesteps.cpu(), owners)
+        batch_size, inputs = self._prepare_inputs(settings, denoisers, scheduler.timesteps, owners)
 
         # 3. Initial noise
         latents = prepare_latents(settings, batch_size, self.denoisers[0], self.vae_scale_factor, device)
