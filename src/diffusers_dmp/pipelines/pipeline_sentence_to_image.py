@@ -243,7 +243,7 @@ class SentenceToImagePipeline(StandalonePipelineMixin, DiffusionPipeline, SD3Lor
             if self.do_classifier_free_guidance:
                 unconditional, conditional = velocity.chunk(2)
                 # v = v(∅) + w·(v(c) - v(∅)), https://arxiv.org/abs/2207.12598
-                velocity = unconditional + guidance_scale * (conditional - unconditional)
+                velocity = torch.lerp(unconditional, conditional, guidance_scale)
             latents = scheduler.step(velocity, t, latents, **step_kwargs, return_dict=False)[0]
             if callback_on_step_end is not None:
                 latents = callback_on_step_end(self, i, t, {"latents": latents}).pop("latents", latents)
