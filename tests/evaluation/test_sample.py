@@ -7,12 +7,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import randomised
-from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiTPipeline,
+    DPMSolverMultistepScheduler,
+    UNet2DModel,
+)
+from diffusers import DiTTransformer2DModel as StockDiT
 from PIL import Image
 
 from diffusers_dmp import ClassConditionalPipeline, DiTModel
@@ -20,7 +29,7 @@ from diffusers_dmp.evaluation import sample
 from diffusers_dmp.evaluation.fingerprint import expect_comparable
 from diffusers_dmp.evaluation.sample import SamplingArguments, sample_images, sampling_settings
 from diffusers_dmp.training.data.random_numbers import noise_settings
-from diffusers_dmp.training.data.seeded_sampling import _scheduler_for
+from diffusers_dmp.training.data.seeded_sampling import _scheduler_for, compile_for_sampling
 
 TINY = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "sample_size": 8, "in_channels": 1}
 MODULE = "diffusers_dmp.evaluation.sample"
@@ -159,6 +168,34 @@ def test_noise_of_another_way_is_refused(pipeline, tmp_path, monkeypatch):
         ValueError, match="Expected `noise` to be None, as in the images .* 'of several steps at once'"
     ):
         sample_images(arguments(pipeline, tmp_path, num_images=2))
+
+
+def test_a_pipeline_is_compiled_as_it_can_be(caplog):
+    """By itself, by its denoisers' repeated blocks, or not at all, which a line says."""
+    calls = []
+    compile_for_sampling(SimpleNamespace(compile=lambda: calls.append("pipeline")))
+    assert calls == ["pipeline"]
+    # Diffusers' own have no `compile`
+    transformer = StockDiT(num_attention_heads=2, attention_head_dim=8, num_layers=2, sample_size=8, in_channels=4)
+    transformer._repeated_blocks = ["BasicTransformerBlock"]
+    compile_for_sampling(DiTPipeline(transformer, AutoencoderKL(), DDPMScheduler()))
+    assert all(block._compiled_call_impl is not None for block in transformer.transformer_blocks)
+    assert not caplog.records
+    unet = UNet2DModel(8, block_out_channels=(32,), down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"])
+    compile_for_sampling(DDPMPipeline(unet, DDPMScheduler()))
+    (record,) = caplog.records
+    assert record.getMessage().startswith("The DDPMPipeline is not compiled: ")
+
+
+def test_compiled_images_may_be_added_to_others(pipeline, tmp_path, monkeypatch):
+    """Compilation changes images by rounding only, as the batch size does; it comes after experts are attached."""
+    compiled = []
+    monkeypatch.setattr(sample, "compile_for_sampling", compiled.append)
+    sample_images(arguments(pipeline, tmp_path))
+    assert not compiled
+    next((tmp_path / "shards").iterdir()).unlink()
+    sample_images(arguments(pipeline, tmp_path, compile=True))
+    assert len(compiled) == 1 and "compile" not in json.loads((tmp_path / "sampling.json").read_text())
 
 
 def test_images_of_other_settings_are_refused(pipeline, tmp_path):

@@ -30,7 +30,12 @@ from ..training.data.folders import LABEL
 from ..training.data.prompts import PROMPT, prompts_sha256, read_prompts
 from ..training.data.random_numbers import noise_settings
 from ..training.data.requests import CallArguments, Requests, make_requests
-from ..training.data.seeded_sampling import SeededSamplingArguments, load_sampling_pipeline, sample_seeded
+from ..training.data.seeded_sampling import (
+    SeededSamplingArguments,
+    compile_for_sampling,
+    load_sampling_pipeline,
+    sample_seeded,
+)
 from ..training.data.shards import make_shard_accelerator, remember_settings, write_shards
 from ..training.parsing import renamed, run_entry_point
 from .images import DatasetImages, read_ahead
@@ -93,6 +98,8 @@ def sample_images(args: SamplingArguments) -> Path | None:
     requests = _make_requests(pipeline, args, prompts)
     if experts is not None:
         LoraExperts.from_pretrained(experts).attach(pipeline)
+    if args.compile:
+        compile_for_sampling(pipeline)
     with accelerator.main_process_first():
         settings = sampling_settings(args, pipeline, Path(source))
         if prompts is not None:
@@ -174,9 +181,9 @@ def sampling_settings(args: SamplingArguments, pipeline: DiffusionPipeline, fold
         folder (`Path`): The folder that it was loaded from.
 
     Returns:
-        A dictionary that JSON can store. The batch size is not part of it: it changes images by rounding only.
+        A dictionary that JSON can store. Batch size and compilation are not part of it: they change images by rounding only.
     """
-    free = ("output_dir", "batch_size", "png", "prompt_column")
+    free = ("output_dir", "batch_size", "compile", "png", "prompt_column")
     settings = {name: value for name, value in vars(args).items() if name not in free}
     settings["prompts"] = None if args.prompts is None else Path(args.prompts).name
     settings["pipeline_arguments"] = args.further_arguments() or None

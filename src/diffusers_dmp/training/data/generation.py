@@ -16,7 +16,7 @@ from .encoded_images import EncodedImages
 from .prompts import PROMPT, prompts_sha256, read_prompts
 from .random_numbers import noise_settings
 from .requests import CallArguments, Requests, make_requests
-from .seeded_sampling import SeededSamplingArguments, load_sampling_pipeline, sample_seeded
+from .seeded_sampling import SeededSamplingArguments, compile_for_sampling, load_sampling_pipeline, sample_seeded
 from .shards import make_shard_accelerator, remember_settings, write_shards
 
 IMAGE, TEACHER_IMAGE = "image", "teacher_image"  # the columns
@@ -93,6 +93,9 @@ def generate_images(args: GenerationArguments) -> None:
     )
     pipelines = [load_sampling_pipeline(name, args, accelerator.device) for name in stages]
     requests = [_make_requests(pipeline, args, prompts, stage) for stage, pipeline in enumerate(pipelines)]
+    if args.compile:
+        for pipeline in pipelines:
+            compile_for_sampling(pipeline)
     with accelerator.main_process_first():
         settings = _settings(args, pipelines[0], prompts)
         remember_settings(Path(args.output_dir, SETTINGS_NAME), settings, "images")
@@ -130,7 +133,7 @@ def _make_requests(
 
 def _settings(args: GenerationArguments, pipeline: DiffusionPipeline, prompts: list[str] | None) -> dict[str, Any]:
     """The settings that the images depend on."""
-    free = ("output_dir", "batch_size", "prompt_column")
+    free = ("output_dir", "batch_size", "compile", "prompt_column")
     settings = {name: value for name, value in vars(args).items() if name not in free}
     settings["scheduler"] = args.scheduler_for(pipeline)
     settings |= noise_settings(pipeline.device)

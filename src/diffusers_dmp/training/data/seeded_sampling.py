@@ -3,6 +3,7 @@
 That holds on one kind of device, and up to rounding.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,6 +25,10 @@ from ...saving.weight_files import check_saved_folder
 from ..arguments import option
 from .random_numbers import own_random_numbers
 
+DENOISERS = ("transformer", "transformer_2", "unet")  # of Diffusers' pipelines
+
+logger = logging.getLogger(__name__)
+
 
 @dataclass(kw_only=True)
 class SeededSamplingArguments:
@@ -39,6 +44,7 @@ class SeededSamplingArguments:
         "The scheduler to sample with, such as DDIM or DDIMScheduler, in the pipeline's settings; empty for the pipeline's own.",
     )
     dtype: str = option("float32", "Precision of the pipeline: float32, float16 or bfloat16.")
+    compile: bool = option(False, "Compile the denoisers; the first batch takes longer.")
 
     number_field: ClassVar[str]
 
@@ -87,6 +93,27 @@ def load_sampling_pipeline(
             setattr(pipeline, name, None)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def compile_for_sampling(pipeline: DiffusionPipeline) -> None:
+    """
+    Compile a pipeline's denoisers: as it does itself, or else their repeated blocks. A log line says where neither is possible.
+
+    Args:
+        pipeline: After everything is attached to its denoisers.
+    """
+    if hasattr(pipeline, "compile"):
+        pipeline.compile()
+        return
+    denoisers: list[Any] = [getattr(pipeline, name, None) for name in DENOISERS]
+    found = [denoiser for denoiser in denoisers if getattr(denoiser, "_repeated_blocks", None)]
+    for denoiser in found:
+        denoiser.compile_repeated_blocks()
+    if not found:
+        logger.warning(
+            "The %s is not compiled: neither it nor its denoiser's class says how (`compile`, `_repeated_blocks`).",
+            type(pipeline).__name__,
+        )
 
 
 def _scheduler_for(pipeline: DiffusionPipeline, class_name: str) -> SchedulerMixin:
