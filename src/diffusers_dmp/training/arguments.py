@@ -37,7 +37,11 @@ class SourceArguments:
         "encode_latents.py), or Hub data set id.",
     )
     dataset_split: str = option("train", "Split of `dataset`.")
-    dataloader_num_workers: int = option(0, "Worker processes that read data.")
+    dataloader_num_workers: int | None = option(
+        None,
+        "Worker processes that read data, for each process that trains; by default one for each core but one on an accelerator, at "
+        "most 16, and none on a CPU, where the model needs the cores.",
+    )
 
 
 @dataclass(kw_only=True)

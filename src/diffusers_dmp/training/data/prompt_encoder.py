@@ -21,6 +21,7 @@ from .decoding import BACKGROUND, check_background, open_image
 from .encoded_rows import CAPTION, FEATURES, HEIGHT, PROMPT, WIDTH, Columns, to_bytes
 from .fitting import crop_to_size, to_tensor
 from .images import LATENTS
+from .workers import choose_workers, num_bytes_of
 
 MAX_REMEMBERED = 64  # captions of which the columns are kept, for data sets in which they come again
 
@@ -123,10 +124,12 @@ class Encoder:
         self.remembered.clear()  # a shard is the same, to the last bit, whichever was encoded before
         encoded: list[dict[str, Any]] = [{} for _ in range(len(rows))]
         waiting: dict[torch.Size, list[_Item]] = defaultdict(list)  # by shape, until they are a batch
+        items_of_rows = _Items(self.args, rows, self.buckets)
+        batch_bytes = self.args.batch_size * num_bytes_of(items_of_rows[0].image)
         loader = DataLoader(
-            _Items(self.args, rows, self.buckets),
+            items_of_rows,
             self.args.batch_size,
-            num_workers=self.args.dataloader_num_workers,
+            num_workers=choose_workers(self.args.dataloader_num_workers, self.pipeline.device, batch_bytes),
             collate_fn=list,
         )
 
