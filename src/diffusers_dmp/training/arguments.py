@@ -101,6 +101,10 @@ class OptimisationArguments:
     max_grad_norm: float | None = option(None, "Clip the norm of the gradients to this; no clipping by default.")
     ema_decay: float = option(0.9999, "Decay of the averaged weights, which are the ones saved; 0 for no averaging.")
     mixed_precision: str | None = option(None, "no, fp16 or bf16; by default the setting of `accelerate launch`.")
+    compile: bool = option(
+        False,
+        "Compile the model, its blocks where they repeat: the first step takes a minute or so, the others less time.",
+    )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
     deterministic: bool = option(
         False, "Use deterministic algorithms only, so that a resumed run is repeated bit for bit on a GPU too; slower."
