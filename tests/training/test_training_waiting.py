@@ -22,6 +22,7 @@ from diffusers_dmp import (
     PromptPatch,
     RemixDiTModel,
 )
+from diffusers_dmp.training import loss_log
 from diffusers_dmp.training.arguments import DiTTrainingArguments
 from diffusers_dmp.training.conditions import LabelConditions, no_conditions
 from diffusers_dmp.training.denoiser import Denoiser
@@ -35,6 +36,7 @@ from diffusers_dmp.training.objectives.flow import FlowObjective
 from diffusers_dmp.training.optimisation import make_ema, make_lr_scheduler
 from diffusers_dmp.training.prompted import PromptedTransformer
 from diffusers_dmp.training.recipe import TrainingRecipe
+from diffusers_dmp.training.utilisation import DeviceLimits
 
 SIZES = TINY_CONFIG | {"num_layers": 1, "attention_head_dim": 8}
 HALVES = NoiseIntervals.uniform(2)
@@ -119,6 +121,8 @@ def waits(pretended: Any, monkeypatch: pytest.MonkeyPatch, case: Case, output_di
     there, found = pretended.PretendedAccelerator(), []
     monkeypatch.setattr(torch, "Generator", pretended.PretendedGenerator)
     monkeypatch.setattr(Accelerator, "device", pretended.DEVICE)
+    # measured before the first step, by synchronising with a real device
+    monkeypatch.setattr(loss_log, "limits_in_training", lambda device, precision: DeviceLimits(1e12, 1e11))
     args = DiTTrainingArguments(
         dataset="none",
         output_dir=str(output_dir),
