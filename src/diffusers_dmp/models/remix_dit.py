@@ -57,8 +57,9 @@ class RemixDiTModel(RemixAdaptersMixin, RemixConversionMixin):
     `EMAModel.copy_to` makes, nor those of a model that was made under `torch.inference_mode()`: call
     [`~RemixDiTModel.unfuse_expert`] after these.
 
-    `compile_repeated_blocks()` compiles with the fused weights. `torch.compile(model)` mixes in every call, and for a batch
-    of several timesteps once for each sample. Weights that are offloaded layer by layer are mixed in every call, too.
+    `compile()` and `compile_repeated_blocks()` compile one graph for all experts, in sampling with the fused weights; a batch
+    of several experts is computed eagerly then. `torch.compile(model)` mixes in every call, and for a batch of several
+    timesteps once for each sample. Weights that are offloaded layer by layer are mixed in every call, too.
 
     Args:
         num_bases (`int`): K. With one basis the model is the plain DiT.
@@ -230,7 +231,9 @@ class RemixDiTModel(RemixAdaptersMixin, RemixConversionMixin):
             drop_ids = None if force_drop_ids is None else force_drop_ids[order]
             is_shared = modulations is None or modulations.shape[2] == 1
             known = modulations if is_shared else modulations[:, :, order]  # type: ignore[index]
-            sample = self._run(hidden_states[order], timestep[order], class_labels[order], drop_ids, known, chosen)
+            # eager where the model or its blocks are compiled: the groups of another batch would need another graph
+            with torch.compiler.set_stance("force_eager"):
+                sample = self._run(hidden_states[order], timestep[order], class_labels[order], drop_ids, known, chosen)
             sample = sample[order.argsort()]
         output = RemixDiTModelOutput(sample=sample, prior_loss=self.prior_loss() if self.training else None)
         return output if return_dict else output.to_tuple()
@@ -257,7 +260,7 @@ class RemixDiTModel(RemixAdaptersMixin, RemixConversionMixin):
             if experts.is_cpu and not compiling and (experts != expert).any():
                 raise ValueError(f"Expected `timestep` to belong to `expert` {expert}, but got {timestep.tolist()}.")
         elif compiling:  # the timesteps' values are not known: a group for each of them
-            group_sizes = [batch_size // len(experts)] * len(experts)
+            group_sizes = None if len(experts) == 1 else [1] * batch_size
             return None, (self.mixing_coefficients[experts.to(device, non_blocking=True)], group_sizes)
         elif len(experts) == 1:
             expert = int(experts)
@@ -269,7 +272,7 @@ class RemixDiTModel(RemixAdaptersMixin, RemixConversionMixin):
             (expert,) = present
 
         if torch.is_grad_enabled() or compiling or not self.fuse_expert(expert):
-            return None, (self.mixing_coefficients[expert : expert + 1], [batch_size])
+            return None, (self.mixing_coefficients[expert : expert + 1],)
         return None, ()
 
     def _check_expert(self, expert: int) -> None:
