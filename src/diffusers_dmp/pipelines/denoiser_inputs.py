@@ -90,11 +90,12 @@ def reads_inputs_on_cpu(denoiser: ModelMixin) -> bool:
     """
     Tell whether a denoiser reads the values of its timesteps and labels on the CPU.
 
-    A Remix-DiT and a DiT with prompts do. They get these inputs on the CPU: to read them from an accelerator would make
+    A DTR, a Remix-DiT and a DiT with prompts do. They get these inputs on the CPU: to read them from an accelerator would make
     the CPU wait at every step.
     """
     is_prompted_dit = descends_from(denoiser, "DiTModel") and patch_of(denoiser) is not None
-    return descends_from(denoiser, "RemixDiTModel") or is_prompted_dit
+    chooses = any(descends_from(denoiser, name) for name in ("DTRTransformer2DModel", "RemixDiTModel"))
+    return chooses or is_prompted_dit
 
 
 @dataclass
