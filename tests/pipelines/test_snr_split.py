@@ -29,6 +29,7 @@ from test_class_conditional import SCHEDULERS
 
 from diffusers_dmp import (
     ClassConditionalPipeline,
+    DiTModel,
     DTRTransformer2DModel,
     PatchedUNet2DModel,
     PromptPatch,
@@ -228,9 +229,12 @@ def test_denoisers_that_read_their_timesteps_get_them_on_the_cpu(mixed):
     seen = []
     remix.register_forward_pre_hook(lambda model, args: seen.append(args[1].device.type))
     generate(pipeline)
-    assert seen == ["cpu"] * len(seen) and reads_inputs_on_cpu(remix) and not reads_inputs_on_cpu(mixed.denoiser_0)
-    PromptPatch.for_transformer(mixed.denoiser_0).attach(mixed.denoiser_0)
-    assert reads_inputs_on_cpu(mixed.denoiser_0)
+    assert seen == ["cpu"] * len(seen) and reads_inputs_on_cpu(remix)
+    assert reads_inputs_on_cpu(mixed.denoiser_0) and not reads_inputs_on_cpu(mixed.denoiser_1)  # a DTR
+    plain = randomised(DiTModel(**TINY_CONFIG | {"out_channels": 4}))
+    assert not reads_inputs_on_cpu(plain)
+    PromptPatch.for_transformer(plain).attach(plain)
+    assert reads_inputs_on_cpu(plain)
 
 
 # What they predict

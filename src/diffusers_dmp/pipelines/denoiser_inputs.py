@@ -98,10 +98,11 @@ def reads_inputs_on_cpu(denoiser: ModelMixin) -> bool:
     """
     Tell whether a denoiser reads the values of its timesteps on the CPU.
 
-    A Remix-DiT and a DiT with prompts do. They get the timesteps on the CPU: to read them from an accelerator would make
+    A DTR, a Remix-DiT and a DiT with prompts do. They get the timesteps on the CPU: to read them from an accelerator would make
     the CPU wait at every step.
     """
-    return descends_from(denoiser, "RemixDiTModel") or _has_prompts(denoiser)
+    chooses = any(descends_from(denoiser, name) for name in ("DTRTransformer2DModel", "RemixDiTModel"))
+    return chooses or _has_prompts(denoiser)
 
 
 def _has_prompts(denoiser: ModelMixin) -> bool:

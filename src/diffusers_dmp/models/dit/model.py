@@ -4,7 +4,7 @@ https://arxiv.org/abs/2212.09748
 Legend: B batch, C channels, H and W height and width in (latent) pixels, p patch size, N = H/p · W/p tokens, D width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -316,20 +316,34 @@ class DiTModel(StockDiTMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         block_inputs = self.block_inputs(timestep, hidden_states.dtype, *chosen)
 
         # 2. Blocks
-        known = (
-            [{}] * len(self.transformer_blocks) if modulations is None else [{"modulation": m} for m in modulations]
-        )
-        for block, own in zip(self.transformer_blocks, known):
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, conditioning, *block_inputs)
-            else:
-                hidden_states = block(hidden_states, conditioning, *block_inputs, **own)
+        hidden_states = self._apply_blocks(hidden_states, conditioning, block_inputs, modulations)
 
         # 3. Output
         shift, scale = self.proj_out_1(F.silu(conditioning))[:, None].chunk(2, dim=-1)
         hidden_states = torch.addcmul(shift, self.norm_out(hidden_states), 1 + scale)
         hidden_states = self.proj_out_2(hidden_states)  # (B, N, p·p·C_out)
         return unpatchify(hidden_states, height, width, self.config.patch_size)
+
+    def _apply_blocks(
+        self,
+        hidden_states: torch.Tensor,
+        conditioning: torch.Tensor,
+        block_inputs: tuple,
+        modulations: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Apply all blocks, (B, N, D) → (B, N, D)."""
+        for block, own in self._blocks_with(modulations):
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, conditioning, *block_inputs)
+            else:
+                hidden_states = block(hidden_states, conditioning, *block_inputs, **own)
+        return hidden_states
+
+    def _blocks_with(self, modulations: torch.Tensor | None) -> Iterable[tuple[nn.Module, dict[str, Any]]]:
+        """Each block with its `modulation`, if it is known."""
+        if modulations is None:
+            return [(block, {}) for block in self.transformer_blocks]
+        return [(block, {"modulation": own}) for block, own in zip(self.transformer_blocks, modulations)]
 
     def _checked_labels(self, class_labels: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor:
         num_rows = self.time_label_embed.class_embedder.num_embeddings
