@@ -17,6 +17,7 @@ from ..diffusion.latents import decode_latents, vae_downsampling
 from ..intervals import NoiseIntervals
 from ..models.class_names import checked_class_names, find_class, label_list
 from ..models.inputs import class_count
+from .compiling import CompilationMixin
 from .denoiser_inputs import Conversion, DenoiserInputs, prepare_guidance
 from .image_inputs import prepare_latents, prepare_low_res
 from .labels import is_for_all, prepare_labels
@@ -25,7 +26,7 @@ from .settings import DenoiserSettings, GenerationSettings, check_outputs
 from .trained_noise import TrainedNoiseMixin
 
 
-class DenoisingMixin(TrainedNoiseMixin):
+class DenoisingMixin(TrainedNoiseMixin, CompilationMixin):
     """
     Generates images with one or more denoisers, for a pipeline that says which denoiser makes which steps.
 
