@@ -1,13 +1,14 @@
 """The denoisers that are compared with one another: our DiT, the systems that extend it, and Diffusers' own DiT."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import nn
 
-from diffusers_dmp import DiTModel, DTRTransformer2DModel, PromptPatch, RemixDiTModel
+from diffusers_dmp import ClassConditionalPipeline, DiTModel, DTRTransformer2DModel, PromptPatch, RemixDiTModel
 from diffusers_dmp.models.dit.configuration import DIT_PRESETS
 from diffusers_dmp.pipelines.denoiser_inputs import reads_inputs_on_cpu
 from diffusers_dmp.plugins.attachment import patch_of
@@ -73,6 +74,13 @@ def learned(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for part in parts_of(model) for parameter in part.parameters() if parameter.requires_grad]
 
 
+def in_training(model: Any) -> Any:
+    """Return a denoiser in training mode, and the prompts that are attached to it."""
+    for part in parts_of(model):
+        part.train()
+    return model
+
+
 def sampling_inputs(model: Any, batch_size: int, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Make the inputs of a sampling step as the pipelines pass them: one timestep, on the CPU if the denoiser reads it there."""
     where = torch.device("cpu") if reads_inputs_on_cpu(model) else device
@@ -85,10 +93,9 @@ def sampling_inputs(model: Any, batch_size: int, device: torch.device, dtype: to
 
 def training_inputs(model: Any, batch_size: int, device: torch.device) -> dict[str, Any]:
     """Make the inputs of a training step: a timestep for each sample; for Remix-DiT all of one expert, as its training has them."""
-    timesteps = torch.randint(1000, (batch_size,), device=device)
     inputs = {
         "hidden_states": torch.randn(batch_size, 4, 32, 32, device=device),
-        "timestep": timesteps,
+        "timestep": torch.randint(1000, (batch_size,), device=device),
         "class_labels": torch.randint(NUM_CLASSES, (batch_size,), device=device),
     }
     if isinstance(model, RemixDiTModel):
@@ -96,8 +103,41 @@ def training_inputs(model: Any, batch_size: int, device: torch.device) -> dict[s
     return inputs
 
 
-def loss_of(output: Any) -> torch.Tensor:
-    """A loss of a denoiser's output, with that of the prompts' gates where there are some."""
-    loss = output.sample.float().square().mean()
-    balance = getattr(output, "importance_loss", None)
-    return loss if balance is None else loss + balance
+def compute_gradients(model: Any, inputs: dict[str, Any], autocast: torch.dtype | None = None) -> None:
+    """
+    Compute the gradients of a training step; those of an earlier one are dropped.
+
+    Args:
+        model ([`ModelMixin`]): The denoiser, in training mode.
+        inputs (`dict[str, Any]`): See [`training_inputs`].
+        autocast (`torch.dtype`, *optional*): The dtype of matrix products; by default the weights' own.
+    """
+    for parameter in learned(model):
+        parameter.grad = None
+    with nullcontext() if autocast is None else torch.autocast(model.device.type, autocast):
+        output = model(**inputs)
+    losses = [output.get(name) for name in ("prior_loss", "importance_loss") if output.get(name) is not None]
+    sum(losses, output.sample.float().square().mean()).backward()
+
+
+def make_pipeline(system: str, model: Any) -> Any:
+    """
+    Make the pipeline of a denoiser. Diffusers' own one always decodes, here with the smallest VAE that there can be.
+
+    Args:
+        system (`str`): A key of `MAKERS`.
+        model ([`ModelMixin`]): The denoiser.
+    """
+    if system != STOCK:
+        pipeline: Any = ClassConditionalPipeline(model, DDIMScheduler())
+    else:
+        vae = AutoencoderKL(block_out_channels=(1,), latent_channels=IMAGE["in_channels"], norm_num_groups=1)
+        pipeline = DiTPipeline(model, vae.to(model.device).to(model.dtype), DDIMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sample(pipeline: Any, num_inference_steps: int) -> None:
+    """Sample one image with guidance; it stays on the device."""
+    output_type = "pt" if isinstance(pipeline, DiTPipeline) else "latent"
+    pipeline([207], guidance_scale=4.0, num_inference_steps=num_inference_steps, output_type=output_type)

@@ -7,15 +7,21 @@ On a GPU most of them are one kernel each. The depth is the preset's; the width,
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusers_dmp import ClassConditionalPipeline
-
-from .denoisers import IMAGE, MAKERS, STOCK, loss_of, make_denoiser, sampling_inputs, sizes_of, training_inputs
+from .denoisers import (
+    MAKERS,
+    compute_gradients,
+    in_training,
+    make_denoiser,
+    make_pipeline,
+    sample,
+    sampling_inputs,
+    sizes_of,
+    training_inputs,
+)
 from .timing import Settings
 
 HEADER = (
@@ -71,19 +77,20 @@ class Counts:
 
     Args:
         name (`str`): The system.
-        forward, step (`int`): Of a forward pass without gradients, and of one with gradients and its backward pass.
+        forward (`int`), forward_and_backward (`int`): Of a forward pass without gradients, and of one in training.
         sampling_step (`float`), sampling_run (`float`): Of a step with guidance, and of a run besides its steps.
     """
 
     name: str
     forward: int
-    step: int
+    forward_and_backward: int
     sampling_step: float
     sampling_run: float
 
     def row(self) -> str:
         """Return the counts as a row of the table that `HEADER` begins."""
-        return f"| {self.name} | {self.forward} | {self.step} | {self.sampling_step:.1f} | {self.sampling_run:.0f} |"
+        counts = f"{self.forward:,} | {self.forward_and_backward:,} | {self.sampling_step:,.0f}"
+        return f"| {self.name} | {counts} | {self.sampling_run:,.0f} |"
 
 
 def run(settings: Settings) -> Iterator[Counts]:
@@ -98,33 +105,10 @@ def count_of(system: str, sizes: dict[str, int]) -> Counts:
     model = make_denoiser(system, sizes | NARROW, cpu)
     with torch.no_grad():
         forward = count_launches(partial(model, **sampling_inputs(model, 2, cpu, torch.float32)))
-    pipeline = sampler(system, model)
+    pipeline = make_pipeline(system, model)
     few, more = (count_launches(partial(sample, pipeline, steps)) for steps in (FEW_STEPS, MORE_STEPS))
     per_step = (more - few) / (MORE_STEPS - FEW_STEPS)
 
-    inputs = training_inputs(model.train(), 2, cpu)
-    step = count_launches(lambda: loss_of(model(**inputs)).backward())
-    return Counts(system, forward, step, per_step, few - FEW_STEPS * per_step)
-
-
-def sampler(system: str, model: Any) -> Any:
-    """
-    Make the pipeline of a denoiser. Diffusers' own one always decodes, here with the smallest VAE that there can be.
-
-    Args:
-        system (`str`): A key of `MAKERS`.
-        model ([`ModelMixin`]): The denoiser.
-    """
-    if system != STOCK:
-        pipeline: Any = ClassConditionalPipeline(model, DDIMScheduler())
-    else:
-        vae = AutoencoderKL(block_out_channels=(1,), latent_channels=IMAGE["in_channels"], norm_num_groups=1)
-        pipeline = DiTPipeline(model, vae.to(model.device).to(model.dtype), DDIMScheduler())
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def sample(pipeline: Any, num_inference_steps: int = 50) -> None:
-    """Sample one image with guidance; the result stays on the device."""
-    output_type = "pt" if isinstance(pipeline, DiTPipeline) else "latent"
-    pipeline([207], guidance_scale=4.0, num_inference_steps=num_inference_steps, output_type=output_type)
+    inputs = training_inputs(in_training(model), 2, cpu)
+    training = count_launches(partial(compute_gradients, model, inputs))
+    return Counts(system, forward, training, per_step, few - FEW_STEPS * per_step)

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from diffusers_dmp.training.utilisation import synchronise
+
 
 @dataclass
 class Ratio:
@@ -71,18 +73,12 @@ def seconds(
     function: Callable[[], object], device: torch.device, clock: Clock = time.perf_counter, calls: int = 1
 ) -> float:
     """Time a call, including the work that it started on the device: the mean of some that follow one another without waiting."""
-    wait_for(device)
+    synchronise(device)
     start = clock()
     for _ in range(calls):
         function()
-    wait_for(device)
+    synchronise(device)
     return (clock() - start) / calls
-
-
-def wait_for(device: torch.device) -> None:
-    """Wait until a GPU has done its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def time_in_turns(
