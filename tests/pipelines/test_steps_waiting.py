@@ -12,21 +12,25 @@ from diffusers import (
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     UNet2DModel,
     UniPCMultistepScheduler,
 )
 from exact_denoisers import TABLE, scheduler_classes
 from networks import PLAIN, LinearClassifier
 from tiny_pipelines import filled, randn, seeded
+from tiny_sentences import sentence_pipe, transformer
 from torch import nn
 
 from diffusers_dmp import (
     ClassConditionalPipeline,
     ClassTarget,
+    DenoiserExperts,
     DiTModel,
     DTRTransformer2DModel,
     GuidanceExperts,
     GuidedScheduler,
+    NoiseIntervals,
     PatchedUNet2DModel,
     PromptPatch,
     RemixDiTModel,
@@ -92,7 +96,7 @@ def waits(accelerator: Any, pipe: Any, steps: int = STEPS, **call: Any) -> list[
         ends.append(len(accelerator.waits))
         return {}
 
-    if pipe.num_classes is not None:
+    if getattr(pipe, "num_classes", None) is not None:
         call = {"class_labels": [1, 3]} | call
         call |= {"guidance_scale": 1.5} if pipe.has_null_class else {}
     call = {"generator": accelerator.generator()} | call
@@ -127,6 +131,16 @@ def test_several_denoisers_do_not_wait_where_they_take_turns(accelerator):
         [SYSTEMS["Remix-DiT"](), make_patched_unet(), SYSTEMS["DTR"]()], DDIMScheduler(), [1.0, 0.1]
     )
     assert not any(waits(accelerator, pipe))
+
+
+@pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler])
+def test_a_text_to_image_pipeline_with_experts_does_not_wait(accelerator, scheduler):
+    experts = DenoiserExperts([transformer(seed=seed) for seed in (0, 1)], NoiseIntervals.from_sigmas([0.5]))
+    pipe = sentence_pipe(experts)
+    pipe.scheduler = experts.scheduler = scheduler()
+    embeds, pooled = pipe.encode_prompt(["a bag", "a shirt"])
+    text = accelerator.put({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled})
+    assert not any(waits(accelerator, pipe, guidance_scale=1.0, **text))
 
 
 def test_guided_steps_wait_no_more_than_others(accelerator):
