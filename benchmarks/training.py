@@ -77,7 +77,9 @@ def run(settings: Settings) -> Iterator[Ratio]:
 
 def compare_loops(settings: Settings, dtype: torch.dtype, batch_size: int, folder: str) -> Ratio:
     """Compare the steps of two copies of one model."""
-    model = DiTModel.from_preset(settings.preset, num_classes=NUM_CLASSES, sample_size=SHAPE[-1], out_channels=SHAPE[0])
+    model = DiTModel.from_preset(
+        settings.preset, num_classes=NUM_CLASSES, sample_size=SHAPE[-1], out_channels=SHAPE[0]
+    )
     args = TrainingArguments(
         batch_size=batch_size,
         max_train_steps=10**9,
