@@ -27,7 +27,8 @@ def nothing_compiled_before():
     torch.compiler.reset()
 
 
-SLOW = ("LoRA for each interval", "Diffusers' DiT", "Diffusers' UNet", "experts")
+# those that another test compiles as well, or that are as another one
+SLOW = ("prompts", "LoRA for each interval", "Diffusers' DiT", "experts")
 
 
 @pytest.mark.parametrize("system", [pytest.param(each, marks=[pytest.mark.slow] * (each in SLOW)) for each in SYSTEMS])
@@ -47,7 +48,9 @@ def test_a_compiled_system_samples_what_it_samples_eagerly(system):
 PLUGINS = {"prompts": prompted, "LoRA for each interval": with_loras, "routing": routed}
 
 
-@pytest.mark.parametrize("plugin", PLUGINS)
+@pytest.mark.parametrize(
+    "plugin", ["prompts", "routing", pytest.param("LoRA for each interval", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     "make",
     [dit, pytest.param(lambda: randomised(DiTTransformer2DModel(**STOCK_DIT)), marks=pytest.mark.slow)],
