@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._guards import TracingContext
 
-from diffusers_dmp import DiTModel, DTRTransformer2DModel, RemixDiTModel
+from diffusers_dmp import DiTModel, DTRTransformer2DModel, PatchedUNet2DModel, PromptPatch, RemixDiTModel
 
 MODELS = {
     "DiT": lambda: randomised(DiTModel(**TINY_CONFIG)),
@@ -85,6 +85,31 @@ def test_one_graph_serves_all_experts_and_timesteps(model, inputs):
         torch.testing.assert_close(sample_all(model, inputs), expected)
     assert counter.frame_count == 1
     assert model.is_compiled and not copy.deepcopy(model).is_compiled
+
+
+def make_prompted():
+    model = randomised(DiTModel(**TINY_CONFIG | {"num_layers": 1}))
+    randomised(PromptPatch.for_transformer(model), seed=1).attach(model)
+    return model
+
+
+def make_unet():
+    return randomised(PatchedUNet2DModel(sample_size=8, in_channels=4, patch_size=2, model_channels=32, channel_multipliers=(1,),
+                                         layers_per_block=1, attention_levels=(), attention_head_dim=16, num_classes=10))  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [make_prompted, make_unet])
+def test_prompts_and_patches_need_one_graph_for_all_timesteps_too(make, inputs):
+    torch.compiler.reset()
+    model = make()
+    names = ("sample", "class_labels") if make is make_unet else inputs
+    inputs = dict(zip(names, inputs.values()))
+    expected = sample_all(model, inputs)
+    counter = CompileCounter()
+    model.compile(backend=counter, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(sample_all(model, inputs), expected)
+    assert counter.frame_count == 1
 
 
 @torch.no_grad()
