@@ -9,6 +9,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._guards import TracingContext
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from diffusers_dmp import DiTModel, DTRTransformer2DModel, PatchedUNet2DModel, PromptPatch, RemixDiTModel
 
@@ -188,3 +190,33 @@ def test_in_a_graph_the_bases_are_mixed_without_a_matrix_product(remix):
     coefficients = remix.mixing_coefficients[:1]
     assert matrix_products(remix.transformer_blocks[0], tokens, conditioning, coefficients) == expected
     assert min(expected) > 0
+
+
+class WeightsRead(TorchDispatchMode):
+    """Counts the bytes of the weights that operations read; of an embedding they read one row only."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.sizes = {weight.untyped_storage()._cdata: weight.nbytes for weight in model.parameters()}
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func not in (aten.t.default, aten.embedding.default):
+            tensors = [each for each in tree_leaves((args, kwargs or {})) if isinstance(each, torch.Tensor)]
+            self.num_bytes += sum(self.sizes.get(each.untyped_storage()._cdata, 0) for each in tensors)
+        return func(*args, **kwargs or {})
+
+
+@torch.no_grad()
+def test_a_third_of_the_weights_is_not_read_where_modulations_are_known():
+    with torch.device("meta"):
+        model = DiTModel.from_preset("DiT-XL/2", num_layers=4).eval()
+        inputs = torch.empty(2, 4, 32, 32), torch.empty(2, dtype=torch.long), torch.empty(2, dtype=torch.long)
+    read = []
+    for modulations in (None, model.modulations_at(*inputs[1:])[0]):
+        with WeightsRead(model) as weights:
+            model(*inputs, modulations=modulations)
+        read.append(weights.num_bytes)
+    rows = model.time_label_embed.class_embedder.weight.nbytes
+    assert read[0] == sum(weight.nbytes for weight in model.parameters() if weight.requires_grad) - rows
+    assert read[1] / read[0] < 0.69
