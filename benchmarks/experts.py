@@ -119,14 +119,15 @@ def compare_calls(settings: Settings) -> Iterator[Ratio]:
 def compare_steps(settings: Settings, dtype: torch.dtype, batch_size: int) -> Iterator[Ratio]:
     """Compare the denoiser's part of sampling steps."""
     device = settings.device
-    bare = sd3_of(settings.preset).to(device).to(dtype).eval()
+    with device:
+        bare, other = (sd3_of(settings.preset).to(device).to(dtype).eval() for _ in range(2))
     inputs = sd3_inputs(batch_size, device, dtype)
     same = torch.tensor(CLEAN, device=device).expand(batch_size)  # as the pipelines pass it
     mixed = torch.linspace(0, 1000, batch_size + 2, device=device)[1:-1]
     case = f"SD3 of {settings.preset}'s size, {settings.name_of(dtype)} batch {batch_size}"
 
     def step_of(model: Any, timestep: torch.Tensor = same) -> Callable[[], object]:
-        model = torch.compile(model) if settings.compile else model
+        settings.compiled(model)
 
         @torch.no_grad()
         def step():
@@ -134,7 +135,7 @@ def compare_steps(settings: Settings, dtype: torch.dtype, batch_size: int) -> It
 
         return step
 
-    experts = DenoiserExperts([bare, sd3_of(settings.preset).to(device).to(dtype).eval()], INTERVALS)
+    experts = DenoiserExperts([bare, other], INTERVALS)
     yield settings.compare(f"{case}: DenoiserExperts / bare", step_of(experts), step_of(bare), STEP_TARGET)
 
     routed = twin_of(bare)

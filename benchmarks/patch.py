@@ -74,8 +74,8 @@ def run(settings: Settings) -> Iterator[Ratio]:
         yield settings.compare(f"{name}: SNRSplitPipeline / the loop by hand, {steps} steps", *sampled, 1.02)
 
         if settings.compile:
-            models = {size: torch.compile(model) for size, model in models.items()}
-            stock = torch.compile(stock)
+            for model in (*models.values(), stock):
+                model.compile(dynamic=False)
 
         @torch.no_grad()
         def forward(model, sample=sample, timestep=timestep):

@@ -31,7 +31,8 @@ def run(settings: Settings) -> Iterator[Ratio]:
 def compare_steps(settings: Settings, dtype: torch.dtype, batch_size: int) -> Iterator[Ratio]:
     """Compare steps that train all experts, on as many samples each, and steps that train one of them in turn."""
     device = settings.device
-    bare = sd3_of(settings.preset, DEPTH).to(device).to(dtype).train()
+    with device:
+        bare = sd3_of(settings.preset, DEPTH).to(device).to(dtype).train()
     case = f"SD3 of {settings.preset}'s width, {settings.name_of(dtype)} batch {batch_size}"
     plain = with_loras(bare, 1)
     for num_experts in NUM_EXPERTS:
@@ -82,9 +83,12 @@ def training_step(
     num_parts: int = 1,
 ) -> Callable[[], object]:
     """Make a function of one step of AdamW on all adapters of a model, at the next of some timesteps (B,)."""
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad])
+    optimizer = torch.optim.AdamW(
+        [each for each in model.parameters() if each.requires_grad], fused=True
+    )  # as the trainings
     target = torch.randn_like(inputs["hidden_states"])
-    model = torch.compile(model) if compile else model
+    if compile:
+        model.compile(dynamic=False)
 
     def step():
         arguments = inputs | {"timestep": next(timesteps)}

@@ -1,15 +1,20 @@
 """Time two ways of doing one thing in turns, so that the computer's other work slows both down equally."""
 
 import ctypes
+import math
 import platform
 import re
 import statistics
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+
+from diffusers_dmp.training.utilisation import synchronise
 
 
 @dataclass
@@ -35,6 +40,16 @@ class Ratio:
     baseline_ms: float
     target: float | None = None
 
+    @classmethod
+    def of(
+        cls, name: str, candidates: Sequence[float], baselines: Sequence[float], target: float | None = None
+    ) -> "Ratio":
+        """Make the result of the rounds' times, in seconds."""
+        ratios = [a / b for a, b in zip(candidates, baselines)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        medians = (1e3 * statistics.median(times) for times in (candidates, baselines))
+        return cls(name, len(ratios), middle, low, high, *medians, target)
+
     def row(self) -> str:
         """Return the result as a row of the table that `HEADER` begins."""
         verdict = "" if self.target is None else f"≤ {self.target:.2f} {'✓' if self.ratio <= self.target else '✗'}"
@@ -44,20 +59,58 @@ class Ratio:
 
 HEADER = "| what | rounds | ms | baseline ms | ratio (quartiles) | target |\n| --- | --- | --- | --- | --- | --- |"
 MIN_ROUNDS = 7
+# On a GPU: the first call compiles, the second warms up what a CUDA graph needs, the third captures the graph.
+GPU_WARM_UPS = 3
+# and so many seconds of calls between two waits, next to which the wait itself, some 20 µs, is nothing
+GPU_SECONDS_BETWEEN_WAITS = 0.1
 
 
 Clock = Callable[[], float]
+Name = TypeVar("Name", bound=Hashable)
 
 
-def seconds(function: Callable[[], object], device: torch.device, clock: Clock = time.perf_counter) -> float:
-    """Time one call, including the work that it started on the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def seconds(
+    function: Callable[[], object], device: torch.device, clock: Clock = time.perf_counter, calls: int = 1
+) -> float:
+    """Time a call, including the work that it started on the device: the mean of some that follow one another without waiting."""
+    synchronise(device)
     start = clock()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return clock() - start
+    for _ in range(calls):
+        function()
+    synchronise(device)
+    return (clock() - start) / calls
+
+
+def time_in_turns(
+    functions: dict[Name, Callable[[], object]],
+    device: torch.device,
+    budget: float,
+    clock: Clock = time.perf_counter,
+) -> dict[Name, list[float]]:
+    """
+    Time all functions in each round, forwards and backwards in turns, after warming up, which is when they compile.
+
+    Args:
+        functions (`dict[Name, Callable]`): The functions, without arguments.
+        device (`torch.device`): The device that they compute on.
+        budget (`float`): The approximate time for all rounds in seconds; there are at least `MIN_ROUNDS`.
+        clock (`Callable[[], float]`): Of the seconds.
+
+    Returns:
+        `dict[Name, list[float]]`: The seconds of a call of each function in each round.
+    """
+    is_gpu = device.type == "cuda"
+    for function in functions.values():
+        for _ in range(GPU_WARM_UPS if is_gpu else 1):
+            function()
+    once = {name: seconds(function, device) for name, function in functions.items()}
+    calls = {name: math.ceil(GPU_SECONDS_BETWEEN_WAITS / once[name]) if is_gpu else 1 for name in functions}
+    round_seconds = sum(once[name] * calls[name] for name in functions)
+    times: dict[Name, list[float]] = {name: [] for name in functions}
+    for i in range(max(MIN_ROUNDS, int(budget / round_seconds))):
+        for name in functions if i % 2 else reversed(functions):
+            times[name].append(seconds(functions[name], device, clock, calls[name]))
+    return times
 
 
 def compare(
@@ -70,7 +123,7 @@ def compare(
     clock: Clock = time.perf_counter,
 ) -> Ratio:
     """
-    Time both functions in each round, in alternating order, after calling both once to warm up.
+    Time both functions in each round, in alternating order; see [`time_in_turns`].
 
     Args:
         name (`str`): What is compared with what.
@@ -80,26 +133,8 @@ def compare(
         target (`float`, *optional*): The largest ratio that is wanted.
         clock (`Callable[[], float]`): Of the seconds that are compared.
     """
-    for function in (candidate, baseline):
-        function()
-    pair_seconds = seconds(candidate, device) + seconds(baseline, device)
-    candidates, baselines = [], []
-    for i in range(max(MIN_ROUNDS, int(budget / pair_seconds))):
-        pair = [(candidate, candidates), (baseline, baselines)]
-        for function, times in pair if i % 2 else pair[::-1]:
-            times.append(seconds(function, device, clock))
-    ratios = [a / b for a, b in zip(candidates, baselines)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return Ratio(
-        name,
-        len(ratios),
-        middle,
-        low,
-        high,
-        1e3 * statistics.median(candidates),
-        1e3 * statistics.median(baselines),
-        target,
-    )
+    times = time_in_turns({"candidate": candidate, "baseline": baseline}, device, budget, clock)
+    return Ratio.of(name, times["candidate"], times["baseline"], target)
 
 
 @dataclass(frozen=True)
@@ -115,6 +150,8 @@ class Settings:
         compile (`bool`): Whether to compile the models.
         budget (`float`): The time for each comparison, in seconds.
         cpu_time (`bool`): Whether to count the time that processors spent on this process, which other processes hardly lengthen.
+        parts (`Sequence[str]`): Of a benchmark's `PARTS`, those to measure.
+        results (`Path`, *optional*): A file of what was measured, to go on with.
     """
 
     preset: str
@@ -124,6 +161,14 @@ class Settings:
     compile: bool
     budget: float
     cpu_time: bool = False
+    parts: Sequence[str] = ()
+    results: Path | None = None
+
+    def compiled(self, model: Any) -> Any:
+        """Return a model, which is compiled if the models are: for each shape by itself, whichever came before."""
+        if self.compile:
+            model.compile(dynamic=False)
+        return model
 
     def compare(
         self,
@@ -162,8 +207,28 @@ def keep_freed_memory() -> None:
 def hardware(device: torch.device) -> str:
     """Name the processor, the number of threads and the version of PyTorch."""
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     cpu = platform.processor() or platform.machine()
     if platform.system() == "Linux":
         cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()).group(1)
     return f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def commit() -> str:
+    """Name the commit that is measured, with '-dirty' if files were changed since; 'unknown' outside of a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
+def allow_more_shapes() -> None:
+    """
+    Let PyTorch compile as many variants of one function as a benchmark has cases.
+
+    By default it runs what has more than eight without compiling it: models of one class share the function that is compiled, so
+    that each model, batch size and dtype counts.
+    """
+    torch._dynamo.config.recompile_limit = 64

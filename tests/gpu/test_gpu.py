@@ -1,11 +1,12 @@
 """What a CUDA GPU computes, compared with the CPU: `make test-gpu` runs these tests, and nothing else shows the suite a GPU."""
 
+import json
 import shutil
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import TINY_CONFIG, randomised
+from conftest import REPOSITORY, TINY_CONFIG, randomised
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from networks import PLAIN, make_resnet
 from runs import train_here, weights
@@ -132,3 +133,22 @@ def test_a_deterministic_training_resumes_bit_for_bit(digits, tmp_path):
     expected = weights(tmp_path / "whole")
     for name, tensor in weights(tmp_path / "resumed").items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_the_table_of_speeds_is_measured(monkeypatch, capsys, tmp_path):
+    """Forward passes, training steps and sampling, eager and compiled, of every system and Diffusers' DiT."""
+    monkeypatch.syspath_prepend(str(REPOSITORY))
+    from benchmarks import denoisers
+    from benchmarks.__main__ import main
+
+    results = tmp_path / "speed.jsonl"
+    options = ["--preset", "DiT-S/2", "--dtypes", "bfloat16", "--batch_sizes", "1", "--compile", "--seconds", "1"]
+    main(["speed", *options, "--results", str(results)])
+    cells = [json.loads(line)["cell"] for line in results.read_text().splitlines()]
+    for how, number in (("eager", 3), ("blocks compiled", 2), ("compiled", 2), ("compiled, modulations ahead", 1)):
+        systems = [cell["system"] for cell in cells if cell["how"] == how]
+        expected = [system for system in denoisers.MAKERS if system != denoisers.STOCK or "ahead" not in how]
+        assert sorted(systems) == sorted(expected * number), how
+    printed = capsys.readouterr()
+    assert "runs eagerly" not in printed.err
+    assert "A matrix product reached" in printed.out

@@ -5,7 +5,10 @@ import copy
 import pytest
 import torch
 from conftest import TINY_CONFIG, randomised
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._guards import TracingContext
 
 from diffusers_dmp import DiTModel, DTRTransformer2DModel, RemixDiTModel
 
@@ -14,6 +17,7 @@ MODELS = {
     "DTR": lambda: randomised(DTRTransformer2DModel(**TINY_CONFIG)),
     "Remix-DiT": lambda: randomised(RemixDiTModel(**TINY_CONFIG, num_bases=3, num_experts=7)),
 }
+aten = torch.ops.aten
 TIMESTEPS = torch.tensor([999, 500, 20, 0])
 
 
@@ -43,6 +47,36 @@ def test_modulations_ahead_of_time_are_those_of_each_timestep(model, inputs):
     assert not torch.allclose(sample_all(model, inputs, modulations.flip(0)), sample_all(model, inputs), atol=1e-2)
 
 
+@torch.no_grad()
+def test_modulations_of_a_shared_label_serve_any_batch(model, batch):
+    """Also one of several timesteps, which a Remix-DiT sorts by expert, if all have the modulations that are given."""
+    shared = batch | {"class_labels": torch.full((4,), 7)}
+    known = model.modulations_at(TIMESTEPS[:1], torch.tensor([7]))[0]
+    expected = model(**shared, modulations=known.expand(-1, -1, 4, -1, -1)).sample
+    assert (expected - model(**shared).sample).abs().max() > 1e-3
+    torch.testing.assert_close(model(**shared, modulations=known).sample, expected)
+
+
+def test_modulations_that_do_not_fit_are_refused(model, inputs):
+    modulations = model.modulations_at(TIMESTEPS, inputs["class_labels"])
+    call = inputs | {"timestep": TIMESTEPS[0]}
+    with pytest.raises(ValueError, match="only under `torch.no_grad"):
+        model(**call, modulations=modulations[0])
+    for wrong in (
+        modulations,
+        modulations[0, :1],
+        modulations[0, :, :, :2],
+        modulations[0, :, :, :, 0],
+        modulations[0, ..., 1:],
+    ):
+        with torch.no_grad(), pytest.raises(ValueError, match=r"\(2, 6, 4, 1, 48\) or.*but got the shape"):
+            model(**call, modulations=wrong)
+    with pytest.raises(ValueError, match="timestep"):
+        model.modulations_at(torch.tensor([1001]), inputs["class_labels"])
+    with pytest.raises(ValueError, match=r"class_labels.*\[0, 11\)"):
+        model.modulations_at(TIMESTEPS, torch.tensor([11]))
+
+
 def test_one_graph_serves_all_experts_and_timesteps(model, inputs):
     expected = sample_all(model, inputs)
     counter = CompileCounter()
@@ -51,3 +85,81 @@ def test_one_graph_serves_all_experts_and_timesteps(model, inputs):
         torch.testing.assert_close(sample_all(model, inputs), expected)
     assert counter.frame_count == 1
     assert model.is_compiled and not copy.deepcopy(model).is_compiled
+
+
+@torch.no_grad()
+def test_all_weights_are_static_inputs_of_the_graph(model, inputs):
+    """A CUDA graph reads static inputs where they are, and copies all others at each replay."""
+    copied = []
+
+    def compiler(graph, example_inputs):
+        static = TracingContext.get().fw_metadata.static_input_indices  # what Inductor asks
+        copied.append(sum(x.numel() for i, x in enumerate(example_inputs) if i not in static))
+        return graph.forward
+
+    model.compile(backend=aot_autograd(fw_compiler=compiler, inference_compiler=compiler), fullgraph=True)
+    sample_all(model, inputs)
+    num_inputs = sum(map(torch.numel, inputs.values())) + 1  # and the timestep
+    assert copied == [num_inputs]
+
+
+# Training a Remix-DiT
+
+
+def compile_whole(model, **options):
+    model.compile(**options)
+
+
+def compile_blocks(model, **options):
+    model.compile_repeated_blocks(**options)
+
+
+@pytest.fixture
+def remix():
+    torch.compiler.reset()
+    return MODELS["Remix-DiT"]().train()
+
+
+def gradients(model, inputs, **timesteps):
+    model.zero_grad()
+    drop_none = torch.zeros(len(inputs["class_labels"]), dtype=torch.bool)
+    output = model(**inputs, **timesteps, force_drop_ids=drop_none)
+    (output.sample.square().mean() + output.prior_loss).backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("compile, backend", [(compile_whole, "eager"), (compile_blocks, "aot_eager")])
+def test_experts_in_turn_are_trained_by_one_graph(remix, inputs, compile, backend):
+    steps = [{"timestep": remix.intervals.sample(expert, 4), "expert": expert} for expert in (5, 0, 6, 1)]
+    steps.append({"timestep": torch.tensor([3, 250, 600, 999])})  # several experts at once: computed eagerly
+    expected = [gradients(remix, inputs, **step) for step in steps]
+    counter = CompileCounterWithBackend(backend)
+    compile(remix, backend=counter, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step, eager in zip(steps, expected):
+            torch.testing.assert_close(gradients(remix, inputs, **step), eager, atol=1e-6, rtol=1e-4)
+    assert counter.frame_count == 1
+
+
+def matrix_products(block, *inputs) -> tuple[int, int]:
+    """The numbers of matrix products in the graphs of a block's forward and backward passes, under autocast."""
+    counts = []
+
+    def compiler(graph, example_inputs):
+        counts.append(sum(node.target in (aten.mm.default, aten.addmm.default) for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        output = torch.compile(block, backend=aot_autograd(fw_compiler=compiler, bw_compiler=compiler))(*inputs)
+    output.sum().backward()
+    return tuple(counts)
+
+
+def test_in_a_graph_the_bases_are_mixed_without_a_matrix_product(remix):
+    """What is done to each element is fused with the conversion to half precision; a matrix product would write all in float32."""
+    plain = MODELS["DiT"]().train()
+    tokens, conditioning = torch.randn(2, 16, 48, requires_grad=True), torch.randn(2, 48, requires_grad=True)
+    expected = matrix_products(plain.transformer_blocks[0], tokens, conditioning)
+    coefficients = remix.mixing_coefficients[:1]
+    assert matrix_products(remix.transformer_blocks[0], tokens, conditioning, coefficients) == expected
+    assert min(expected) > 0

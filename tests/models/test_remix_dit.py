@@ -250,14 +250,14 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_remix, batch):
 
 @pytest.fixture
 def mixings(monkeypatch) -> list[torch.Tensor]:
-    """Record the coefficients of every mixing of a layer."""
-    calls, original = [], BasisLinear.mix
+    """Record the coefficients of every fused mixture of a layer."""
+    calls, original = [], BasisLinear.fuse
 
-    def mix(linear, coefficients):
+    def fuse(linear, coefficients):
         calls.append(coefficients)
         return original(linear, coefficients)
 
-    monkeypatch.setattr(BasisLinear, "mix", mix)
+    monkeypatch.setattr(BasisLinear, "fuse", fuse)
     return calls
 
 
@@ -290,6 +290,26 @@ def test_one_fused_copy(tiny_remix, batch, mixings):
         torch.save(model, buffer := io.BytesIO())
         sizes.append(buffer.tell())
     assert sizes[0] == pytest.approx(sizes[1], rel=0.01)
+
+
+@torch.no_grad()
+def test_fused_weights_stay_where_they_are(tiny_remix, batch):
+    """A CUDA graph reads them at the addresses that they had when it was captured."""
+
+    def fused() -> list[torch.Tensor]:
+        return [tensor for linear in tiny_remix.basis_linears for tensor in linear._fused]
+
+    with torch.inference_mode():  # a tensor that is made there can be changed there alone
+        tiny_remix.fuse_expert(6)
+    assert not any(tensor.is_inference() for tensor in fused())
+    before = [tensor.data_ptr() for tensor in fused()]
+    for expert in (3, 0, 6):
+        with Allocations(*tiny_remix.parameters(), *fused()) as switching:
+            tiny_remix.fuse_expert(expert)
+        assert max(switching.sizes) <= tiny_remix.mixing_logits.numel()
+        assert [tensor.data_ptr() for tensor in fused()] == before
+        inputs = expert_batch(tiny_remix, expert, batch)
+        assert_equal_up_to_rounding(tiny_remix(**inputs).sample, tiny_remix.bake_expert(expert)(**inputs).sample)
 
 
 @torch.no_grad()

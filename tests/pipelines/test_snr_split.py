@@ -274,7 +274,7 @@ def test_both_meanings_of_a_learned_variance():
     x_t, timestep = torch.randn(1, 4, 8, 8), torch.tensor(500)
     with torch.no_grad():
         u = unet(x_t, timestep).sample[:, 4:]
-        inputs = DenoiserInputs(unet, timestep[None], x_t.device)
+        inputs = DenoiserInputs(unet, timestep[None], x_t.device, [0])
         v = inputs.predict(0, x_t, None, True)[:, 4:]
     expected = VARIANCE_TYPES["learned_range_sigmoid"](u)
     torch.testing.assert_close(VARIANCE_TYPES["learned_range"](v), expected)

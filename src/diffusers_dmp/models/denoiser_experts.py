@@ -22,6 +22,7 @@ from torch import nn
 from ..intervals import NoiseIntervals
 from ..saving.mixins import StandaloneModelMixin
 from ..saving.naming import EDGES_KEY, EXPERTS_KEY, PACKAGE
+from .compiled_calls import check_no_graphs
 from .expert_attributes import QUANTISED, ExpertAttributesMixin
 from .expert_configs import (
     check_can_be_loaded,
@@ -131,6 +132,7 @@ class DenoiserExperts(
         expert = self.experts[index]
         device = self._offloading_device()
         if device is not None:
+            check_no_graphs([expert], device)
             for other in self.experts:
                 if other is not expert and next(other.parameters()).device.type != "cpu":
                     other.to("cpu")

@@ -11,6 +11,8 @@ import torch
 from diffusers.loaders import PeftAdapterMixin, UNet2DConditionLoadersMixin
 from torch import nn
 
+from .compiled_calls import check_no_graphs, compile_denoisers
+
 # Methods with these names change a setting, of every expert.
 _SETTINGS = ("enable_", "disable_", "set_", "reset_", "fuse_", "unfuse_")
 _ADAPTER_METHODS = {
@@ -36,6 +38,7 @@ class ExpertAttributesMixin:
     """Answer for the experts of a [`ModelMixin`], in front of which it stands among the parent classes."""
 
     experts: Any  # an `nn.ModuleList` of models
+    _offloading_device: Callable[[], Any]
     _cache_context: tuple[tuple, dict[str, Any]] | None = None
 
     @property
@@ -43,12 +46,39 @@ class ExpertAttributesMixin:
         """The dtype of the first expert, in which a pipeline passes its inputs."""
         return self.experts[0].dtype
 
-    compile = _of_every_expert("compile")
     enable_gradient_checkpointing = _of_every_expert("enable_gradient_checkpointing")
-    enable_group_offload = _of_every_expert("enable_group_offload")
     enable_layerwise_casting = _of_every_expert("enable_layerwise_casting")
     fuse_qkv_projections = _of_every_expert("fuse_qkv_projections")
     unfuse_qkv_projections = _of_every_expert("unfuse_qkv_projections")
+
+    def compile(  # type: ignore[override]  # `torch.compile` itself takes no positional arguments either
+        self, *, backend: "str | Callable[..., Any]" = "inductor", mode: str | None = None, **options: Any
+    ) -> None:
+        """
+        Compile every expert, and not the choice between them; see [`ClassConditionalPipeline.compile`].
+
+        Args:
+            backend (`str` or `Callable`): A backend of [`torch.compile`].
+            mode (`str`, *optional*): If None, 'reduce-overhead' on a CUDA device, which replays CUDA graphs, and 'default' elsewhere,
+                with gradients, or if the experts are offloaded.
+            options: The other arguments of [`torch.compile`].
+
+        Raises:
+            ValueError: as [`ClassConditionalPipeline.compile`] does.
+        """
+        is_offloaded = self._offloading_device() is not None
+        compile_denoisers([self], self.experts[0].device, is_offloaded, backend=backend, mode=mode, **options)  # type: ignore[list-item]
+
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
+        """
+        Call `enable_group_offload` of every expert.
+
+        Raises:
+            ValueError: if one was compiled with CUDA graphs.
+        """
+        check_no_graphs(self.experts, self.experts[0].device)
+        for expert in self.experts:
+            expert.enable_group_offload(*args, **kwargs)
 
     @contextmanager
     def cache_context(self, *args, **kwargs) -> Iterator[None]:

@@ -51,14 +51,15 @@ class RemixDiTModel(RemixAdaptersMixin, RemixConversionMixin):
     expert's learned coefficients.
 
     Without gradients (in sampling) the weights of the expert at work are fused once, when it takes over from another one,
-    and cached: one more copy of those layers, which [`~RemixDiTModel.unfuse_expert`] frees. Hence a model serves one call
-    at a time. The weights are fused again after a call with gradients, `train()`, `eval()`, `load_state_dict`, `to()`, and
+    and cached: one more copy of those layers, which stays where it is for all experts, as CUDA graphs need it, until
+    [`~RemixDiTModel.unfuse_expert`] frees it. Hence a model serves one call at a time. The weights are fused again after a call with gradients, `train()`, `eval()`, `load_state_dict`, `to()`, and
     every in-place change that PyTorch counts. It does not count changes through `parameter.data`, such as Diffusers'
     `EMAModel.copy_to` makes, nor those of a model that was made under `torch.inference_mode()`: call
     [`~RemixDiTModel.unfuse_expert`] after these.
 
-    `compile_repeated_blocks()` compiles with the fused weights. `torch.compile(model)` mixes in every call, and for a batch
-    of several timesteps once for each sample. Weights that are offloaded layer by layer are mixed in every call, too.
+    `compile()` and `compile_repeated_blocks()` compile one graph for all experts, in sampling with the fused weights; a batch
+    of several experts is computed eagerly then. `torch.compile(model)` mixes in every call, and for a batch of several
+    timesteps once for each sample. Weights that are offloaded layer by layer are mixed in every call, too.
 
     Args:
         num_bases (`int`): K. With one basis the model is the plain DiT.
@@ -179,7 +180,7 @@ class RemixDiTModel(RemixAdaptersMixin, RemixConversionMixin):
             return True
         if any(tensor.device.type != self.mixing_logits.device.type for tensor in tensors):
             return False
-        coefficients = self.mixing_coefficients[expert : expert + 1]
+        coefficients = self.mixing_coefficients[expert : expert + 1].to(linears[0].weight.dtype)
         for linear in linears:
             linear.fuse(coefficients)
         self._fused_expert, self._fused_from = expert, TensorSnapshot(tensors)
@@ -218,6 +219,7 @@ class RemixDiTModel(RemixAdaptersMixin, RemixConversionMixin):
                 owns a timestep.
         """
         self._check_images(hidden_states)
+        self._check_modulations(modulations, hidden_states)
         timestep = checked_timestep(timestep, len(hidden_states), self.config.num_train_timesteps)
         class_labels = self._checked_labels(class_labels, hidden_states)
         order, chosen = self._select_experts(timestep, hidden_states, expert)
@@ -227,8 +229,11 @@ class RemixDiTModel(RemixAdaptersMixin, RemixConversionMixin):
         else:
             order = order.to(hidden_states.device, non_blocking=True)
             drop_ids = None if force_drop_ids is None else force_drop_ids[order]
-            known = None if modulations is None else modulations[:, :, order]
-            sample = self._run(hidden_states[order], timestep[order], class_labels[order], drop_ids, known, chosen)
+            is_shared = modulations is None or modulations.shape[2] == 1
+            known = modulations if is_shared else modulations[:, :, order]  # type: ignore[index]
+            # eager where the model or its blocks are compiled: the groups of another batch would need another graph
+            with torch.compiler.set_stance("force_eager"):
+                sample = self._run(hidden_states[order], timestep[order], class_labels[order], drop_ids, known, chosen)
             sample = sample[order.argsort()]
         output = RemixDiTModelOutput(sample=sample, prior_loss=self.prior_loss() if self.training else None)
         return output if return_dict else output.to_tuple()
@@ -255,7 +260,7 @@ class RemixDiTModel(RemixAdaptersMixin, RemixConversionMixin):
             if experts.is_cpu and not compiling and (experts != expert).any():
                 raise ValueError(f"Expected `timestep` to belong to `expert` {expert}, but got {timestep.tolist()}.")
         elif compiling:  # the timesteps' values are not known: a group for each of them
-            group_sizes = [batch_size // len(experts)] * len(experts)
+            group_sizes = None if len(experts) == 1 else [1] * batch_size
             return None, (self.mixing_coefficients[experts.to(device, non_blocking=True)], group_sizes)
         elif len(experts) == 1:
             expert = int(experts)
@@ -267,7 +272,7 @@ class RemixDiTModel(RemixAdaptersMixin, RemixConversionMixin):
             (expert,) = present
 
         if torch.is_grad_enabled() or compiling or not self.fuse_expert(expert):
-            return None, (self.mixing_coefficients[expert : expert + 1], [batch_size])
+            return None, (self.mixing_coefficients[expert : expert + 1],)
         return None, ()
 
     def _check_expert(self, expert: int) -> None:

@@ -76,9 +76,28 @@ def mix(bases: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
     return _matmul(coefficients.to(bases.dtype), bases.flatten(1)).unflatten(1, bases.shape[1:])
 
 
-def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def weighted_sum(bases: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+    """
+    Mix tensors as [`mix`] does, in the operations that a compiler fuses with what follows.
+
+    Under autocast one kernel then reads each basis once and writes the mixture in half precision, and one more makes both
+    gradients of a gradient in half precision. Without a compiler this would make scaled copies of the bases.
+
+    Args:
+        bases (`torch.Tensor` of shape (K, …)): The tensors.
+        coefficients (`torch.Tensor` of shape (1, K)): The weight of every tensor.
+
+    Returns:
+        `torch.Tensor` of shape (1, …): The mixture in the bases' dtype.
+    """
+    # W = Σ_k a_k·W_k
+    a = coefficients.to(bases.dtype).view(-1, *[1] * (bases.ndim - 1))
+    return (a * bases).sum(0, keepdim=True, dtype=bases.dtype)
+
+
+def _matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """Multiply matrices in their own dtype: with `out`, autocast does not copy all bases to half precision."""
-    return torch.mm(a, b, out=a.new_empty(len(a), b.shape[1]))
+    return torch.mm(a, b, out=a.new_empty(len(a), b.shape[1]) if out is None else out)
 
 
 def grouped_linear(
@@ -107,6 +126,11 @@ def grouped_linear(
     return output
 
 
+def _differ(fused: torch.Tensor, bases: torch.Tensor) -> bool:
+    """Whether a mixture does not fit into the memory of one that was fused from other bases."""
+    return (fused.shape, fused.dtype, fused.device) != (bases.shape[1:], bases.dtype, bases.device)
+
+
 class BasisLinear(nn.Module):
     """
     A linear layer whose weights are a mixture of K sets of weights, the bases.
@@ -125,7 +149,7 @@ class BasisLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_bases, out_features, in_features))
         self.bias = nn.Parameter(torch.empty(num_bases, out_features))
-        self._mixing: tuple[torch.Tensor, list[int]] | None = None
+        self._mixing: tuple[torch.Tensor, list[int] | None] | None = None
         self._fused: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def reset_parameters(self) -> None:
@@ -144,11 +168,18 @@ class BasisLinear(nn.Module):
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: Weights (G, out, in) and biases (G, out).
         """
-        return Mix.apply(coefficients.to(self.weight.device), self.weight, self.bias)
+        coefficients = coefficients.to(self.weight.device)
+        if torch.compiler.is_compiling() and len(coefficients) == 1:
+            return weighted_sum(self.weight, coefficients), weighted_sum(self.bias, coefficients)
+        return Mix.apply(coefficients, self.weight, self.bias)
 
+    @torch.no_grad()
     def fuse(self, coefficients: torch.Tensor) -> None:
         """
         Compute one mixture and use it in every call until [`~BasisLinear.unfuse`].
+
+        A mixture that is fused already is overwritten in place: a CUDA graph reads its inputs at the addresses that they had when it
+        was captured, and there are never two copies in memory.
 
         `train()`, `eval()`, `to()`, `load_state_dict` and [`~BasisLinear.mixing`] unfuse as well, since they may change the
         bases. After other changes of the bases the caller has to fuse again.
@@ -156,9 +187,15 @@ class BasisLinear(nn.Module):
         Args:
             coefficients (`torch.Tensor` of shape (1, K)): The weight of every basis.
         """
-        self.unfuse()  # first, so that there are never two copies in memory
-        weight, bias = self.mix(coefficients)
-        self._fused = weight.squeeze(0), bias.squeeze(0)
+        bases = self.weight, self.bias
+        if self._fused is None or any(map(_differ, self._fused, bases)):
+            self.unfuse()  # first, to free its memory
+            # of a tensor that is made in inference mode, nothing could be overwritten outside of it
+            with torch.inference_mode(False):
+                self._fused = self.weight.new_empty(self.weight.shape[1:]), self.bias.new_empty(self.bias.shape[1:])
+        for fused, tensors in zip(self._fused, bases):
+            a = coefficients.to(tensors)
+            _matmul(a, tensors.flatten(1), out=fused.view(1, -1))
 
     def unfuse(self) -> None:
         """Drop the fused weights."""
@@ -170,13 +207,14 @@ class BasisLinear(nn.Module):
         return self._fused is not None
 
     @contextmanager
-    def mixing(self, coefficients: torch.Tensor, group_sizes: list[int]) -> Iterator[None]:
+    def mixing(self, coefficients: torch.Tensor, group_sizes: list[int] | None = None) -> Iterator[None]:
         """
         Mix in every call, with gradients, while the context lasts.
 
         Args:
             coefficients (`torch.Tensor` of shape (G, K)): The weight of every basis in every mixture.
-            group_sizes (`list[int]` of length G): The number of neighbouring samples that each mixture is applied to.
+            group_sizes (`list[int]` of length G, *optional*): The number of neighbouring samples that each mixture is applied
+                to. If None, there is one mixture for all samples.
         """
         self.unfuse()  # fused weights take memory, and are out of date after a training step
         self._mixing = coefficients, group_sizes
@@ -195,7 +233,7 @@ class BasisLinear(nn.Module):
             return F.linear(hidden_states, *self._fused)
         coefficients, group_sizes = self._mixing
         weights, biases = self.mix(coefficients)
-        if len(group_sizes) == 1:
+        if group_sizes is None:
             return F.linear(hidden_states, weights.squeeze(0), biases.squeeze(0))
         return grouped_linear(hidden_states, weights, biases, group_sizes)
 
@@ -264,7 +302,7 @@ class RemixBlock(DiTBlock):
             `torch.Tensor` of shape (B, N, D).
         """
         with ExitStack() as stack:
-            if coefficients is not None and group_sizes is not None:
+            if coefficients is not None:
                 for linear in self.basis_linears:
                     stack.enter_context(linear.mixing(coefficients, group_sizes))
             return super().forward(hidden_states, conditioning, modulation=modulation)

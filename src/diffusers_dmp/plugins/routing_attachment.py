@@ -33,6 +33,8 @@ class RoutingAttachment:
         ValueError: if the two do not fit.
     """
 
+    keeps_conditioning = True  # see `has_fixed_modulations`
+
     def __init__(self, routing: "TaskRouting", denoiser: nn.Module):
         blocks = blocks_with_streams(denoiser)
         routed = [block for block in blocks if any(name in block.streams for name in routing.streams)]
