@@ -5,10 +5,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from conftest import TINY_CONFIG, randomised
 from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -93,6 +95,15 @@ def test_compiled_models_and_blocks_have_masks(tiny_dtr):
     assert not choices(by_blocks, MIDDLE)
 
 
+def test_blocks_that_others_call_have_masks(tiny_dtr):
+    """Accelerate's hooks, as of offloading; those of Diffusers replace `forward` as well."""
+    add_hook_to_module(tiny_dtr.transformer_blocks[1], ModelHook())
+    assert not choices(tiny_dtr, MIDDLE)
+    remove_hook_from_module(tiny_dtr.transformer_blocks[1])
+    tiny_dtr.transformer_blocks[0] = nn.Identity()
+    assert not choices(tiny_dtr, MIDDLE)
+
+
 def recorder(seen: list) -> Callable:
     return lambda module, args, output: seen.append((args[0], output))
 
@@ -117,6 +128,7 @@ def test_whoever_watches_a_block_sees_all_channels(tiny_dtr, batch):
 @torch.no_grad()
 def test_what_the_embedding_returned_is_not_changed(tiny_dtr, batch):
     batch["timestep"] = torch.tensor(MIDDLE).expand(4)
+    tiny_dtr.to(memory_format=torch.channels_last)  # or else the tokens would be copied because of their layout
     seen = []
     tiny_dtr.pos_embed.register_forward_hook(recorder(seen))
     assert choices(tiny_dtr, MIDDLE)

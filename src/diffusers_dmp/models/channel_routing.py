@@ -53,7 +53,7 @@ class ChannelWindow:
             Two `torch.Tensor` of shape (1, 1, D): m, 1 for active channels, and 1 - m.
         """
         active = hidden_states.new_zeros(1, 1, self.dim)
-        active[..., self.start : self.stop] = 1
+        active.narrow(-1, self.start, self.stop - self.start).fill_(1)
         return active, 1 - active
 
 

@@ -122,11 +122,9 @@ class DTRTransformer2DModel(DiTModel):
             return super()._apply_blocks(hidden_states, conditioning, block_inputs, modulations)
         if hidden_states.is_cpu or is_bound_by_memory(hidden_states):
             return _apply_by_slices(blocks, hidden_states, conditioning, first)
+        # the formula of `DTRBlock`, without asking in each block whether there are gradients
         active, inactive = first.masks_for(hidden_states)
-        for (
-            block,
-            own,
-        ) in blocks:  # as `DTRBlock` does, which would take longer to find out that there are no gradients
+        for block, own in blocks:
             output = block(active * hidden_states, conditioning, **own)
             hidden_states = output.addcmul_(inactive, hidden_states)
         return hidden_states
