@@ -44,6 +44,15 @@ class PretendedTensor(torch.Tensor):
         raise RuntimeError("Expected to be used inside of a `PretendedAccelerator`.")
 
 
+class PretendedGenerator(torch.Generator):
+    """A generator that says it is on the accelerator, and makes the CPU's random numbers."""
+
+    device = DEVICE
+
+    def __new__(cls, device: Any = None):
+        return super().__new__(cls, "cpu")
+
+
 class PretendedAccelerator(TorchDispatchMode):
     """
     A context in which [`PretendedTensor`]s compute.
@@ -77,6 +86,15 @@ class PretendedAccelerator(TorchDispatchMode):
             return value
         with torch.no_grad():
             return tree_map(lambda x: self._wrapped(x.detach()) if _is_here(x) else x, value)
+
+    def put_to_train(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Move a model that is trained: unlike by [`~PretendedAccelerator.put`], its parameters stay parameters."""
+        gradients = {id(module): _needing_gradients(module) for module in model.modules()}
+        with self:
+            for module in self.put(model).modules():
+                for name, needs_gradients in gradients[id(module)].items():
+                    module._parameters[name] = torch.nn.Parameter(module._parameters[name], needs_gradients)
+        return model
 
     def _wrapped(self, held: torch.Tensor) -> PretendedTensor:
         """Wrap a tensor, and count its memory until it is gone."""
@@ -120,6 +138,11 @@ class PretendedAccelerator(TorchDispatchMode):
         if not goes_to or func is aten._local_scalar_dense.default:
             return outputs
         return tree_map(lambda x: self._wrapped(x) if isinstance(x, torch.Tensor) else x, outputs)
+
+
+def _needing_gradients(module: torch.nn.Module) -> dict[str, bool]:
+    """Of a module's own parameters, which require gradients."""
+    return {name: each.requires_grad for name, each in module._parameters.items() if each is not None}
 
 
 def _is_here(value: Any) -> bool:

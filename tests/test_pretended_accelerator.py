@@ -6,13 +6,14 @@ import pytest
 import torch
 from accelerate import cpu_offload_with_hook
 from peft import LoraConfig
-from tiny_pipelines import flux, randn, sd3, wan
+from tiny_pipelines import RECIPES, flux, generate, randn, sd3, wan
 from torch import nn
 
 from diffusers_dmp import DenoiserExperts, LoraExperts, NoiseIntervals, TaskRouting
 from diffusers_dmp.models.time_argument import ExpertFinder
 
 INTERVALS = NoiseIntervals.from_sigmas([0.875])
+HALVES = NoiseIntervals.from_sigmas([0.5])  # of which both occur in three steps
 COPY = "aten._to_copy.default"
 DENOISERS = {"sd3": sd3, "flux": flux, "wan": wan}
 
@@ -89,6 +90,19 @@ def test_lora_experts_wait_once_in_a_step_to_know_the_time(accelerator, name):
     assert accelerator.waits == [COPY] * 2  # of the time and the output
 
 
+MIXED = {"sd3": [950.0, 100.0], "flux": [0.95, 0.1], "wan": [950, 100]}
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_a_batch_of_several_experts_waits_once_too(accelerator, name):
+    experts = DenoiserExperts([DENOISERS[name](seed=seed) for seed in (0, 1)], INTERVALS)
+    arguments = inputs(name) | {"timestep": torch.tensor(MIXED[name])}
+    with torch.no_grad():
+        expected = experts(**arguments)[0]
+    torch.testing.assert_close(call(accelerator, experts, arguments), expected)
+    assert accelerator.waits == [COPY] * 2  # of the time and the output
+
+
 @pytest.mark.parametrize("name", DENOISERS)
 def test_task_routing_waits_at_the_first_step_only(accelerator, name):
     model = DENOISERS[name]()
@@ -99,13 +113,57 @@ def test_task_routing_waits_at_the_first_step_only(accelerator, name):
     assert accelerator.waits == [COPY]  # of the output
 
 
+@torch.no_grad()
 def test_a_schedule_there_is_waited_for_at_the_first_step_only(accelerator):
     finder = ExpertFinder(flux(), INTERVALS)
     schedule = accelerator.put(torch.tensor([1000.0, 875.0, 500.0]))
-    told = accelerator.put((schedule.held / 1000).bfloat16())
     with accelerator:
-        assert [finder((), {"timestep": told[i]}, schedule) for i in range(3)] == [[1], [1], [0]]
+        told = [timestep.bfloat16() / 1000 for timestep in schedule]
+        assert [finder((), {"timestep": each}, schedule) for each in told] == [[1], [1], [0]]
     assert accelerator.waits == [COPY] * 4
+    with accelerator:
+        schedule.copy_(schedule.flip(0))  # as a new schedule would be
+        assert finder((), {"timestep": schedule[0] / 1000}, schedule) == [0]
+    assert accelerator.waits == [COPY] * 6
+
+
+def waits_of_a_sampling(accelerator, name: str, denoiser: nn.Module, attach=lambda pipe: None) -> int:
+    """How often the CPU waits for the accelerator in the three steps of a real pipeline that is there as a whole."""
+    recipe = RECIPES[name]
+    pipe = recipe.pipe(denoiser)
+    attach(pipe)
+    for component in pipe.components.values():
+        if isinstance(component, nn.Module):
+            accelerator.put(component)
+    accelerator.waits.clear()
+    with accelerator:
+        generate(name, pipe, 3, **accelerator.put(recipe.call()))
+    return len(accelerator.waits)
+
+
+# By how many waits more a sampling has with experts than without. These compute the time anew for every call, which waits:
+# six calls, three of Z-Image's. The second expert also makes the tables of Qwen-Image's and Z-Image's positions, as the first.
+WAITS = {"flux": 6, "qwen": 6 + 2, "zimage": 3 + 3}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_sampling_with_experts_waits_once(accelerator, name):
+    plain = waits_of_a_sampling(accelerator, name, RECIPES[name].denoiser())
+    experts = DenoiserExperts([RECIPES[name].denoiser(seed=seed) for seed in (0, 1)], HALVES)
+    assert waits_of_a_sampling(accelerator, name, experts) - plain == WAITS.get(name, 1)
+
+
+@pytest.mark.parametrize("name", ["sd3", "sdxl"])
+def test_a_sampling_with_lora_experts_waits_once(accelerator, name):
+    def attach(pipe) -> None:
+        model = getattr(pipe, RECIPES[name].component)
+        for adapter in ("low", "high"):
+            model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), adapter)
+        LoraExperts(["low", "high"], HALVES).attach(pipe)  # and of the schedule
+
+    plain = waits_of_a_sampling(accelerator, name, RECIPES[name].denoiser())
+    assert waits_of_a_sampling(accelerator, name, RECIPES[name].denoiser(), attach) - plain == 1
 
 
 def test_memory_is_counted_until_it_is_freed(accelerator):

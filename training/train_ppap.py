@@ -96,6 +96,10 @@ class PPAPTrainingArguments(BoundaryArguments, ExpertArguments, ProcessArguments
         for name in ("sample_steps", "pipeline_steps"):
             if getattr(self, name):
                 raise ValueError(f"Expected `{name}` to be 0, as nothing is sampled, but got {getattr(self, name)}.")
+        if self.compile:
+            raise ValueError(
+                "Expected `compile` to be false for PPAP, which trains a little of a network of others, but got true."
+            )
         if self.vae is not None:
             raise ValueError(f"Expected no `vae`, as the experts look at images, but got {self.vae!r}.")
         if (self.teacher_image_column is None) != (self.teacher_image_size is None):

@@ -7,16 +7,29 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import randomised
-from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiTPipeline,
+    DPMSolverMultistepScheduler,
+    UNet2DModel,
+)
+from diffusers import DiTTransformer2DModel as StockDiT
 from PIL import Image
 
 from diffusers_dmp import ClassConditionalPipeline, DiTModel
+from diffusers_dmp.evaluation import sample
+from diffusers_dmp.evaluation.fingerprint import expect_comparable
 from diffusers_dmp.evaluation.sample import SamplingArguments, sample_images, sampling_settings
-from diffusers_dmp.training.data.seeded_sampling import _scheduler_for
+from diffusers_dmp.training.data.random_numbers import noise_settings
+from diffusers_dmp.training.data.seeded_sampling import _scheduler_for, compile_for_sampling
 
 TINY = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "sample_size": 8, "in_channels": 1}
 MODULE = "diffusers_dmp.evaluation.sample"
@@ -130,6 +143,61 @@ def test_another_model_in_the_same_place_is_refused(tmp_path):
         sample_images(settings)
 
 
+@pytest.mark.parametrize("choice", [{"dtype": "bfloat16"}, {"tf32": True}])
+def test_images_of_another_precision_are_refused(pipeline, tmp_path, monkeypatch, choice):
+    """Neither are they mixed in a folder, nor are their metrics compared."""
+    monkeypatch.setattr(sample, "check_tf32", lambda device: None)
+    ((name, value),) = choice.items()
+    settings = []
+    for folder, chosen in (("plain", {}), ("other", choice)):
+        sample_images(arguments(pipeline, tmp_path / folder, num_images=2, **chosen))
+        settings.append(json.loads((tmp_path / folder / "sampling.json").read_text()))
+    assert settings[1][name] == value
+    with pytest.raises(ValueError, match=f"measured alike, but got others in {name} "):
+        expect_comparable(*settings)
+    with pytest.raises(ValueError, match=f"Expected `{name}` to be .*, but got {value!r}"):
+        sample_images(arguments(pipeline, tmp_path / "plain", num_images=2, **choice))
+    expect_comparable(settings[0], settings[0])
+
+
+def test_noise_of_another_way_is_refused(pipeline, tmp_path, monkeypatch):
+    """As on a GPU in a folder of an older version, whose images had other bits."""
+    sample_images(arguments(pipeline, tmp_path, num_images=2))
+    monkeypatch.setattr(sample, "noise_settings", lambda device: noise_settings(torch.device("cuda")))
+    with pytest.raises(
+        ValueError, match="Expected `noise` to be None, as in the images .* 'of several steps at once'"
+    ):
+        sample_images(arguments(pipeline, tmp_path, num_images=2))
+
+
+def test_a_pipeline_is_compiled_as_it_can_be(caplog):
+    """By itself, by its denoisers' repeated blocks, or not at all, which a line says."""
+    calls = []
+    compile_for_sampling(SimpleNamespace(compile=lambda: calls.append("pipeline")))
+    assert calls == ["pipeline"]
+    # Diffusers' own have no `compile`
+    transformer = StockDiT(num_attention_heads=2, attention_head_dim=8, num_layers=2, sample_size=8, in_channels=4)
+    transformer._repeated_blocks = ["BasicTransformerBlock"]
+    compile_for_sampling(DiTPipeline(transformer, AutoencoderKL(), DDPMScheduler()))
+    assert all(block._compiled_call_impl is not None for block in transformer.transformer_blocks)
+    assert not caplog.records
+    unet = UNet2DModel(8, block_out_channels=(32,), down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"])
+    compile_for_sampling(DDPMPipeline(unet, DDPMScheduler()))
+    (record,) = caplog.records
+    assert record.getMessage().startswith("The DDPMPipeline is not compiled: ")
+
+
+def test_compiled_images_may_be_added_to_others(pipeline, tmp_path, monkeypatch):
+    """Compilation changes images by rounding only, as the batch size does; it comes after experts are attached."""
+    compiled = []
+    monkeypatch.setattr(sample, "compile_for_sampling", compiled.append)
+    sample_images(arguments(pipeline, tmp_path))
+    assert not compiled
+    next((tmp_path / "shards").iterdir()).unlink()
+    sample_images(arguments(pipeline, tmp_path, compile=True))
+    assert len(compiled) == 1 and "compile" not in json.loads((tmp_path / "sampling.json").read_text())
+
+
 def test_images_of_other_settings_are_refused(pipeline, tmp_path):
     sample_images(arguments(pipeline, tmp_path, num_images=2))
     with pytest.raises(ValueError, match="`guidance_scale` to be 1.5, .* but got 3.0"):
@@ -186,3 +254,19 @@ def test_a_killed_run_continues(pipeline, tmp_path):
     assert all(path.stat().st_mtime_ns == time_before for path, time_before in shards_before.items())
     sample_images(arguments(pipeline, tmp_path / "whole", **many))
     assert_same_images(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"), [({"tf32": True}, "`tf32` on a GPU that has it"), ({"dtype": "bfloat16"}, "no bfloat16")]
+)
+def test_what_the_device_has_not_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, choice, said):
+    monkeypatch.setattr(sample, "check_dtype", refuse_bfloat16)
+    with pytest.raises(ValueError, match=said):
+        sample_images(arguments("missing/pipeline", tmp_path / "samples", **choice))
+    assert not (tmp_path / "samples").exists()
+
+
+def refuse_bfloat16(dtype: torch.dtype, device: torch.device) -> None:
+    """As on a GPU that has none."""
+    if dtype == torch.bfloat16:
+        raise ValueError("no bfloat16")

@@ -47,6 +47,36 @@ def test_modulations_ahead_of_time_are_those_of_each_timestep(model, inputs):
     assert not torch.allclose(sample_all(model, inputs, modulations.flip(0)), sample_all(model, inputs), atol=1e-2)
 
 
+@torch.no_grad()
+def test_modulations_of_a_shared_label_serve_any_batch(model, batch):
+    """Also one of several timesteps, which a Remix-DiT sorts by expert, if all have the modulations that are given."""
+    shared = batch | {"class_labels": torch.full((4,), 7)}
+    known = model.modulations_at(TIMESTEPS[:1], torch.tensor([7]))[0]
+    expected = model(**shared, modulations=known.expand(-1, -1, 4, -1, -1)).sample
+    assert (expected - model(**shared).sample).abs().max() > 1e-3
+    torch.testing.assert_close(model(**shared, modulations=known).sample, expected)
+
+
+def test_modulations_that_do_not_fit_are_refused(model, inputs):
+    modulations = model.modulations_at(TIMESTEPS, inputs["class_labels"])
+    call = inputs | {"timestep": TIMESTEPS[0]}
+    with pytest.raises(ValueError, match="only under `torch.no_grad"):
+        model(**call, modulations=modulations[0])
+    for wrong in (
+        modulations,
+        modulations[0, :1],
+        modulations[0, :, :, :2],
+        modulations[0, :, :, :, 0],
+        modulations[0, ..., 1:],
+    ):
+        with torch.no_grad(), pytest.raises(ValueError, match=r"\(2, 6, 4, 1, 48\) or.*but got the shape"):
+            model(**call, modulations=wrong)
+    with pytest.raises(ValueError, match="timestep"):
+        model.modulations_at(torch.tensor([1001]), inputs["class_labels"])
+    with pytest.raises(ValueError, match=r"class_labels.*\[0, 11\)"):
+        model.modulations_at(TIMESTEPS, torch.tensor([11]))
+
+
 def test_one_graph_serves_all_experts_and_timesteps(model, inputs):
     expected = sample_all(model, inputs)
     counter = CompileCounter()

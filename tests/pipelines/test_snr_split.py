@@ -29,6 +29,7 @@ from test_class_conditional import SCHEDULERS
 
 from diffusers_dmp import (
     ClassConditionalPipeline,
+    DiTModel,
     DTRTransformer2DModel,
     PatchedUNet2DModel,
     PromptPatch,
@@ -228,9 +229,12 @@ def test_denoisers_that_read_their_timesteps_get_them_on_the_cpu(mixed):
     seen = []
     remix.register_forward_pre_hook(lambda model, args: seen.append(args[1].device.type))
     generate(pipeline)
-    assert seen == ["cpu"] * len(seen) and reads_inputs_on_cpu(remix) and not reads_inputs_on_cpu(mixed.denoiser_0)
-    PromptPatch.for_transformer(mixed.denoiser_0).attach(mixed.denoiser_0)
-    assert reads_inputs_on_cpu(mixed.denoiser_0)
+    assert seen == ["cpu"] * len(seen) and reads_inputs_on_cpu(remix)
+    assert reads_inputs_on_cpu(mixed.denoiser_0) and not reads_inputs_on_cpu(mixed.denoiser_1)  # a DTR
+    plain = randomised(DiTModel(**TINY_CONFIG | {"out_channels": 4}))
+    assert not reads_inputs_on_cpu(plain)
+    PromptPatch.for_transformer(plain).attach(plain)
+    assert reads_inputs_on_cpu(plain)
 
 
 # What they predict
@@ -270,7 +274,7 @@ def test_both_meanings_of_a_learned_variance():
     x_t, timestep = torch.randn(1, 4, 8, 8), torch.tensor(500)
     with torch.no_grad():
         u = unet(x_t, timestep).sample[:, 4:]
-        inputs = DenoiserInputs(unet, timestep[None], x_t.device)
+        inputs = DenoiserInputs(unet, timestep[None], x_t.device, [0])
         v = inputs.predict(0, x_t, None, True)[:, 4:]
     expected = VARIANCE_TYPES["learned_range_sigmoid"](u)
     torch.testing.assert_close(VARIANCE_TYPES["learned_range"](v), expected)

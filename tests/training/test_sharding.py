@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from conftest import TINY_CONFIG
 from diffusers import DDPMScheduler, DiffusionPipeline
 from runs import TINY, launch_with_fsdp2, train_here, weights
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from diffusers_dmp import DenoiserExperts, DiTModel, NoiseIntervals
 from diffusers_dmp.evaluation.digits import write_image_folder
 from diffusers_dmp.models.dit.layers import DiTBlock
+from diffusers_dmp.training import compilation
 from diffusers_dmp.training.arguments import TrainingArguments
 from diffusers_dmp.training.data.training_data import VALIDATION_BATCH_SIZE
 from diffusers_dmp.training.export import export_checkpoint
@@ -280,3 +281,21 @@ def test_two_processes_follow_one_and_any_number_resumes(reference, digits, held
     shutil.rmtree(tmp_path / "one_to_two/checkpoint-4")
     launch_sharded("train_dit.py", tmp_path / "one_to_two", digits, held_out, resume_from_checkpoint="latest")
     expect_same_training(tmp_path / "one_to_two", reference)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_sharded(sharded, digits, held_out, tmp_path, monkeypatch):
+    """With one graph for all blocks, in the first step."""
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
+    torch.compiler.reset()
+    train_in(tmp_path / "compiled", digits, held_out, compile=True)
+    torch.compiler.reset()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name)
+    train_in(tmp_path / "eager", digits, held_out)
+    compiled, eager = weights(tmp_path / "compiled"), weights(tmp_path / "eager")
+    assert compiled.keys() == eager.keys()
+    for name, tensor in eager.items():
+        torch.testing.assert_close(compiled[name], tensor, atol=1e-5, rtol=1e-4)

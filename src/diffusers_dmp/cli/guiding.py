@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from ..guidance import GuidanceExperts
     from .generating import Video
 
-DTYPES = ("float32", "float16", "bfloat16")
-
 
 @app.command(cls=Command)
 def guide(
@@ -100,7 +98,7 @@ def guide(
         str | None,
         typer.Option(help="Device to compute on, such as cpu or cuda. By default an accelerator, if there is one."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help=f"Precision of the pipeline: {', '.join(DTYPES)}.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Precision of the pipeline: float32, float16 or bfloat16.")] = "float32",
 ) -> None:
     """
     Guide any pipeline by a vision model: towards a class, a text, a depth map or a segmentation.
@@ -226,6 +224,8 @@ def _check_options(output: Path, experts: str | None, network: str | None, dtype
     """Check what can be checked at once."""
     from PIL import Image
 
+    from ..models.precision import dtype_named
+
     format_name = Image.registered_extensions().get(output.suffix.lower())
     if format_name not in Image.SAVE or not output.parent.is_dir():  # Pillow reads more formats than it writes
         raise ValueError(f"Expected `--output` to be an image file in an existing folder, but got {str(output)!r}.")
@@ -234,7 +234,6 @@ def _check_options(output: Path, experts: str | None, network: str | None, dtype
             "Expected one vision model that guides, trained `--experts` or a `--network` as it is, but got "
             f"{'neither' if experts is None else 'both'}."
         )
-    if dtype not in DTYPES:
-        raise ValueError(f"Expected `--dtype` to be one of {', '.join(DTYPES)}, but got {dtype!r}.")
+    dtype_named(dtype, argument="--dtype")  # raises for an unknown one
     check_source("--experts", experts, repo_type="model")
     check_source("--network", network, repo_type="model")

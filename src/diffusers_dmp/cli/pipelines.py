@@ -49,24 +49,22 @@ def load_any_pipeline(source: str, dtype: str, device: str | None, scheduler: st
         scheduler (`str`, *optional*): The class of another scheduler.
 
     Raises:
-        ValueError: if there is no such device, a file is damaged, or weights are not finite.
+        ValueError: if there is no such device or it does not have the dtype, a file is damaged, or weights are not finite.
     """
-    import torch
     from diffusers import DiffusionPipeline
     from diffusers.utils.torch_utils import get_device
 
     from ..diffusion.schedulers import make_like
+    from ..models.precision import check_device, check_dtype, dtype_named
     from ..saving.finite import expect_finite_pipeline
     from ..saving.weight_files import check_saved_folder
 
-    try:
-        torch.empty(0, device=device)
-    except RuntimeError as error:
-        raise ValueError(f"Expected `--device` to be a device of this computer, but got {device!r}.") from error
+    chosen = check_device(device or get_device(), "--device")
+    check_dtype(dtype_named(dtype, argument="--dtype"), chosen)
     check_saved_folder(source)
-    pipe: Any = DiffusionPipeline.from_pretrained(source, dtype=getattr(torch, dtype))
+    pipe: Any = DiffusionPipeline.from_pretrained(source, dtype=dtype_named(dtype))
     expect_finite_pipeline(pipe, source)
-    pipe.to(device or get_device())
+    pipe.to(chosen)
     if scheduler is not None:
         pipe.scheduler = make_like(pipe.scheduler, scheduler)
     return pipe

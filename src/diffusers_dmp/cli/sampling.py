@@ -58,6 +58,7 @@ def sample(
     from PIL import Image
 
     from ..diffusion.schedulers import make_like
+    from ..models.precision import check_device
     from ..plots import sample_grid
 
     if output.suffix.lower() not in Image.registered_extensions() or not output.parent.is_dir():
@@ -65,10 +66,7 @@ def sample(
     chosen = None if scheduler is None else scheduler_class(scheduler)
     pipe = load_pipeline(pipeline)
     labels = _class_indices(pipe, label or [], class_index or [])
-    try:
-        pipe.to(device or get_device())
-    except RuntimeError as error:
-        raise ValueError(f"Expected `--device` to be a device of this computer, but got {device!r}.") from error
+    pipe.to(check_device(device or get_device(), "--device"))
     if chosen is not None:
         pipe.scheduler = make_like(pipe.scheduler, chosen)
     guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}

@@ -4,6 +4,8 @@ Timesteps t count the T steps of the training schedule: t = 0 is almost clean, t
 scheduler (https://arxiv.org/abs/2210.02747) has t = σ·T and starts at exactly t = T.
 """
 
+from typing import Any
+
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
@@ -12,6 +14,7 @@ from .noise import is_flow_matching, scheduler_setting
 # What float32 leaves open of a timestep, as a share of T: schedulers and pipelines order the same operations differently, and a
 # flow-matching scheduler with a shift may begin at t = 1000.0002.
 SINGLE_PRECISION = 32 * torch.finfo(torch.float32).eps
+_SIGMAS_WITH_SAMPLES = ("LTXEulerAncestralRFScheduler",)
 
 
 def check_timesteps(timesteps: torch.Tensor, num_train_timesteps: int) -> None:
@@ -117,3 +120,18 @@ def training_timesteps(scheduler: SchedulerMixin, num_train_timesteps: int) -> t
         return timesteps * num_train_timesteps
     check_train_timesteps(scheduler, num_train_timesteps)
     return timesteps
+
+
+def move_sigmas_to_samples(scheduler: SchedulerMixin, device: torch.device | str | None) -> None:
+    """
+    Move a scheduler's σ, set on the CPU, to the samples if its `step` computes with them there.
+
+    The other schedulers take each σ as a number, or move it themselves: on the CPU, no step waits for an accelerator to read it.
+
+    Args:
+        scheduler ([`SchedulerMixin`]): A scheduler whose timesteps are set.
+        device: Where the samples are.
+    """
+    if type(scheduler).__name__ in _SIGMAS_WITH_SAMPLES:
+        moved: Any = scheduler
+        moved.sigmas = moved.sigmas.to(device)

@@ -24,7 +24,7 @@ from ..training.parsing import run_entry_point
 from .clip_score import ClipScorer, clip_score
 from .features import DIGITS, INCEPTION, FeatureExtractor, Features, extract_features
 from .fingerprint import make_fingerprint, read_settings
-from .images import DatasetImages, open_images
+from .images import DatasetImages, open_images, read_ahead
 from .metrics import GaussianStatistics, frechet_distance, inception_score, kernel_distance, precision_and_recall
 from .npz import NpzImages, read_arrays
 from .sample import PROMPTS_NAME, SETTINGS_NAME
@@ -154,7 +154,7 @@ def _score_prompts(
     """Compare generated images with their prompts."""
     scorer = ClipScorer(str(args.clip)).to(device)
     (first,) = next(generated.batches(1))
-    value = clip_score(scorer, generated.batches(args.batch_size), prompts)
+    value = clip_score(scorer, read_ahead(generated.batches(args.batch_size)), prompts)
     fingerprint = make_fingerprint(
         scorer.fingerprint,
         {"num_prompts": len(prompts), "prompts_sha256": prompts_sha256(prompts)},
@@ -252,7 +252,7 @@ def _features_and_hash(
             digest.update(np.ascontiguousarray(batch).data)
             yield batch
 
-    return extract_features(extractor, batches(), device), digest.hexdigest()
+    return extract_features(extractor, read_ahead(batches()), device), digest.hexdigest()
 
 
 def _random_subset(features: torch.Tensor) -> torch.Tensor:

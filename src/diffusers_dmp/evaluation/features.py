@@ -152,14 +152,20 @@ def extract_features(extractor: FeatureExtractor, batches: Iterable[np.ndarray],
     Returns:
         [`Features`] of all images, on the CPU.
     """
-    pooled, spatial, logits = [], [], []
+    device = torch.device(device)
+    rows: list[torch.Tensor] = []  # all features of an image side by side: a batch is copied to the CPU at once
     # not in TF32, which is the default of convolutions on a GPU
     with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
         for batch in batches:
-            features = extractor(torch.from_numpy(batch.copy()).permute(0, 3, 1, 2).to(device))
-            pooled.append(features.pooled.cpu())
-            if features.spatial is not None:
-                spatial.append(features.spatial.cpu())
-            if features.logits is not None:
-                logits.append(features.logits.cpu())
-    return Features(torch.cat(pooled), torch.cat(spatial) if spatial else None, torch.cat(logits) if logits else None)
+            images = torch.from_numpy(batch.copy()).permute(0, 3, 1, 2)  # (n, C, H, W)
+            if device.type == "cuda":
+                images = images.pin_memory()
+            features = extractor(images.to(device, non_blocking=True))
+            kinds = {name: value for name, value in vars(features).items() if value is not None}
+            if rows:
+                rows[-1] = rows[-1].cpu()  # the last batch's, now that the GPU has this one to compute
+            rows.append(torch.cat([*kinds.values()], dim=1))
+    rows[-1] = rows[-1].cpu()
+    widths = [value.shape[1] for value in kinds.values()]
+    columns = zip(*[batch.split(widths, dim=1) for batch in rows])
+    return Features(**{name: torch.cat(column) for name, column in zip(kinds, columns)})

@@ -5,14 +5,17 @@ Legend: N images, H and W height and width, C channels.
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import PIL.Image
 
 from ..training.data.decoding import BACKGROUND, check_background, open_image
 from ..training.data.images import describe_images, load_images
-from ..training.data.scan import readable_images
+from ..training.data.scan import MAX_THREADS, readable_images
 from .npz import NpzImages
 
 
@@ -52,16 +55,35 @@ class DatasetImages:
             ValueError: if the sizes differ, or if an image cannot be read; see [`open_image`].
         """
         size = None
-        for batch in self.dataset.select_columns([self.image_column]).iter(batch_size):
-            images = [open_image(encoded, 3, self.background) for encoded in batch[self.image_column]]
-            size = size or images[0].size
-            for encoded, image in zip(batch[self.image_column], images):
-                if image.size != size:
-                    raise ValueError(
-                        f"Expected the images of {self.source!r} to be of one size, but got {size[0]} x {size[1]} and "
-                        f"{image.width} x {image.height} pixels ({encoded['path'] or 'without a name'})."
-                    )
-            yield np.stack([np.asarray(image) for image in images])
+        with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as threads:
+            for batch in self.dataset.select_columns([self.image_column]).iter(batch_size):
+                images = list(threads.map(self._open, batch[self.image_column]))
+                size = size or images[0].size
+                for encoded, image in zip(batch[self.image_column], images):
+                    if image.size != size:
+                        raise ValueError(
+                            f"Expected the images of {self.source!r} to be of one size, but got {size[0]} x {size[1]} and "
+                            f"{image.width} x {image.height} pixels ({encoded['path'] or 'without a name'})."
+                        )
+                yield np.stack([np.asarray(image) for image in images])
+
+    def _open(self, encoded: dict[str, Any]) -> PIL.Image.Image:
+        return open_image(encoded, 3, self.background)
+
+
+def read_ahead(batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """
+    Yield batches, and read the next one meanwhile.
+
+    Args:
+        batches (of `np.ndarray`): The batches; an error in reading one is raised in its place.
+    """
+    following = iter(batches)
+    with ThreadPoolExecutor(1) as reader:
+        reading = reader.submit(next, following, None)
+        while (batch := reading.result()) is not None:
+            reading = reader.submit(next, following, None)
+            yield batch
 
 
 def open_images(

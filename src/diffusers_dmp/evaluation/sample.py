@@ -18,19 +18,27 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm
 
+from ..models.precision import check_dtype, check_tf32, dtype_named
 from ..models.vision import network_sha256
 from ..plugins.lora_experts import LoraExperts
 from ..saving.finite import expect_finite_files
 from ..saving.sources import check_source
 from ..saving.whole import written_whole
 from ..training.arguments import option
+from ..training.data.encoded_images import EncodedImages
 from ..training.data.folders import LABEL
 from ..training.data.prompts import PROMPT, prompts_sha256, read_prompts
+from ..training.data.random_numbers import noise_settings
 from ..training.data.requests import CallArguments, Requests, make_requests
-from ..training.data.seeded_sampling import SeededSamplingArguments, load_sampling_pipeline, sample_seeded
+from ..training.data.seeded_sampling import (
+    SeededSamplingArguments,
+    compile_for_sampling,
+    load_sampling_pipeline,
+    sample_seeded,
+)
 from ..training.data.shards import make_shard_accelerator, remember_settings, write_shards
 from ..training.parsing import renamed, run_entry_point
-from .images import DatasetImages
+from .images import DatasetImages, read_ahead
 from .npz import write_npz
 
 NPZ_NAME, SETTINGS_NAME, PROMPTS_NAME = "samples.npz", "sampling.json", "prompts.json"
@@ -73,11 +81,14 @@ def sample_images(args: SamplingArguments) -> Path | None:
         The path of the file on the main process, None on the others.
 
     Raises:
-        ValueError: if `output_dir` contains images that were sampled with other settings, or the pipeline's call and the
-            arguments do not fit.
+        ValueError: if `output_dir` contains images that were sampled with other settings, the pipeline's call and the
+            arguments do not fit, or the device does not have the dtype or TF32.
     """
     prompts = None if args.prompts is None else read_prompts(args.prompts, args.prompt_column)[: args.num_images]
     accelerator = make_shard_accelerator()
+    check_dtype(dtype_named(args.dtype), accelerator.device)  # before anything is downloaded
+    if args.tf32:
+        check_tf32(accelerator.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     folder = Path(args.output_dir)
     with accelerator.main_process_first():
@@ -87,6 +98,8 @@ def sample_images(args: SamplingArguments) -> Path | None:
     requests = _make_requests(pipeline, args, prompts)
     if experts is not None:
         LoraExperts.from_pretrained(experts).attach(pipeline)
+    if args.compile:
+        compile_for_sampling(pipeline)
     with accelerator.main_process_first():
         settings = sampling_settings(args, pipeline, Path(source))
         if prompts is not None:
@@ -129,12 +142,13 @@ def _sample_shard(
     pipeline: DiffusionPipeline, args: SamplingArguments, rows: range, requests: Requests, progress: tqdm
 ) -> datasets.Dataset:
     """Sample the images with the indices `rows`, batch by batch."""
-    columns: dict[str, list] = {"image": []}
     features = {"image": datasets.Image()}
-    for start in range(0, len(rows), args.batch_size):
-        indices = rows[start : start + args.batch_size]
-        columns["image"] += sample_seeded(pipeline, args.seed, indices, **requests(indices))
-        progress.update(len(indices))
+    with EncodedImages() as images:
+        for start in range(0, len(rows), args.batch_size):
+            indices = rows[start : start + args.batch_size]
+            images.add(sample_seeded(pipeline, args.seed, indices, **requests(indices)))
+            progress.update(len(indices))
+        columns: dict[str, list] = {"image": images.encoded()}
     own = {PROMPT: ("string", requests.prompts_of(rows)), LABEL: ("int64", requests.labels_of(rows))}
     for name, (kind, values) in own.items():
         if values is not None:
@@ -149,7 +163,7 @@ def _join_shards(folder: Path, args: SamplingArguments, requests: Requests) -> P
     images = DatasetImages(str(folder / SHARDS))
     first = next(images.batches(1))
     path = folder / NPZ_NAME
-    write_npz(path, images.batches(args.batch_size), (len(images), *first.shape[1:]), labels)
+    write_npz(path, read_ahead(images.batches(args.batch_size)), (len(images), *first.shape[1:]), labels)
     if args.png:
         (folder / PNG_FOLDER).mkdir(exist_ok=True)
         for index, encoded in enumerate(images.dataset["image"]):
@@ -167,9 +181,9 @@ def sampling_settings(args: SamplingArguments, pipeline: DiffusionPipeline, fold
         folder (`Path`): The folder that it was loaded from.
 
     Returns:
-        A dictionary that JSON can store. The batch size is not part of it: it changes images by rounding only.
+        A dictionary that JSON can store. Batch size and compilation are not part of it: they change images by rounding only.
     """
-    free = ("output_dir", "batch_size", "png", "prompt_column")
+    free = ("output_dir", "batch_size", "compile", "png", "prompt_column")
     settings = {name: value for name, value in vars(args).items() if name not in free}
     settings["prompts"] = None if args.prompts is None else Path(args.prompts).name
     settings["pipeline_arguments"] = args.further_arguments() or None
@@ -180,6 +194,7 @@ def sampling_settings(args: SamplingArguments, pipeline: DiffusionPipeline, fold
     settings["scheduler_sha256"] = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
     settings["vae_sha256"] = None if vae is None else network_sha256(vae)
     settings["device"] = pipeline.device.type  # CPUs and GPUs have different random numbers
+    settings |= noise_settings(pipeline.device)
     if args.guidance_scale is None:
         default = getattr(inspect.signature(pipeline.__call__).parameters.get("guidance_scale"), "default", None)
         # an `SNRSplitPipeline` has a scale for each denoiser in its config

@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import get_device
 
 from ..intervals import NoiseIntervals
+from ..models.precision import check_dtype, dtype_named
 from ..plugins.lora_experts import LoraExperts
 from ..saving.finite import expect_finite_pipeline
 from ..saving.pipeline_parts import load_components, saved_class
@@ -27,7 +28,6 @@ from ..training.data.encoded_rows import collate
 from ..training.data.encoded_text import Encoded, batches_of_one_bucket, check_shapes
 from ..training.data.encoding_record import check_encoding
 from ..training.data.prompts import PROMPT
-from ..training.data.seeded_sampling import DTYPES
 from ..training.objectives.shifts import ResolutionShift
 from ..training.summary import SUMMARY_NAME
 from ..training.text_pipelines import TextPipeline, text_pipeline_of
@@ -159,20 +159,20 @@ def diagnose_encoded(
         dtype (`str`): Precision of the denoiser: float32, float16 or bfloat16.
 
     Raises:
-        ValueError: if the images were encoded with another pipeline, a file is damaged, or weights are not finite; see also
-            [`diagnose_text_pipeline`].
+        ValueError: if the images were encoded with another pipeline, a file is damaged, weights are not finite, or the device
+            does not have the dtype; see also [`diagnose_text_pipeline`].
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"Expected `dtype` to be one of {', '.join(DTYPES)}, but got {dtype!r}.")
+    device = get_device()
+    check_dtype(dtype_named(dtype), device)
     folder = name_or_path if os.path.isdir(name_or_path) else DiffusionPipeline.download(name_or_path)
     check_saved_folder(folder)
     text = text_pipeline_of(saved_class(DiffusionPipeline.load_config(folder)))
     wanted = {"scheduler", *text.components}
-    pipeline = load_components(folder, wanted.__contains__, dtype=getattr(torch, dtype))
+    pipeline = load_components(folder, wanted.__contains__, dtype=dtype_named(dtype))
     expect_finite_pipeline(pipeline, folder)
     check_encoding(encoded.encoding, pipeline, str(folder), encoded.source)
     check_shapes(encoded, pipeline)
-    pipeline.to(get_device())
+    pipeline.to(device)
     batches, counts = _batches(encoded, num_images), (num_bands, num_inference_steps)
     if lora_experts is None:
         return diagnose_text_pipeline(pipeline, batches, None, *counts)

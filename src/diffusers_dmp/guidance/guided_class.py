@@ -16,12 +16,11 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..diffusion.noise import is_flow_matching
 from ..diffusion.predictions import expected_prediction_type
-from ..diffusion.timesteps import counts_from_noise
+from ..diffusion.timesteps import counts_from_noise, move_sigmas_to_samples
 from .gradient import Guidance
 from .step_schedule import NoisyStep, StepSchedule
 from .steps import guided_prediction, step_with_guided_mean, unclipped
 
-_SIGMAS_WITH_SAMPLES = ("LTXEulerAncestralRFScheduler",)  # its step computes with σ on the samples' device
 _TIMESTEPS_WITH_SAMPLES = ("CogVideoXDDIMScheduler",)  # CogView 3's denoiser does not move them there
 
 
@@ -89,8 +88,7 @@ class GuidedStepsMixin(SchedulerMixin):
         if hasattr(self, "step_index") or name in _TIMESTEPS_WITH_SAMPLES:
             self.timesteps: torch.Tensor = self.timesteps.to(device)
             self._schedule = schedule = replace(schedule, moved=self.timesteps)
-        if name in _SIGMAS_WITH_SAMPLES:
-            self.sigmas: torch.Tensor = self.sigmas.to(device)
+        move_sigmas_to_samples(self, device)
         trained = schedule.training_timesteps.tolist()
         for guidance in self._guidances():
             guidance.reset()

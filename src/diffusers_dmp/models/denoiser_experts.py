@@ -22,7 +22,7 @@ from torch import nn
 from ..intervals import NoiseIntervals
 from ..saving.mixins import StandaloneModelMixin
 from ..saving.naming import EDGES_KEY, EXPERTS_KEY, PACKAGE
-from .compilation import check_no_graphs
+from .compiled_calls import check_no_graphs
 from .expert_attributes import QUANTISED, ExpertAttributesMixin
 from .expert_configs import (
     check_can_be_loaded,

@@ -11,7 +11,7 @@ import torch
 from diffusers.loaders import PeftAdapterMixin, UNet2DConditionLoadersMixin
 from torch import nn
 
-from .compilation import check_no_graphs, compile_denoisers
+from .compiled_calls import check_no_graphs, compile_denoisers
 
 # Methods with these names change a setting, of every expert.
 _SETTINGS = ("enable_", "disable_", "set_", "reset_", "fuse_", "unfuse_")

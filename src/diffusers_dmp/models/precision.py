@@ -7,29 +7,30 @@ import torch
 DTYPES = ("float32", "float16", "bfloat16")  # those that a user may choose
 
 
-def dtype_named(name: str, names: Sequence[str] = DTYPES) -> torch.dtype:
+def dtype_named(name: str, names: Sequence[str] = DTYPES, argument: str = "dtype") -> torch.dtype:
     """
     Return the dtype of a name.
 
     Args:
         name (`str`): The name, such as 'bfloat16'.
         names (of `str`): The valid ones.
+        argument (`str`): What the argument is called in the error.
 
     Raises:
         ValueError: if it is none of them.
     """
     if name not in names:
-        raise ValueError(f"Expected `dtype` to be one of {', '.join(names)}, but got {name!r}.")
+        raise ValueError(f"Expected `{argument}` to be one of {', '.join(names)}, but got {name!r}.")
     return getattr(torch, name)
 
 
-def check_device(device: "torch.device | str", name: str = "device") -> torch.device:
+def check_device(device: "torch.device | str", argument: str = "device") -> torch.device:
     """
     Return a device, if this computer has it.
 
     Args:
         device (`torch.device` or `str`): The device, such as 'cuda'.
-        name (`str`): What the argument is called in the error.
+        argument (`str`): What the argument is called in the error.
 
     Raises:
         ValueError: if it has not.
@@ -37,7 +38,7 @@ def check_device(device: "torch.device | str", name: str = "device") -> torch.de
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # PyTorch raises either for a device that it was not compiled for
-        raise ValueError(f"Expected `{name}` to be a device of this computer, but got {str(device)!r}.") from error
+        raise ValueError(f"Expected `{argument}` to be a device of this computer, but got {str(device)!r}.") from error
     return torch.device(device)
 
 

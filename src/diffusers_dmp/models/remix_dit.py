@@ -219,6 +219,7 @@ class RemixDiTModel(RemixAdaptersMixin, RemixConversionMixin):
                 owns a timestep.
         """
         self._check_images(hidden_states)
+        self._check_modulations(modulations, hidden_states)
         timestep = checked_timestep(timestep, len(hidden_states), self.config.num_train_timesteps)
         class_labels = self._checked_labels(class_labels, hidden_states)
         order, chosen = self._select_experts(timestep, hidden_states, expert)
@@ -228,7 +229,8 @@ class RemixDiTModel(RemixAdaptersMixin, RemixConversionMixin):
         else:
             order = order.to(hidden_states.device, non_blocking=True)
             drop_ids = None if force_drop_ids is None else force_drop_ids[order]
-            known = None if modulations is None else modulations[:, :, order]
+            is_shared = modulations is None or modulations.shape[2] == 1
+            known = modulations if is_shared else modulations[:, :, order]  # type: ignore[index]
             # eager where the model or its blocks are compiled: the groups of another batch would need another graph
             with torch.compiler.set_stance("force_eager"):
                 sample = self._run(hidden_states[order], timestep[order], class_labels[order], drop_ids, known, chosen)

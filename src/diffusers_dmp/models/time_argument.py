@@ -18,6 +18,7 @@ from torch import nn
 from ..diffusion.timesteps import SINGLE_PRECISION
 from ..intervals import NoiseIntervals
 from ..saving.naming import full_name
+from .caching import CopiesOnCPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,7 +289,9 @@ class ExpertFinder:
     """
     Finds the expert that owns each sample of a batch, from the arguments that a denoiser is called with.
 
-    On an accelerator, the CPU waits once for the values of the time: it has to know them to choose.
+    To choose, the CPU has to know the time, and to read it from an accelerator is to wait. Where the denoiser is called with
+    views of one tensor, such as the timesteps of a scheduler, that is once in a sampling; see [`CopiesOnCPU`]. Where the time is
+    computed anew for each call (Flux, Qwen-Image, Z-Image), it is once in each call.
 
     Args:
         denoiser (`nn.Module`): The denoiser, of which the class is read.
@@ -304,7 +307,7 @@ class ExpertFinder:
         self.argument_names = argument_names_of(type(denoiser))
         self.class_name = type(denoiser).__name__
         self._is_unverified = _known_argument(type(denoiser)) is None
-        self._schedule: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._copies = CopiesOnCPU()
 
     def value(self, args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
         """
@@ -340,11 +343,11 @@ class ExpertFinder:
             ValueError: if tokens of one sample belong to several experts (without those of t = 0, which are given), or the time
                 is not in the unit that the class is known by.
         """
-        value = self.value(args, kwargs).detach().cpu()
+        value = self._copies.shown_by(self.value(args, kwargs))
         total = self.intervals.num_train_timesteps
         known: tuple[torch.Tensor, ...] = (torch.tensor(self.intervals.edges, dtype=torch.float64),)
         if schedule is not None:
-            known = (*known, self._values(schedule)[first_step:])
+            known = (*known, self._copies.whole(schedule)[first_step:])
         timesteps = self.argument.timesteps(value, total, *known)
         self._check_unit(value, timesteps)
         experts = self.intervals.index(timesteps)
@@ -357,12 +360,6 @@ class ExpertFinder:
                 )
         first, *others = owners = experts.tolist()
         return [first] if all(other == first for other in others) else owners
-
-    def _values(self, schedule: torch.Tensor) -> torch.Tensor:
-        """A schedule on the CPU, which waits for it at the first step only: a scheduler makes another tensor for each sampling."""
-        if self._schedule is None or self._schedule[0] is not schedule:
-            self._schedule = schedule, schedule.detach().cpu()
-        return self._schedule[1]
 
     def _check_unit(self, value: torch.Tensor, timesteps: torch.Tensor) -> None:
         """Look at the first call of a class that is only taken to be told t: a fraction would always be the cleanest expert's."""

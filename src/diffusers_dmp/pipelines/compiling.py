@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 
-from ..models.compilation import check_no_graphs, compile_denoisers
+from ..models.compiled_calls import check_no_graphs, compile_denoisers
 
 
 class CompilationMixin:

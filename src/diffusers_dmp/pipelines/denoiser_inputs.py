@@ -13,9 +13,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..diffusion.predictions import convert_prediction, expected_prediction_type, noise_levels
 from ..diffusion.variance import as_learned_range
-from ..models.inputs import class_count
+from ..models.inputs import class_count, has_classes
 from ..plugins.attachment import patch_of
 from ..saving.naming import descends_from
+from .step_modulations import StepModulations
 
 
 def classifier_free_guidance(
@@ -40,18 +41,24 @@ def classifier_free_guidance(
     Raises:
         ValueError: if `guidance_channels` is not in [1, C].
     """
-    conditional, unconditional = model_output.chunk(2)
     guided = sample_channels if guidance_channels is None else guidance_channels
     if not 1 <= guided <= sample_channels:
         raise ValueError(f"Expected `guidance_channels` to be in [1, {sample_channels}], but got {guidance_channels}.")
+    outputs, weight = model_output[:, :guided], guidance_scale
+    if isinstance(weight, torch.Tensor):  # PyTorch computes in float32 at least where it is a number
+        outputs = outputs.to(torch.promote_types(outputs.dtype, weight.dtype))
+        weight = weight.to(outputs.dtype)
+    conditional, unconditional = outputs.chunk(2)
     # ε = ε(∅) + w·(ε(y) - ε(∅))
-    prediction = unconditional[:, :guided] + guidance_scale * (conditional - unconditional)[:, :guided]
-    return torch.cat([prediction.to(model_output.dtype), conditional[:, guided:]], dim=1)
+    prediction = torch.lerp(unconditional, conditional, weight).to(model_output.dtype)  # type: ignore[arg-type]
+    if guided == model_output.shape[1]:
+        return prediction
+    return torch.cat([prediction, model_output.chunk(2)[0][:, guided:]], dim=1)
 
 
 def prepare_guidance(
     guidance_scale: Any, batch_size: int, has_null_class: bool, device: torch.device
-) -> torch.Tensor | None:
+) -> float | torch.Tensor | None:
     """
     Check the scale of classifier-free guidance.
 
@@ -62,7 +69,7 @@ def prepare_guidance(
         device (`torch.device`): The device of the result.
 
     Returns:
-        `torch.Tensor` of shape (B or 1, 1, 1, 1), in float32 for every dtype of the model; None if all scales are 1.
+        `float`, or `torch.Tensor` of shape (B, 1, 1, 1) in float32 for every dtype of the model; None if all scales are 1.
 
     Raises:
         ValueError: if there are neither one nor B scales, or the model has no null class.
@@ -83,18 +90,24 @@ def prepare_guidance(
         raise ValueError(
             f"Expected `guidance_scale` to be 1 for a model without a null class, but got {guidance_scale}."
         )
-    return scales.to(device).view(-1, 1, 1, 1)
+    # a number takes part in an operation, where a tensor would first be converted
+    return scales.item() if len(scales) == 1 else scales.to(device, non_blocking=True).view(-1, 1, 1, 1)
 
 
 def reads_inputs_on_cpu(denoiser: ModelMixin) -> bool:
     """
-    Tell whether a denoiser reads the values of its timesteps and labels on the CPU.
+    Tell whether a denoiser reads the values of its timesteps on the CPU.
 
-    A Remix-DiT and a DiT with prompts do. They get these inputs on the CPU: to read them from an accelerator would make
+    A DTR, a Remix-DiT and a DiT with prompts do. They get the timesteps on the CPU: to read them from an accelerator would make
     the CPU wait at every step.
     """
-    is_prompted_dit = descends_from(denoiser, "DiTModel") and patch_of(denoiser) is not None
-    return descends_from(denoiser, "RemixDiTModel") or is_prompted_dit
+    chooses = any(descends_from(denoiser, name) for name in ("DTRTransformer2DModel", "RemixDiTModel"))
+    return chooses or _has_prompts(denoiser)
+
+
+def _has_prompts(denoiser: ModelMixin) -> bool:
+    """Whether it is a DiT with prompts, which finds cached gates by the values of timesteps and labels."""
+    return descends_from(denoiser, "DiTModel") and patch_of(denoiser) is not None
 
 
 @dataclass
@@ -104,35 +117,53 @@ class DenoiserInputs:
 
     Args:
         denoiser ([`ModelMixin`]): The model.
-        timesteps (`torch.Tensor` of shape (S,)): The timesteps of all steps.
+        timesteps (`torch.Tensor` of shape (S,)): The timesteps of all steps, on the CPU.
         device (`torch.device`): The device of x_t.
-        guidance (`torch.Tensor` of shape (B or 1, 1, 1, 1), *optional*): Scales of classifier-free guidance.
-        class_labels (`torch.LongTensor` of shape (B,), *optional*): Class labels.
+        steps (`list[int]`): Indices of the steps that the denoiser makes.
+        guidance (`float`, or `torch.Tensor` of shape (B, 1, 1, 1), *optional*): Scales of classifier-free guidance.
+        class_labels (`torch.LongTensor` of shape (B,), *optional*): Class labels, on the CPU.
         low_res (`torch.Tensor` of shape (B, C', h, w), *optional*): Images to enlarge, in [-1, 1].
     """
 
     denoiser: ModelMixin
     timesteps: torch.Tensor
     device: torch.device
-    guidance: torch.Tensor | None = None
+    steps: list[int]
+    guidance: float | torch.Tensor | None = None
     class_labels: torch.Tensor | None = None
     low_res: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         self.dtype = self.denoiser.dtype  # Diffusers would search for it at every step
-        device = "cpu" if reads_inputs_on_cpu(self.denoiser) else self.device
-        self.timesteps = self.timesteps.to(device)
         self.conditions: dict[str, torch.Tensor] = {}
+        self.modulations: StepModulations | None = None
         if self.class_labels is not None:
-            null_class = class_count(self.denoiser.config) or 0  # its index is the number of classes
-            unconditional = torch.full_like(self.class_labels, null_class)
-            self.conditions["class_labels"] = self._doubled(self.class_labels, unconditional).to(device)
+            num_classes = class_count(self.denoiser.config)
+            unconditional = torch.full_like(
+                self.class_labels, num_classes or 0
+            )  # the null class's index is their number
+            labels = self._doubled(self.class_labels, unconditional)
+            self.conditions["class_labels"] = labels if _has_prompts(self.denoiser) else self._moved(labels)
+            # only where there is one class, so that whether labels are equal does not decide the shape of what is compiled
+            is_shared = not has_classes(num_classes) and bool((labels == labels[0]).all())
+            known = labels[:1] if is_shared else labels
+            self.modulations = StepModulations(self.denoiser, self.timesteps, known, self.device, self.steps)
         if self.low_res is not None:  # guidance leaves out the class, not the image
-            self.conditions["low_res"] = self._doubled(self.low_res, self.low_res).to(self.device)
+            self.conditions["low_res"] = self._moved(self._doubled(self.low_res, self.low_res))
+        if not reads_inputs_on_cpu(self.denoiser):
+            self.timesteps = self._moved(self.timesteps)
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device, non_blocking=True)
 
     def _doubled(self, conditional: torch.Tensor, unconditional: torch.Tensor) -> torch.Tensor:
         """A batch (B, …), followed by its unconditional counterpart if there is guidance."""
         return conditional if self.guidance is None else torch.cat([conditional, unconditional])
+
+    def notice_changes(self) -> None:
+        """Notice that a callback changed the model between two steps."""
+        if self.modulations is not None:
+            self.modulations.notice_changes()
 
     def predict(
         self, step: int, x_t: torch.Tensor, guidance_channels: int | None, keeps_variance: bool
@@ -154,11 +185,17 @@ class DenoiserInputs:
         model_input = self._doubled(model_input, model_input)
         # expanded, not copied, so that the model sees that the batch shares its timestep
         timestep = self.timesteps[step].expand(len(model_input))
-        output = self.denoiser(model_input, timestep, **self.conditions).sample.to(x_t.dtype)
+        conditions: dict[str, Any] = self.conditions
+        modulations = None if self.modulations is None else self.modulations.at(step)
+        if modulations is not None:
+            conditions = conditions | {"modulations": modulations}
+        output = self.denoiser(model_input, timestep, **conditions).sample.to(x_t.dtype)
+        if not keeps_variance:
+            output = output[:, :channels]
         if self.guidance is not None:
             output = classifier_free_guidance(output, self.guidance, channels, guidance_channels)
         if not keeps_variance:
-            return output[:, :channels]
+            return output
         variance_type = getattr(self.denoiser, "variance_type", "learned_range")
         if variance_type != "learned_range":
             prediction, variance = output.split(channels, dim=1)
@@ -172,7 +209,7 @@ class Conversion:
     Converts what denoisers predict into what the scheduler expects.
 
     Args:
-        alphas, sigmas (`torch.Tensor` of shape (S,)): α and σ of each step.
+        alphas, sigmas (`torch.Tensor` of shape (S,)): α and σ of each step, on the CPU.
         target_type (`str`): The scheduler's prediction type.
     """
 
@@ -181,16 +218,13 @@ class Conversion:
     target_type: str
 
     @classmethod
-    def between(
-        cls, prediction_types: list[str], scheduler: SchedulerMixin, device: torch.device
-    ) -> "Conversion | None":
+    def between(cls, prediction_types: list[str], scheduler: SchedulerMixin) -> "Conversion | None":
         """
         Prepare the conversion for all steps.
 
         Args:
             prediction_types (`list[str]`): What each denoiser predicts.
             scheduler ([`SchedulerMixin`]): The scheduler, its timesteps set.
-            device (`torch.device`): The device of the predictions.
 
         Returns:
             [`Conversion`], or None if every denoiser predicts what the scheduler expects.
@@ -199,7 +233,7 @@ class Conversion:
         if all(prediction_type == target_type for prediction_type in prediction_types):
             return None
         alphas, sigmas = noise_levels(scheduler)
-        return cls(alphas.float().to(device), sigmas.float().to(device), target_type)
+        return cls(alphas.float(), sigmas.float(), target_type)
 
     def __call__(self, step: int, model_output: torch.Tensor, x_t: torch.Tensor, prediction_type: str) -> torch.Tensor:
         """
@@ -215,4 +249,7 @@ class Conversion:
         prediction = convert_prediction(
             model_output[:, :channels], x_t, self.alphas[step], self.sigmas[step], prediction_type, self.target_type
         )
-        return torch.cat([prediction.to(model_output.dtype), model_output[:, channels:]], dim=1)
+        prediction = prediction.to(model_output.dtype)
+        if model_output.shape[1] == channels:
+            return prediction
+        return torch.cat([prediction, model_output[:, channels:]], dim=1)

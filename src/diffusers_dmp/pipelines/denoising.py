@@ -110,10 +110,10 @@ class DenoisingMixin(TrainedNoiseMixin, CompilationMixin):
                 f"Denoiser {index} has none of the {len(owners)} steps.", stacklevel=4
             )  # the caller of the pipeline
         step_kwargs = step_arguments(scheduler, settings.generator, settings.eta)
-        conversion = Conversion.between(kinds, scheduler, device)
+        conversion = Conversion.between(kinds, scheduler)
 
         # 2. Inputs of the denoisers
-        batch_size, inputs = self._prepare_inputs(settings, denoisers, scheduler.timesteps)
+        batch_size, inputs = self._prepare_inputs(settings, denoisers, scheduler.timesteps, owners)
 
         # 3. Initial noise
         latents = prepare_latents(settings, batch_size, self.denoisers[0], self.vae_scale_factor, device)
@@ -135,6 +135,8 @@ class DenoisingMixin(TrainedNoiseMixin, CompilationMixin):
 
                 if settings.callback_on_step_end is not None:
                     latents = settings.callback_on_step_end(self, i, t, {"latents": latents}).pop("latents", latents)
+                    for each in inputs:
+                        each.notice_changes()
 
         # 5. Images
         self._offload(self.denoisers[owners[-1]])
@@ -146,7 +148,11 @@ class DenoisingMixin(TrainedNoiseMixin, CompilationMixin):
         return ImagePipelineOutput(images=images) if settings.return_dict else (images,)
 
     def _prepare_inputs(
-        self, settings: GenerationSettings, denoisers: list[DenoiserSettings], timesteps: torch.Tensor
+        self,
+        settings: GenerationSettings,
+        denoisers: list[DenoiserSettings],
+        timesteps: torch.Tensor,
+        owners: list[int],
     ) -> tuple[int, list[DenoiserInputs]]:
         """Check labels, images and guidance; return the batch size and the inputs of each denoiser."""
         low_res = prepare_low_res(settings.image, self.denoisers)
@@ -182,11 +188,12 @@ class DenoisingMixin(TrainedNoiseMixin, CompilationMixin):
                 each.denoiser,
                 timesteps,
                 device,
+                [step for step, owner in enumerate(owners) if owner == index],
                 guidance=prepare_guidance(each.guidance_scale, batch_size, self.has_null_class, device),
                 class_labels=class_labels,
                 low_res=None if images is None else images.expand(batch_size, -1, -1, -1),
             )
-            for each, images in zip(denoisers, low_res, strict=True)
+            for index, (each, images) in enumerate(zip(denoisers, low_res, strict=True))
         ]
         return batch_size, inputs
 

@@ -224,6 +224,7 @@ class SentenceToImagePipeline(StandalonePipelineMixin, DiffusionPipeline, SD3Lor
         scheduler = set_timesteps(
             self.scheduler, [self.transformer], ["flow_prediction"], settings.num_inference_steps, None, device
         )
+        timesteps = scheduler.timesteps.to(device)  # the scheduler's own are on the CPU
         step_kwargs = step_arguments(scheduler, settings.generator, settings.eta)
         latents = prepare_latents(settings, batch_size, self.transformer, self.vae_scale_factor, device)
         self._num_timesteps = len(scheduler.timesteps)
@@ -233,7 +234,7 @@ class SentenceToImagePipeline(StandalonePipelineMixin, DiffusionPipeline, SD3Lor
             x_t = torch.cat([latents, latents]) if self.do_classifier_free_guidance else latents
             velocity = self.transformer(
                 hidden_states=x_t,
-                timestep=t.expand(len(x_t)),
+                timestep=timesteps[i].expand(len(x_t)),
                 encoder_hidden_states=text[0],
                 pooled_projections=text[1],
                 joint_attention_kwargs=joint_attention_kwargs,
@@ -242,7 +243,7 @@ class SentenceToImagePipeline(StandalonePipelineMixin, DiffusionPipeline, SD3Lor
             if self.do_classifier_free_guidance:
                 unconditional, conditional = velocity.chunk(2)
                 # v = v(∅) + w·(v(c) - v(∅)), https://arxiv.org/abs/2207.12598
-                velocity = unconditional + guidance_scale * (conditional - unconditional)
+                velocity = torch.lerp(unconditional, conditional, guidance_scale)
             latents = scheduler.step(velocity, t, latents, **step_kwargs, return_dict=False)[0]
             if callback_on_step_end is not None:
                 latents = callback_on_step_end(self, i, t, {"latents": latents}).pop("latents", latents)

@@ -14,7 +14,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from ..diffusion.noise import is_flow_matching, scheduler_setting
 from ..diffusion.noise_schedules import PURE_NOISE_SNR, clips, with_noise_schedule, without_pure_noise
 from ..diffusion.predictions import expected_prediction_type, noise_levels
-from ..diffusion.timesteps import check_timesteps, check_train_timesteps
+from ..diffusion.timesteps import check_timesteps, check_train_timesteps, move_sigmas_to_samples
 from ..intervals import NoiseIntervals
 from .expert_steps import experts_at
 
@@ -153,13 +153,15 @@ def set_timesteps(
     Where a noise schedule ends in pure noise, an error of the predicted noise becomes an infinite one of the image. A
     scheduler that cannot begin there is replaced by one that begins a little later, in as many steps.
 
+    The timesteps are on the CPU: where they are on an accelerator, many schedulers make the CPU wait for it at every step.
+
     Args:
         scheduler ([`SchedulerMixin`]): The scheduler.
         denoisers (`list[ModelMixin]`): The pipeline's denoisers.
         prediction_types (`list[str]`): What each of them predicts.
         num_inference_steps (`int`): S, if `timesteps` is None.
         timesteps (`list[int]`, *optional*): Descending timesteps.
-        device: Where the scheduler keeps them.
+        device: Where the samples are.
 
     Returns:
         The scheduler to use, its timesteps set.
@@ -188,17 +190,17 @@ def set_timesteps(
                 f"noise schedule, but got {timesteps[0]}."
             )
     if num_train_timesteps is not None:
-        check_timesteps(scheduler.timesteps.cpu(), num_train_timesteps)  # once, not at every step
+        check_timesteps(scheduler.timesteps, num_train_timesteps)
     return scheduler
 
 
 def _set_timesteps(
     scheduler: SchedulerMixin, num_inference_steps: int, timesteps: list[int] | None, device: torch.device | str
 ) -> None:
-    """Set the timesteps in the way that the scheduler takes them."""
+    """Set the timesteps on the CPU, in the way that the scheduler takes them."""
     if timesteps is None:
         try:
-            scheduler.set_timesteps(num_inference_steps, device=device)
+            scheduler.set_timesteps(num_inference_steps, device="cpu")
         except ValueError as error:
             most = scheduler.config.get("num_train_timesteps", num_inference_steps)
             if num_inference_steps <= most:
@@ -208,11 +210,12 @@ def _set_timesteps(
                 f"but got {num_inference_steps}."
             ) from error
     elif "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
-        scheduler.set_timesteps(timesteps=timesteps, device=device)
+        scheduler.set_timesteps(timesteps=timesteps, device="cpu")
     else:
         raise ValueError(
             f"Expected a scheduler that takes `timesteps`, but got a {type(scheduler).__name__}, which does not."
         )
+    move_sigmas_to_samples(scheduler, device)
     if len(scheduler.timesteps) > 1 and scheduler.timesteps[0] < scheduler.timesteps[-1]:
         raise ValueError(
             f"Expected `scheduler` to go from noise to images, but got a {type(scheduler).__name__}, which goes back."
@@ -257,7 +260,7 @@ def owners_of_steps(scheduler: SchedulerMixin, intervals: NoiseIntervals | None)
     """
     if intervals is None:
         return [0] * len(scheduler.timesteps)
-    timesteps = scheduler.timesteps.cpu()
+    timesteps = scheduler.timesteps
     # a step of a second-order scheduler has two evaluations: both are made by the denoiser that owns the first
     begins = torch.arange(len(timesteps)) // scheduler.order * scheduler.order
     runge_kutta = len(getattr(scheduler, "prk_timesteps", ()))  # PNDM's first steps have four evaluations each

@@ -45,6 +45,7 @@ class Attachment:
     """
 
     attaches_a_patch = True  # see `attachment_of`
+    keeps_conditioning = True  # see `has_fixed_modulations`
 
     def __init__(self, patch: "PromptPatch", transformer: nn.Module):
         layout = layout_of(transformer)

@@ -46,7 +46,8 @@ class GateCache:
             [`PromptGates`]
         """
         state: list[Any] = [tensor_state(weight) for weight in weights]
-        state += [torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)]
+        if torch.amp.is_autocast_available(device_type):
+            state += [torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)]
         if state != self._state:
             self.clear()
             self._state, self._weights = state, weights

@@ -99,6 +99,27 @@ class ForwardHooks:
             self._modules.append(module)
 
 
+def functions_around(module: nn.Module) -> list[Callable]:
+    """
+    List what runs before, after and around the `forward` that a module's class defines.
+
+    Returns:
+        `list[Callable]`: PyTorch's hooks, the functions of [`ForwardHooks.around`], and any other `forward` of the module's own,
+        such as one that offloads its weights.
+    """
+    functions = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    forward = vars(module).get("forward")
+    while isinstance(forward, partial) and forward.func in (_call_around, _call_forward):
+        if forward.func is _call_forward:
+            forward = forward.args[0]
+            continue
+        hooks, function, forward, _ = forward.args
+        functions += [] if hooks._removed else [function]
+    if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
+        functions.append(forward)
+    return functions
+
+
 def _call_around(
     hooks: ForwardHooks, function: Callable, forward: Callable, was_own: bool, *args: Any, **kwargs: Any
 ) -> Any:

@@ -162,6 +162,7 @@ class LoraAttachment:
     """
 
     switches_adapters = True  # see `lora_attachment_of`
+    keeps_conditioning = True  # see `has_fixed_modulations`
 
     def __init__(self, experts: LoraExperts, target: LoraTarget):
         self.experts = experts

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..intervals import NoiseIntervals, check_timesteps
-from ..models.channel_routing import ChannelRouting, active_channels, with_inactive_channels
+from ..models.channel_routing import ChannelRouting, split_channels
 from ..models.time_argument import ExpertFinder
 from .forward_passes import ForwardPasses
 from .hooks import ForwardHooks
@@ -32,6 +32,8 @@ class RoutingAttachment:
     Raises:
         ValueError: if the two do not fit.
     """
+
+    keeps_conditioning = True  # see `has_fixed_modulations`
 
     def __init__(self, routing: "TaskRouting", denoiser: nn.Module):
         blocks = blocks_with_streams(denoiser)
@@ -67,25 +69,25 @@ class RoutingAttachment:
         if not taken or self.routing.sharing_ratio == 1:
             return forward(*args, **kwargs)
         masks: RoutingMasks = self.passes.of(block.module, taken[0][1])
-        masked = []
+        split = []
         for stream, hidden_states in taken:
             width = hidden_states.shape[stream.channels]
             if width not in self.tables:
                 self._add_table(width)
-            active, inactive = masks.of(hidden_states, stream.channels)
-            args, kwargs = stream.with_input(names, args, kwargs, active_channels(hidden_states, active))
-            masked.append((stream, hidden_states, inactive))
+            read, bypass = split_channels(hidden_states, *masks.of(hidden_states, stream.channels))
+            args, kwargs = stream.with_input(names, args, kwargs, read)
+            split.append((stream, bypass))
         output = forward(*args, **kwargs)
-        for stream, hidden_states, inactive in masked:
-            returned = stream.output_of(output)
+        for stream, bypass in split:
+            returned, taken_shape = stream.output_of(output), bypass.hidden_states.shape
             if returned is None:  # the last block ends the text
                 continue
-            if returned.shape != hidden_states.shape:
+            if returned.shape != taken_shape:
                 raise ValueError(
-                    f"Expected the block `{block.name}` to return as many channels as it takes, {tuple(hidden_states.shape)}, "
+                    f"Expected the block `{block.name}` to return as many channels as it takes, {tuple(taken_shape)}, "
                     f"but got {tuple(returned.shape)}."
                 )
-            output = stream.with_output(output, with_inactive_channels(returned, hidden_states, inactive))
+            output = stream.with_output(output, bypass.join(returned))
         return output
 
     def _timesteps(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:

@@ -37,7 +37,11 @@ class SourceArguments:
         "encode_latents.py), or Hub data set id.",
     )
     dataset_split: str = option("train", "Split of `dataset`.")
-    dataloader_num_workers: int = option(0, "Worker processes that read data.")
+    dataloader_num_workers: int | None = option(
+        None,
+        "Worker processes that read data, for each process that trains; by default one for each core but one on an accelerator, at "
+        "most 16, and none on a CPU, where the model needs the cores.",
+    )
 
 
 @dataclass(kw_only=True)
@@ -101,6 +105,10 @@ class OptimisationArguments:
     max_grad_norm: float | None = option(None, "Clip the norm of the gradients to this; no clipping by default.")
     ema_decay: float = option(0.9999, "Decay of the averaged weights, which are the ones saved; 0 for no averaging.")
     mixed_precision: str | None = option(None, "no, fp16 or bf16; by default the setting of `accelerate launch`.")
+    compile: bool = option(
+        False,
+        "Compile the model, its blocks where they repeat: the first step takes a minute or so, the others less time.",
+    )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
     deterministic: bool = option(
         False, "Use deterministic algorithms only, so that a resumed run is repeated bit for bit on a GPU too; slower."

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from ..terminal import DEBUG, INTERRUPTED
+from .data.workers import num_cores
 
 # options of Accelerate, of which it takes one
 LAUNCHERS = ("multi_gpu", "tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm")
@@ -68,7 +69,7 @@ def _defaults(given: argparse.Namespace) -> list[str]:
     defaults = ["--num_machines", "1", "--dynamo_backend", "no", "--mixed_precision", "no"]
     num_devices = _num_devices(given)
     if not num_devices:
-        defaults += ["--num_cpu_threads_per_process", os.environ.get("OMP_NUM_THREADS") or str(_num_cores())]
+        defaults += ["--num_cpu_threads_per_process", os.environ.get("OMP_NUM_THREADS") or str(num_cores())]
     if given.num_processes is None:
         num_processes = max(1, num_devices) * (given.num_machines or 1)
         has_launcher = any(getattr(given, name) for name in LAUNCHERS)
@@ -86,11 +87,6 @@ def _num_devices(given: argparse.Namespace) -> int:
     if given.gpu_ids in (None, "all"):
         return num_devices
     return min(num_devices, len(given.gpu_ids.split(",")))
-
-
-def _num_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _refuse(message: str) -> NoReturn:

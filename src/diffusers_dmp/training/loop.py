@@ -27,6 +27,7 @@ from .conditions import Conditions
 from .data.clean_samples import clean_samples
 from .data.color_jitter import NUM_FACTORS, jitter_colors, jitter_factors
 from .denoiser import Denoiser
+from .model_flops import ModelFlops
 from .objectives.objective import NoisedBatch, Objective, ObjectiveOutput
 from .objectives.timesteps import StepExperts
 from .recipe import TrainingRecipe
@@ -48,6 +49,7 @@ class TrainingStep:
         grad_norm (`torch.Tensor` of shape (), *optional*): The norm of the gradients before clipping.
         auxiliary_losses (`dict[str, torch.Tensor]`): Unweighted, of this process's last micro-batch.
         experts ([`StepExperts`], *optional*): The experts that it trained.
+        flops (`int`, *optional*): The operations of the model on this process's samples; see [`ModelFlops`].
     """
 
     step: int
@@ -57,6 +59,7 @@ class TrainingStep:
     grad_norm: torch.Tensor | None
     auxiliary_losses: dict[str, torch.Tensor]
     experts: StepExperts | None
+    flops: int | None = None
 
 
 @dataclass
@@ -217,18 +220,22 @@ def training_steps(
     num_slices = accelerator.num_processes * num_accumulated
     synchronised = [parts.model] if parts.structure is not None else [parts.model, parts.objective]
     parts.model.train()
+    count_flops = ModelFlops(parts)
 
     for step in range(first_step, args.max_train_steps):
         experts = parts.recipe.step_experts(args.seed, step, accelerator.num_processes, args.batch_size)
         own_expert = parts.recipe.expert_argument(experts, accelerator.process_index)
         auxiliary_weights = parts.recipe.auxiliary_weights(step)
         losses, sample_losses, timesteps, grad_norm = [], [], [], None
+        flops: int | None = 0
         auxiliary_losses: dict[str, torch.Tensor] = {}
         for micro_step in range(num_accumulated):
             batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in next(batches).items()}
             if micro_step == 0:
                 randomness = parts.step_randomness(args, step, batch, experts)
             own = randomness.take(accelerator.process_index * num_accumulated + micro_step, num_slices)
+            own_flops = count_flops(batch, own, own_expert)
+            flops = None if flops is None or own_flops is None else flops + own_flops
 
             with accelerator.accumulate(*synchronised):
                 output, model_output = parts.losses(batch, own, own_expert)
@@ -252,4 +259,5 @@ def training_steps(
             grad_norm=grad_norm,
             auxiliary_losses={name: value.detach() for name, value in auxiliary_losses.items()},
             experts=experts,
+            flops=flops,
         )

@@ -10,8 +10,10 @@ from accelerate import Accelerator
 
 from ..intervals import NoiseIntervals
 from .arguments import LoopArguments
+from .compilation import CompiledSteps
 from .loop import TrainingStep
 from .metrics_file import METRICS_NAME, MetricsFile
+from .model_flops import limits_in_training
 from .progress import duration, progress_bar
 
 ESTIMATE_STEPS = 10  # of a run, after which it is said how long the rest takes
@@ -31,8 +33,9 @@ class LossLog:
     Progress bar, trackers and `metrics.jsonl` of a training.
 
     After the first step and every n-th one it logs, over the steps since the last time: the loss, the loss in each of
-    `NUM_LOSS_BANDS` uniform intervals of timesteps, the learning rate and images per second. Sums stay on the device until
-    then. After ten steps it says how long the others will take.
+    `NUM_LOSS_BANDS` uniform intervals of timesteps, the learning rate, images per second and `mfu`, model FLOPs utilisation: the
+    share of the model's operations in what the device does in a large matrix product. Sums stay on the device until then. After
+    ten steps it says how long the others will take. Steps that compile something count for neither speed.
 
     Args:
         accelerator (`Accelerator`): Of all processes, each of which has to call.
@@ -51,11 +54,16 @@ class LossLog:
         self.progress = progress_bar(args.max_train_steps, "Training", "step", first_step, disable=not is_main)
         self.seconds_paused = 0.0
         self.first_step_ended = 0.0
+        self.limits = limits_in_training(accelerator.device, accelerator.mixed_precision)
+        self.compiled_steps = CompiledSteps(self._training_time()) if args.compile else None
+        if args.compile and is_main and first_step < args.max_train_steps:
+            self.progress.write("Compiling: the first step takes a minute or so.")
         self._reset()
 
     def _reset(self) -> None:
         device = self.accelerator.device
-        self.num_steps = 0
+        self.num_steps = self.num_timed_steps = 0
+        self.flops: int | None = 0
         self.started = self._training_time()
         self.loss = torch.zeros((), device=device)
         self.band_losses = torch.zeros(self.bands.num_experts, device=device)
@@ -90,6 +98,9 @@ class LossLog:
         self.band_counts.index_add_(0, band, torch.ones_like(done.sample_losses))
         self.loss += done.loss
         self.num_steps += 1
+        if not self._has_compiled(done.step):
+            self.num_timed_steps += 1
+            self.flops = None if self.flops is None or done.flops is None else self.flops + done.flops
         self.progress.update()
         values: dict[str, float] = {}
         if self.is_due(done.step):
@@ -105,12 +116,7 @@ class LossLog:
     def _values(self, done: TrainingStep, learning_rate: float) -> dict[str, float]:
         loss = self.accelerator.reduce(self.loss, "mean").item() / self.num_steps
         band_losses, band_counts = self.accelerator.reduce((self.band_losses, self.band_counts), "sum")
-        seconds = self._training_time() - self.started
-        values = {
-            "loss": loss,
-            "lr": learning_rate,
-            "images_per_second": self.num_steps * self.args.batch_size / seconds,
-        }
+        values = {"loss": loss, "lr": learning_rate, **self._speed()}
         if done.grad_norm is not None:
             values["grad_norm"] = done.grad_norm.item()
         values |= {name: value.item() for name, value in done.auxiliary_losses.items()}
@@ -118,9 +124,34 @@ class LossLog:
         for low, high, total, count in zip(edges, edges[1:], band_losses.tolist(), band_counts.tolist()):
             if count:
                 values[f"loss_by_timestep/{low:04d}-{high - 1:04d}"] = total / count
-        postfix = {"loss": f"{loss:.4f}", "images_per_second": f"{values['images_per_second']:.0f}"}
+        formats = {"loss": ".4f", "images_per_second": ".0f", "mfu": ".0%"}
+        postfix = {name: format(values[name], spec) for name, spec in formats.items() if name in values}
         self.progress.set_postfix(postfix, refresh=done.step == 1)  # later with the bar's next update
         return values
+
+    def _speed(self) -> dict[str, float]:
+        """Images per second, and the utilisation of this process's device; nothing if every step compiled."""
+        if not self.num_timed_steps:
+            return {}
+        seconds = self._training_time() - self.started
+        speed = {"images_per_second": self.num_timed_steps * self.args.batch_size / seconds}
+        if self.flops is not None:
+            speed["mfu"] = self.flops / seconds / self.limits.flops_per_second
+        return speed
+
+    def _has_compiled(self, step: int) -> bool:
+        """Whether a step has compiled something, which is said; its time is taken out."""
+        if self.compiled_steps is None:
+            return False
+        num_graphs, seconds = self.compiled_steps.end(self._training_time())
+        if not num_graphs:
+            return False
+        self.started += seconds
+        self.first_step_ended += seconds
+        if self.accelerator.is_main_process:
+            graphs = "1 graph" if num_graphs == 1 else f"{num_graphs} graphs"
+            self.progress.write(f"Step {step} compiled {graphs}, and took {duration(seconds)}.")
+        return True
 
     def _estimate(self, done: TrainingStep) -> None:
         """Say how long the rest of the training takes, from all steps but the first, which may compile and fill caches."""

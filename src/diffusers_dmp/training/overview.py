@@ -34,7 +34,7 @@ def describe_run(run: TrainingRun, first_step: int) -> str:
         "model": _describe_model(run.parts.described_model),
         **({} if recipe.expert_intervals is None else {"experts": _describe_experts(recipe)}),
         "steps": _describe_steps(args, accelerator, data.num_samples(args), first_step),
-        "device": _describe_device(accelerator),
+        "device": _describe_device(accelerator) + (", compiled" if args.compile else ""),
         "output": _describe_output(run),
     }
     if data.num_validation_samples(args):

@@ -28,6 +28,7 @@ MAY_CHANGE = {
     "ema_decay",
     # memory, speed and precision: the batches are the same
     "gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "deterministic", "dataloader_num_workers",
+    "compile",
     # folders may move: their contents are compared
     "dataset", "vae",
 }  # fmt: skip

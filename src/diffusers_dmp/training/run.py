@@ -18,6 +18,7 @@ from torch import nn
 from .arguments import LoopArguments
 from .best_checkpoint import BestCheckpoint
 from .checkpoints import PREFIX, checkpoint_step, remove_surplus_checkpoints, save_checkpoint
+from .compilation import check_compilation, compile_model, eagerly, graphs_for_experts
 from .conditions import LabelConditions
 from .data.loop_data import LoopData
 from .denoiser import Denoiser
@@ -100,7 +101,8 @@ class TrainingRun:
         """What the summary says of the model with its present weights; every process has to call."""
         description = self.parts.recipe.describe(self.parts.plain_model)
         if self.data.num_validation_samples(self.args):
-            description |= validation_losses(self.parts, self.args, self.data)
+            with eagerly(self.args.compile):
+                description |= validation_losses(self.parts, self.args, self.data)
         return description
 
     def needed_bytes(self) -> int:
@@ -148,11 +150,14 @@ class TrainingRun:
         """
         batches = self.data.training_batches(self.parts.accelerator, self.args, first_step)
         steps = training_steps(self.parts, self.args, batches, first_step)
+        intervals = self.parts.recipe.expert_intervals
+        num_experts = 1 if intervals is None else intervals.num_experts
         log = LossLog(self.parts.accelerator, self.args, self.num_train_timesteps, first_step)
         validation = self.data.validation_identity(self.args)
         best = BestCheckpoint(self.args.output_dir, first_step, validation, self.parts.accelerator.is_main_process)
         started = time.perf_counter()
-        with Interruption(self.parts.accelerator) as interruption, closing(log):
+        graphs = graphs_for_experts(self.args.compile, num_experts)
+        with graphs, Interruption(self.parts.accelerator) as interruption, closing(log):
             for done in steps:
                 if self.ema is not None:
                     self.ema.step(local_parameters(self.parts.plain_model))
@@ -162,10 +167,10 @@ class TrainingRun:
                 self.finite.add(done, learning_rate)
                 if log.is_due(done.step):
                     self.finite.expect_finite_losses()
-                with log.paused():
+                with log.paused(), eagerly(self.args.compile):
                     measured = self._validate_along_the_way(done, best)
                 log(done, learning_rate, measured)
-                with log.paused():
+                with log.paused(), eagerly(self.args.compile):
                     self._write_along_the_way(done, best)
                 received = interruption.signal_received()
                 if received is not None:
@@ -301,6 +306,9 @@ def prepare_run(
     check_batch(accelerator, args, objective, recipe)
     check_sharding(accelerator, args, model, objective, recipe)
     data.num_samples(args)  # raises if the arguments do not fit the classes
+    if args.compile:
+        check_compilation(accelerator, model)
+        compile_model(model)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()  # type: ignore[operator]
     if data.vae is not None:

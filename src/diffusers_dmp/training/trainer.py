@@ -23,6 +23,7 @@ from .objectives.objective import Objective
 from .optimisation import averaged_weights
 from .overview import describe_result, describe_run
 from .pipeline_output import save_configurations, trained_pipeline
+from .precision import check_precision
 from .recipe import TrainingRecipe
 from .resources import check_output_dir, explained_memory_errors
 from .resuming import ARGUMENTS_NAME, OF_ONE_COMMAND, arguments_of_training, expect_same_run, recorded_arguments
@@ -42,7 +43,7 @@ def make_accelerator(args: LoopArguments, find_unused_parameters: bool = False) 
         find_unused_parameters (`bool`): Whether the model may have parameters that its output does not depend on.
 
     Raises:
-        ValueError: if the tracker that `report_to` names is not installed.
+        ValueError: if the tracker that `report_to` names is not installed, or the device has not the precision.
     """
     if args.deterministic:
         prepare_determinism()
@@ -60,6 +61,7 @@ def make_accelerator(args: LoopArguments, find_unused_parameters: bool = False) 
             DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=find_unused_parameters)
         ],
     )
+    check_precision(accelerator.mixed_precision, accelerator.device)
     if accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         logger.warning(
             "The launcher prepared for several processes, but started one: on CPUs, `accelerate launch` wants "

@@ -203,7 +203,7 @@ def test_every_held_out_sample_is_validated_once_a_repeat(num_processes, encoded
     assert data.num_validation_samples(args) == 16
     seen = []
     for index in range(num_processes):
-        accelerator = SimpleNamespace(num_processes=num_processes, process_index=index)
+        accelerator = SimpleNamespace(num_processes=num_processes, process_index=index, device=torch.device("cpu"))
         for samples, batch in data.validation_batches(accelerator, args):
             seen += samples
             for sample, mean in zip(samples, batch["mean"]):

@@ -171,7 +171,7 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 def test_reading_leaves_the_global_random_state_alone(digits):
     items = to_tensors(load_images(str(digits)), 8, 1)
     before = torch.get_rng_state()
-    batch = next(endless_batches(items, GlobalBatchSampler(1797, 4, 0, 1, range(1)), num_workers=0, pin_memory=False))
+    batch = next(endless_batches(items, GlobalBatchSampler(1797, 4, 0, 1, range(1)), 0, torch.device("cpu")))
     assert batch["images"].shape == (4, 1, 8, 8) and batch["class_labels"].shape == (4,)
     assert torch.equal(torch.get_rng_state(), before)
 

@@ -54,3 +54,21 @@ def test_reading_names_the_damaged_file(tmp_path):
     for source in (tmp_path, shard):
         with pytest.raises(ValueError, match=f"{shard}' to be a whole parquet file, but it is cut off"):
             load_images(str(source))
+
+
+def test_an_error_in_writing_is_raised(tmp_path, monkeypatch):
+    """Also that of the last shard, and what was whole before stays."""
+
+    def make_shard(rows: range, progress) -> datasets.Dataset:
+        made = datasets.Dataset.from_dict({"row": list(rows)})
+        if rows.stop == 4:
+
+            def fail(path):
+                raise OSError("no space left")
+
+            monkeypatch.setattr(made, "to_parquet", fail)
+        return made
+
+    with pytest.raises(OSError, match="no space left"):
+        write_shards(make_shard_accelerator(), tmp_path, 4, 2, make_shard, "Testing")
+    assert [path.name for path in tmp_path.iterdir()] == ["train-00000-of-00002.parquet"]

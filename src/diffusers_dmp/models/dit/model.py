@@ -4,7 +4,7 @@ https://arxiv.org/abs/2212.09748
 Legend: B batch, C channels, H and W height and width in (latent) pixels, p patch size, N = H/p · W/p tokens, D width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,10 +18,12 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormZero
 from torch import nn
 
+from ...intervals import check_timesteps
 from ...saving.naming import PACKAGE
 from ..inputs import checked_labels, checked_timestep
 from .configuration import DIT_PRESETS, check_dit_config
 from .layers import DiTBlock, TimestepLabelEmbedding, unpatchify
+from .modulations import check_modulations, modulations_of
 from .stock_layout import StockDiTMixin
 
 
@@ -229,19 +231,24 @@ class DiTModel(StockDiTMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
 
         Args:
             timesteps (`torch.Tensor` of shape (S,)): In steps of the training schedule.
-            class_labels (`torch.LongTensor` of shape (B,)): As in [`~DiTModel.forward`].
+            class_labels (`torch.LongTensor` of shape (B,)): As in [`~DiTModel.forward`]; (1,) for a batch that shares its label.
 
         Returns:
             `torch.Tensor` of shape (S, L, 6, B, 1, D) for L blocks; the item of a step is what `forward` takes.
+
+        Raises:
+            ValueError: if (on the CPU) a timestep or label is out of range.
         """
-        device, count = self.device, len(timesteps)
-        timesteps, class_labels = timesteps.to(device), class_labels.to(device)
+        check_timesteps(timesteps, self.config.num_train_timesteps)
+        class_labels = self._checked_labels(class_labels, class_labels).to(self.device, non_blocking=True)
+        timesteps = timesteps.to(self.device, non_blocking=True)
+        sizes = len(timesteps), len(class_labels)
+        # c of (t₀, y₀), (t₀, y₁), …, (t₁, y₀), …
         conditioning = self.time_label_embed(
-            timesteps.repeat_interleave(len(class_labels)), class_labels.repeat(count)
+            timesteps.repeat_interleave(sizes[1]), class_labels.repeat(sizes[0])
         )  # (S·B, D)
         blocks: Any = self.transformer_blocks
-        modulations = [torch.stack(block.modulation(conditioning)) for block in blocks]
-        return torch.stack(modulations).unflatten(2, (count, -1)).movedim(2, 0).contiguous()
+        return modulations_of(blocks, conditioning, sizes)
 
     def forward(
         self,
@@ -264,7 +271,7 @@ class DiTModel(StockDiTMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
             force_drop_ids (`torch.BoolTensor` of shape (B,), *optional*): Which labels become the null class. If None,
                 random ones in training, and none otherwise.
             return_dict (`bool`): Whether to return a dataclass or a tuple.
-            modulations (`torch.Tensor` of shape (L, 6, B, 1, D), *optional*): Those of the L blocks at this timestep, as
+            modulations (`torch.Tensor` of shape (L, 6, B or 1, 1, D), *optional*): Those of the L blocks at this timestep, as
                 [`~DiTModel.modulations_at`] computes them for many timesteps at once. Without gradients only.
 
         Returns:
@@ -272,9 +279,11 @@ class DiTModel(StockDiTMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
 
         Raises:
             ValueError: if H or W is not divisible by the patch size, the channels are not C, there are neither one nor B
-                timesteps, or (on the CPU) a timestep or label is out of range.
+                timesteps, (on the CPU) a timestep or label is out of range, or `modulations` have another shape or are given
+                where gradients are enabled.
         """
         self._check_images(hidden_states)
+        self._check_modulations(modulations, hidden_states)
         timestep = checked_timestep(timestep, len(hidden_states), self.config.num_train_timesteps)
         chosen = self.choose(timestep)
         timestep = timestep.to(hidden_states.device, non_blocking=True)
@@ -307,20 +316,34 @@ class DiTModel(StockDiTMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         block_inputs = self.block_inputs(timestep, hidden_states.dtype, *chosen)
 
         # 2. Blocks
-        known = (
-            [{}] * len(self.transformer_blocks) if modulations is None else [{"modulation": m} for m in modulations]
-        )
-        for block, own in zip(self.transformer_blocks, known):
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, conditioning, *block_inputs)
-            else:
-                hidden_states = block(hidden_states, conditioning, *block_inputs, **own)
+        hidden_states = self._apply_blocks(hidden_states, conditioning, block_inputs, modulations)
 
         # 3. Output
         shift, scale = self.proj_out_1(F.silu(conditioning))[:, None].chunk(2, dim=-1)
         hidden_states = torch.addcmul(shift, self.norm_out(hidden_states), 1 + scale)
         hidden_states = self.proj_out_2(hidden_states)  # (B, N, p·p·C_out)
         return unpatchify(hidden_states, height, width, self.config.patch_size)
+
+    def _apply_blocks(
+        self,
+        hidden_states: torch.Tensor,
+        conditioning: torch.Tensor,
+        block_inputs: tuple,
+        modulations: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Apply all blocks, (B, N, D) → (B, N, D)."""
+        for block, own in self._blocks_with(modulations):
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, conditioning, *block_inputs)
+            else:
+                hidden_states = block(hidden_states, conditioning, *block_inputs, **own)
+        return hidden_states
+
+    def _blocks_with(self, modulations: torch.Tensor | None) -> Iterable[tuple[nn.Module, dict[str, Any]]]:
+        """Each block with its `modulation`, if it is known."""
+        if modulations is None:
+            return [(block, {}) for block in self.transformer_blocks]
+        return [(block, {"modulation": own}) for block, own in zip(self.transformer_blocks, modulations)]
 
     def _checked_labels(self, class_labels: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor:
         num_rows = self.time_label_embed.class_embedder.num_embeddings
@@ -338,3 +361,7 @@ class DiTModel(StockDiTMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
                 f"Expected the height and width of `hidden_states` to be divisible by the `patch_size` "
                 f"{self.config.patch_size}, but got {height} x {width}."
             )
+
+    def _check_modulations(self, modulations: torch.Tensor | None, hidden_states: torch.Tensor) -> None:
+        dim = self.config.num_attention_heads * self.config.attention_head_dim
+        check_modulations(modulations, len(self.transformer_blocks), len(hidden_states), dim)

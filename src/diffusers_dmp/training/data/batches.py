@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Sampler
 from ..arguments import LoopArguments, SharedTrainingArguments
 from ..interruption import ignore_signals
 from .images import class_names, training_items
+from .workers import choose_workers, num_bytes_of
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
@@ -143,8 +144,8 @@ def labels_of(dataset: datasets.Dataset, args: SharedTrainingArguments) -> np.nd
 def endless_batches(
     dataset: datasets.Dataset,
     sampler: GlobalBatchSampler,
-    num_workers: int,
-    pin_memory: bool,
+    num_workers: int | None,
+    device: torch.device,
     collate: Callable[[list], dict[str, torch.Tensor]] | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """
@@ -153,15 +154,16 @@ def endless_batches(
     Args:
         dataset (`datasets.Dataset`): With tensors as items; see [`to_tensors`].
         sampler ([`GlobalBatchSampler`]): Decides which items a batch has.
-        num_workers (`int`): Processes that read ahead; 0 for none.
-        pin_memory (`bool`): Whether batches lie in pinned memory, from which copies to a GPU need not be waited for.
+        num_workers (`int`, *optional*): Processes that read ahead; see [`choose_workers`].
+        device (`torch.device`): What they are for; copies to a GPU need not be waited for, as they come from pinned memory.
         collate (`Callable`, *optional*): Makes a batch of a list of items; by default their tensors are stacked.
     """
+    micro_batch_size = sampler.batch_size // sampler.num_slices
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
+        num_workers=choose_workers(num_workers, device, micro_batch_size * num_bytes_of(dataset[0])),
+        pin_memory=device.type == "cuda",
         collate_fn=collate,
         worker_init_fn=ignore_signals,
         # nothing here depends on the loader's base seed, but without a generator it would change the global random state
@@ -189,4 +191,4 @@ def training_batches(
         else GlobalBatchSampler(len(dataset), *order)
     )
     items = training_items(dataset, args)
-    return endless_batches(items, sampler, args.dataloader_num_workers, accelerator.device.type == "cuda")
+    return endless_batches(items, sampler, args.dataloader_num_workers, accelerator.device)

@@ -38,4 +38,5 @@ def _grey(colors: torch.Tensor) -> torch.Tensor:
     """(b, C, H, W) -> (b, 1, H, W)."""
     if colors.shape[1] == 1:
         return colors
-    return (colors * colors.new_tensor(LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    red, green, blue = (weight * channel for weight, channel in zip(LUMA, colors.split(1, dim=1)))
+    return red + green + blue

@@ -23,6 +23,7 @@ from .encoded_source import Encoded, check_encodings_agree, check_mirror_images,
 from .encoding_record import check_encoding
 from .listing import shorten
 from .loop_data import Batch, LoopData
+from .workers import choose_workers, num_bytes_of
 
 VALIDATION_BATCH_SIZE = 32
 
@@ -55,8 +56,8 @@ class EncodedText(LoopData):
         """Micro-batches of `mean` and `std` (b, M, C, …) and the prompt's columns; see [`LoopData`], [`BucketBatchSampler`]."""
         order = (args.batch_size, args.seed, *slices_of_process(accelerator, args), first_step)
         sampler = BucketBatchSampler(self.training.buckets, *order)
-        pin_memory = accelerator.device.type == "cuda"
-        return endless_batches(self.training.samples, sampler, args.dataloader_num_workers, pin_memory, collate)
+        num_workers, device = args.dataloader_num_workers, accelerator.device
+        return endless_batches(self.training.samples, sampler, num_workers, device, collate)
 
     def num_validation_samples(self, args: LoopArguments) -> int:
         """See [`LoopData`]."""
@@ -67,10 +68,12 @@ class EncodedText(LoopData):
         assert self.validation is not None  # there are no validation samples without
         own = range(accelerator.process_index, self.num_validation_samples(args), accelerator.num_processes)
         batches = batches_of_one_bucket(own, self.validation.buckets, VALIDATION_BATCH_SIZE)
+        samples = self.validation.samples
+        batch_bytes = VALIDATION_BATCH_SIZE * num_bytes_of(samples[0])
         loader: DataLoader[Batch] = DataLoader(
-            self.validation.samples,
+            samples,
             batch_sampler=[[index % len(self.validation) for index in batch] for batch in batches],
-            num_workers=args.dataloader_num_workers,
+            num_workers=choose_workers(args.dataloader_num_workers, accelerator.device, batch_bytes),
             collate_fn=collate,
             worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # without one, the loader would change the global random state

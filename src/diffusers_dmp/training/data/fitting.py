@@ -77,5 +77,7 @@ def _scale(
 
 def to_tensor(image: PIL.Image.Image) -> torch.Tensor:
     """8-bit image → float32 tensor (C, H, W) in [-1, 1]."""
-    pixels = np.atleast_3d(np.asarray(image, dtype=np.float32))  # (H, W, C)
-    return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
+    pixels = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1).astype(np.float32, order="C")
+    pixels /= 127.5
+    pixels -= 1
+    return torch.from_numpy(pixels)

@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
-import PIL.Image
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from ...diffusion.noise import is_flow_matching
+from ...models.precision import check_dtype, dtype_named
 from ..arguments import option
+from .encoded_images import EncodedImages
 from .prompts import PROMPT, prompts_sha256, read_prompts
+from .random_numbers import noise_settings
 from .requests import CallArguments, Requests, make_requests
-from .seeded_sampling import SeededSamplingArguments, load_sampling_pipeline, sample_seeded
+from .seeded_sampling import SeededSamplingArguments, compile_for_sampling, load_sampling_pipeline, sample_seeded
 from .shards import make_shard_accelerator, remember_settings, write_shards
 
 IMAGE, TEACHER_IMAGE = "image", "teacher_image"  # the columns
@@ -80,31 +82,36 @@ def generate_images(args: GenerationArguments) -> None:
         args ([`GenerationArguments`]): Everything that can be set.
 
     Raises:
-        ValueError: if `output_dir` holds images that were generated with other settings, or the pipelines' calls and the
-            arguments do not fit.
+        ValueError: if `output_dir` holds images that were generated with other settings, the pipelines' calls and the
+            arguments do not fit, or the device does not have the dtype.
     """
     prompts = args.read_prompts()
     accelerator = make_shard_accelerator()
+    check_dtype(dtype_named(args.dtype), accelerator.device)  # before anything is downloaded
     stages = (
         [args.pipeline] if args.super_resolution_pipeline is None else [args.pipeline, args.super_resolution_pipeline]
     )
     pipelines = [load_sampling_pipeline(name, args, accelerator.device) for name in stages]
     requests = [_make_requests(pipeline, args, prompts, stage) for stage, pipeline in enumerate(pipelines)]
+    if args.compile:
+        for pipeline in pipelines:
+            compile_for_sampling(pipeline)
     with accelerator.main_process_first():
         settings = _settings(args, pipelines[0], prompts)
         remember_settings(Path(args.output_dir, SETTINGS_NAME), settings, "images")
 
     def make_shard(rows: range, progress: tqdm) -> datasets.Dataset:
-        columns: dict[str, list[PIL.Image.Image]] = {name: [] for name in (IMAGE, TEACHER_IMAGE)[: len(pipelines)]}
-        for start in range(0, len(rows), args.batch_size):
-            indices = rows[start : start + args.batch_size]
-            images = sample_seeded(pipelines[0], args.seed, indices, **requests[0](indices))
-            columns[IMAGE] += images
-            if len(pipelines) == 2:
-                arguments = requests[1](indices) | {"image": images}
-                arguments.pop("batch_size", None)  # that of the images
-                columns[TEACHER_IMAGE] += sample_seeded(pipelines[1], args.seed, indices, **arguments)
-            progress.update(len(indices))
+        with EncodedImages() as small, EncodedImages() as large:
+            for start in range(0, len(rows), args.batch_size):
+                indices = rows[start : start + args.batch_size]
+                images = sample_seeded(pipelines[0], args.seed, indices, **requests[0](indices))
+                small.add(images)
+                if len(pipelines) == 2:
+                    arguments = requests[1](indices) | {"image": images}
+                    arguments.pop("batch_size", None)  # that of the images
+                    large.add(sample_seeded(pipelines[1], args.seed, indices, **arguments))
+                progress.update(len(indices))
+            columns = dict(zip((IMAGE, TEACHER_IMAGE)[: len(pipelines)], (small.encoded(), large.encoded())))
         return datasets.Dataset.from_dict(
             columns, features=datasets.Features(dict.fromkeys(columns, datasets.Image()))
         )
@@ -126,9 +133,10 @@ def _make_requests(
 
 def _settings(args: GenerationArguments, pipeline: DiffusionPipeline, prompts: list[str] | None) -> dict[str, Any]:
     """The settings that the images depend on."""
-    free = ("output_dir", "batch_size", "prompt_column")
+    free = ("output_dir", "batch_size", "compile", "prompt_column")
     settings = {name: value for name, value in vars(args).items() if name not in free}
     settings["scheduler"] = args.scheduler_for(pipeline)
+    settings |= noise_settings(pipeline.device)
     if args.prompts is not None and prompts is not None:
         settings |= {"prompts": Path(args.prompts).name, "prompts_sha256": prompts_sha256(prompts)}
     return settings

@@ -15,14 +15,16 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ...diffusion.latents import latent_distribution, vae_downsampling
+from ...models.precision import dtype_named
 from ...saving.finite import expect_finite_weights
 from ...saving.reading import read_json
 from ...saving.weight_files import check_saved_folder
 from ..arguments import DataArguments, option
 from .images import LATENTS, load_checked, to_tensors
 from .shards import make_shard_accelerator, remember_settings, write_shards
+from .workers import choose_workers, num_bytes_of
 
-DTYPES = ("float32", "float16")
+STORED_DTYPES = ("float32", "float16")
 ENCODING_NAME = "encoding.json"  # the settings of the encoding, beside the shards
 
 
@@ -38,8 +40,7 @@ class EncodingArguments(DataArguments):
     def __post_init__(self):
         super().__post_init__()
         self.check_at_least_one("batch_size", "shard_size")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"Expected `dtype` to be one of {', '.join(DTYPES)}, but got {self.dtype!r}.")
+        dtype_named(self.dtype, STORED_DTYPES)  # raises for another one
         if self.vae is None:
             raise ValueError("Expected `vae` to be the folder or Hub id of an AutoencoderKL, but got None.")
 
@@ -109,11 +110,12 @@ def _encode_shard(
     )
     columns: dict[str, list] = {LATENTS: []}
     features = {LATENTS: datasets.Value("binary")}
-    for batch in DataLoader(items, args.batch_size, num_workers=args.dataloader_num_workers):
+    num_workers = choose_workers(args.dataloader_num_workers, vae.device, args.batch_size * num_bytes_of(items[0]))
+    for batch in DataLoader(items, args.batch_size, num_workers=num_workers):
         pixels = batch["images"].to(vae.device)
         distributions = [latent_distribution(vae, side) for side in (pixels, pixels.flip(-1))]
         mean, std = (torch.stack(sides, dim=1) for sides in zip(*distributions))  # (b, 2, C, S, S)
-        mean, std = (moment.to("cpu", getattr(torch, args.dtype)) for moment in (mean, std))
+        mean, std = (moment.to("cpu", dtype_named(args.dtype, STORED_DTYPES)) for moment in (mean, std))
         columns[LATENTS] += [
             safetensors.torch.save({"mean": own_mean.contiguous(), "std": own_std.contiguous()})
             for own_mean, own_std in zip(mean, std)

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from ...models.precision import dtype_named
 from ..arguments import NumberChecks, SourceArguments, option
 from ..text_pipelines import TextPipeline
 from .buckets import Size, nearest_bucket
@@ -20,8 +21,8 @@ from .decoding import BACKGROUND, check_background, open_image
 from .encoded_rows import CAPTION, FEATURES, HEIGHT, PROMPT, WIDTH, Columns, to_bytes
 from .fitting import crop_to_size, to_tensor
 from .images import LATENTS
+from .workers import choose_workers, num_bytes_of
 
-DTYPES = ("float32", "float16", "bfloat16")
 MAX_REMEMBERED = 64  # captions of which the columns are kept, for data sets in which they come again
 
 
@@ -58,8 +59,7 @@ class PromptEncodingArguments(SourceArguments, NumberChecks):
     def __post_init__(self):
         self.check_at_least_one("resolution", "batch_size", "shard_size")
         check_background(self.background)
-        if self.dtype not in DTYPES:
-            raise ValueError(f"Expected `dtype` to be one of {', '.join(DTYPES)}, but got {self.dtype!r}.")
+        dtype_named(self.dtype)  # raises for an unknown one
 
 
 @dataclass
@@ -112,7 +112,7 @@ class Encoder:
     @property
     def dtype(self) -> torch.dtype:
         """What is stored."""
-        return getattr(torch, self.args.dtype)
+        return dtype_named(self.args.dtype)
 
     def shard(self, rows: datasets.Dataset, progress: tqdm) -> datasets.Dataset:
         """
@@ -124,10 +124,12 @@ class Encoder:
         self.remembered.clear()  # a shard is the same, to the last bit, whichever was encoded before
         encoded: list[dict[str, Any]] = [{} for _ in range(len(rows))]
         waiting: dict[torch.Size, list[_Item]] = defaultdict(list)  # by shape, until they are a batch
+        items_of_rows = _Items(self.args, rows, self.buckets)
+        batch_bytes = self.args.batch_size * num_bytes_of(items_of_rows[0].image)
         loader = DataLoader(
-            _Items(self.args, rows, self.buckets),
+            items_of_rows,
             self.args.batch_size,
-            num_workers=self.args.dataloader_num_workers,
+            num_workers=choose_workers(self.args.dataloader_num_workers, self.pipeline.device, batch_bytes),
             collate_fn=list,
         )
 

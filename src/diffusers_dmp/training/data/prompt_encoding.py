@@ -6,9 +6,9 @@ from typing import Any
 
 import datasets
 import safetensors.torch
-import torch
 from tqdm.auto import tqdm
 
+from ...models.precision import check_dtype, dtype_named
 from ...saving.reading import read_json
 from ...saving.whole import written_whole
 from ..text_pipelines import text_pipeline_of
@@ -42,14 +42,15 @@ def encode_prompts(args: PromptEncodingArguments, pipeline: Any = None) -> None:
 
     Raises:
         ValueError: if the pipeline's family is not known, or it lacks VAE or text encoders; if a caption is missing, an image cannot
-            be read, or the resolution does not fit; or if `output_dir` holds shards of another encoding.
+            be read, the resolution does not fit, or the device does not have the dtype; or if `output_dir` holds shards of another encoding.
     """
     accelerator = make_shard_accelerator()
+    check_dtype(dtype_named(args.dtype), accelerator.device)
     with accelerator.main_process_first():
         dataset = load_images(args.dataset, args.image_column, args.dataset_split, None, args.text_column)
     captions_of(dataset, args.text_column, args.dataset)  # raises if one is missing, before a pipeline is loaded
     if pipeline is None:
-        pipeline = load_encoding_pipeline(args.pipeline, getattr(torch, args.dtype))
+        pipeline = load_encoding_pipeline(args.pipeline, dtype_named(args.dtype))
     text_pipeline = text_pipeline_of(pipeline)
     multiple = check_vae(pipeline, text_pipeline, args.resolution)
     square = [(args.resolution, args.resolution)]

@@ -3,8 +3,8 @@
 That holds on one kind of device, and up to rounding.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,24 +13,21 @@ import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from torch.overrides import TorchFunctionMode
 
 from ...diffusion.noise import is_flow_matching
 from ...diffusion.noise_schedules import clips, ends_in_pure_noise
 from ...diffusion.scheduler_names import scheduler_class
 from ...diffusion.schedulers import make_like
+from ...models.precision import check_dtype, dtype_named
 from ...saving.finite import expect_finite_pipeline
 from ...saving.naming import descends_from
 from ...saving.weight_files import check_saved_folder
 from ..arguments import option
+from .random_numbers import own_random_numbers
 
-DTYPES = ("float32", "float16", "bfloat16")
-RANDOM = frozenset(
-    {
-        torch.bernoulli, torch.multinomial, torch.normal, torch.rand, torch.rand_like, torch.randint, torch.randint_like,
-        torch.randn, torch.randn_like, torch.Tensor.normal_, torch.Tensor.uniform_,
-    }
-)  # fmt: skip
+DENOISERS = ("transformer", "transformer_2", "unet")  # of Diffusers' pipelines
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -47,6 +44,7 @@ class SeededSamplingArguments:
         "The scheduler to sample with, such as DDIM or DDIMScheduler, in the pipeline's settings; empty for the pipeline's own.",
     )
     dtype: str = option("float32", "Precision of the pipeline: float32, float16 or bfloat16.")
+    compile: bool = option(False, "Compile the denoisers; the first batch takes longer.")
 
     number_field: ClassVar[str]
 
@@ -60,8 +58,7 @@ class SeededSamplingArguments:
             self.scheduler = scheduler_class(self.scheduler)
         if self.seed < 0:
             raise ValueError(f"Expected `seed` to be at least 0, but got {self.seed}.")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"Expected `dtype` to be one of {', '.join(DTYPES)}, but got {self.dtype!r}.")
+        dtype_named(self.dtype)  # raises for an unknown one
 
     def scheduler_for(self, pipeline: DiffusionPipeline) -> str:
         """The class of the scheduler that a pipeline samples with; empty for its own."""
@@ -81,10 +78,12 @@ def load_sampling_pipeline(
 
     Raises:
         ValueError: if a file of a local folder is damaged, weights are not finite, also in this dtype, or the scheduler is of
-            another noise process than the pipeline's own.
+            another noise process than the pipeline's own; or if the device has no such dtype.
     """
+    dtype = dtype_named(args.dtype)
+    check_dtype(dtype, device)
     check_saved_folder(name_or_path)
-    pipeline = DiffusionPipeline.from_pretrained(name_or_path, dtype=getattr(torch, args.dtype)).to(device)
+    pipeline = DiffusionPipeline.from_pretrained(name_or_path, dtype=dtype).to(device)
     expect_finite_pipeline(pipeline, name_or_path)
     class_name = args.scheduler_for(pipeline)
     if class_name:
@@ -94,6 +93,27 @@ def load_sampling_pipeline(
             setattr(pipeline, name, None)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def compile_for_sampling(pipeline: DiffusionPipeline) -> None:
+    """
+    Compile a pipeline's denoisers: as it does itself, or else their repeated blocks. A log line says where neither is possible.
+
+    Args:
+        pipeline: After everything is attached to its denoisers.
+    """
+    if hasattr(pipeline, "compile"):
+        pipeline.compile()
+        return
+    denoisers: list[Any] = [getattr(pipeline, name, None) for name in DENOISERS]
+    found = [denoiser for denoiser in denoisers if getattr(denoiser, "_repeated_blocks", None)]
+    for denoiser in found:
+        denoiser.compile_repeated_blocks()
+    if not found:
+        logger.warning(
+            "The %s is not compiled: neither it nor its denoiser's class says how (`compile`, `_repeated_blocks`).",
+            type(pipeline).__name__,
+        )
 
 
 def _scheduler_for(pipeline: DiffusionPipeline, class_name: str) -> SchedulerMixin:
@@ -133,47 +153,6 @@ def sample_seeded(
     states = [np.random.SeedSequence([seed, index]).generate_state(1, np.uint64).item() for index in indices]
     device = pipeline.device  # a property that takes a pipeline a millisecond to compute
     generators = [torch.Generator(device).manual_seed(state) for state in states]
-    with _own_global_numbers(states, device, type(pipeline).__name__):
+    with own_random_numbers(pipeline, generators, states[0]):
         output = pipeline(**arguments, generator=generators)
     return [frames[0] for frames in output.frames] if hasattr(output, "frames") else output.images
-
-
-@contextmanager
-def _own_global_numbers(states: list[int], device: torch.device, class_name: str) -> Iterator[None]:
-    """
-    Seed PyTorch's global generators for one image, and refuse a pipeline that uses them for several.
-
-    Some schedulers do, such as those of flow matching with `stochastic_sampling`. The state from before comes back.
-    """
-    sources = [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
-    kept = [source.get_rng_state() for source in sources]
-    torch.manual_seed(states[0])
-    try:
-        with _GlobalNumbers() as numbers:
-            yield
-    finally:
-        for state, source in zip(kept, sources):
-            source.set_rng_state(state)
-    if numbers.are_used and len(states) > 1:
-        raise ValueError(
-            f"Expected the random numbers of each image to be its own, but got a {class_name} whose scheduler or model takes them from "
-            "PyTorch's global generator, for all images of a batch; `--batch_size 1` samples them one by one."
-        )
-
-
-class _GlobalNumbers(TorchFunctionMode):
-    """
-    Notes whether random numbers are taken from PyTorch's global generators.
-
-    It watches calls and not the generators' states, which a kernel may advance without using the numbers.
-    """
-
-    are_used = False
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: "dict[str, Any] | None" = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in RANDOM and kwargs.get("generator") is None:
-            self.are_used = True
-        return func(*args, **kwargs)

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ def write_shards(
     """
     Write the missing and damaged ones of the shards `train-<i>-of-<n>.parquet`, each whole or not at all.
 
+    A shard is written while the next one is made.
+
     Args:
         accelerator (`Accelerator`): Of all processes, each of which has to call.
         output_dir (`str` or `Path`): The folder of the shards.
@@ -85,11 +88,23 @@ def write_shards(
     if accelerator.num_processes > 1:
         description = f"{description}, 1 of {accelerator.num_processes} processes"
     total = sum(len(rows[shard]) for shard in own)
-    with progress_bar(total, description, "image", disable=not accelerator.is_main_process) as progress:
+    with (
+        progress_bar(total, description, "image", disable=not accelerator.is_main_process) as progress,
+        ThreadPoolExecutor(1) as writer,
+    ):
+        writing: list[Future] = []
         for shard in own:
             made = make_shard(rows[shard], progress)
-            with written_whole(paths[shard]) as unfinished:
-                made.to_parquet(unfinished)
+            for previous in writing:
+                previous.result()  # raises what kept it from being written
+            writing = [writer.submit(_write, made, paths[shard])]
+        for last in writing:
+            last.result()
+
+
+def _write(shard: datasets.Dataset, path: Path) -> None:
+    with written_whole(path) as unfinished:
+        shard.to_parquet(unfinished)
 
 
 def expect_parquet(path: Path) -> int:

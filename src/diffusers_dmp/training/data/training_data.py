@@ -21,6 +21,7 @@ from .labels import class_names
 from .latents import check_latents, load_vae
 from .listing import shorten
 from .loop_data import Batch, LoopData
+from .workers import choose_workers, num_bytes_of
 
 VALIDATION_BATCH_SIZE = 64
 
@@ -61,10 +62,11 @@ class TrainingData(LoopData):
         """See [`LoopData`]."""
         items = training_items(self.validation, args)
         own = range(accelerator.process_index, self.num_validation_samples(args), accelerator.num_processes)
+        batch_bytes = VALIDATION_BATCH_SIZE * num_bytes_of(items[0])
         loader: DataLoader[Batch] = DataLoader(
             Subset(ConcatDataset([items] * args.validation_repeats), own),
             VALIDATION_BATCH_SIZE,
-            num_workers=args.dataloader_num_workers,
+            num_workers=choose_workers(args.dataloader_num_workers, accelerator.device, batch_bytes),
             worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # without one, the loader would change the global random state
         )

@@ -116,7 +116,7 @@ class StreamingArguments:
         1_000, "For streaming: the number of images that a process reads and shuffles together."
     )
 
-    def check_streaming(self, num_workers: int) -> None:
+    def check_streaming(self, num_workers: int | None) -> None:
         """
         Check the numbers.
 
