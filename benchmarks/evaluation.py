@@ -1,30 +1,35 @@
-"""Time and memory of an evaluation: `python -m benchmarks.evaluation fid|neighbours|sampling`.
+"""Time and memory of an evaluation: `python -m benchmarks.evaluation fid|neighbours|sampling [--preset DiT-XL/2] [--dtype bfloat16]`.
 
 Each part is a process of its own, because its peak memory is measured.
 """
 
+import argparse
 import itertools
 import resource
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
+from diffusers import AutoencoderKL, DDPMScheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_dmp import ClassConditionalPipeline, DiTModel
 from diffusers_dmp.evaluation.metrics import GaussianStatistics, frechet_distance, precision_and_recall
-from diffusers_dmp.evaluation.npz import write_npz
-from diffusers_dmp.evaluation.sample import SamplingArguments, sample_images
+from diffusers_dmp.evaluation.sample import SamplingArguments, write_images
+from diffusers_dmp.models import DIT_PRESETS
+from diffusers_dmp.models.precision import DTYPES, check_device, check_dtype, dtype_named
 from diffusers_dmp.terminal import OneLineParser, run_command
-from diffusers_dmp.training.arguments import TrainingArguments
-from diffusers_dmp.training.objectives.from_arguments import make_scheduler
+from diffusers_dmp.training.data.requests import make_requests
+from diffusers_dmp.training.data.seeded_sampling import compile_for_sampling, sample_seeded
+from diffusers_dmp.training.data.shards import make_shard_accelerator
 
 from .timing import HEADER, compare, hardware, seconds
 
 FEATURES = 2048  # of an image, as Inception has them
 CPU = torch.device("cpu")
-SECONDS = 120.0  # for the comparison of samplings
+DIGITS = "digits"  # instead of a preset
 
 
 def features(number: int, seed: int) -> torch.Tensor:
@@ -60,53 +65,96 @@ def neighbours() -> None:
         )
 
 
-def sampling() -> None:
-    """Compare sampling through the evaluator with a script that loads the pipeline, samples, and writes the same file."""
-    shape = {"num_attention_heads": 6, "attention_head_dim": 16, "num_layers": 6, "sample_size": 8}
-    shape |= {"in_channels": 1, "out_channels": 2}
-    number, batch_size, num_inference_steps = 500, 100, 25
+def sampling(args: argparse.Namespace) -> None:
+    """
+    Compare sampling through the evaluator, which writes the images, with the pipeline alone, which has one generator for all.
+
+    Both have the same pipeline, batches, scheduler and steps. DDPM takes random numbers in every step.
+    """
+    accelerator = make_shard_accelerator()
+    device = accelerator.device
+    if args.device is not None and check_device(args.device).type != device.type:
+        raise ValueError(f"Expected `device` to be {device.type}, where evaluations compute, but got {args.device}.")
+    check_dtype(dtype_named(args.dtype), device)
+    pipeline = make_pipeline(args.preset).to(device)
+    for network in (pipeline.transformer, pipeline.vae):
+        if network is not None:
+            network.to(dtype_named(args.dtype)).eval()
+    pipeline.set_progress_bar_config(disable=True)
+    steps, batch_size = args.num_inference_steps, args.batch_size
+    requests = make_requests(pipeline, None, {}, num_inference_steps=steps)
+    with RandomCalls() as calls:
+        sample_seeded(pipeline, 0, range(batch_size), **requests(range(batch_size)))
+    print(f"random calls for 1,000 images of {steps} steps: {calls.number * 1000 // batch_size:,}")
+    if args.compile:
+        compile_for_sampling(pipeline)
     with tempfile.TemporaryDirectory() as folder:
-        scheduler = make_scheduler(TrainingArguments(), in_latents=False)
-        ClassConditionalPipeline(DiTModel(**shape, num_classes=10), scheduler).save_pretrained(folder)
         rounds = itertools.count()
 
-        def bare_loop() -> None:
-            pipeline = ClassConditionalPipeline.from_pretrained(folder)
-            pipeline.set_progress_bar_config(disable=True)
-            images = []
-            for start in range(0, number, batch_size):
-                indices = range(start, start + batch_size)
-                generators = [torch.Generator().manual_seed(index) for index in indices]
-                labels = [index % 10 for index in indices]
-                images += pipeline(labels, num_inference_steps=num_inference_steps, generator=generators).images
-            pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
-            write_npz(Path(folder, "bare.npz"), [pixels], pixels.shape)
+        def bare_pipeline() -> None:
+            generator = torch.Generator(device).manual_seed(0)
+            for start in range(0, args.num_images, batch_size):
+                pipeline(**requests(range(start, min(start + batch_size, args.num_images))), generator=generator)
 
         def evaluator() -> None:
-            output_dir = str(Path(folder, "sampled", str(next(rounds))))
-            sample_images(
-                SamplingArguments(
-                    pipeline=folder,
-                    output_dir=output_dir,
-                    num_images=number,
-                    batch_size=batch_size,
-                    num_inference_steps=num_inference_steps,
-                )
-            )
+            output_dir = str(Path(folder, str(next(rounds))))
+            sizes = {"num_images": args.num_images, "batch_size": batch_size, "num_inference_steps": steps}
+            chosen = SamplingArguments(pipeline="-", output_dir=output_dir, **sizes)
+            write_images(accelerator, pipeline, chosen, requests)
+            shutil.rmtree(output_dir)
 
-        name = f"sampling {number} digits: evaluator / bare loop"
-        print(f"\n{HEADER}")
-        print(compare(name, evaluator, bare_loop, CPU, SECONDS, target=1.03).row())
+        name = f"{args.num_images} images, {args.preset}, {args.dtype}: evaluator / bare pipeline"
+        print(f"\n{HEADER}", flush=True)
+        ratio = compare(name, evaluator, bare_pipeline, device, args.seconds, target=1 / 0.95)
+        print(f"{ratio.row()}\n\nimages/s of the bare pipeline's: {1 / ratio.ratio:.3f}")
+
+
+def make_pipeline(preset: str) -> ClassConditionalPipeline:
+    """A pipeline with random weights: of digits of 8 x 8 pixels, or of a preset with a VAE, for images of 256 x 256."""
+    if preset == DIGITS:
+        shape = {
+            "num_attention_heads": 6,
+            "attention_head_dim": 16,
+            "num_layers": 6,
+            "sample_size": 8,
+            "in_channels": 1,
+        }
+        return ClassConditionalPipeline(DiTModel(**shape, num_classes=10), DDPMScheduler())
+    channels = (128, 256, 512, 512)  # Stable Diffusion's VAE
+    down, up = (["DownEncoderBlock2D"] * 4, ["UpDecoderBlock2D"] * 4)
+    vae = AutoencoderKL(3, 3, down, up, channels, layers_per_block=2, latent_channels=4)
+    return ClassConditionalPipeline(DiTModel.from_preset(preset), DDPMScheduler(), vae)
+
+
+class RandomCalls(TorchDispatchMode):
+    """Counts the calls that make normal random numbers."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += any(name in str(func) for name in ("randn", "normal_"))
+        return func(*args, **kwargs or {})
 
 
 def main(argv: list[str]) -> None:
     """Measure the part that the command line asks for."""
     parser = OneLineParser(description=__doc__)
-    parts = {"fid": fid, "neighbours": neighbours, "sampling": sampling}
-    parser.add_argument("part", choices=parts)
-    part = parser.parse_args(argv).part
-    print(hardware(CPU))
-    parts[part]()
+    parser.add_argument("part", choices=("fid", "neighbours", "sampling"))
+    for_sampling = parser.add_argument_group("sampling")
+    for_sampling.add_argument("--preset", default=DIGITS, choices=(DIGITS, *DIT_PRESETS))
+    for_sampling.add_argument("--device", help="by default an accelerator, if there is one")
+    for_sampling.add_argument("--dtype", default="float32", choices=DTYPES)
+    for_sampling.add_argument("--compile", action="store_true")
+    for_sampling.add_argument("--num_images", type=int, default=500)
+    for_sampling.add_argument("--batch_size", type=int, default=100)
+    for_sampling.add_argument("--num_inference_steps", type=int, default=50)
+    for_sampling.add_argument("--seconds", type=float, default=120.0)
+    args = parser.parse_args(argv)
+    print(hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    if args.part == "sampling":
+        sampling(args)
+    else:
+        {"fid": fid, "neighbours": neighbours}[args.part]()
 
 
 if __name__ == "__main__":

@@ -87,6 +87,10 @@ class PretendedAccelerator(TorchDispatchMode):
         with torch.no_grad():
             return tree_map(lambda x: self._wrapped(x.detach()) if _is_here(x) else x, value)
 
+    def generator(self, seed: int = 0) -> PretendedGenerator:
+        """A generator on the accelerator."""
+        return PretendedGenerator().manual_seed(seed)
+
     def put_to_train(self, model: torch.nn.Module) -> torch.nn.Module:
         """Move a model that is trained: unlike by [`~PretendedAccelerator.put`], its parameters stay parameters."""
         gradients = {id(module): _needing_gradients(module) for module in model.modules()}

@@ -154,16 +154,14 @@ def test_a_sampling_with_experts_waits_once(accelerator, name):
     assert waits_of_a_sampling(accelerator, name, experts) - plain == WAITS.get(name, 1)
 
 
-@pytest.mark.parametrize("name", ["sd3", "sdxl"])
-def test_a_sampling_with_lora_experts_waits_once(accelerator, name):
+def test_a_sampling_with_lora_experts_waits_once(accelerator):
     def attach(pipe) -> None:
-        model = getattr(pipe, RECIPES[name].component)
         for adapter in ("low", "high"):
-            model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), adapter)
+            pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), adapter)
         LoraExperts(["low", "high"], HALVES).attach(pipe)  # and of the schedule
 
-    plain = waits_of_a_sampling(accelerator, name, RECIPES[name].denoiser())
-    assert waits_of_a_sampling(accelerator, name, RECIPES[name].denoiser(), attach) - plain == 1
+    plain = waits_of_a_sampling(accelerator, "sd3", sd3())
+    assert waits_of_a_sampling(accelerator, "sd3", sd3(), attach) - plain == 1
 
 
 def test_memory_is_counted_until_it_is_freed(accelerator):

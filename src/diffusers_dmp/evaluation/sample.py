@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import datasets
 import numpy as np
 import torch
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm
@@ -107,19 +108,37 @@ def sample_images(args: SamplingArguments) -> Path | None:
         if experts is not None:
             settings["lora_experts_sha256"] = _folder_sha256(experts)
         remember_settings(folder / SETTINGS_NAME, settings, "images")
-        (folder / SHARDS).mkdir(exist_ok=True)
         if prompts is not None and not (folder / PROMPTS_NAME).exists():
             with written_whole(folder / PROMPTS_NAME) as unfinished:
                 unfinished.write_text(json.dumps(prompts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path = write_images(accelerator, pipeline, args, requests)
+    accelerator.end_training()
+    return path
+
+
+def write_images(
+    accelerator: Accelerator, pipeline: DiffusionPipeline, args: SamplingArguments, requests: Requests
+) -> Path | None:
+    """
+    Sample the missing images of a folder, and write `samples.npz`.
+
+    Args:
+        accelerator (`Accelerator`): Of all processes, each of which has to call.
+        pipeline: As [`load_sampling_pipeline`] returned it, on the accelerator's device.
+        args ([`SamplingArguments`]): What to sample.
+        requests ([`Requests`]): What the pipeline is called with.
+
+    Returns:
+        The path of the file on the main process, None on the others.
+    """
+    folder = Path(args.output_dir)
 
     def make_shard(rows: range, progress: tqdm) -> datasets.Dataset:
         return _sample_shard(pipeline, args, rows, requests, progress)
 
     write_shards(accelerator, folder / SHARDS, args.num_images, args.shard_size, make_shard, "Sampling")
     accelerator.wait_for_everyone()
-    path = _join_shards(folder, args, requests) if accelerator.is_main_process else None
-    accelerator.end_training()
-    return path
+    return _join_shards(folder, args, requests) if accelerator.is_main_process else None
 
 
 def _experts_folder(args: SamplingArguments) -> Path | None:

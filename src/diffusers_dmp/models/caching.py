@@ -95,7 +95,7 @@ class CopiesOnCPU:
         Returns:
             `torch.Tensor`: The same values, without gradients, not to be modified.
         """
-        # private, but the only way to know a view's tensor that is one for all kinds of views, and since PyTorch 0.4
+        # private, but there is no public way to know which tensor a view shows
         base = None if tensor.is_cpu else tensor._base
         is_part = (
             base is not None

@@ -307,6 +307,7 @@ class ExpertFinder:
         self.argument_names = argument_names_of(type(denoiser))
         self.class_name = type(denoiser).__name__
         self._is_unverified = _known_argument(type(denoiser)) is None
+        self._edges = torch.tensor(intervals.edges, dtype=torch.float64)
         self._copies = CopiesOnCPU()
 
     def value(self, args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
@@ -345,7 +346,7 @@ class ExpertFinder:
         """
         value = self._copies.shown_by(self.value(args, kwargs))
         total = self.intervals.num_train_timesteps
-        known: tuple[torch.Tensor, ...] = (torch.tensor(self.intervals.edges, dtype=torch.float64),)
+        known: tuple[torch.Tensor, ...] = (self._edges,)
         if schedule is not None:
             known = (*known, self._copies.whole(schedule)[first_step:])
         timesteps = self.argument.timesteps(value, total, *known)
