@@ -10,6 +10,7 @@ from torch import nn
 from diffusers_dmp import DiTModel, DTRTransformer2DModel
 from diffusers_dmp.models.dit.model import DIT_PRESETS
 
+from .denoisers import sampling_inputs
 from .timing import Ratio, Settings
 
 
@@ -27,25 +28,26 @@ def run(settings: Settings) -> Iterator[Ratio]:
     """Compare forward passes and training steps, and print the size of DTR's buffers."""
     preset, device = settings.preset, settings.device
     for dtype in settings.dtypes:
-        models = [DTRTransformer2DModel.from_preset(preset), DiTModel.from_preset(preset), stock_dit(preset)]
-        dtr, plain, stock = (model.to(device).to(dtype).eval() for model in models)
-        if settings.compile:
-            dtr, plain, stock = (torch.compile(model) for model in (dtr, plain, stock))
+        with device:
+            models = [DTRTransformer2DModel.from_preset(preset), DiTModel.from_preset(preset), stock_dit(preset)]
+        dtr, plain, stock = (settings.compiled(model.to(device).to(dtype).eval()) for model in models)
 
         for batch_size in settings.batch_sizes:
-            sample = torch.randn(batch_size, 4, 32, 32, device=device, dtype=dtype)
-            labels = torch.randint(0, 1000, (batch_size,), device=device)
-            timestep = torch.tensor(700, device=device).expand(batch_size)  # as the pipelines pass it
             case = f"{preset} {settings.name_of(dtype)} batch {batch_size}"
 
             @torch.no_grad()
-            def forward(model, sample=sample, timestep=timestep, labels=labels):
-                model(sample, timestep, class_labels=labels)
+            def forward(model, inputs):
+                model(**inputs)
 
-            dtr_forward, plain_forward, stock_forward = (partial(forward, model) for model in (dtr, plain, stock))
+            dtr_forward, plain_forward, stock_forward = (
+                partial(forward, model, sampling_inputs(model, batch_size, device, dtype))
+                for model in (dtr, plain, stock)
+            )
             yield settings.compare(f"{case}: DTR / DiT", dtr_forward, plain_forward, 1.02)
             yield settings.compare(f"{case}: DTR / Diffusers' DiT", dtr_forward, stock_forward, 1.00)
 
+            sample = torch.randn(batch_size, 4, 32, 32, device=device, dtype=dtype)
+            labels = torch.randint(0, 1000, (batch_size,), device=device)
             timesteps = torch.randint(0, 1000, (batch_size,), device=device)
 
             def training_step(model, sample=sample, timesteps=timesteps, labels=labels):

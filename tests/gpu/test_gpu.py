@@ -24,6 +24,7 @@ from diffusers_dmp import (
     RemixDiTModel,
     SNRSplitPipeline,
 )
+from diffusers_dmp.models import channel_routing
 
 pytestmark = [
     pytest.mark.gpu,
@@ -71,6 +72,40 @@ def test_a_forward_pass_is_the_cpus(system, batch):
     actual = model.to(GPU)(*[tensor.to(GPU) for tensor in inputs]).sample
     assert actual.device.type == GPU
     torch.testing.assert_close(actual.cpu(), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("timestep", [3, 700, 999])
+@torch.no_grad()
+def test_slices_of_channels_compute_what_masks_compute(monkeypatch, batch, timestep):
+    """At DTR's window of one timestep, with inactive channels after it, on both sides, and before it; without waiting."""
+    model = MODELS["DTR"]().to(GPU)
+    inputs = {name: batch[name].to(GPU) for name in ("hidden_states", "class_labels")}
+    masked = model(**inputs, timestep=torch.tensor(timestep, device=GPU).expand(4)).sample
+    timestep = torch.tensor(timestep).expand(4)
+    assert model.choose(timestep[:1])
+    for smallest in (1_000_000, 0):  # of the tensors that are not masked
+        monkeypatch.setattr(channel_routing, "MIN_ELEMENTS_BOUND_BY_MEMORY", smallest)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            sample = model(**inputs, timestep=timestep).sample
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.testing.assert_close(sample, masked, **TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_large_tensors_are_those_of_small_ones(monkeypatch, batch, dtype):
+    """DTR's own backward pass, for which these are not large enough otherwise, also with a residual stream in float32."""
+    model, gradients = MODELS["DTR"]().to(GPU), []
+    inputs = {name: tensor.to(GPU) for name, tensor in batch.items()}
+    for smallest in (1_000_000, 0):
+        monkeypatch.setattr(channel_routing, "MIN_ELEMENTS_BOUND_BY_MEMORY", smallest)
+        model.zero_grad()
+        with torch.autocast(GPU, dtype, enabled=dtype != torch.float32):
+            model(**inputs).sample.square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for small, large in zip(*gradients):
+        torch.testing.assert_close(large, small, **TOLERANCE)
 
 
 def make_guided_pipeline() -> ClassConditionalPipeline:

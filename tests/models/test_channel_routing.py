@@ -5,16 +5,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from conftest import TINY_CONFIG, randomised
 from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_dmp import ClassConditionalPipeline, DiTModel, DTRTransformer2DModel, PromptPatch
-from diffusers_dmp.models import ChannelRouting, dtr_transformer_2d
-from diffusers_dmp.models.channel_routing import split_channels
+from diffusers_dmp.models import ChannelRouting, channel_routing
+from diffusers_dmp.models.channel_routing import ChannelWindow, split_channels
 
 CLEAN, MIDDLE, NOISY = 3, 700, 999  # with inactive channels after the window, on both sides of it, and before it
 
@@ -38,7 +40,7 @@ def test_slices_compute_what_masks_compute(sharing_ratio, alpha, timestep, batch
     """Bit for bit, as the sums are the same."""
     model = randomised(DTRTransformer2DModel(**TINY_CONFIG, sharing_ratio=sharing_ratio, routing_alpha=alpha))
     timestep = torch.tensor(timestep)
-    assert isinstance(model.choose(timestep[None])[0], dtr_transformer_2d.ChannelWindow)
+    assert isinstance(model.choose(timestep[None])[0], ChannelWindow)
     inputs = {
         "hidden_states": torch.randn(batch_size, 4, 8, 8),
         "timestep": timestep.expand(batch_size),
@@ -93,6 +95,15 @@ def test_compiled_models_and_blocks_have_masks(tiny_dtr):
     assert not choices(by_blocks, MIDDLE)
 
 
+def test_blocks_that_others_call_have_masks(tiny_dtr):
+    """Accelerate's hooks, as of offloading; those of Diffusers replace `forward` as well."""
+    add_hook_to_module(tiny_dtr.transformer_blocks[1], ModelHook())
+    assert not choices(tiny_dtr, MIDDLE)
+    remove_hook_from_module(tiny_dtr.transformer_blocks[1])
+    tiny_dtr.transformer_blocks[0] = nn.Identity()
+    assert not choices(tiny_dtr, MIDDLE)
+
+
 def recorder(seen: list) -> Callable:
     return lambda module, args, output: seen.append((args[0], output))
 
@@ -117,6 +128,7 @@ def test_whoever_watches_a_block_sees_all_channels(tiny_dtr, batch):
 @torch.no_grad()
 def test_what_the_embedding_returned_is_not_changed(tiny_dtr, batch):
     batch["timestep"] = torch.tensor(MIDDLE).expand(4)
+    tiny_dtr.to(memory_format=torch.channels_last)  # or else the tokens would be copied because of their layout
     seen = []
     tiny_dtr.pos_embed.register_forward_hook(recorder(seen))
     assert choices(tiny_dtr, MIDDLE)
@@ -146,11 +158,10 @@ def on_an_accelerator(pretended, model: DTRTransformer2DModel, batch: dict) -> t
         return sample.cpu(), waits
 
 
-@pytest.mark.parametrize("smallest", [0, None])
+@pytest.mark.parametrize("smallest", [0, 1_000_000])
 def test_no_window_is_waited_for_on_an_accelerator(pretended, monkeypatch, tiny_dtr, batch, smallest):
     """Small tensors are masked there, large ones sliced."""
-    if smallest is not None:
-        monkeypatch.setattr(dtr_transformer_2d, "MIN_ELEMENTS_FOR_SLICES", smallest)
+    monkeypatch.setattr(channel_routing, "MIN_ELEMENTS_BOUND_BY_MEMORY", smallest)
     expected = masked(tiny_dtr, batch | {"timestep": torch.tensor(MIDDLE).expand(4)})
     sample, waits = on_an_accelerator(pretended, tiny_dtr, batch)
     torch.testing.assert_close(sample, expected)
@@ -206,8 +217,19 @@ def test_operations_of_sampling(timesteps, operations):
     assert own_operations_of_a_block(timesteps) == Counter(operations)
 
 
+@pytest.fixture
+def large(monkeypatch):
+    """All tensors count as so large that memory traffic decides, also on the CPU."""
+    monkeypatch.setattr(channel_routing, "is_bound_by_memory", lambda hidden_states: True)
+
+
 def test_operations_of_training():
-    """Autograd by itself has four in the backward pass: ∂out ⊙ (1 - m) and its factor, ∂read ⊙ m, and their sum."""
+    """In the backward pass: ∂out ⊙ (1 - m) and its factor, ∂read ⊙ m, and their sum."""
+    own = own_operations_of_a_block([CLEAN, MIDDLE], gradients=True)
+    assert own == Counter({"addcmul_": 1, "mul": 4, "add": 1})
+
+
+def test_operations_of_training_on_large_tensors(large):
     forward, backward = {"mul": 1, "addcmul": 1}, {"where": 1, "_to_copy": 1}  # of a mask (B, 1, D) to Booleans
     assert own_operations_of_a_block([CLEAN, MIDDLE], gradients=True) == Counter(forward | backward)
 
@@ -245,7 +267,7 @@ def tokens_and_weight() -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
 
 
-def test_gradients_are_those_of_the_formula(tokens_and_weight):
+def test_gradients_are_those_of_the_formula(large, tokens_and_weight):
     factor = torch.randn(2, 3, 6, dtype=torch.float64)
     actual, expected = (
         torch.autograd.grad((function(*tokens_and_weight) * factor).sum(), tokens_and_weight)
@@ -255,12 +277,12 @@ def test_gradients_are_those_of_the_formula(tokens_and_weight):
     assert torch.equal(actual[1], expected[1])
 
 
-def test_gradients_of_gradients_and_in_forward_mode(tokens_and_weight):
+def test_gradients_of_gradients_and_in_forward_mode(large, tokens_and_weight):
     assert torch.autograd.gradcheck(routed, tokens_and_weight, check_forward_ad=True, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(routed, tokens_and_weight)
 
 
-def test_functional_derivatives(tokens_and_weight):
+def test_functional_derivatives(large, tokens_and_weight):
     """As objectives of flow maps need them: a derivative by the time, with gradients of it."""
     tokens, weight = tokens_and_weight
     _, tangent = torch.func.jvp(lambda x: routed(x, weight), (tokens,), (torch.ones_like(tokens),))
@@ -280,7 +302,7 @@ def gradients_of(model: DTRTransformer2DModel, batch: dict) -> list[torch.Tensor
 
 
 @pytest.mark.slow
-def test_a_model_compiled_with_its_gradients(tiny_dtr, batch):
+def test_a_model_compiled_with_its_gradients(large, tiny_dtr, batch):
     expected = gradients_of(tiny_dtr, batch)
     torch.compiler.reset()
     tiny_dtr.compile(backend="aot_eager", fullgraph=True)
@@ -288,15 +310,18 @@ def test_a_model_compiled_with_its_gradients(tiny_dtr, batch):
         torch.testing.assert_close(actual, eager)
 
 
-def test_a_residual_stream_in_float32_under_autocast(tiny_dtr, batch):
-    """The same as by autograd itself, which computes it where masks are compiled."""
-    with torch.autocast("cpu", torch.bfloat16):
-        actual = gradients_of(tiny_dtr, batch)
-        torch.compiler.reset()
-        tiny_dtr.compile(backend="eager", fullgraph=True)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_large_tensors_are_those_of_small_ones(monkeypatch, tiny_dtr, batch, checkpointing, dtype):
+    """Also of a residual stream in float32 under autocast."""
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         expected = gradients_of(tiny_dtr, batch)
-    for own, plain in zip(actual, expected):
-        torch.testing.assert_close(own, plain)
+        monkeypatch.setattr(channel_routing, "is_bound_by_memory", lambda hidden_states: True)
+        if checkpointing:
+            tiny_dtr.enable_gradient_checkpointing()
+        actual = gradients_of(tiny_dtr.train(), batch | {"force_drop_ids": torch.zeros(4, dtype=torch.bool)})
+    for large, small in zip(actual, expected):
+        torch.testing.assert_close(large, small)
 
 
 # In a pipeline

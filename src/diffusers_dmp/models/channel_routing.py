@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+# The tokens' elements from which an accelerator takes longer than the CPU needs to launch its work: on an H100, a block of DiT-XL/2
+# was launched in 0.4 ms and computed for as long from about 5 million. Below, only the number of launches counts.
+MIN_ELEMENTS_BOUND_BY_MEMORY = 2**22
+
 
 @dataclass(frozen=True)
 class ChannelWindow:
@@ -49,7 +53,7 @@ class ChannelWindow:
             Two `torch.Tensor` of shape (1, 1, D): m, 1 for active channels, and 1 - m.
         """
         active = hidden_states.new_zeros(1, 1, self.dim)
-        active[..., self.start : self.stop] = 1
+        active.narrow(-1, self.start, self.stop - self.start).fill_(1)
         return active, 1 - active
 
 
@@ -162,6 +166,16 @@ def check_routing(sharing_ratio: float, routing_alpha: float) -> None:
         raise ValueError(f"Expected `routing_alpha` to be positive, but got {routing_alpha}.")
 
 
+def is_bound_by_memory(hidden_states: torch.Tensor) -> bool:
+    """
+    Tell whether fewer reads and writes of a tensor are worth more operations: on an accelerator that is behind the CPU.
+
+    Args:
+        hidden_states (`torch.Tensor`): The tokens.
+    """
+    return not hidden_states.is_cpu and hidden_states.numel() >= MIN_ELEMENTS_BOUND_BY_MEMORY
+
+
 def split_channels(
     hidden_states: torch.Tensor, active: torch.Tensor, inactive: torch.Tensor
 ) -> tuple[torch.Tensor, "Bypass"]:
@@ -177,11 +191,11 @@ def split_channels(
     """
     needs_gradient = torch.is_grad_enabled() and hidden_states.requires_grad
     # a compiler fuses the plain operations, also those of the backward pass
-    if not needs_gradient or torch.compiler.is_compiling():
-        # m ⊙ x
-        return active * hidden_states, Bypass(hidden_states, inactive)
-    read, bypassing = _Split.apply(hidden_states, active)
-    return read, Bypass(bypassing, inactive, is_split=True)
+    if needs_gradient and not torch.compiler.is_compiling() and is_bound_by_memory(hidden_states):
+        read, bypassing = _Split.apply(hidden_states, active)
+        return read, Bypass(bypassing, inactive, is_split=True)
+    # m ⊙ x
+    return active * hidden_states, Bypass(hidden_states, inactive)
 
 
 class Bypass:
@@ -215,7 +229,8 @@ class _Split(torch.autograd.Function):
     """
     x → m ⊙ x and x, with the gradient of both, and of what [`_Join`] makes of the second, in one pass over memory.
 
-    Autograd by itself multiplies by 1 - m, by m, and adds: 7 reads and writes of a tensor of x's size in place of 3.
+    Autograd by itself multiplies by 1 - m, by m, and adds: 7 reads and writes of a tensor of x's size in place of 3. But it does
+    not call Python, which takes longer where tensors are small.
     """
 
     generate_vmap_rule = True

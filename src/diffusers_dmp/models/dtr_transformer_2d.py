@@ -4,6 +4,7 @@ https://arxiv.org/abs/2310.07138
 Legend: B batch, N tokens, D width.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,15 +13,10 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..saving.naming import PACKAGE
-from .channel_routing import ChannelRouting, ChannelWindow, split_channels
+from .channel_routing import ChannelRouting, ChannelWindow, is_bound_by_memory, split_channels
 from .configuration import extends_arguments
 from .dit.layers import DiTBlock
 from .dit.model import DiTModel
-
-# Smaller tensors on an accelerator are masked: there the CPU does not keep up with launching kernels, masks are two of them per
-# block, and slices on both sides of a window four. Above, memory traffic counts, 0.8 reads or writes of a tensor for 5. On an
-# H100, a block of DiT-XL/2 computes for as long as it is launched, 0.4 ms, at about 5 million elements.
-MIN_ELEMENTS_FOR_SLICES = 2**22
 
 
 class DTRBlock(DiTBlock):
@@ -121,24 +117,37 @@ class DTRTransformer2DModel(DiTModel):
         block_inputs: tuple,
         modulations: torch.Tensor | None,
     ) -> torch.Tensor:
-        if not isinstance(block_inputs[0], ChannelWindow):
+        (first, *_), blocks = block_inputs, self._blocks_with(modulations)
+        if not isinstance(first, ChannelWindow):
             return super()._apply_blocks(hidden_states, conditioning, block_inputs, modulations)
-        (window,) = block_inputs
-        if not hidden_states.is_cpu and hidden_states.numel() < MIN_ELEMENTS_FOR_SLICES:
-            masks = window.masks_for(hidden_states)
-            return super()._apply_blocks(hidden_states, conditioning, masks, modulations)
-
-        # The same sums as with masks: x ← block(m ⊙ x) + (1 - m) ⊙ x. The inactive channels stay outside of x until the end.
-        hidden_states = hidden_states.clone()  # a hook may have kept what the patch embedding returned
-        bypassing = [torch.zeros_like(part) for part in window.inactive_of(hidden_states)]
-        for block, own in self._blocks_with(modulations):
-            for total, part in zip(bypassing, window.inactive_of(hidden_states)):
-                total.add_(part)
-                part.zero_()
-            hidden_states = block(hidden_states, conditioning, **own)
-        for total, part in zip(bypassing, window.inactive_of(hidden_states)):
-            part.add_(total)
+        if hidden_states.is_cpu or is_bound_by_memory(hidden_states):
+            return _apply_by_slices(blocks, hidden_states, conditioning, first)
+        # the formula of `DTRBlock`, without asking in each block whether there are gradients
+        active, inactive = first.masks_for(hidden_states)
+        for block, own in blocks:
+            output = block(active * hidden_states, conditioning, **own)
+            hidden_states = output.addcmul_(inactive, hidden_states)
         return hidden_states
+
+
+def _apply_by_slices(
+    blocks: Iterable[tuple[nn.Module, dict[str, Any]]],
+    hidden_states: torch.Tensor,
+    conditioning: torch.Tensor,
+    window: ChannelWindow,
+) -> torch.Tensor:
+    """Apply blocks with the inactive channels outside of the tokens, where they add up until the end."""
+    hidden_states = hidden_states.clone()  # a hook may have stored what the patch embedding returned
+    sums = [torch.zeros_like(part) for part in window.inactive_of(hidden_states)]
+    for block, own in blocks:
+        # x ← block(m ⊙ x) + (1 - m) ⊙ x, the same additions as with masks
+        for total, part in zip(sums, window.inactive_of(hidden_states)):
+            total.add_(part)
+            part.zero_()
+        hidden_states = block(hidden_states, conditioning, **own)
+    for total, part in zip(sums, window.inactive_of(hidden_states)):
+        part.add_(total)
+    return hidden_states
 
 
 def _is_plain(block: nn.Module) -> bool:
