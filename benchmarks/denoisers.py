@@ -82,12 +82,12 @@ def in_training(model: Any) -> Any:
 
 
 def sampling_inputs(model: Any, batch_size: int, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Make the inputs of a sampling step as the pipelines pass them: one timestep, on the CPU if the denoiser reads it there."""
-    where = torch.device("cpu") if reads_inputs_on_cpu(model) else device
+    """Make the inputs of a sampling step as the pipelines pass them: on the CPU what the denoiser, or its prompts, read there."""
+    cpu = torch.device("cpu")
     return {
         "hidden_states": torch.randn(batch_size, 4, 32, 32, device=device, dtype=dtype),
-        "timestep": torch.tensor(TIMESTEP, device=where).expand(batch_size),
-        "class_labels": torch.randint(NUM_CLASSES, (batch_size,), device=where),
+        "timestep": torch.tensor(TIMESTEP, device=cpu if reads_inputs_on_cpu(model) else device).expand(batch_size),
+        "class_labels": torch.randint(NUM_CLASSES, (batch_size,), device=device if patch_of(model) is None else cpu),
     }
 
 

@@ -82,16 +82,17 @@ def groups(settings: Settings, dtype: torch.dtype) -> Iterator[Group]:
 
 def measure(settings: Settings, group: Group) -> list[Figure]:
     """Measure a group's times and operations."""
-    torch.compiler.reset()  # what is compiled depends on nothing that was compiled before
+    if settings.compile:
+        torch.compiler.reset()  # so that what is compiled depends on nothing that was compiled before
     functions, moved = group.prepare()
     times = time_in_turns(functions, settings.device, settings.budget, settings.clock)
     figures = [
         Figure(cell, times[cell], flops=count_flops(function), moved=moved[cell])
         for cell, function in functions.items()
     ]
-    del functions
-    gc.collect()
-    if settings.device.type == "cuda":
+    if settings.device.type == "cuda":  # the next group needs the memory
+        del functions
+        gc.collect()
         torch.cuda.empty_cache()
     return figures
 
