@@ -1,4 +1,4 @@
-"""`python -m benchmarks dtr|remix|dmp|patch|ppap|experts|text_training|guidance|speed|launches [--preset DiT-S/2] [--device cuda] [--compile]`"""
+"""`python -m benchmarks dtr|remix|dmp|patch|ppap|experts|text_training|training|guidance|speed|launches [--preset DiT-S/2] [--device cuda] [--compile]`"""
 
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +20,7 @@ BENCHMARKS = [
         if Path(__file__).with_name(f"{system.short_name}.py").is_file()
     ),
     "text_training",
+    "training",
     "guidance",
     "speed",
     "launches",

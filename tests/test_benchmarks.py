@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-SLOW = [pytest.param(system, marks=pytest.mark.slow) for system in ("remix", "patch", "ppap", "guidance")]
+SLOW = [pytest.param(system, marks=pytest.mark.slow) for system in ("remix", "patch", "ppap", "guidance", "training")]
 
 
 SMALLER = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 8}
@@ -41,7 +41,7 @@ def test_a_benchmark_runs(system, monkeypatch):
     benchmark = import_module(f"benchmarks.{system}")
     settings = small_settings(parts=getattr(benchmark, "PARTS", ()))
     ratios = list(benchmark.run(settings))
-    assert len({ratio.name for ratio in ratios}) == len(ratios) >= 4
+    assert len({ratio.name for ratio in ratios}) == len(ratios) >= (2 if system == "training" else 4)
     assert all(ratio.candidate_ms > 0 and ratio.rounds == 2 for ratio in ratios)
 
 
@@ -181,6 +181,17 @@ def test_reading_encoded_text_is_timed(monkeypatch, tmp_path):
 
     encoded_text.write_shards(tmp_path, 2, torch.bfloat16)
     assert all(number > 0 for number in encoded_text.measure(tmp_path, num_batches=1))
+
+
+@pytest.mark.parametrize("kind", ["latents_float16", "text_bfloat16", "pngs"])
+def test_reading_data_is_timed(kind, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(REPOSITORY))
+    from benchmarks import data
+
+    monkeypatch.setattr(data, "BATCH_SIZE", 2)
+    write, read, _ = data.KINDS[kind]
+    write(tmp_path, 2)
+    assert data.images_per_second(read(tmp_path, 0), seconds=1e-3) > 0
 
 
 @pytest.fixture

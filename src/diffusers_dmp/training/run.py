@@ -148,15 +148,20 @@ class TrainingRun:
             ValueError: if a loss or a weight is not finite.
             SystemExit: after SIGTERM or Ctrl-C, when a checkpoint is written.
         """
+        started = time.perf_counter()
+        for _ in self.steps_from(first_step):
+            pass
+        return time.perf_counter() - started
+
+    def steps_from(self, first_step: int) -> Iterator[TrainingStep]:
+        """The steps of [`train_from`], each when it is asked for."""
         batches = self.data.training_batches(self.parts.accelerator, self.args, first_step)
         steps = training_steps(self.parts, self.args, batches, first_step)
         intervals = self.parts.recipe.expert_intervals
-        num_experts = 1 if intervals is None else intervals.num_experts
+        graphs = graphs_for_experts(self.args.compile, 1 if intervals is None else intervals.num_experts)
         log = LossLog(self.parts.accelerator, self.args, self.num_train_timesteps, first_step)
         validation = self.data.validation_identity(self.args)
         best = BestCheckpoint(self.args.output_dir, first_step, validation, self.parts.accelerator.is_main_process)
-        started = time.perf_counter()
-        graphs = graphs_for_experts(self.args.compile, num_experts)
         with graphs, Interruption(self.parts.accelerator) as interruption, closing(log):
             for done in steps:
                 if self.ema is not None:
@@ -175,7 +180,7 @@ class TrainingRun:
                 received = interruption.signal_received()
                 if received is not None:
                     self._end_early(done, received)
-        return time.perf_counter() - started
+                yield done
 
     def _validate_along_the_way(self, done: TrainingStep, best: BestCheckpoint) -> dict[str, float]:
         """The validation loss of the averaged weights, by its name, if it is due after a step."""
