@@ -146,7 +146,7 @@ def pytest_runtest_setup(item):
 def warned(monkeypatch):
     """The lines that compiled denoisers log as warnings."""
     lines = []
-    monkeypatch.setattr(compilation.logger, "warning", lambda line, *values: lines.append(line % values))
+    monkeypatch.setattr(compilation.compilation_logger, "warning", lambda line, *values: lines.append(line % values))
     return lines
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers.utils import logging
 
-logger = logging.get_logger(__name__)
+compilation_logger = logging.get_logger(__name__)
 
 WITHOUT_GRAPHS = '`compile(mode="default")` compiles without graphs.'
 
@@ -114,7 +114,7 @@ class Compilation:
         """
         if not self.is_eager:
             reason = reason if isinstance(reason, str) else _in_one_line(reason)
-            logger.warning("The %s runs eagerly, as it cannot be compiled: %s", name, reason)
+            compilation_logger.warning("The %s runs eagerly, as it cannot be compiled: %s", name, reason)
         self.is_eager = True
 
     def note_shape(self, name: str, shape: tuple[int, ...]) -> None:
@@ -126,7 +126,7 @@ class Compilation:
             shape (`tuple[int, ...]`): The shape of the sample.
         """
         if self.shapes and shape not in self.shapes:
-            logger.warning(
+            compilation_logger.warning(
                 "The %s captures CUDA graphs for samples of shape %s as well, number %d of the shapes so far: the first steps are slow, "
                 "and each graph takes memory.",
                 name,
