@@ -12,6 +12,7 @@ from diffusers import UNet2DModel
 from runs import TINY, launch, train_here, weights
 from safetensors.torch import load_file
 from tiny_pipelines import RECIPES
+from torch._dynamo.testing import CompileCounter
 
 from diffusers_dmp import DiTModel, DTRTransformer2DModel, PatchedUNet2DModel
 from diffusers_dmp.training import compilation
@@ -146,6 +147,20 @@ def test_the_repeated_blocks_of_transformers_are_compiled_and_the_whole_of_unets
     assert repeated_blocks(small_unet()) == []
 
 
+def test_a_second_size_is_compiled_and_then_all_are():
+    """As encoded images of several sizes come."""
+    counter = CompileCounter()
+    model = RECIPES["sd3"].denoiser()
+    for block in repeated_blocks(model):
+        block.compile(backend=counter)
+    inputs = {"encoder_hidden_states": torch.randn(2, 7, 32), "pooled_projections": torch.randn(2, 64)}
+    counts = []
+    for width in (8, 16, 24, 32):
+        model(torch.randn(2, 4, 8, width), timestep=torch.tensor([900.0, 100.0]), **inputs)
+        counts.append(counter.frame_count)
+    assert counts[0] < counts[1] == counts[2] == counts[3]
+
+
 def test_one_way_to_compile_is_chosen():
     state = SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=DynamoBackend.INDUCTOR))
     accelerator = SimpleNamespace(state=state, device=torch.device("cpu"))
@@ -187,7 +202,7 @@ def test_experts_may_have_more_graphs_than_pytorch_allows_a_block():
 
 
 def test_what_runs_eagerly_is_not_compiled_again_afterwards():
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     model, x = torch.nn.Sequential(torch.nn.Linear(3, 3)), torch.zeros(2, 3)
     compiled = torch.compile(model, backend=counter)
     compiled(x)
