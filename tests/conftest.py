@@ -28,6 +28,7 @@ from safetensors import safe_open
 
 from diffusers_dmp import DiTModel, DTRTransformer2DModel
 from diffusers_dmp.evaluation.digits import NUM_IMAGES, write_image_folder
+from diffusers_dmp.models import compilation
 
 FIXTURES = Path(__file__).parent / "fixtures"
 REPOSITORY = Path(__file__).parent.parent
@@ -139,6 +140,14 @@ def pytest_runtest_setup(item):
     needs_accelerator = item.get_closest_marker("group_offload") and diffusers.__version__.startswith("0.40.")
     if needs_accelerator and not torch.accelerator.is_available():
         pytest.skip("Diffusers 0.40 offloads in groups only where there is an accelerator")
+
+
+@pytest.fixture
+def warned(monkeypatch):
+    """The lines that compiled denoisers log as warnings."""
+    lines = []
+    monkeypatch.setattr(compilation.logger, "warning", lambda line, *values: lines.append(line % values))
+    return lines
 
 
 @pytest.fixture

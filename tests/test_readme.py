@@ -74,6 +74,7 @@ def test_the_report_of_prompts(demo_folder, monkeypatch):
         "docs/prompts.md",
         "docs/routing.md",
         "docs/snr_split.md",
+        "docs/speed.md",
         "docs/guidance.md",
         "docs/guidance_targets.md",
         "docs/guidance_training.md",

@@ -25,6 +25,7 @@ from diffusers_dmp import (
     SNRSplitPipeline,
 )
 from diffusers_dmp.models import channel_routing
+from diffusers_dmp.pipelines.step_modulations import StepModulations
 
 pytestmark = [
     pytest.mark.gpu,
@@ -187,3 +188,21 @@ def test_the_table_of_speeds_is_measured(monkeypatch, capsys, tmp_path):
     printed = capsys.readouterr()
     assert "runs eagerly" not in printed.err
     assert "A matrix product reached" in printed.out
+
+
+@torch.no_grad()
+def test_modulations_before_the_steps_change_no_image(monkeypatch):
+    """Eagerly, and in a CUDA graph."""
+    pipeline = PIPELINES["class-conditional"]().to(GPU)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def sample() -> torch.Tensor:
+        call = {"class_labels": [1, 3], "guidance_scale": 1.5, "num_inference_steps": 6, "output_type": "latent"}
+        return pipeline(**call, generator=torch.Generator().manual_seed(0)).images
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StepModulations, "at", lambda self, step: None)
+        expected = sample()
+    torch.testing.assert_close(sample(), expected, **TOLERANCE)
+    pipeline.compile()
+    torch.testing.assert_close(sample(), expected, **TOLERANCE)

@@ -282,6 +282,14 @@ def test_gradients_of_gradients_and_in_forward_mode(large, tokens_and_weight):
     assert torch.autograd.gradgradcheck(routed, tokens_and_weight)
 
 
+def test_forward_mode_with_gradients(large, tokens_and_weight):
+    tokens, weight = tokens_and_weight
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(tokens, torch.randn_like(tokens))
+        tangents = [torch.autograd.forward_ad.unpack_dual(each(dual, weight)).tangent for each in (routed, by_formula)]
+    torch.testing.assert_close(*tangents)
+
+
 def test_functional_derivatives(large, tokens_and_weight):
     """As objectives of flow maps need them: a derivative by the time, with gradients of it."""
     tokens, weight = tokens_and_weight

@@ -9,8 +9,10 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._guards import TracingContext
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from diffusers_dmp import DiTModel, DTRTransformer2DModel, RemixDiTModel
+from diffusers_dmp import DiTModel, DTRTransformer2DModel, PatchedUNet2DModel, PromptPatch, RemixDiTModel
 
 MODELS = {
     "DiT": lambda: randomised(DiTModel(**TINY_CONFIG)),
@@ -85,6 +87,31 @@ def test_one_graph_serves_all_experts_and_timesteps(model, inputs):
         torch.testing.assert_close(sample_all(model, inputs), expected)
     assert counter.frame_count == 1
     assert model.is_compiled and not copy.deepcopy(model).is_compiled
+
+
+def make_prompted():
+    model = randomised(DiTModel(**TINY_CONFIG | {"num_layers": 1}))
+    randomised(PromptPatch.for_transformer(model), seed=1).attach(model)
+    return model
+
+
+def make_unet():
+    return randomised(PatchedUNet2DModel(sample_size=8, in_channels=4, patch_size=2, model_channels=32, channel_multipliers=(1,),
+                                         layers_per_block=1, attention_levels=(), attention_head_dim=16, num_classes=10))  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [make_prompted, make_unet])
+def test_prompts_and_patches_need_one_graph_for_all_timesteps_too(make, inputs):
+    torch.compiler.reset()
+    model = make()
+    names = ("sample", "class_labels") if make is make_unet else inputs
+    inputs = dict(zip(names, inputs.values()))
+    expected = sample_all(model, inputs)
+    counter = CompileCounter()
+    model.compile(backend=counter, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(sample_all(model, inputs), expected)
+    assert counter.frame_count == 1
 
 
 @torch.no_grad()
@@ -163,3 +190,33 @@ def test_in_a_graph_the_bases_are_mixed_without_a_matrix_product(remix):
     coefficients = remix.mixing_coefficients[:1]
     assert matrix_products(remix.transformer_blocks[0], tokens, conditioning, coefficients) == expected
     assert min(expected) > 0
+
+
+class WeightsRead(TorchDispatchMode):
+    """Counts the bytes of the weights that operations read; of an embedding they read one row only."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.sizes = {weight.untyped_storage()._cdata: weight.nbytes for weight in model.parameters()}
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func not in (aten.t.default, aten.embedding.default):
+            tensors = [each for each in tree_leaves((args, kwargs or {})) if isinstance(each, torch.Tensor)]
+            self.num_bytes += sum(self.sizes.get(each.untyped_storage()._cdata, 0) for each in tensors)
+        return func(*args, **kwargs or {})
+
+
+@torch.no_grad()
+def test_a_third_of_the_weights_is_not_read_where_modulations_are_known():
+    with torch.device("meta"):
+        model = DiTModel.from_preset("DiT-XL/2", num_layers=4).eval()
+        inputs = torch.empty(2, 4, 32, 32), torch.empty(2, dtype=torch.long), torch.empty(2, dtype=torch.long)
+    read = []
+    for modulations in (None, model.modulations_at(*inputs[1:])[0]):
+        with WeightsRead(model) as weights:
+            model(*inputs, modulations=modulations)
+        read.append(weights.num_bytes)
+    rows = model.time_label_embed.class_embedder.weight.nbytes
+    assert read[0] == sum(weight.nbytes for weight in model.parameters() if weight.requires_grad) - rows
+    assert read[1] / read[0] < 0.69

@@ -6,8 +6,10 @@ import pytest
 import torch
 from conftest import TINY_CONFIG, Vectors, assert_matches, randomised
 from diffusers import DiTTransformer2DModel
+from diffusers.models.embeddings import PatchEmbed
 
 from diffusers_dmp import DiTModel, convert_checkpoint
+from diffusers_dmp.models.dit import layers
 from diffusers_dmp.models.dit.configuration import DIT_PRESETS
 from diffusers_dmp.models.dit.layers import unpatchify
 
@@ -141,6 +143,27 @@ def test_refuses_a_stock_model_whose_embedders_differ(stock):
         stock.transformer_blocks[1].norm1.emb.class_embedder.embedding_table.weight += 1
     with pytest.raises(ValueError, match="every block.*transformer_blocks.1"):
         DiTModel.from_diffusers(stock)
+
+
+def test_position_embeddings_of_another_size_are_computed_once(tiny_dit, monkeypatch):
+    embedding, original, sizes = tiny_dit.pos_embed, layers.get_2d_sincos_pos_embed, []
+
+    def compute(dim, grid_size, **options):
+        sizes.append(grid_size)
+        return original(dim, grid_size, **options)
+
+    monkeypatch.setattr(layers, "get_2d_sincos_pos_embed", compute)
+    with torch.inference_mode():
+        embedding(torch.zeros(1, 4, 12, 8))
+    for latent in (
+        torch.randn(2, 4, 12, 8),
+        torch.randn(2, 4, 8, 12),
+        torch.randn(2, 4, 8, 8),
+        torch.randn(2, 4, 8, 12),
+    ):
+        torch.testing.assert_close(embedding(latent), PatchEmbed.forward(embedding, latent))
+    assert sizes == [(6, 4), (4, 6)]
+    embedding(torch.randn(1, 4, 12, 8)).sum().backward()  # what was computed in inference mode serves training, too
 
 
 @pytest.mark.parametrize("shared", [7, torch.tensor(7), torch.tensor([7]), torch.tensor(7).expand(4)])

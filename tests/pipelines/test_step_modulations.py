@@ -12,9 +12,11 @@ from diffusers import (
     HeunDiscreteScheduler,
     PNDMScheduler,
 )
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from peft import LoraConfig
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_dmp import (
     ClassConditionalPipeline,
@@ -28,6 +30,7 @@ from diffusers_dmp import (
     SNRSplitPipeline,
     TaskRouting,
 )
+from diffusers_dmp.pipelines.denoiser_inputs import DenoiserInputs
 from diffusers_dmp.pipelines.step_modulations import StepModulations, has_fixed_modulations, timesteps_at_once
 
 WIDTH = 48  # of TINY_CONFIG
@@ -374,6 +377,16 @@ def test_one_graph_serves_all_steps_and_calls(calls, step_by_step):
     assert counter.frame_count == 1 and len(calls) == 3
 
 
+def test_a_compiled_pipeline(calls, step_by_step):
+    torch.compiler.reset()
+    pipeline = pipeline_of(make_dit())
+    expected = step_by_step(pipeline)
+    pipeline.compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(generate(pipeline), expected, atol=1e-4, rtol=1e-4)
+    assert len(calls) == 1
+
+
+@pytest.mark.slow
 def test_a_model_that_was_compiled_as_a_whole(calls, step_by_step):
     torch.compiler.reset()
     pipeline = pipeline_of(make_dit())
@@ -381,3 +394,54 @@ def test_a_model_that_was_compiled_as_a_whole(calls, step_by_step):
     pipeline.transformer = torch.compile(pipeline.transformer, backend="eager")
     torch.testing.assert_close(generate(pipeline), expected, atol=1e-4, rtol=1e-4)
     assert len(calls) == 1
+
+
+# What else a step launches
+
+
+class Operations(TorchDispatchMode):
+    """Lists the operations that compute something."""
+
+    OTHERS = ("alias", "detach", "expand", "promote_types", "select", "slice", "split")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        self.names += [] if name in self.OTHERS else [name]
+        return func(*args, **kwargs or {})
+
+
+class Constant(nn.Module):
+    """A denoiser that computes nothing."""
+
+    config = {"num_classes": 10}  # noqa: RUF012
+    dtype = torch.float32
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, sample, timestep, class_labels):
+        return UNet2DOutput(sample=sample.new_empty((len(sample), self.channels, 8, 8)))
+
+
+@pytest.mark.parametrize(
+    ("guidance", "keeps_variance", "expected"),
+    [
+        (None, False, []),
+        (None, True, []),
+        (2.0, False, ["cat", "lerp"]),
+        (torch.full((1, 1, 1, 1), 2.0), False, ["cat", "lerp"]),
+        (2.0, True, ["cat", "lerp", "cat"]),  # and the variance beside it
+    ],
+)
+def test_a_step_launches_little_around_the_denoiser(guidance, keeps_variance, expected):
+    labels, sample = torch.tensor([3]), torch.zeros(1, 4, 8, 8)
+    inputs = DenoiserInputs(Constant(8), torch.tensor([500]), CPU, [0], guidance, labels)
+    with Operations() as operations:
+        inputs.predict(0, sample, None, keeps_variance)
+    operations.names.remove("new_empty")
+    assert operations.names == expected

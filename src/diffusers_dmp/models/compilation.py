@@ -40,7 +40,7 @@ class Compilation:
         self.backend, self.mode, self.options = backend, mode, options
         self.obstacle = obstacle
         self.compiled(_nothing, mode)  # PyTorch checks the options
-        self.has_failed = False
+        self.is_eager = False
         self.shapes: set[tuple[int, ...]] = set()  # of samples, for which graphs were captured
 
     def compiled(self, function: Callable[..., Any], mode: str | None) -> Callable[..., Any]:
@@ -92,7 +92,9 @@ class Compilation:
         """
         if not self._has_graphs(self.mode):
             return
-        asked = f"backend {self.backend!r}" if self.mode is None else f"mode {self.mode!r}"
+        asked = f"mode {self.mode!r}" if self.mode is not None else f"backend {self.backend!r}"
+        if self.options.get("options"):
+            asked = f"options {self.options['options']}"
         if self.obstacle is not None:
             raise ValueError(f"Expected another than the {asked}, as {self.obstacle}; {WITHOUT_GRAPHS}")
         if device.type != "cuda":
@@ -102,17 +104,18 @@ class Compilation:
                 f'`pipe.to("cuda")` before, or one of the modes {", ".join(modes)}.'
             )
 
-    def fail(self, name: str, error: Exception) -> None:
+    def fall_back(self, name: str, reason: "str | Exception") -> None:
         """
         Call all denoisers eagerly from now on, and say so once.
 
         Args:
-            name (`str`): The class of the denoiser that could not be compiled.
-            error (`Exception`): Why.
+            name (`str`): The class of the denoiser that cannot be compiled.
+            reason (`str` or `Exception`): Why.
         """
-        if not self.has_failed:
-            logger.warning("The %s runs eagerly, as it could not be compiled: %s", name, _in_one_line(error))
-        self.has_failed = True
+        if not self.is_eager:
+            reason = reason if isinstance(reason, str) else _in_one_line(reason)
+            logger.warning("The %s runs eagerly, as it cannot be compiled: %s", name, reason)
+        self.is_eager = True
 
     def note_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """

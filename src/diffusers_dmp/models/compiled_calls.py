@@ -11,7 +11,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from .compilation import WITHOUT_GRAPHS, Compilation
-from .graph_obstacles import OFFLOADING, obstacle_to_graphs
+from .graph_obstacles import OFFLOADING, moves_layers, obstacle_to_graphs
 
 # How many graphs PyTorch may make of one function; with more it says so, and runs it eagerly. Its own limit of 8 is for all models of
 # a class together: each size of model, resolution (the first few), batch of one, and adapter takes one.
@@ -43,10 +43,13 @@ class CompiledCalls:
         """Call the denoiser."""
         if torch.compiler.is_compiling():  # as a part of something larger
             return self._function(*args, **kwargs)
-        if self.compilation.has_failed:
-            return self._call_eagerly(*args, **kwargs)
         sample = next((each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)), torch.empty(0))
         captures = self.compilation.captures_graphs(sample.device)
+        # other pipelines offload without asking; to look at all layers takes too long for every step
+        if not self._is_checked or getattr(self._denoiser, "is_cache_enabled", False):
+            self._check_hooks(captures)
+        if self.compilation.is_eager:
+            return self._call_eagerly(*args, **kwargs)
         if captures:
             self._begin_step(tuple(sample.shape))
         try:
@@ -59,16 +62,17 @@ class CompiledCalls:
         output = self._call_eagerly(*args, **kwargs)
         if self.compilation.options.get("fullgraph"):
             raise reason  # which is what `fullgraph` asks for
-        self.compilation.fail(type(self._denoiser).__name__, reason)
+        self.compilation.fall_back(type(self._denoiser).__name__, reason)
         return output
 
+    def _check_hooks(self, captures: bool) -> None:
+        check_layers_stay([self._denoiser])
+        obstacle = obstacle_to_graphs(self._denoiser) if captures else None
+        if obstacle is not None:
+            raise _obstructed(self._denoiser, obstacle)
+        self._is_checked = True
+
     def _begin_step(self, shape: tuple[int, ...]) -> None:
-        # other pipelines offload without asking; to look at all layers takes too long for every step
-        if not self._is_checked or getattr(self._denoiser, "is_cache_enabled", False):
-            obstacle = obstacle_to_graphs(self._denoiser)
-            if obstacle is not None:
-                raise _obstructed(self._denoiser, obstacle)
-            self._is_checked = True
         self.compilation.note_shape(type(self._denoiser).__name__, shape)
         if not torch.is_grad_enabled():  # PyTorch would forget what backward passes are still to come
             torch.compiler.cudagraph_mark_step_begin()
@@ -112,6 +116,7 @@ def compile_denoisers(
     for denoiser in denoisers:
         function, attribute = _compiled_part(denoiser)
         setattr(denoiser, attribute, CompiledCalls(function, denoiser, compilation))
+    check_layers_stay(denoisers)
 
 
 def compilation_of(denoiser: nn.Module) -> Compilation | None:
@@ -142,6 +147,19 @@ def check_no_graphs(denoisers: Iterable[nn.Module], device: torch.device) -> Non
         with torch.no_grad():  # as pipelines call it
             if compilation is not None and compilation.captures_graphs(device):
                 raise _obstructed(denoiser, OFFLOADING)
+
+
+def check_layers_stay(denoisers: Iterable[nn.Module]) -> None:
+    """
+    Let denoisers run eagerly, and say so, if their layers are moved one by one: that cannot be compiled.
+
+    Args:
+        denoisers (`Iterable[nn.Module]`): The denoisers.
+    """
+    for denoiser in _denoisers_in(denoisers):
+        compilation = compilation_of(denoiser)
+        if compilation is not None and moves_layers(denoiser):
+            compilation.fall_back(type(denoiser).__name__, "its layers are offloaded one by one.")
 
 
 def _obstructed(denoiser: nn.Module, obstacle: str) -> ValueError:

@@ -24,13 +24,28 @@ def obstacle_to_graphs(denoiser: nn.Module) -> str | None:
     return CACHE if any(map(_has_cache, denoiser.modules())) else None
 
 
+def moves_layers(denoiser: nn.Module) -> bool:
+    """
+    Tell whether Accelerate moves the layers one by one, as for `enable_sequential_cpu_offload`: each would be a graph of its own.
+
+    Args:
+        denoiser (`nn.Module`): The denoiser.
+    """
+    return any(_loads_weights(hook) for module in denoiser.modules() for hook in _accelerates_hooks(module))
+
+
 def _is_offloaded(module: nn.Module) -> bool:
-    hook = getattr(module, "_hf_hook", None)  # Accelerate's
-    moves = any(
-        isinstance(each, CpuOffload) or (isinstance(each, AlignDevicesHook) and each.offload)
-        for each in getattr(hook, "hooks", (hook,))
-    )
+    moves = any(isinstance(hook, CpuOffload) or _loads_weights(hook) for hook in _accelerates_hooks(module))
     return moves or any("group_offloading" in name for name in _diffusers_hooks(module))
+
+
+def _loads_weights(hook: Any) -> bool:
+    return isinstance(hook, AlignDevicesHook) and hook.offload
+
+
+def _accelerates_hooks(module: nn.Module) -> list[Any]:
+    hook = getattr(module, "_hf_hook", None)
+    return list(getattr(hook, "hooks", (hook,)))  # several are one with a list
 
 
 def _has_cache(module: nn.Module) -> bool:

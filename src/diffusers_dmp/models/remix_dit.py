@@ -231,10 +231,10 @@ class RemixDiTModel(RemixAdaptersMixin, RemixConversionMixin):
             drop_ids = None if force_drop_ids is None else force_drop_ids[order]
             is_shared = modulations is None or modulations.shape[2] == 1
             known = modulations if is_shared else modulations[:, :, order]  # type: ignore[index]
+            inputs = hidden_states[order], timestep[order], class_labels[order], drop_ids, known, chosen
             # eager where the model or its blocks are compiled: the groups of another batch would need another graph
             with torch.compiler.set_stance("force_eager"):
-                sample = self._run(hidden_states[order], timestep[order], class_labels[order], drop_ids, known, chosen)
-            sample = sample[order.argsort()]
+                sample = self._denoise(*inputs)[order.argsort()]
         output = RemixDiTModelOutput(sample=sample, prior_loss=self.prior_loss() if self.training else None)
         return output if return_dict else output.to_tuple()
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 
-from ..models.compiled_calls import check_no_graphs, compile_denoisers
+from ..models.compiled_calls import check_layers_stay, check_no_graphs, compile_denoisers
 
 
 class CompilationMixin:
@@ -60,13 +60,14 @@ class CompilationMixin:
 
     def enable_sequential_cpu_offload(self, *args, **kwargs) -> None:
         """
-        See [`DiffusionPipeline.enable_sequential_cpu_offload`].
+        See [`DiffusionPipeline.enable_sequential_cpu_offload`]. Denoisers that were compiled run eagerly then.
 
         Raises:
             ValueError: if a denoiser was compiled with CUDA graphs.
         """
         check_no_graphs(self.denoisers, self._execution_device)
         super().enable_sequential_cpu_offload(*args, **kwargs)  # type: ignore[misc]
+        check_layers_stay(self.denoisers)
 
     def enable_group_offload(self, *args, **kwargs) -> None:
         """

@@ -139,9 +139,8 @@ class DenoiserInputs:
         self.modulations: StepModulations | None = None
         if self.class_labels is not None:
             num_classes = class_count(self.denoiser.config)
-            unconditional = torch.full_like(
-                self.class_labels, num_classes or 0
-            )  # the null class's index is their number
+            # the index of the null class is the number of classes
+            unconditional = torch.full_like(self.class_labels, num_classes or 0)
             labels = self._doubled(self.class_labels, unconditional)
             self.conditions["class_labels"] = labels if _has_prompts(self.denoiser) else self._moved(labels)
             # only where there is one class, so that whether labels are equal does not decide the shape of what is compiled

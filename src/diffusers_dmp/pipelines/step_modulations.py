@@ -19,10 +19,8 @@ from torch import nn
 from ..models.caching import TensorSnapshot
 from ..plugins.hooks import functions_around
 
-_OF_ADAPTERS = (
-    "base_layer",
-    "adapter_layer_names",
-)  # attributes of PEFT's layers, and of what it puts around a whole module
+# attributes of PEFT's layers, and of what it puts around a whole module
+_OF_ADAPTERS = ("base_layer", "adapter_layer_names")
 
 
 class StepModulations:
@@ -51,6 +49,7 @@ class StepModulations:
         self._denoiser: Any = denoiser
         self._class_labels = class_labels
         self._device = device
+        self._size = timesteps_at_once(denoiser, len(class_labels))
         # a second-order scheduler calls the denoiser twice at most timesteps
         self._timesteps, places = timesteps[steps].unique_consecutive(return_inverse=True)
         self._places = dict(zip(steps, places.tolist()))
@@ -69,16 +68,15 @@ class StepModulations:
             `torch.Tensor` of shape (L, 6, B, 1, D), for the denoiser's `forward`. None if what it needs cannot be known before the
             step, see [`has_fixed_modulations`], or the batch is so large that nothing is gained.
         """
-        size = timesteps_at_once(self._denoiser, len(self._class_labels))
-        if size < 2:
+        if self._size < 2:
             return None
-        part, index = divmod(self._places[step], size)
+        part, index = divmod(self._places[step], self._size)
         if part != self._part:
             self._modulations = None  # first, so that there are never two parts in memory
             self._part = part
             if has_fixed_modulations(self._denoiser, self._device):
                 self._snapshot = TensorSnapshot(_weights_of_modulations(self._denoiser))
-                timesteps = self._timesteps[part * size : (part + 1) * size]
+                timesteps = self._timesteps[part * self._size : (part + 1) * self._size]
                 self._modulations = self._denoiser.modulations_at(timesteps, self._class_labels)
         return None if self._modulations is None else self._modulations[index]
 

@@ -4,10 +4,12 @@ https://arxiv.org/abs/2212.09748
 Legend: B batch, N tokens, D width, H and W height and width in (latent) pixels, p patch size, C channels.
 """
 
+from typing import Any
+
 import torch
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.embeddings import PatchEmbed, TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed
 from diffusers.models.normalization import AdaLayerNormZero
 from torch import nn
 
@@ -124,6 +126,37 @@ class DiTBlock(nn.Module):
         # x ← x + gate₂ · MLP(LN(x)·(1 + scale₂) + shift₂)
         normed = torch.addcmul(shift_mlp, self.norm2(hidden_states), scale_mlp)
         return torch.addcmul(hidden_states, gate_mlp, self.ff(normed))
+
+
+class PositionedPatchEmbed(PatchEmbed):
+    """
+    Diffusers' patch embedding, which computes the position embeddings of each size of images once and not in every call.
+
+    A graph computes them itself, as it can fuse these operations. Arguments as for `PatchEmbed`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._tables: dict[tuple, torch.Tensor] = {}
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) → (B, N, D)."""
+        grid_size = latent.shape[-2] // self.patch_size, latent.shape[-1] // self.patch_size
+        if grid_size == (self.height, self.width) or torch.compiler.is_compiling():
+            return super().forward(latent)
+        if (grid_size, latent.device) not in self._tables:
+            with torch.inference_mode(False):  # for calls outside of it, too
+                table = get_2d_sincos_pos_embed(
+                    self.pos_embed.shape[-1],
+                    grid_size,
+                    base_size=self.base_size,
+                    interpolation_scale=self.interpolation_scale,
+                    device=latent.device,
+                    output_type="pt",
+                )
+            self._tables[grid_size, latent.device] = table.float()
+        hidden_states = self.proj(latent).flatten(2).transpose(1, 2)
+        return (hidden_states + self._tables[grid_size, latent.device]).to(hidden_states.dtype)
 
 
 class TimestepLabelEmbedding(nn.Module):

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
-from diffusers.models.embeddings import PatchEmbed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormZero
@@ -22,7 +21,7 @@ from ...intervals import check_timesteps
 from ...saving.naming import PACKAGE
 from ..inputs import checked_labels, checked_timestep
 from .configuration import DIT_PRESETS, check_dit_config
-from .layers import DiTBlock, TimestepLabelEmbedding, unpatchify
+from .layers import DiTBlock, PositionedPatchEmbed, TimestepLabelEmbedding, unpatchify
 from .modulations import check_modulations, modulations_of
 from .stock_layout import StockDiTMixin
 
@@ -93,7 +92,7 @@ class DiTModel(StockDiTMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         self.out_channels = in_channels if out_channels is None else out_channels
 
         # 1. Input
-        self.pos_embed = PatchEmbed(sample_size, sample_size, patch_size, in_channels, dim)
+        self.pos_embed = PositionedPatchEmbed(sample_size, sample_size, patch_size, in_channels, dim)
         self.time_label_embed = TimestepLabelEmbedding(dim, num_classes, class_dropout_prob, downscale_freq_shift)
 
         # 2. Blocks
