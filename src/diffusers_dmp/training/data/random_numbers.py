@@ -114,6 +114,8 @@ class RandomNumbers(TorchFunctionMode):
         generators (of `torch.Generator`): Of the images.
     """
 
+    keeps_conditioning = True  # see `has_fixed_modulations`
+
     def __init__(self, generators: Sequence[torch.Generator]):
         super().__init__()
         self.global_ones_are_used = False
