@@ -91,6 +91,8 @@ SYSTEMS = {
     "Patch Diffusion": (lambda: pipeline_of(patched_unet()), 1),
     "Diffusers' DiT": (lambda: pipeline_of(randomised(DiTTransformer2DModel(**STOCK_DIT))), 1),
     "Diffusers' UNet": (lambda: pipeline_of(randomised(UNet2DModel(**UNET))), 1),
+    "routing": (lambda: with_plugin(routed), 1),
+    "routing of Diffusers' UNet": (lambda: with_plugin(routed, lambda: randomised(UNet2DModel(**UNET))), 2),
     "split by SNR": (lambda: split(dit(), dit(), dit(num_layers=2)), 2),
     "experts": (lambda: pipeline_of(DenoiserExperts([dit(), dit(), dit()], INTERVALS)), 1),
     "guided": (guided, 1),
@@ -102,6 +104,6 @@ def sample(pipe, batch_size=2, **call) -> torch.Tensor:
     if pipe.num_classes is None:
         call["batch_size"] = batch_size
     else:
-        call |= {"class_labels": list(range(batch_size)), "guidance_scale": 1.5 if pipe.has_null_class else 1.0}
+        call = {"class_labels": list(range(batch_size)), "guidance_scale": 1.5 if pipe.has_null_class else 1.0} | call
     steps = {"num_inference_steps": 5, "generator": seeded()}
     return pipe(**steps | call, output_type="latent").images

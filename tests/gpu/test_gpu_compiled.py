@@ -3,7 +3,7 @@
 import pytest
 import torch
 from compiled_systems import SYSTEMS, dit, pipeline_of, sample
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, UniPCMultistepScheduler
 from tiny_pipelines import RECIPES, generate
 
 from diffusers_dmp import DenoiserExperts, NoiseIntervals
@@ -39,7 +39,7 @@ def test_a_compiled_system_samples_what_it_samples_eagerly(system):
         assert compilation.captures_graphs(torch.device(GPU)) and not compilation.is_eager
 
 
-@pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+@pytest.mark.parametrize("scheduler", [PNDMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler])
 @pytest.mark.parametrize("guidance_scale", [1.0, 1.5])
 def test_schedulers_that_keep_earlier_outputs(scheduler, guidance_scale):
     """Without guidance the output of the graph itself is kept."""
