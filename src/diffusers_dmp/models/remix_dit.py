@@ -5,6 +5,7 @@ Legend: B batch, K bases, E experts (the paper's N), G experts at work in a batc
 """
 
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 from ..intervals import NoiseIntervals, group_by_expert
 from ..saving.naming import PACKAGE
 from .caching import TensorSnapshot
+from .compiled_modules import is_compiled_in_place
 from .configuration import extends_arguments
 from .dit.configuration import DIT_PRESETS
 from .dit.model import DiTModel
@@ -52,10 +54,10 @@ class RemixDiTModel(RemixAdaptersMixin, RemixConversionMixin):
 
     Without gradients (in sampling) the weights of the expert at work are fused once, when it takes over from another one,
     and cached: one more copy of those layers, which stays where it is for all experts, as CUDA graphs need it, until
-    [`~RemixDiTModel.unfuse_expert`] frees it. Hence a model serves one call at a time. The weights are fused again after a call with gradients, `train()`, `eval()`, `load_state_dict`, `to()`, and
-    every in-place change that PyTorch counts. It does not count changes through `parameter.data`, such as Diffusers'
-    `EMAModel.copy_to` makes, nor those of a model that was made under `torch.inference_mode()`: call
-    [`~RemixDiTModel.unfuse_expert`] after these.
+    [`~RemixDiTModel.unfuse_expert`] frees it. Hence a model serves one call at a time. The weights are fused again after a
+    call with gradients, `train()`, `eval()`, `load_state_dict`, `to()`, and every in-place change that PyTorch counts. It does
+    not count changes through `parameter.data`, such as Diffusers' `EMAModel.copy_to` makes, nor those of a model that was made
+    under `torch.inference_mode()`: call [`~RemixDiTModel.unfuse_expert`] after these.
 
     `compile()` and `compile_repeated_blocks()` compile one graph for all experts, in sampling with the fused weights; a batch
     of several experts is computed eagerly then. `torch.compile(model)` mixes in every call, and for a batch of several
@@ -180,6 +182,7 @@ class RemixDiTModel(RemixAdaptersMixin, RemixConversionMixin):
             return True
         if any(tensor.device.type != self.mixing_logits.device.type for tensor in tensors):
             return False
+        self._fused_expert = None  # what is interrupted between two layers leaves weights of two experts
         coefficients = self.mixing_coefficients[expert : expert + 1].to(linears[0].weight.dtype)
         for linear in linears:
             linear.fuse(coefficients)
@@ -232,8 +235,9 @@ class RemixDiTModel(RemixAdaptersMixin, RemixConversionMixin):
             is_shared = modulations is None or modulations.shape[2] == 1
             known = modulations if is_shared else modulations[:, :, order]  # type: ignore[index]
             inputs = hidden_states[order], timestep[order], class_labels[order], drop_ids, known, chosen
-            # eager where the model or its blocks are compiled: the groups of another batch would need another graph
-            with torch.compiler.set_stance("force_eager"):
+            # the groups of another batch would need another graph
+            has_compiled_blocks = any(map(is_compiled_in_place, self.transformer_blocks))
+            with torch.compiler.set_stance("force_eager") if has_compiled_blocks else nullcontext():
                 sample = self._denoise(*inputs)[order.argsort()]
         output = RemixDiTModelOutput(sample=sample, prior_loss=self.prior_loss() if self.training else None)
         return output if return_dict else output.to_tuple()
