@@ -22,7 +22,7 @@ from .compiled_modules import is_compiled_in_place
 from .configuration import extends_arguments
 from .dit.configuration import DIT_PRESETS
 from .dit.model import DiTModel
-from .inputs import checked_timestep
+from .inputs import checked_timestep, to_device
 from .remix_adapters import RemixAdaptersMixin
 from .remix_conversion import RemixConversionMixin
 from .remix_layers import BasisLinear, RemixBlock
@@ -226,11 +226,11 @@ class RemixDiTModel(RemixAdaptersMixin, RemixConversionMixin):
         timestep = checked_timestep(timestep, len(hidden_states), self.config.num_train_timesteps)
         class_labels = self._checked_labels(class_labels, hidden_states)
         order, chosen = self._select_experts(timestep, hidden_states, expert)
-        timestep = timestep.to(hidden_states.device, non_blocking=True)
+        timestep = to_device(timestep, hidden_states.device)
         if order is None:
             sample = self._run(hidden_states, timestep, class_labels, force_drop_ids, modulations, chosen)
         else:
-            order = order.to(hidden_states.device, non_blocking=True)
+            order = to_device(order, hidden_states.device)
             drop_ids = None if force_drop_ids is None else force_drop_ids[order]
             is_shared = modulations is None or modulations.shape[2] == 1
             known = modulations if is_shared else modulations[:, :, order]  # type: ignore[index]
@@ -265,13 +265,13 @@ class RemixDiTModel(RemixAdaptersMixin, RemixConversionMixin):
                 raise ValueError(f"Expected `timestep` to belong to `expert` {expert}, but got {timestep.tolist()}.")
         elif compiling:  # the timesteps' values are not known: a group for each of them
             group_sizes = None if len(experts) == 1 else [1] * batch_size
-            return None, (self.mixing_coefficients[experts.to(device, non_blocking=True)], group_sizes)
+            return None, (self.mixing_coefficients[to_device(experts, device)], group_sizes)
         elif len(experts) == 1:
             expert = int(experts)
         else:
             order, present, group_sizes = group_by_expert(experts)
             if len(present) > 1:
-                coefficients = self.mixing_coefficients[torch.tensor(present).to(device, non_blocking=True)]
+                coefficients = self.mixing_coefficients[to_device(torch.tensor(present), device)]
                 return order, (coefficients, group_sizes)
             (expert,) = present
 
