@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from diffusers_dmp import DenoiserExperts, DiTModel, NoiseIntervals
 from diffusers_dmp.models import compiled_calls
 from diffusers_dmp.models.compilation import Compilation
 from diffusers_dmp.models.compiled_calls import compilation_of, compile_denoisers
+from diffusers_dmp.models.compiled_modules import at_least_graphs
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")  # its name alone
@@ -194,6 +197,16 @@ def test_more_models_of_a_class_than_pytorch_makes_graphs_of(count, monkeypatch)
             torch.testing.assert_close(call(model), sample)
         assert torch._dynamo.config.recompile_limit == limit  # of others
     assert compiled.frame_count == count
+
+
+def test_the_limit_of_graphs_has_another_name_before_torch_2_7(monkeypatch):
+    seen = []
+    config = SimpleNamespace(cache_size_limit=8, patch=lambda changes: nullcontext(seen.append(changes)))
+    monkeypatch.setattr(torch._dynamo, "config", config)
+    for number in (2, 256):
+        with at_least_graphs(number):
+            pass
+    assert seen == [{"cache_size_limit": 8}, {"cache_size_limit": 256}]
 
 
 def test_models_of_one_size_share_a_graph():
