@@ -19,8 +19,9 @@ from diffusers_dmp.training.arguments import TrainingArguments
 from diffusers_dmp.training.compilation import compile_model
 from diffusers_dmp.training.data.loop_data import Batch, LoopData
 from diffusers_dmp.training.objectives.from_arguments import make_objective
+from diffusers_dmp.training.preparation import prepare_run
 from diffusers_dmp.training.recipe import TrainingRecipe
-from diffusers_dmp.training.run import TrainingRun, prepare_run
+from diffusers_dmp.training.run import TrainingRun
 from diffusers_dmp.training.utilisation import count_flops, measure_flops_per_second
 
 from .timing import Ratio, Settings
