@@ -36,7 +36,8 @@ def test_a_split_becomes_one_model_and_again_a_split(scheduler):
     one = ClassConditionalPipeline.from_pipe(split, transformer=DenoiserExperts.from_pipeline(split))
     assert one.transformer.intervals == split.intervals()
     images = sample(split)
-    assert torch.equal(sample(one), images)
+    # modulations are computed for several steps at once in the split alone
+    torch.testing.assert_close(sample(one), images)
 
     again = SNRSplitPipeline.from_pipe(one)
     assert again.denoisers == denoisers
