@@ -14,6 +14,7 @@ from accelerate.utils import DynamoBackend
 from torch import nn
 
 from ..models.compilation import in_one_line
+from ..models.compiled_modules import at_least_graphs
 from .adapted import AdaptedDenoiser
 from .utilisation import synchronise
 
@@ -124,10 +125,7 @@ def graphs_for_experts(is_compiled: bool, num_experts: int) -> Iterator[None]:
     if not is_compiled:
         yield
         return
-    import torch._dynamo.config as config  # slow
-
-    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # before torch 2.7
-    with config.patch({name: max(getattr(config, name), GRAPHS_PER_EXPERT * num_experts)}):  # type: ignore[attr-defined]
+    with at_least_graphs(GRAPHS_PER_EXPERT * num_experts):
         yield
 
 
