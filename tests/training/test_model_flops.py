@@ -109,13 +109,26 @@ def test_counting_leaves_no_trace():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_each_shape_is_counted_once(monkeypatch):
+@pytest.fixture
+def counter(monkeypatch) -> ModelFlops:
+    """With `counted`, the steps of which a sample was counted."""
     counter = ModelFlops(parts_of(DiTModel(**TINY_CONFIG)))
-    of_one = counter._of_one
-    counted = []
-    monkeypatch.setattr(counter, "_of_one", lambda *step: counted.append(step) or of_one(*step))
+    counter.counted, of_one = [], counter._of_one
+    monkeypatch.setattr(counter, "_of_one", lambda *step: counter.counted.append(step) or of_one(*step))
+    return counter
+
+
+def test_each_shape_is_counted_once(counter):
     assert counter(*step_of(6), None) == 2 * counter(*step_of(3), None)
-    assert len(counted) == 1
+    assert len(counter.counted) == 1
+
+
+def test_few_of_many_lengths_of_texts_are_counted(counter):
+    """Almost every batch has another one."""
+    for length in (40, 64, 33, 50, 65, 128, 90):
+        batch, own = step_of(2)
+        counter(batch | {"prompt_embeds": torch.zeros(2, length, 3)}, own, None)
+    assert [step[0]["prompt_embeds"].shape[1] for step in counter.counted] == [40, 65]
 
 
 def test_sharded_weights_are_not_counted():

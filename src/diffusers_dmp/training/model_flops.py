@@ -41,8 +41,9 @@ class ModelFlops:
     """
     Counts the operations that the model takes in a micro-batch: the forward pass and the backward pass that its trained weights need.
 
-    One sample is counted for each shape that occurs, at its first step, in eval mode: no random number is taken, and no more memory
-    than a step takes. What gradient checkpointing computes again does not count, nor does what is beside the model (a VAE, a
+    One sample is counted for each shape of noise that occurs, at its first step, in eval mode: no random number is taken, and no more
+    memory than a step takes. Texts are padded to the longest of a batch; their lengths count alike up to the next power of two, as
+    almost every step would be counted otherwise. What gradient checkpointing computes again does not count, nor does what is beside the model (a VAE, a
     teacher, averaging, the optimiser).
 
     Args:
@@ -62,7 +63,8 @@ class ModelFlops:
         """
         if self.parts.structure is not None:
             return None
-        shape = tuple((name, column.shape[1:]) for name, column in batch.items())
+        columns = [tuple(_next_power_of_two(size) for size in column.shape[1:]) for column in batch.values()]
+        shape = (own.noise.shape[1:], *columns)
         if shape not in self._by_shape:
             self._by_shape[shape] = self._of_one(batch, own, expert)
         of_one = self._by_shape[shape]
@@ -90,6 +92,10 @@ class ModelFlops:
             return None
         finally:
             model.train()
+
+
+def _next_power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length() if size else 0
 
 
 def _first_line(error: Exception) -> str:
