@@ -4,8 +4,7 @@ What only looks (validation, samples) runs eagerly: its batches have other sizes
 by itself.
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -111,8 +110,7 @@ def eagerly(is_compiled: bool) -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
 
 
-@contextmanager
-def graphs_for_experts(is_compiled: bool, num_experts: int) -> Iterator[None]:
+def graphs_for_experts(is_compiled: bool, num_experts: int) -> AbstractContextManager[Any]:
     """
     A context in which a block may have graphs for each expert, of which adapters need one each.
 
@@ -122,11 +120,7 @@ def graphs_for_experts(is_compiled: bool, num_experts: int) -> Iterator[None]:
         is_compiled (`bool`): Whether there is anything to do.
         num_experts (`int`): E.
     """
-    if not is_compiled:
-        yield
-        return
-    with at_least_graphs(GRAPHS_PER_EXPERT * num_experts):
-        yield
+    return at_least_graphs(GRAPHS_PER_EXPERT * num_experts) if is_compiled else nullcontext()
 
 
 class CompiledSteps:
