@@ -140,9 +140,8 @@ def test_errors_of_a_call_are_those_of_the_model(make, fullgraph, warned):
 @pytest.mark.slow
 def test_inductor_without_a_cpp_compiler(warned, monkeypatch):
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    torch._inductor.cpp_builder.get_cpp_compiler.cache_clear() if hasattr(
-        torch._inductor.cpp_builder.get_cpp_compiler, "cache_clear"
-    ) else None
+    # PyTorch may remember which compiler it found before
+    getattr(torch._inductor.cpp_builder.get_cpp_compiler, "cache_clear", lambda: None)()
     model = dit()
     expected = call(model)
     with torch._inductor.utils.fresh_cache():
@@ -169,17 +168,8 @@ def test_sizes_that_alternate_are_compiled_once_for_all_batches():
 def test_resolutions_that_alternate_are_compiled_a_few_times_in_all():
     """The table of positions makes the first of them graphs of their own: higher, wider, square and any."""
     model = dit()
-    sizes = [
-        (2, 8, 8),
-        (3, 8, 8),
-        (2, 12, 8),
-        (2, 8, 12),
-        (3, 12, 12),
-        (2, 16, 12),
-        (5, 16, 16),
-        (4, 20, 12),
-        (2, 24, 24),
-    ]
+    sizes = [(2, 8, 8), (3, 8, 8), (2, 12, 8), (2, 8, 12), (3, 12, 12), (2, 16, 12)]
+    sizes += [(5, 16, 16), (4, 20, 12), (2, 24, 24)]
     expected = [call(model, *size) for size in sizes]
     compiled = CompileCounter()
     compile_denoisers([model], CPU, backend=compiled, fullgraph=True)
@@ -191,7 +181,7 @@ def test_resolutions_that_alternate_are_compiled_a_few_times_in_all():
             torch.testing.assert_close(call(model, *size), sample)
 
 
-@pytest.mark.parametrize("count", [3, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_more_models_of_a_class_than_pytorch_makes_graphs_of(count, monkeypatch):
     """Its limit of 8 is for a class: the ninth size of model would run eagerly, without an error."""
     limit = min(count - 1, torch._dynamo.config.recompile_limit)
