@@ -95,16 +95,19 @@ def load_sampling_pipeline(
     return pipeline
 
 
-def compile_for_sampling(pipeline: DiffusionPipeline) -> None:
+def compile_for_sampling(pipeline: DiffusionPipeline) -> bool:
     """
     Compile a pipeline's denoisers: as it does itself, or else their repeated blocks. A log line says where neither is possible.
 
     Args:
         pipeline: After everything is attached to its denoisers.
+
+    Returns:
+        `bool`: Whether there is something to compile. It happens when the first batch is sampled.
     """
     if hasattr(pipeline, "compile"):
         pipeline.compile()
-        return
+        return True
     denoisers: list[Any] = [getattr(pipeline, name, None) for name in DENOISERS]
     found = [denoiser for denoiser in denoisers if getattr(denoiser, "_repeated_blocks", None)]
     for denoiser in found:
@@ -114,6 +117,7 @@ def compile_for_sampling(pipeline: DiffusionPipeline) -> None:
             "The %s is not compiled: neither it nor its denoiser's class says how (`compile`, `_repeated_blocks`).",
             type(pipeline).__name__,
         )
+    return bool(found)
 
 
 def _scheduler_for(pipeline: DiffusionPipeline, class_name: str) -> SchedulerMixin:
