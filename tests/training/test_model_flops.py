@@ -155,6 +155,8 @@ def test_a_precision_that_the_device_has_not(monkeypatch):
     check_precision("bf16", torch.device("cpu"))
     with pytest.raises(ValueError, match="Expected `mixed_precision` to be one of no, fp16, bf16, but got 'fp8'."):
         check_precision("fp8", torch.device("cpu"))
+    with pytest.raises(ValueError, match="to be no or bf16 on cpu, but got fp16, which needs an accelerator"):
+        check_precision("fp16", torch.device("cpu"))  # Accelerate would train in float32
     monkeypatch.setattr("diffusers_dmp.models.precision._has_bfloat16", lambda device: False)
     message = (
         "another `mixed_precision` than bf16. Expected `dtype` to be float32 or float16 on cpu, but got bfloat16."
