@@ -24,7 +24,7 @@ from diffusers_dmp.training.data.encoded_text import load_encoded_text
 from diffusers_dmp.training.data.images import LATENTS, load_images
 
 from . import encoded_text
-from .timing import hardware
+from .timing import commit, hardware
 
 BATCH_SIZE, SHARD_SIZE = 128, 4096
 HEADER = "| what | workers | images/s |\n| --- | --- | --- |"
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="per number of workers")
     args = parser.parse_args(argv)
     datasets.disable_progress_bars()
-    print(f"{hardware(torch.device('cpu'))}\n\n{HEADER}")
+    print(f"{hardware(torch.device('cpu'))}, commit {commit()}\n\n{HEADER}", flush=True)
     for kind in args.kinds:
         write, read, num_images = KINDS[kind]
         with tempfile.TemporaryDirectory() as folder:

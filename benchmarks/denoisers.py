@@ -59,8 +59,13 @@ def make_denoiser(
         for parameter in (parameter for part in parts for parameter in part.parameters()):
             parameter.normal_(std=0.02)
     for part in parts:
-        part.to(device).to(dtype).eval()
+        cast(part, device, dtype).eval()
     return model
+
+
+def cast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Any:
+    """Move and cast a model. Diffusers' own `to` warns at every dtype, also of models without layers that stay in float32."""
+    return nn.Module.to(model, device, dtype)
 
 
 def parts_of(model: nn.Module) -> list[nn.Module]:
@@ -132,7 +137,7 @@ def make_pipeline(system: str, model: Any) -> Any:
         pipeline: Any = ClassConditionalPipeline(model, DDIMScheduler())
     else:
         vae = AutoencoderKL(block_out_channels=(1,), latent_channels=IMAGE["in_channels"], norm_num_groups=1)
-        pipeline = DiTPipeline(model, vae.to(model.device).to(model.dtype), DDIMScheduler())
+        pipeline = DiTPipeline(model, cast(vae, model.device, model.dtype), DDIMScheduler())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -25,7 +25,7 @@ from diffusers_dmp.training.data.requests import make_requests
 from diffusers_dmp.training.data.seeded_sampling import compile_for_sampling, sample_seeded
 from diffusers_dmp.training.data.shards import make_shard_accelerator
 
-from .timing import HEADER, compare, hardware, seconds
+from .timing import HEADER, commit, compare, hardware, seconds
 
 FEATURES = 2048  # of an image, as Inception has them
 CPU = torch.device("cpu")
@@ -150,7 +150,8 @@ def main(argv: list[str]) -> None:
     for_sampling.add_argument("--num_inference_steps", type=int, default=50)
     for_sampling.add_argument("--seconds", type=float, default=120.0)
     args = parser.parse_args(argv)
-    print(hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"{hardware(device)}, commit {commit()}\n", flush=True)
     if args.part == "sampling":
         sampling(args)
     else:
@@ -158,4 +159,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, name="benchmarks.evaluation")

@@ -18,18 +18,19 @@ from diffusers_dmp import DiTModel
 from diffusers_dmp.training.arguments import TrainingArguments
 from diffusers_dmp.training.compilation import compile_model
 from diffusers_dmp.training.data.loop_data import Batch, LoopData
-from diffusers_dmp.training.model_flops import limits_in_training
 from diffusers_dmp.training.objectives.from_arguments import make_objective
+from diffusers_dmp.training.precision import PRECISIONS, check_precision
+from diffusers_dmp.training.preparation import prepare_run
 from diffusers_dmp.training.recipe import TrainingRecipe
-from diffusers_dmp.training.run import TrainingRun, prepare_run
-from diffusers_dmp.training.utilisation import count_flops
+from diffusers_dmp.training.run import TrainingRun
+from diffusers_dmp.training.utilisation import count_flops, measure_flops_per_second
 
 from .timing import Ratio, Settings
 
 TARGET = 1 / 0.95  # the script has 0.95 of the bare loop's images per second
 SHAPE = (4, 32, 32)
 NUM_CLASSES = 1000
-PRECISIONS = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
+PRECISION_OF = {dtype: name for name, dtype in PRECISIONS.items()}
 
 
 class RandomLatents(LoopData):
@@ -69,6 +70,8 @@ class RandomLatents(LoopData):
 def run(settings: Settings) -> Iterator[Ratio]:
     """Compare the steps for each dtype, in mixed precision, and each batch size."""
     for dtype in settings.dtypes:
+        check_precision(PRECISION_OF[dtype], settings.device)
+    for dtype in settings.dtypes:
         for batch_size in settings.batch_sizes:
             AcceleratorState._reset_state(reset_partial_state=True)
             with tempfile.TemporaryDirectory() as folder:
@@ -83,20 +86,22 @@ def compare_loops(settings: Settings, dtype: torch.dtype, batch_size: int, folde
     args = TrainingArguments(
         batch_size=batch_size,
         max_train_steps=10**9,
-        mixed_precision=PRECISIONS[dtype],
+        mixed_precision=PRECISION_OF[dtype],
         compile=settings.compile,
         learn_sigma=False,
         report_to="none",
         output_dir=folder,
     )
-    bare = bare_step(copy.deepcopy(model).to(settings.device), batch_size, dtype, settings.compile)
+    bare_model = copy.deepcopy(model).to(settings.device)
+    # of one sample, as operations are counted eagerly: a whole batch takes more memory than the compiled step does
+    flops = batch_size * count_flops(bare_step(bare_model, 1, dtype, compile=False))
+    bare = bare_step(bare_model, batch_size, dtype, settings.compile)
     accelerator = Accelerator(cpu=settings.device.type == "cpu", mixed_precision=args.mixed_precision)
     objective = make_objective(args, model, in_latents=True)
     training = prepare_run(accelerator, args, model, objective, RandomLatents(), TrainingRecipe())
     script = script_step(training)
-    flops = count_flops(bare)
     ratio = settings.compare("", script, bare, TARGET)
-    limit = limits_in_training(accelerator.device, accelerator.mixed_precision).flops_per_second
+    limit = measure_flops_per_second(accelerator.device, dtype)
     speeds = [
         f"{1e3 * batch_size / ms:,.1f} images/s, mfu {1e3 * flops / ms / limit:.1%}"
         for ms in (ratio.candidate_ms, ratio.baseline_ms)

@@ -99,8 +99,8 @@ def sample_images(args: SamplingArguments) -> Path | None:
     requests = _make_requests(pipeline, args, prompts)
     if experts is not None:
         LoraExperts.from_pretrained(experts).attach(pipeline)
-    if args.compile:
-        compile_for_sampling(pipeline)
+    if args.compile and compile_for_sampling(pipeline):
+        accelerator.print("Compiling: the first batch takes a minute or so longer.")
     with accelerator.main_process_first():
         settings = sampling_settings(args, pipeline, Path(source))
         if prompts is not None:

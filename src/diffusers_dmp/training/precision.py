@@ -26,3 +26,8 @@ def check_precision(mixed_precision: str, device: torch.device) -> None:
         check_dtype(PRECISIONS[mixed_precision], device)
     except ValueError as error:
         raise ValueError(f"Expected another `mixed_precision` than {mixed_precision}. {error}") from error
+    if mixed_precision == "fp16" and device.type == "cpu":
+        # Accelerate would train in float32 without a word
+        raise ValueError(
+            "Expected `mixed_precision` to be no or bf16 on cpu, but got fp16, which needs an accelerator."
+        )

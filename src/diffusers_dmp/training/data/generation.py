@@ -93,9 +93,9 @@ def generate_images(args: GenerationArguments) -> None:
     )
     pipelines = [load_sampling_pipeline(name, args, accelerator.device) for name in stages]
     requests = [_make_requests(pipeline, args, prompts, stage) for stage, pipeline in enumerate(pipelines)]
-    if args.compile:
-        for pipeline in pipelines:
-            compile_for_sampling(pipeline)
+    compiled = [compile_for_sampling(pipeline) for pipeline in pipelines] if args.compile else []
+    if any(compiled):
+        accelerator.print("Compiling: the first batch takes a minute or so longer.")
     with accelerator.main_process_first():
         settings = _settings(args, pipelines[0], prompts)
         remember_settings(Path(args.output_dir, SETTINGS_NAME), settings, "images")

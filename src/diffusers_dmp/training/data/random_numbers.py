@@ -147,7 +147,10 @@ class RandomNumbers(TorchFunctionMode):
                     network.register_forward_hook(self._go_on, always_call=True),
                 ):
                     hooks.callback(handle.remove)
-            yield
+            try:
+                yield
+            finally:
+                self._watch_again()  # after a Ctrl-C in a network, for which no hook is called
 
     def _pause(self, network: nn.Module, args: Any) -> None:
         if self._running is None and network in self._known:
@@ -157,6 +160,10 @@ class RandomNumbers(TorchFunctionMode):
     def _go_on(self, network: nn.Module, args: Any, output: Any) -> None:
         self._known.add(network)
         if self._running is network:
+            self._watch_again()
+
+    def _watch_again(self) -> None:
+        if self._running is not None:
             self._running = None
             self.__enter__()
 
