@@ -11,7 +11,6 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from ..terminal import DEBUG, INTERRUPTED
-from .data.workers import num_cores
 
 # options of Accelerate, of which it takes one
 LAUNCHERS = ("multi_gpu", "tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm")
@@ -87,6 +86,11 @@ def _num_devices(given: argparse.Namespace) -> int:
     if given.gpu_ids in (None, "all"):
         return num_devices
     return min(num_devices, len(given.gpu_ids.split(",")))
+
+
+def num_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _refuse(message: str) -> NoReturn:

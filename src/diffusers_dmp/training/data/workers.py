@@ -7,15 +7,12 @@ from typing import Any
 
 import torch
 
+from ..launching import num_cores
+
 MAX_WORKERS = 16  # 15 of them decode some 1,600 PNGs of 512 pixels in a second
 MAX_THREADS = 16
 BATCHES_PER_WORKER = 3  # two that it has read ahead, as `DataLoader` asks for, and one that is used
 SHARED_MEMORY = "/dev/shm"  # where workers put their batches; containers often have 64 MB
-
-
-def num_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def num_threads() -> int:
