@@ -130,6 +130,10 @@ class PretendedAccelerator(TorchDispatchMode):
                 f"Expected all tensors of {func} to be on one device, but got some on {DEVICE} and some on the CPU."
             )
         is_moved = bool(inputs) and comes_from != goes_to and not kwargs.get("non_blocking")
+        if comes_from and not goes_to and kwargs.get("non_blocking"):
+            raise RuntimeError(
+                f"Expected {func} to wait for what it copies to the CPU, where it would be read too early."
+            )
         by_mask = func in (aten.index.Tensor, aten.index_put_.default) and any(
             index.dtype == torch.bool for index in args[1] if index is not None
         )

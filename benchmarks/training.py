@@ -18,12 +18,12 @@ from diffusers_dmp import DiTModel
 from diffusers_dmp.training.arguments import TrainingArguments
 from diffusers_dmp.training.compilation import compile_model
 from diffusers_dmp.training.data.loop_data import Batch, LoopData
-from diffusers_dmp.training.model_flops import limits_in_training
 from diffusers_dmp.training.objectives.from_arguments import make_objective
 from diffusers_dmp.training.precision import PRECISIONS, check_precision
+from diffusers_dmp.training.preparation import prepare_run
 from diffusers_dmp.training.recipe import TrainingRecipe
-from diffusers_dmp.training.run import TrainingRun, prepare_run
-from diffusers_dmp.training.utilisation import count_flops
+from diffusers_dmp.training.run import TrainingRun
+from diffusers_dmp.training.utilisation import count_flops, measure_flops_per_second
 
 from .timing import Ratio, Settings
 
@@ -101,7 +101,7 @@ def compare_loops(settings: Settings, dtype: torch.dtype, batch_size: int, folde
     training = prepare_run(accelerator, args, model, objective, RandomLatents(), TrainingRecipe())
     script = script_step(training)
     ratio = settings.compare("", script, bare, TARGET)
-    limit = limits_in_training(accelerator.device, accelerator.mixed_precision).flops_per_second
+    limit = measure_flops_per_second(accelerator.device, dtype)
     speeds = [
         f"{1e3 * batch_size / ms:,.1f} images/s, mfu {1e3 * flops / ms / limit:.1%}"
         for ms in (ratio.candidate_ms, ratio.baseline_ms)

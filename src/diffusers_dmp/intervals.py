@@ -240,7 +240,8 @@ class NoiseIntervals:
         # to read experts that are on an accelerator would make the CPU wait for it
         if experts.is_cpu and experts.numel() and (experts.min() < 0 or experts.max() >= self.num_experts):
             raise ValueError(f"Expected `expert` to be in [0, {self.num_experts}), but got {experts.tolist()}.")
-        experts = experts.to(device, non_blocking=True).expand(batch_size)
+        # but a copy to the CPU has to be waited for
+        experts = experts.to(device, non_blocking=device.type != "cpu").expand(batch_size)
         edges = _edges_on(self.edges, torch.long, device)
         low, high = edges[experts], edges[experts + 1]  # (B,)
         fraction = torch.rand(batch_size, generator=generator, device=device)

@@ -28,6 +28,7 @@ from diffusers_dmp import ClassConditionalPipeline, DiTModel
 from diffusers_dmp.evaluation import sample
 from diffusers_dmp.evaluation.fingerprint import expect_comparable
 from diffusers_dmp.evaluation.sample import SamplingArguments, sample_images, sampling_settings
+from diffusers_dmp.training.data import seeded_sampling
 from diffusers_dmp.training.data.random_numbers import noise_settings
 from diffusers_dmp.training.data.seeded_sampling import _scheduler_for, compile_for_sampling
 
@@ -170,15 +171,27 @@ def test_noise_of_another_way_is_refused(pipeline, tmp_path, monkeypatch):
         sample_images(arguments(pipeline, tmp_path, num_images=2))
 
 
-def test_a_pipeline_is_compiled_as_it_can_be(caplog):
+def test_a_pipeline_is_compiled_as_it_can_be(caplog, monkeypatch):
     """By itself, by its denoisers' repeated blocks, or not at all, which a line says."""
+
+    def without_compiler(device):
+        raise ValueError("Expected a compiler.")
+
+    monkeypatch.setattr(seeded_sampling, "check_compiler", without_compiler)
     calls = []
     assert compile_for_sampling(SimpleNamespace(compile=lambda: calls.append("pipeline")))
     assert calls == ["pipeline"]
     # Diffusers' own have no `compile`
     transformer = StockDiT(num_attention_heads=2, attention_head_dim=8, num_layers=2, sample_size=8, in_channels=4)
     transformer._repeated_blocks = ["BasicTransformerBlock"]
-    assert compile_for_sampling(DiTPipeline(transformer, AutoencoderKL(), DDPMScheduler()))
+    stock = DiTPipeline(transformer, AutoencoderKL(), DDPMScheduler())
+    assert not compile_for_sampling(stock)
+    (record,) = caplog.records
+    assert record.getMessage() == "The DiTPipeline is not compiled. Expected a compiler."
+    assert not any(block._compiled_call_impl for block in transformer.transformer_blocks)
+    caplog.clear()
+    monkeypatch.setattr(seeded_sampling, "check_compiler", lambda device: None)
+    assert compile_for_sampling(stock)
     assert all(block._compiled_call_impl is not None for block in transformer.transformer_blocks)
     assert not caplog.records
     unet = UNet2DModel(8, block_out_channels=(32,), down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"])

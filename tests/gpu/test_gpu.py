@@ -75,6 +75,19 @@ def test_a_forward_pass_is_the_cpus(system, batch):
     torch.testing.assert_close(actual.cpu(), expected, **TOLERANCE)
 
 
+@pytest.mark.parametrize("system", MODELS)
+@torch.no_grad()
+def test_a_model_on_the_cpu_takes_timesteps_and_labels_of_the_gpu(system, batch):
+    """It waits for them: while the GPU is busy, a copy that is not waited for would be read before it has arrived."""
+    model, (images, *others) = MODELS[system](), batch.values()
+    expected = model(images, *others).sample
+    there = [tensor.to(GPU) for tensor in others]
+    busy = torch.randn(4096, 4096, device=GPU)
+    for _ in range(20):
+        busy = busy @ busy
+    torch.testing.assert_close(model(images, *[each + 0 for each in there]).sample, expected)
+
+
 @pytest.mark.parametrize("timestep", [3, 700, 999])
 @torch.no_grad()
 def test_slices_of_channels_compute_what_masks_compute(monkeypatch, batch, timestep):

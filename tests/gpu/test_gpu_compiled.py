@@ -52,15 +52,8 @@ def test_schedulers_that_keep_earlier_outputs(scheduler, guidance_scale):
 
 def test_sizes_alternate(warned):
     pipe = pipeline_of(dit()).to(GPU)
-    calls = [
-        {},
-        {"height": 12},
-        {"batch_size": 3},
-        {},
-        {"batch_size": 3, "height": 12},
-        {"batch_size": 1},
-        {"height": 12},
-    ]
+    calls = [{}, {"height": 12}, {"batch_size": 3}, {}, {"batch_size": 3, "height": 12}]
+    calls += [{"batch_size": 1}, {"height": 12}]
     expected = [sample(pipe, **call) for call in calls]
     pipe.compile()
     for _ in range(2):
@@ -92,9 +85,8 @@ def test_a_pipeline_may_be_moved_after_compiling():
 @pytest.mark.parametrize("name", ["sd3", "wan"])
 def test_experts_in_a_pipeline_of_diffusers(name):
     """Wan's calls its denoiser twice in each step, with the conditional output still to be used."""
-    experts = DenoiserExperts(
-        [RECIPES[name].denoiser(seed) for seed in range(2)], NoiseIntervals.from_timesteps([500])
-    )
+    denoisers = [RECIPES[name].denoiser(seed) for seed in range(2)]
+    experts = DenoiserExperts(denoisers, NoiseIntervals.from_timesteps([500]))
     pipe = RECIPES[name].pipe(experts).to(GPU)
     call = {name: _on_gpu(value) for name, value in RECIPES[name].call().items()}
     expected = generate(name, pipe, num_inference_steps=4, **call)

@@ -6,7 +6,7 @@ from accelerate.state import AcceleratorState
 from runs import train_here, weights
 
 from diffusers_dmp import DiTModel, DTRTransformer2DModel
-from diffusers_dmp.training import compilation
+from diffusers_dmp.training import compilation, loss_log
 from diffusers_dmp.training.metrics_file import read_metrics
 from diffusers_dmp.training.utilisation import measure_limits
 
@@ -15,13 +15,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and `make test-gpu`, which shows it"),
 ]
 
-SETTINGS = {
-    "max_train_steps": 6,
-    "checkpointing_steps": 6,
-    "learning_rate": 1e-4,
-    "max_grad_norm": 1.0,
-    "dataloader_num_workers": 0,
-}
+SETTINGS = {"max_train_steps": 6, "checkpointing_steps": 6, "learning_rate": 1e-4, "max_grad_norm": 1.0,
+            "dataloader_num_workers": 0}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +54,19 @@ def test_the_log_has_the_utilisation_of_the_gpu(digits, tmp_path):
     train_here(DiTModel, digits, tmp_path, mixed_precision="bf16", **SETTINGS)
     last = read_metrics(tmp_path / "metrics.jsonl")[-1]
     assert 0 < last["mfu"] < 1 and last["images_per_second"] > 0
+
+
+def test_what_checkpointing_computes_again_does_not_count(digits, tmp_path, monkeypatch):
+    """Backward passes run in a thread of the GPU. Of a device that does an operation per second, `mfu` has all of an image's."""
+    monkeypatch.setattr(loss_log, "device_flops", lambda device, precision: 1.0)
+    per_image = []
+    for gradient_checkpointing in (False, True):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        folder = tmp_path / str(gradient_checkpointing)
+        train_here(DiTModel, digits, folder, gradient_checkpointing=gradient_checkpointing, **SETTINGS)
+        last = read_metrics(folder / "metrics.jsonl")[-1]
+        per_image.append(last["mfu"] / last["images_per_second"])
+    assert per_image[1] == pytest.approx(per_image[0], rel=1e-9) and per_image[0] > 1e5
 
 
 def test_the_limits_are_those_of_a_gpu():

@@ -64,13 +64,8 @@ def test_modulations_that_do_not_fit_are_refused(model, inputs):
     call = inputs | {"timestep": TIMESTEPS[0]}
     with pytest.raises(ValueError, match="only under `torch.no_grad"):
         model(**call, modulations=modulations[0])
-    for wrong in (
-        modulations,
-        modulations[0, :1],
-        modulations[0, :, :, :2],
-        modulations[0, :, :, :, 0],
-        modulations[0, ..., 1:],
-    ):
+    of_one = modulations[0]
+    for wrong in (modulations, of_one[:1], of_one[:, :, :2], of_one[:, :, :, 0], of_one[..., 1:]):
         with torch.no_grad(), pytest.raises(ValueError, match=r"\(2, 6, 4, 1, 48\) or.*but got the shape"):
             model(**call, modulations=wrong)
     with pytest.raises(ValueError, match="timestep"):
@@ -100,7 +95,7 @@ def make_unet():
                                          layers_per_block=1, attention_levels=(), attention_head_dim=16, num_classes=10))  # fmt: skip
 
 
-@pytest.mark.parametrize("make", [make_prompted, make_unet])
+@pytest.mark.parametrize("make", [make_prompted, pytest.param(make_unet, marks=pytest.mark.slow)])
 def test_prompts_and_patches_need_one_graph_for_all_timesteps_too(make, inputs):
     torch.compiler.reset()
     model = make()

@@ -7,6 +7,7 @@ import torch
 from conftest import TINY_CONFIG, Vectors, assert_matches, randomised
 from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import PatchEmbed
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_dmp import DiTModel, convert_checkpoint
 from diffusers_dmp.models.dit import layers
@@ -155,15 +156,29 @@ def test_position_embeddings_of_another_size_are_computed_once(tiny_dit, monkeyp
     monkeypatch.setattr(layers, "get_2d_sincos_pos_embed", compute)
     with torch.inference_mode():
         embedding(torch.zeros(1, 4, 12, 8))
-    for latent in (
-        torch.randn(2, 4, 12, 8),
-        torch.randn(2, 4, 8, 12),
-        torch.randn(2, 4, 8, 8),
-        torch.randn(2, 4, 8, 12),
-    ):
+    for height, width in [(12, 8), (8, 12), (8, 8), (8, 12)]:
+        latent = torch.randn(2, 4, height, width)
         torch.testing.assert_close(embedding(latent), PatchEmbed.forward(embedding, latent))
     assert sizes == [(6, 4), (4, 6)]
     embedding(torch.randn(1, 4, 12, 8)).sum().backward()  # what was computed in inference mode serves training, too
+
+
+def test_a_call_within_a_transform_leaves_nothing_behind(tiny_dit):
+    """Tensors of `torch.func` stand for others, and can neither be copied nor used outside of it."""
+    sample, inputs = torch.randn(1, 4, 6, 6), {"timestep": 5, "class_labels": torch.tensor([1])}
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no forward-mode derivatives
+        torch.func.jvp(lambda x: tiny_dit(x, **inputs).sample, (sample,), (sample,))
+    torch.testing.assert_close(tiny_dit(sample, **inputs).sample, copy.deepcopy(tiny_dit)(sample, **inputs).sample)
+
+
+@torch.no_grad()
+def test_few_position_embeddings_are_kept_and_none_is_copied(tiny_dit):
+    embedding = tiny_dit.pos_embed
+    for height in range(2, 2 * embedding.MAX_TABLES + 12, 2):
+        latents = torch.randn(1, 4, height, 4)
+        torch.testing.assert_close(embedding(latents), PatchEmbed.forward(embedding, latents))
+        assert len(embedding._tables) <= embedding.MAX_TABLES
+    assert embedding._tables and not copy.deepcopy(embedding)._tables
 
 
 @pytest.mark.parametrize("shared", [7, torch.tensor(7), torch.tensor([7]), torch.tensor(7).expand(4)])

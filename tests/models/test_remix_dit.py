@@ -313,6 +313,23 @@ def test_fused_weights_stay_where_they_are(tiny_remix, batch):
 
 
 @torch.no_grad()
+def test_an_interrupted_change_of_experts_leaves_no_mixture_of_both(tiny_remix, batch, monkeypatch):
+    """Such as by Ctrl-C in a notebook: some layers have the weights of the new expert then, and others those of the old one."""
+    expected = tiny_remix(**batch | {"timestep": 999}).sample
+    last, original = tiny_remix.basis_linears[-1], BasisLinear.fuse
+
+    def fuse(linear, coefficients):
+        if linear is last:
+            raise KeyboardInterrupt
+        original(linear, coefficients)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(BasisLinear, "fuse", fuse)
+        tiny_remix(**batch | {"timestep": 0})
+    torch.testing.assert_close(tiny_remix(**batch | {"timestep": 999}).sample, expected)
+
+
+@torch.no_grad()
 def test_fusing_ahead_and_unfusing(tiny_remix, batch, mixings):
     inputs = batch | {"timestep": 999}
     with torch.enable_grad():

@@ -16,9 +16,7 @@ from diffusers import (
 )
 from torch._dynamo.testing import CompileCounter
 
-from diffusers_dmp import (
-    ClassConditionalPipeline,
-)
+from diffusers_dmp import ClassConditionalPipeline
 from diffusers_dmp.models.compilation import Compilation
 from diffusers_dmp.models.compiled_calls import compilation_of
 
@@ -29,7 +27,8 @@ def nothing_compiled_before():
 
 
 # those that another test compiles as well, or that are as another one
-SLOW = ("prompts", "routing", "routing of Diffusers' UNet", "LoRA for each interval", "Diffusers' DiT", "experts")
+SLOW = ("prompts", "routing", "routing of Diffusers' UNet", "LoRA for each interval", "Diffusers' DiT", "Diffusers' UNet", "experts",
+        "Patch Diffusion")  # fmt: skip
 
 
 @pytest.mark.parametrize("system", [pytest.param(each, marks=[pytest.mark.slow] * (each in SLOW)) for each in SYSTEMS])
@@ -67,7 +66,7 @@ PLUGINS = {"prompts": prompted, "LoRA for each interval": with_loras, "routing":
 
 
 @pytest.mark.parametrize(
-    "plugin", ["prompts", "routing", pytest.param("LoRA for each interval", marks=pytest.mark.slow)]
+    "plugin", [pytest.param(each, marks=[pytest.mark.slow] * (each != "prompts")) for each in PLUGINS]
 )
 @pytest.mark.parametrize(
     "make",

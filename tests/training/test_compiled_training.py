@@ -147,6 +147,7 @@ def test_the_repeated_blocks_of_transformers_are_compiled_and_the_whole_of_unets
     assert repeated_blocks(small_unet()) == []
 
 
+@pytest.mark.slow
 def test_a_second_size_is_compiled_and_then_all_are():
     """As encoded images of several sizes come."""
     counter = CompileCounter()

@@ -22,8 +22,8 @@ from diffusers_dmp.training.data.latents import EncodingArguments, encode_latent
 from diffusers_dmp.training.data.training_data import TrainingData
 from diffusers_dmp.training.objectives.from_arguments import make_objective, make_scheduler
 from diffusers_dmp.training.objectives.objective import NoisedBatch
+from diffusers_dmp.training.preparation import prepare_run
 from diffusers_dmp.training.recipe import TrainingRecipe
-from diffusers_dmp.training.run import prepare_run
 from diffusers_dmp.training.validation import validation_losses
 
 SIZES = ("num_layers", "num_attention_heads", "attention_head_dim", "patch_size")

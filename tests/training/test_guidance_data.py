@@ -54,7 +54,10 @@ def test_generating_goes_on_where_it_was(pipeline, tmp_path):
     again = generate(pipeline, tmp_path / "run")["image"]
     assert first.stat().st_mtime_ns == before and first.read_bytes() == kept and second.read_bytes() == lost
     assert [image.tobytes() for image in again] == [image.tobytes() for image in images]
-    with pytest.raises(ValueError, match="`num_inference_steps` to be 2, as in the images that .* holds, but got 3"):
+    with pytest.raises(
+        ValueError,
+        match="`num_inference_steps` to be 2, as in the images that .* holds, but got 3; write into another folder",
+    ):
         generate(pipeline, tmp_path / "run", num_inference_steps=3)
 
 

@@ -9,16 +9,16 @@ from accelerate.state import AcceleratorState
 from conftest import TINY_CONFIG, randomised
 from runs import train_here, weights
 
-from diffusers_dmp import DiTModel, PromptPatch
-from diffusers_dmp.training import loss_log
+from diffusers_dmp import DiTModel, PromptPatch, RemixDiTModel
+from diffusers_dmp.training import loss_log, model_flops
 from diffusers_dmp.training.conditions import LabelConditions
 from diffusers_dmp.training.denoiser import Denoiser
 from diffusers_dmp.training.loop import StepRandomness
 from diffusers_dmp.training.metrics_file import read_metrics
-from diffusers_dmp.training.model_flops import ModelFlops
+from diffusers_dmp.training.model_flops import ModelFlops, device_flops
 from diffusers_dmp.training.precision import check_precision
 from diffusers_dmp.training.prompted import PromptedTransformer
-from diffusers_dmp.training.utilisation import DeviceLimits, count_flops
+from diffusers_dmp.training.utilisation import count_flops
 
 
 def parts_of(model: torch.nn.Module, structure: torch.nn.Module | None = None) -> SimpleNamespace:
@@ -58,11 +58,44 @@ def test_frozen_weights_have_no_gradients_to_compute():
 
 
 def test_what_checkpointing_computes_again_does_not_count():
-    model = randomised(DiTModel(**TINY_CONFIG))
+    """It is computed again nevertheless: a model may not fit into memory without."""
+    model, called = randomised(DiTModel(**TINY_CONFIG)), []
     expected = ModelFlops(parts_of(model))(*step_of(2), None)
     model.enable_gradient_checkpointing()
+    model.transformer_blocks[0].register_forward_pre_hook(lambda *_: called.append(1))
     assert ModelFlops(parts_of(model))(*step_of(2), None) == expected
-    assert model.gradient_checkpointing
+    assert len(called) == 2
+
+
+def test_an_expert_of_remix_dit_has_gradients_in_all_bases():
+    """In eval mode its weights are fused without them, unless somebody asks."""
+    plain, remix = DiTModel(**TINY_CONFIG), RemixDiTModel(**TINY_CONFIG, num_bases=2, num_experts=4)
+    of_plain, of_remix = (ModelFlops(parts_of(randomised(model)))(*step_of(3), None) for model in (plain, remix))
+    assert of_plain < of_remix < 1.5 * of_plain
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory.\nOf 80 GiB, 1 is free.", "CUBLAS_STATUS_ALLOC_FAILED"])
+def test_a_training_does_not_end_where_counting_fails(message, monkeypatch, caplog):
+    """It goes on without `mfu`, and a line says why, once for a shape."""
+
+    def fail(*_):
+        raise RuntimeError(message)
+
+    model = DiTModel(**TINY_CONFIG)
+    counter = ModelFlops(parts_of(model))
+    handle = model.transformer_blocks[1].register_forward_pre_hook(fail)
+    assert counter(*step_of(3), None) is None and counter(*step_of(3), None) is None
+    handle.remove()
+    assert model.training
+    monkeypatch.setattr(model_flops, "measure_flops_per_second", fail)
+    device_flops.cache_clear()
+    assert device_flops(torch.device("cpu"), "no") is None
+    device_flops.cache_clear()
+    first_line = message.partition("\n")[0]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"`mfu` is not logged, as the model's operations are not counted: {first_line}",
+        f"`mfu` is not logged, as cpu could not be measured: {first_line}",
+    ]
 
 
 def test_counting_leaves_no_trace():
@@ -76,13 +109,26 @@ def test_counting_leaves_no_trace():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_each_shape_is_counted_once(monkeypatch):
+@pytest.fixture
+def counter(monkeypatch) -> ModelFlops:
+    """With `counted`, the steps of which a sample was counted."""
     counter = ModelFlops(parts_of(DiTModel(**TINY_CONFIG)))
-    of_one = counter._of_one
-    counted = []
-    monkeypatch.setattr(counter, "_of_one", lambda *step: counted.append(step) or of_one(*step))
+    counter.counted, of_one = [], counter._of_one
+    monkeypatch.setattr(counter, "_of_one", lambda *step: counter.counted.append(step) or of_one(*step))
+    return counter
+
+
+def test_each_shape_is_counted_once(counter):
     assert counter(*step_of(6), None) == 2 * counter(*step_of(3), None)
-    assert len(counted) == 1
+    assert len(counter.counted) == 1
+
+
+def test_few_of_many_lengths_of_texts_are_counted(counter):
+    """Almost every batch has another one."""
+    for length in (40, 64, 33, 50, 65, 128, 90):
+        batch, own = step_of(2)
+        counter(batch | {"prompt_embeds": torch.zeros(2, length, 3)}, own, None)
+    assert [step[0]["prompt_embeds"].shape[1] for step in counter.counted] == [40, 65]
 
 
 def test_sharded_weights_are_not_counted():
@@ -95,8 +141,7 @@ def test_the_log_has_the_share_of_what_the_device_can_do(digits, tmp_path, monke
     shares = []
     for flops_per_second in (float("inf"), 1.0):
         AcceleratorState._reset_state(reset_partial_state=True)
-        limits = DeviceLimits(flops_per_second, 1.0)
-        monkeypatch.setattr(loss_log, "limits_in_training", lambda device, precision, limits=limits: limits)
+        monkeypatch.setattr(loss_log, "device_flops", lambda device, precision, limit=flops_per_second: limit)
         folder = tmp_path / str(flops_per_second)
         train_here(DiTModel, digits, folder, max_train_steps=2)
         shares.append(read_metrics(folder / "metrics.jsonl")[-1])

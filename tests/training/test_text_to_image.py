@@ -21,7 +21,8 @@ from diffusers_dmp.models.time_argument import ExpertFinder
 from diffusers_dmp.saving.adapters import adapter_names
 from diffusers_dmp.training.export import export_checkpoint
 from diffusers_dmp.training.loop import training_steps
-from diffusers_dmp.training.run import TrainingRun, prepare_run
+from diffusers_dmp.training.preparation import prepare_run
+from diffusers_dmp.training.run import TrainingRun
 from diffusers_dmp.training.text_to_image import TextToImageArguments, train_text_to_image
 from diffusers_dmp.training.text_to_image.training import TextToImageParts, prepare_parts
 from diffusers_dmp.training.trainer import make_accelerator

@@ -36,7 +36,6 @@ from diffusers_dmp.training.objectives.flow import FlowObjective
 from diffusers_dmp.training.optimisation import make_ema, make_lr_scheduler
 from diffusers_dmp.training.prompted import PromptedTransformer
 from diffusers_dmp.training.recipe import TrainingRecipe
-from diffusers_dmp.training.utilisation import DeviceLimits
 
 SIZES = TINY_CONFIG | {"num_layers": 1, "attention_head_dim": 8}
 HALVES = NoiseIntervals.uniform(2)
@@ -122,7 +121,7 @@ def waits(pretended: Any, monkeypatch: pytest.MonkeyPatch, case: Case, output_di
     monkeypatch.setattr(torch, "Generator", pretended.PretendedGenerator)
     monkeypatch.setattr(Accelerator, "device", pretended.DEVICE)
     # measured before the first step, by synchronising with a real device
-    monkeypatch.setattr(loss_log, "limits_in_training", lambda device, precision: DeviceLimits(1e12, 1e11))
+    monkeypatch.setattr(loss_log, "device_flops", lambda device, precision: 1e12)
     args = DiTTrainingArguments(
         dataset="none",
         output_dir=str(output_dir),

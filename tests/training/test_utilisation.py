@@ -49,6 +49,14 @@ def test_what_does_not_fit_into_memory_is_left_out(monkeypatch):
     assert size == 8
 
 
+def test_measuring_leaves_the_random_numbers_of_others_as_they_are(monkeypatch):
+    """How many it takes depends on time: what a training takes after it would be another thing in every run."""
+    monkeypatch.setattr(utilisation, "MATRIX_SIZES", (8, 16))
+    state = torch.get_rng_state()
+    assert utilisation.measure_flops_per_second("cpu", torch.float32) > 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_dtype_without_fractions_has_no_limits():
     with pytest.raises(ValueError, match="Expected `dtype` to be a floating-point dtype, but got torch.int8"):
         measure_limits("cpu", torch.int8)

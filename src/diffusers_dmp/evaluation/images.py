@@ -15,7 +15,8 @@ import PIL.Image
 
 from ..training.data.decoding import BACKGROUND, check_background, open_image
 from ..training.data.images import describe_images, load_images
-from ..training.data.scan import MAX_THREADS, readable_images
+from ..training.data.scan import readable_images
+from ..training.data.workers import num_threads
 from .npz import NpzImages
 
 
@@ -55,7 +56,7 @@ class DatasetImages:
             ValueError: if the sizes differ, or if an image cannot be read; see [`open_image`].
         """
         size = None
-        with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as threads:
+        with ThreadPoolExecutor(num_threads()) as threads:
             for batch in self.dataset.select_columns([self.image_column]).iter(batch_size):
                 images = list(threads.map(self._open, batch[self.image_column]))
                 size = size or images[0].size

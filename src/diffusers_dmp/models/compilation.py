@@ -113,7 +113,7 @@ class Compilation:
             reason (`str` or `Exception`): Why.
         """
         if not self.is_eager:
-            reason = reason if isinstance(reason, str) else _in_one_line(reason)
+            reason = reason if isinstance(reason, str) else in_one_line(reason)
             compilation_logger.warning("The %s runs eagerly, as it cannot be compiled: %s", name, reason)
         self.is_eager = True
 
@@ -164,8 +164,13 @@ def _options_of_modes() -> dict[Any, dict[str, Any]]:
     return torch._inductor.list_mode_options()
 
 
-def _in_one_line(error: Exception) -> str:
-    """What went wrong, without the advice and the traces that follow it."""
+def in_one_line(error: Exception) -> str:
+    """
+    Say what went wrong in compiling, without the advice and the traces that follow it.
+
+    Args:
+        error (`Exception`): PyTorch's.
+    """
     error = getattr(error, "inner_exception", error)  # what a backend raised
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

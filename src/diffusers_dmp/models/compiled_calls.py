@@ -11,10 +11,11 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from .compilation import WITHOUT_GRAPHS, Compilation
+from .compiled_modules import COMPILED_CALL, at_least_graphs
 from .graph_obstacles import OFFLOADING, moves_layers, obstacle_to_graphs
 
-# How many graphs PyTorch may make of one function; with more it says so, and runs it eagerly. Its own limit of 8 is for all models of
-# a class together: each size of model, resolution (the first few), batch of one, and adapter takes one.
+# How many graphs PyTorch may make of one function. Its own limit of 8 is for all models of a class together: each size of model,
+# resolution (the first few), batch of one, and adapter takes one.
 MAX_GRAPHS = 256
 
 
@@ -43,7 +44,9 @@ class CompiledCalls:
         """Call the denoiser."""
         if torch.compiler.is_compiling():  # as a part of something larger
             return self._function(*args, **kwargs)
-        sample = next((each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)), torch.empty(0))
+        tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)]
+        # the first on an accelerator: a time may come before it, on the CPU
+        sample = next((each for each in tensors if not each.is_cpu), torch.empty(0))
         captures = self.compilation.captures_graphs(sample.device)
         # other pipelines offload without asking; to look at all layers takes too long for every step
         if not self._is_checked or getattr(self._denoiser, "is_cache_enabled", False):
@@ -81,13 +84,8 @@ class CompiledCalls:
         mode = self.compilation.mode_on(device)
         if mode not in self._compiled:
             self._compiled[mode] = self.compilation.compiled(self._function, mode)
-        config = torch._dynamo.config
-        limit = config.recompile_limit
-        config.recompile_limit = max(limit, MAX_GRAPHS)  # what compiling reads, and no other functions
-        try:
+        with at_least_graphs(MAX_GRAPHS):
             return self._compiled[mode](*args, **kwargs)
-        finally:
-            config.recompile_limit = limit
 
     def _call_eagerly(self, *args: Any, **kwargs: Any) -> Any:
         with torch.compiler.set_stance("force_eager"):  # also parts that were compiled by themselves
@@ -177,8 +175,7 @@ def _compiled_part(denoiser: Any) -> tuple[Callable[..., Any], str]:
     """What of a denoiser is compiled, and the attribute that holds the result: a DiT of ours leaves out the choice of an expert."""
     if hasattr(denoiser, "_compiled_denoise"):
         return denoiser._denoise, "_compiled_denoise"
-    # where `nn.Module.compile` puts it, private to PyTorch, which has no public way to do anything around a call in place
-    return denoiser._call_impl, "_compiled_call_impl"
+    return denoiser._call_impl, COMPILED_CALL
 
 
 def _copied(output: Any) -> Any:

@@ -14,6 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..saving.naming import PACKAGE
 from .channel_routing import ChannelRouting, ChannelWindow, is_bound_by_memory, split_channels
+from .compiled_modules import is_compiled_in_place
 from .configuration import extends_arguments
 from .dit.layers import DiTBlock
 from .dit.model import DiTModel
@@ -96,7 +97,7 @@ class DTRTransformer2DModel(DiTModel):
             with gradients, in compiled models, and with hooks on blocks, which would not see the inactive channels.
         """
         is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if torch.is_grad_enabled() or is_traced or self.is_compiled or len(timestep) > 1 or not timestep.is_cpu:
+        if torch.is_grad_enabled() or is_traced or self.is_compiled or len(timestep) != 1 or not timestep.is_cpu:
             return ()
         if not all(map(_is_plain, self.transformer_blocks)):
             return ()
@@ -154,5 +155,5 @@ def _is_plain(block: nn.Module) -> bool:
     """Whether nobody else sees what a block is called with and returns, as plugins, caches and offloading do."""
     # private attributes of PyTorch, which offers no public ones
     hooks = block._forward_hooks or block._forward_pre_hooks or _has_any_global_hook()
-    is_surrounded = "forward" in vars(block) or block._compiled_call_impl is not None
+    is_surrounded = "forward" in vars(block) or is_compiled_in_place(block)
     return type(block) is DTRBlock and not hooks and not is_surrounded

@@ -31,6 +31,21 @@ def class_count(config: Mapping[str, Any]) -> int | None:
     return next((config[name] for name in CLASS_COUNTS if config.get(name) is not None), None)
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """
+    Move a tensor without waiting for an accelerator.
+
+    Args:
+        tensor (`torch.Tensor`): On any device.
+        device (`torch.device`): Where it goes.
+
+    Returns:
+        `torch.Tensor`: The same values there.
+    """
+    # a copy to the CPU that is not waited for would be read before it has arrived
+    return tensor.to(device, non_blocking=device.type != "cpu")
+
+
 def checked_timestep(timestep: torch.Tensor | float | int, batch_size: int, num_train_timesteps: int) -> torch.Tensor:
     """
     Check the timesteps of a batch, and reduce them to one where the batch shares it.
@@ -98,7 +113,7 @@ def checked_labels(
         raise ValueError(
             f"Expected `class_labels` to be in [0, {num_rows}), but got {class_labels.tolist()}.{null_class}"
         )
-    return class_labels.to(sample.device, non_blocking=True)
+    return to_device(class_labels, sample.device)
 
 
 def drop_labels(

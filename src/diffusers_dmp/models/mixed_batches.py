@@ -13,6 +13,7 @@ import torch
 from diffusers.utils import BaseOutput
 
 from ..intervals import group_by_expert
+from .inputs import to_device
 
 # Arguments without a batch dimension, which may be as long as the batch by chance: positions, and settings of layers.
 SHARED = frozenset(
@@ -99,9 +100,9 @@ def take_samples(value: Any, indices: list[int], batch_size: int, name: str = ""
         return value
     if isinstance(value, torch.Tensor):
         if name in _LAYERS_FIRST:
-            return value[:, _moved(indices, value)]
+            return value[:, to_device(torch.tensor(indices), value.device)]
         is_batch = value.ndim > 0 and len(value) == batch_size
-        return value[_moved(indices, value)] if is_batch else value
+        return value[to_device(torch.tensor(indices), value.device)] if is_batch else value
     if isinstance(value, Mapping):
         return {key: take_samples(part, indices, batch_size, str(key)) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
@@ -109,11 +110,6 @@ def take_samples(value: Any, indices: list[int], batch_size: int, name: str = ""
             return [value[index] for index in indices]
         return type(value)(take_samples(part, indices, batch_size) for part in value)
     return value
-
-
-def _moved(indices: Any, tensor: torch.Tensor) -> torch.Tensor:
-    """Indices on a tensor's device, without waiting for an accelerator."""
-    return torch.as_tensor(indices).to(tensor.device, non_blocking=True)
 
 
 def _holds_batches(parts: list[Any], batch_size: int, name: str) -> bool:
@@ -132,7 +128,7 @@ def join_outputs(outputs: list[Any], order: torch.Tensor) -> Any:
     """
     first = outputs[0]
     if isinstance(first, torch.Tensor) and first.ndim > 0:
-        return torch.cat(outputs)[_moved(order, first)]
+        return torch.cat(outputs)[to_device(order, first.device)]
     if isinstance(first, BaseOutput):
         return type(first)(**{name: join_outputs([output[name] for output in outputs], order) for name in first})
     if isinstance(first, list):  # a list of samples, as of Z-Image

@@ -20,7 +20,7 @@ from torch import nn
 
 from ..saving.mixins import StandaloneModelMixin
 from ..saving.naming import PACKAGE
-from .inputs import checked_labels, checked_timestep, drop_labels
+from .inputs import checked_labels, checked_timestep, drop_labels, to_device
 from .patched_unet_config import check_patched_unet_config
 from .patched_unet_layers import NORM_GROUPS, PatchedResBlock, PatchedUNetLayer, position_table, variance_head
 
@@ -238,7 +238,7 @@ class PatchedUNet2DModel(StandaloneModelMixin, ModelMixin, ConfigMixin, PeftAdap
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute the embeddings of timestep (B or 1, …) and class (B, …)."""
         timestep = checked_timestep(timestep, len(sample), self.config.num_train_timesteps)
-        features = self.time_proj(timestep.to(sample.device, non_blocking=True)).to(sample.dtype)
+        features = self.time_proj(to_device(timestep, sample.device)).to(sample.dtype)
         temb = self.time_embedding(features)
         if self.class_embedding is None:
             return temb, None

@@ -5,6 +5,7 @@ Legend: B batch, K bases, E experts (the paper's N), G experts at work in a batc
 """
 
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,11 @@ from torch import nn
 from ..intervals import NoiseIntervals, group_by_expert
 from ..saving.naming import PACKAGE
 from .caching import TensorSnapshot
+from .compiled_modules import is_compiled_in_place
 from .configuration import extends_arguments
 from .dit.configuration import DIT_PRESETS
 from .dit.model import DiTModel
-from .inputs import checked_timestep
+from .inputs import checked_timestep, to_device
 from .remix_adapters import RemixAdaptersMixin
 from .remix_conversion import RemixConversionMixin
 from .remix_layers import BasisLinear, RemixBlock
@@ -52,10 +54,10 @@ class RemixDiTModel(RemixAdaptersMixin, RemixConversionMixin):
 
     Without gradients (in sampling) the weights of the expert at work are fused once, when it takes over from another one,
     and cached: one more copy of those layers, which stays where it is for all experts, as CUDA graphs need it, until
-    [`~RemixDiTModel.unfuse_expert`] frees it. Hence a model serves one call at a time. The weights are fused again after a call with gradients, `train()`, `eval()`, `load_state_dict`, `to()`, and
-    every in-place change that PyTorch counts. It does not count changes through `parameter.data`, such as Diffusers'
-    `EMAModel.copy_to` makes, nor those of a model that was made under `torch.inference_mode()`: call
-    [`~RemixDiTModel.unfuse_expert`] after these.
+    [`~RemixDiTModel.unfuse_expert`] frees it. Hence a model serves one call at a time. The weights are fused again after a
+    call with gradients, `train()`, `eval()`, `load_state_dict`, `to()`, and every in-place change that PyTorch counts. It does
+    not count changes through `parameter.data`, such as Diffusers' `EMAModel.copy_to` makes, nor those of a model that was made
+    under `torch.inference_mode()`: call [`~RemixDiTModel.unfuse_expert`] after these.
 
     `compile()` and `compile_repeated_blocks()` compile one graph for all experts, in sampling with the fused weights; a batch
     of several experts is computed eagerly then. `torch.compile(model)` mixes in every call, and for a batch of several
@@ -180,6 +182,7 @@ class RemixDiTModel(RemixAdaptersMixin, RemixConversionMixin):
             return True
         if any(tensor.device.type != self.mixing_logits.device.type for tensor in tensors):
             return False
+        self._fused_expert = None  # what is interrupted between two layers leaves weights of two experts
         coefficients = self.mixing_coefficients[expert : expert + 1].to(linears[0].weight.dtype)
         for linear in linears:
             linear.fuse(coefficients)
@@ -223,17 +226,18 @@ class RemixDiTModel(RemixAdaptersMixin, RemixConversionMixin):
         timestep = checked_timestep(timestep, len(hidden_states), self.config.num_train_timesteps)
         class_labels = self._checked_labels(class_labels, hidden_states)
         order, chosen = self._select_experts(timestep, hidden_states, expert)
-        timestep = timestep.to(hidden_states.device, non_blocking=True)
+        timestep = to_device(timestep, hidden_states.device)
         if order is None:
             sample = self._run(hidden_states, timestep, class_labels, force_drop_ids, modulations, chosen)
         else:
-            order = order.to(hidden_states.device, non_blocking=True)
+            order = to_device(order, hidden_states.device)
             drop_ids = None if force_drop_ids is None else force_drop_ids[order]
             is_shared = modulations is None or modulations.shape[2] == 1
             known = modulations if is_shared else modulations[:, :, order]  # type: ignore[index]
             inputs = hidden_states[order], timestep[order], class_labels[order], drop_ids, known, chosen
-            # eager where the model or its blocks are compiled: the groups of another batch would need another graph
-            with torch.compiler.set_stance("force_eager"):
+            # the groups of another batch would need another graph
+            has_compiled_blocks = any(map(is_compiled_in_place, self.transformer_blocks))
+            with torch.compiler.set_stance("force_eager") if has_compiled_blocks else nullcontext():
                 sample = self._denoise(*inputs)[order.argsort()]
         output = RemixDiTModelOutput(sample=sample, prior_loss=self.prior_loss() if self.training else None)
         return output if return_dict else output.to_tuple()
@@ -261,13 +265,13 @@ class RemixDiTModel(RemixAdaptersMixin, RemixConversionMixin):
                 raise ValueError(f"Expected `timestep` to belong to `expert` {expert}, but got {timestep.tolist()}.")
         elif compiling:  # the timesteps' values are not known: a group for each of them
             group_sizes = None if len(experts) == 1 else [1] * batch_size
-            return None, (self.mixing_coefficients[experts.to(device, non_blocking=True)], group_sizes)
+            return None, (self.mixing_coefficients[to_device(experts, device)], group_sizes)
         elif len(experts) == 1:
             expert = int(experts)
         else:
             order, present, group_sizes = group_by_expert(experts)
             if len(present) > 1:
-                coefficients = self.mixing_coefficients[torch.tensor(present).to(device, non_blocking=True)]
+                coefficients = self.mixing_coefficients[to_device(torch.tensor(present), device)]
                 return order, (coefficients, group_sizes)
             (expert,) = present
 

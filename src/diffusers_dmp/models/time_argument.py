@@ -307,7 +307,7 @@ class ExpertFinder:
         self.argument_names = argument_names_of(type(denoiser))
         self.class_name = type(denoiser).__name__
         self._is_unverified = _known_argument(type(denoiser)) is None
-        self._edges = torch.tensor(intervals.edges, dtype=torch.float64)
+        self._edges = torch.tensor(intervals.edges, dtype=torch.float64, device="cpu")
         self._copies = CopiesOnCPU()
 
     def value(self, args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:

@@ -13,7 +13,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..diffusion.predictions import convert_prediction, expected_prediction_type, noise_levels
 from ..diffusion.variance import as_learned_range
-from ..models.inputs import class_count, has_classes
+from ..models.inputs import class_count, has_classes, to_device
 from ..plugins.attachment import patch_of
 from ..saving.naming import descends_from
 from .step_modulations import StepModulations
@@ -91,7 +91,7 @@ def prepare_guidance(
             f"Expected `guidance_scale` to be 1 for a model without a null class, but got {guidance_scale}."
         )
     # a number takes part in an operation, where a tensor would first be converted
-    return scales.item() if len(scales) == 1 else scales.to(device, non_blocking=True).view(-1, 1, 1, 1)
+    return scales.item() if len(scales) == 1 else to_device(scales, device).view(-1, 1, 1, 1)
 
 
 def reads_inputs_on_cpu(denoiser: ModelMixin) -> bool:
@@ -142,18 +142,15 @@ class DenoiserInputs:
             # the index of the null class is the number of classes
             unconditional = torch.full_like(self.class_labels, num_classes or 0)
             labels = self._doubled(self.class_labels, unconditional)
-            self.conditions["class_labels"] = labels if _has_prompts(self.denoiser) else self._moved(labels)
+            self.conditions["class_labels"] = labels if _has_prompts(self.denoiser) else to_device(labels, self.device)
             # only where there is one class, so that whether labels are equal does not decide the shape of what is compiled
             is_shared = not has_classes(num_classes) and bool((labels == labels[0]).all())
             known = labels[:1] if is_shared else labels
             self.modulations = StepModulations(self.denoiser, self.timesteps, known, self.device, self.steps)
         if self.low_res is not None:  # guidance leaves out the class, not the image
-            self.conditions["low_res"] = self._moved(self._doubled(self.low_res, self.low_res))
+            self.conditions["low_res"] = to_device(self._doubled(self.low_res, self.low_res), self.device)
         if not reads_inputs_on_cpu(self.denoiser):
-            self.timesteps = self._moved(self.timesteps)
-
-    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.device, non_blocking=True)
+            self.timesteps = to_device(self.timesteps, self.device)
 
     def _doubled(self, conditional: torch.Tensor, unconditional: torch.Tensor) -> torch.Tensor:
         """A batch (B, …), followed by its unconditional counterpart if there is guidance."""

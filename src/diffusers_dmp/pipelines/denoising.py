@@ -106,9 +106,8 @@ class DenoisingMixin(TrainedNoiseMixin, CompilationMixin):
         )
         owners = owners_of_steps(scheduler, intervals)
         for index in sorted(set(range(len(denoisers))) - set(owners)):
-            warnings.warn(
-                f"Denoiser {index} has none of the {len(owners)} steps.", stacklevel=4
-            )  # the caller of the pipeline
+            # as the caller's of the pipeline
+            warnings.warn(f"Denoiser {index} has none of the {len(owners)} steps.", stacklevel=4)
         step_kwargs = step_arguments(scheduler, settings.generator, settings.eta)
         conversion = Conversion.between(kinds, scheduler)
 

@@ -81,7 +81,11 @@ class StepModulations:
         return None if self._modulations is None else self._modulations[index]
 
     def notice_changes(self) -> None:
-        """Compute them anew if weights were changed, or adapters loaded, since: a callback may do so between two steps."""
+        """
+        Compute them anew if weights were changed, or adapters loaded, since: a callback may do so between two steps.
+
+        Changes that PyTorch does not count are not noticed, such as those through `parameter.data`; see [`TensorSnapshot`].
+        """
         if self._snapshot is not None and not self._snapshot.matches(_weights_of_modulations(self._denoiser)):
             self._part = self._snapshot = None
 
@@ -117,11 +121,10 @@ def has_fixed_modulations(denoiser: Any, device: torch.device) -> bool:
     embedder, blocks = model.time_label_embed, model.transformer_blocks
     layers = [*embedder.children(), *(block.norm1 for block in blocks)]
     inner = [module for layer in layers for module in layer.modules()]
+    around = [function for each in (model, embedder, *blocks) for function in functions_around(each)]
     return (
         not torch.is_grad_enabled()
-        and all(
-            _keeps_conditioning(function) for each in (model, embedder, *blocks) for function in functions_around(each)
-        )
+        and all(map(_keeps_conditioning, around))
         and not any(functions_around(module) for module in inner)
         and not any(module.training for module in (embedder, *inner))
         and not any(hasattr(module, name) for module in (embedder, *inner) for name in _OF_ADAPTERS)

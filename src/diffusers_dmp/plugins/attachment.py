@@ -14,6 +14,7 @@ from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..models.compiled_modules import is_compiled_in_place
 from ..models.time_argument import time_argument_of
 from ..saving.adapters import has_adapters
 from .blocks import blocks_of, check_argument, forward_argument_names, layout_of, submodule_of
@@ -207,9 +208,7 @@ class Attachment:
         That is the running forward pass. But where gradient checkpointing computes a block again in the backward pass, it is
         the pass in which the block was computed first, found by the identity of the input.
         """
-        # a private attribute of PyTorch, which offers no public one for a block that was compiled by itself
-        compiled_by_itself = getattr(block, "_compiled_call_impl", None) is not None
-        if compiled_by_itself:
+        if is_compiled_in_place(block):
             checkpointed = getattr(self.transformer, "gradient_checkpointing", False)
         else:  # in a graph of the whole transformer, no hook runs in the backward pass
             checkpointed = torch.is_grad_enabled() and not torch.compiler.is_compiling()

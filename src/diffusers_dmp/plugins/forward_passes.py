@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..models.compiled_modules import is_compiled_in_place
+
 
 class ForwardPasses:
     """
@@ -54,9 +56,7 @@ class ForwardPasses:
         Raises:
             ValueError: if the block was called by something else than the model.
         """
-        # a private attribute of PyTorch, which offers no public one for a block that was compiled by itself
-        compiled_by_itself = getattr(block, "_compiled_call_impl", None) is not None
-        if compiled_by_itself:
+        if is_compiled_in_place(block):
             checkpointed = self._checkpointed
         else:  # in a graph of the whole model, no block is called in the backward pass
             checkpointed = torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -4,8 +4,7 @@ What only looks (validation, samples) runs eagerly: its batches have other sizes
 by itself.
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +12,8 @@ from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
 from torch import nn
 
+from ..models.compilation import in_one_line
+from ..models.compiled_modules import at_least_graphs
 from .adapted import AdaptedDenoiser
 from .utilisation import synchronise
 
@@ -24,7 +25,7 @@ GRAPHS_PER_EXPERT = 8  # for several shapes of a batch; PyTorch's own limit
 
 def check_compilation(accelerator: Accelerator, model: nn.Module) -> None:
     """
-    Check, by compiling something small, that a model can be compiled here, and that only one of two ways is chosen.
+    Check that a model can be compiled here, and that only one of two ways is chosen.
 
     Args:
         accelerator (`Accelerator`): For the device, and for Accelerate's own way.
@@ -45,17 +46,27 @@ def check_compilation(accelerator: Accelerator, model: nn.Module) -> None:
             f"Expected `compile` to be false for a {type(denoiser).__name__} with FSDP2, which shards what would be one graph, but "
             "got true."
         )
-    x = torch.ones(8, device=accelerator.device)
+    check_compiler(accelerator.device)
+
+
+def check_compiler(device: torch.device) -> None:
+    """
+    Check, by compiling something small, that there is a compiler for a device.
+
+    Args:
+        device (`torch.device`): The device to compute on.
+
+    Raises:
+        ValueError: if there is none, or it does not work.
+    """
+    x = torch.ones(8, device=device)
     try:
         torch.compile(lambda x: x.sin() + 1, backend=BACKEND)(x)
-        synchronise(accelerator.device)
+        synchronise(device)
     except Exception as error:  # of the compiler, of several classes
-        # PyTorch's begins with the name of the backend, and ends with advice to its developers
-        lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
-        reason = lines[0] if lines else type(error).__name__
-        needed = "a C++ compiler" if accelerator.device.type == "cpu" else "Triton and a C compiler"
+        needed = "a C++ compiler" if device.type == "cpu" else "Triton and a C compiler"
         raise ValueError(
-            f"Expected a compiler for `compile` on {accelerator.device.type}, {needed}, but got: {reason}"
+            f"Expected a compiler for `compile` on {device.type}, {needed}, but got: {in_one_line(error)}"
         ) from error
 
 
@@ -99,8 +110,7 @@ def eagerly(is_compiled: bool) -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
 
 
-@contextmanager
-def graphs_for_experts(is_compiled: bool, num_experts: int) -> Iterator[None]:
+def graphs_for_experts(is_compiled: bool, num_experts: int) -> AbstractContextManager[Any]:
     """
     A context in which a block may have graphs for each expert, of which adapters need one each.
 
@@ -110,14 +120,7 @@ def graphs_for_experts(is_compiled: bool, num_experts: int) -> Iterator[None]:
         is_compiled (`bool`): Whether there is anything to do.
         num_experts (`int`): E.
     """
-    if not is_compiled:
-        yield
-        return
-    import torch._dynamo.config as config  # slow
-
-    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # before torch 2.7
-    with config.patch({name: max(getattr(config, name), GRAPHS_PER_EXPERT * num_experts)}):  # type: ignore[attr-defined]
-        yield
+    return at_least_graphs(GRAPHS_PER_EXPERT * num_experts) if is_compiled else nullcontext()
 
 
 class CompiledSteps:

@@ -13,7 +13,7 @@ from .arguments import LoopArguments
 from .compilation import CompiledSteps
 from .loop import TrainingStep
 from .metrics_file import METRICS_NAME, MetricsFile
-from .model_flops import limits_in_training
+from .model_flops import device_flops
 from .progress import duration, progress_bar
 
 ESTIMATE_STEPS = 10  # of a run, after which it is said how long the rest takes
@@ -54,7 +54,7 @@ class LossLog:
         self.progress = progress_bar(args.max_train_steps, "Training", "step", first_step, disable=not is_main)
         self.seconds_paused = 0.0
         self.first_step_ended = 0.0
-        self.limits = limits_in_training(accelerator.device, accelerator.mixed_precision)
+        self.device_flops = device_flops(accelerator.device, accelerator.mixed_precision)
         self.compiled_steps = CompiledSteps(self._training_time()) if args.compile else None
         if args.compile and is_main and first_step < args.max_train_steps:
             self.progress.write("Compiling: the first step takes a minute or so.")
@@ -135,8 +135,8 @@ class LossLog:
             return {}
         seconds = self._training_time() - self.started
         speed = {"images_per_second": self.num_timed_steps * self.args.batch_size / seconds}
-        if self.flops is not None:
-            speed["mfu"] = self.flops / seconds / self.limits.flops_per_second
+        if self.flops is not None and self.device_flops is not None:
+            speed["mfu"] = self.flops / seconds / self.device_flops
         return speed
 
     def _has_compiled(self, step: int) -> bool:

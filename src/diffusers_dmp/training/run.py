@@ -5,44 +5,34 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import nn
 
 from .arguments import LoopArguments
 from .best_checkpoint import BestCheckpoint
 from .checkpoints import PREFIX, checkpoint_step, remove_surplus_checkpoints, save_checkpoint
-from .compilation import check_compilation, compile_model, eagerly, graphs_for_experts
-from .conditions import LabelConditions
+from .compilation import eagerly, graphs_for_experts
 from .data.loop_data import LoopData
-from .denoiser import Denoiser
 from .finite import FiniteCheck
 from .interruption import Interruption
 from .loop import TrainingParts, TrainingStep, training_steps
 from .loss_log import ExpertCounts, LossLog
-from .objectives.objective import Objective
 from .optimisation import (
     ScheduleFreeAverage,
     averaged_weights,
     current_learning_rate,
     hyperparameters,
-    learns,
-    make_ema,
-    make_lr_scheduler,
-    make_optimizer,
     set_hyperparameters,
 )
 from .pipeline_output import save_samples, save_whole, trained_pipeline
-from .recipe import TrainingRecipe
 from .resources import num_bytes
-from .resuming import run_record
-from .sharding import ShardedAverage, check_sharding, local_parameters, set_up_sharding, without_weights
+from .sharding import local_parameters
 from .validation import VALIDATION_LOSS, validation_losses
 
 logger = logging.getLogger(__name__)
@@ -296,87 +286,3 @@ class TrainingRun:
             recipe.save_to(model, folder)
         else:
             save_whole(trained_pipeline(self.parts, self.data, model), folder)
-
-
-def prepare_run(
-    accelerator: Accelerator,
-    args: LoopArguments,
-    model: nn.Module,
-    objective: Objective,
-    data: LoopData,
-    recipe: TrainingRecipe,
-) -> TrainingRun:
-    """Everything that a training needs, on its device and registered for checkpoints; see [`train`]."""
-    record = run_record(args, model, data, uses_loss_scaling=accelerator.mixed_precision == "fp16")
-    check_batch(accelerator, args, objective, recipe)
-    check_sharding(accelerator, args, model, objective, recipe)
-    data.num_samples(args)  # raises if the arguments do not fit the classes
-    if args.compile:
-        check_compilation(accelerator, model)
-        compile_model(model)
-    if args.gradient_checkpointing:
-        model.enable_gradient_checkpointing()  # type: ignore[operator]
-    if data.vae is not None:
-        data.vae.to(accelerator.device)
-    conditions = recipe.conditions or LabelConditions(model.config.class_dropout_prob)  # type: ignore[union-attr,arg-type]
-    optimizer = make_optimizer(args, model, objective, recipe.learning_rates)
-    lr_scheduler = make_lr_scheduler(args, optimizer)
-    structure = None
-    if accelerator.is_fsdp2:
-        structure = without_weights(model)
-        set_up_sharding(accelerator, model)
-        recipe = replace(recipe, shares_expert=True)
-    prepared_model, optimizer = accelerator.prepare(model, optimizer)
-    prepared_objective = accelerator.prepare(objective) if learns(objective) else objective.to(accelerator.device)
-
-    # in the order of their files in a checkpoint
-    accelerator.register_for_checkpointing(lr_scheduler)
-    expert_counts = None
-    if recipe.expert_intervals is not None:
-        expert_counts = ExpertCounts(recipe.expert_intervals)
-        accelerator.register_for_checkpointing(expert_counts)
-    ema: EMAModel | ScheduleFreeAverage | None
-    if structure is not None and args.ema_decay:
-        ema = ShardedAverage(accelerator, prepared_model, args.ema_decay)
-    else:
-        ema = make_ema(args, accelerator.unwrap_model(prepared_model), optimizer)
-    if ema is not None:
-        accelerator.register_for_checkpointing(ema)
-    parts = TrainingParts(
-        accelerator=accelerator,
-        model=prepared_model,
-        objective=prepared_objective,
-        optimizer=optimizer,
-        lr_scheduler=lr_scheduler,
-        recipe=recipe,
-        denoiser=recipe.denoiser or Denoiser(data.sample_shape),
-        conditions=conditions,
-        vae=data.vae,
-        structure=structure,
-    )
-    return TrainingRun(parts=parts, args=args, data=data, ema=ema, expert_counts=expert_counts, record=record)
-
-
-def check_batch(accelerator: Accelerator, args: LoopArguments, objective: Objective, recipe: TrainingRecipe) -> None:
-    """
-    Check that a batch can be cut into micro-batches, and that only one of weighting and experts chooses its timesteps.
-
-    Raises:
-        ValueError: if it cannot, if both do, or if an expert has no timesteps.
-    """
-    num_slices = accelerator.num_processes * args.gradient_accumulation_steps
-    num_clusters = objective.train_intervals.num_experts
-    if args.batch_size % (num_slices * num_clusters):
-        raise ValueError(
-            f"Expected `batch_size` to be divisible by {num_slices} (processes times accumulation steps) times "
-            f"{num_clusters} (timestep clusters), but got {args.batch_size}."
-        )
-    if recipe.expert_intervals is not None:
-        experts = range(recipe.expert_intervals.num_experts) if recipe.expert is None else [recipe.expert]
-        by_density = recipe.expert is None and recipe.expert_batches == "density"
-        objective.check_experts(recipe.expert_intervals, experts, by_density)
-    if recipe.expert_intervals is not None and num_clusters > 1:
-        weighting = getattr(args, "weighting", None)
-        raise ValueError(
-            f"Expected `weighting` to leave the choice of timesteps to the experts, but got {weighting!r}."
-        )

@@ -24,10 +24,11 @@ from .optimisation import averaged_weights
 from .overview import describe_result, describe_run
 from .pipeline_output import save_configurations, trained_pipeline
 from .precision import check_precision
+from .preparation import prepare_run
 from .recipe import TrainingRecipe
 from .resources import check_output_dir, explained_memory_errors
 from .resuming import ARGUMENTS_NAME, OF_ONE_COMMAND, arguments_of_training, expect_same_run, recorded_arguments
-from .run import Publisher, TrainingRun, prepare_run
+from .run import Publisher, TrainingRun
 from .sharding import expect_same_sharding
 from .summary import SUMMARY_NAME, TrainingSummary
 

@@ -12,14 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-MATRIX_SIZES = (
-    256,
-    512,
-    1024,
-    2048,
-    4096,
-    8192,
-)  # rows and columns; three float32 matrices of the last one are 0.8 GB
+# rows and columns; three float32 matrices of the last one are 0.8 GB
+MATRIX_SIZES = (256, 512, 1024, 2048, 4096, 8192)
 COPIED_BYTES = (2**26, 2**28, 2**30)  # more than caches hold
 LONG_ENOUGH = 2e-3  # seconds; to launch an operation and to wait for it takes a hundredth of that
 TIMINGS = 5
@@ -41,10 +35,34 @@ class DeviceLimits:
 
 def measure_limits(device: torch.device | str, dtype: torch.dtype) -> DeviceLimits:
     """
-    Measure what a device can do, in less than half a second.
+    Measure what a device can do, in less than half a second; see [`measure_flops_per_second`].
 
-    Both operations grow until they take 2 ms, or to 8192 × 8192 elements and 1 GiB, and the fastest of several counts: other
-    work on the device only makes them slower. A product of float32 uses TF32 where PyTorch is allowed to.
+    The copy grows as the product does, to 1 GiB.
+
+    Args:
+        device (`torch.device`): The device to measure.
+        dtype (`torch.dtype`): The dtype of the matrices, a floating-point one.
+
+    Raises:
+        ValueError: if `dtype` is not a floating-point one.
+    """
+    flops_per_second = measure_flops_per_second(device, dtype)
+    device = torch.device(device)
+
+    def copy_of(num_bytes: int) -> Callable[[], object]:
+        source, target = torch.zeros(2, num_bytes, dtype=torch.uint8, device=device)
+        return lambda: target.copy_(source)
+
+    num_bytes, seconds = _largest_timed(copy_of, COPIED_BYTES, device)
+    return DeviceLimits(flops_per_second, 2 * num_bytes / seconds)
+
+
+def measure_flops_per_second(device: torch.device | str, dtype: torch.dtype) -> float:
+    """
+    Measure the floating-point operations per second of a device, in a large matrix product.
+
+    It grows until it takes 2 ms, or to 8192 × 8192 elements, and the fastest of several counts: other work on the device only makes
+    it slower. A product of float32 uses TF32 where PyTorch is allowed to. PyTorch's global random numbers stay as they are.
 
     Args:
         device (`torch.device`): The device to measure.
@@ -56,20 +74,16 @@ def measure_limits(device: torch.device | str, dtype: torch.dtype) -> DeviceLimi
     if not dtype.is_floating_point:
         raise ValueError(f"Expected `dtype` to be a floating-point dtype, but got {dtype}.")
     device = torch.device(device)
+    # random, as a GPU takes less power for zeros, and is faster with them
+    generator = torch.Generator(device).manual_seed(0)
 
     def product_of(size: int) -> Callable[[], object]:
-        a, b = torch.randn(2, size, size, device=device).to(dtype)
+        a, b = torch.randn(2, size, size, generator=generator, dtype=dtype, device=device)
         out = torch.empty_like(a)
         return lambda: torch.mm(a, b, out=out)
 
-    def copy_of(num_bytes: int) -> Callable[[], object]:
-        source, target = torch.zeros(2, num_bytes, dtype=torch.uint8, device=device)
-        return lambda: target.copy_(source)
-
-    with torch.no_grad():
-        size, product_seconds = _largest_timed(product_of, MATRIX_SIZES, device)
-        num_bytes, copy_seconds = _largest_timed(copy_of, COPIED_BYTES, device)
-    return DeviceLimits(2 * size**3 / product_seconds, 2 * num_bytes / copy_seconds)
+    size, seconds = _largest_timed(product_of, MATRIX_SIZES, device)
+    return 2 * size**3 / seconds
 
 
 def _largest_timed(
@@ -111,7 +125,7 @@ def synchronise(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def count_flops(function: Callable[[], Any]) -> int:
+def count_flops(function: Callable[[], Any], recomputed: bool = True) -> int:
     """
     Count the floating-point operations of a call, backward passes in it included.
 
@@ -121,11 +135,12 @@ def count_flops(function: Callable[[], Any]) -> int:
     Args:
         function (`Callable`): Called once, without arguments. What it compiled runs eagerly, since only operations that are
             dispatched are seen.
+        recomputed (`bool`): Whether to count what gradient checkpointing computes again, if the call is a backward pass alone.
     """
     # Under a dispatch mode, what is to be compiled would be given up for ever. Importing the compiler takes a second: if
     # nobody has, nothing is compiled.
     eagerly = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-    with eagerly, _FlopCounter() as counter:
+    with eagerly, _FlopCounter(recomputed) as counter:
         function()
     return counter.total
 
@@ -136,17 +151,22 @@ class _FlopCounter(TorchDispatchMode):
 
     PyTorch's `FlopCounterMode` does not see what `torch.autograd.grad` computes, which guidance calls; nor does it know the
     attention of CPUs.
+
+    Args:
+        recomputed (`bool`): See [`count_flops`].
     """
 
-    def __init__(self):
+    def __init__(self, recomputed: bool):
         super().__init__()
+        self.recomputed = recomputed
         self.total = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         formula = FORMULAS.get(func._overloadpacket)
-        if formula is not None:
+        # a backward pass has gradients disabled, except where a checkpoint goes forward again
+        if formula is not None and (self.recomputed or not torch.is_grad_enabled()):
             self.total += formula(*args, **kwargs, out_val=output)
         return output
 

@@ -41,7 +41,7 @@ def image_of(number: int) -> PIL.Image.Image:
 def test_images_keep_their_order(monkeypatch):
     """Though the first one is encoded last."""
     others_are_done = threading.Event()
-    monkeypatch.setattr(encoded_images.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(encoded_images, "num_threads", lambda: 2)
     own = encoded_images.encode
 
     def slow(image):

@@ -25,6 +25,7 @@ from diffusers_dmp.training.data.encoded_text import EncodedText, load_encoded_t
 from diffusers_dmp.training.data.encoding_record import COMPONENTS, check_encoding, component_record, encoders_of
 from diffusers_dmp.training.data.fitting import to_tensor
 from diffusers_dmp.training.data.images import load_images
+from diffusers_dmp.training.data.prompt_encoder import Encoder
 from diffusers_dmp.training.data.prompt_encoding import PromptEncodingArguments, encode_prompts
 from diffusers_dmp.training.denoiser import TextDenoiser
 from diffusers_dmp.training.text_pipelines import register_conditions, text_pipeline_of
@@ -100,6 +101,19 @@ def own_columns(name: str, pipe: DiffusionPipeline, caption: str) -> dict[str, t
 def assert_same_columns(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
     for name, column in wanted.items():
         torch.testing.assert_close(found[name], column, atol=1e-5, rtol=1e-4)
+
+
+def test_images_that_wait_for_others_of_their_shape_lie_in_no_shared_memory(images, pipelines, tmp_path, monkeypatch):
+    """Where the workers put them: containers often have 64 MB of it."""
+    shared, rows = [], Encoder.rows
+
+    def noted(encoder, items):
+        shared.extend(item.image.is_shared() for item in items)
+        return rows(encoder, items)
+
+    monkeypatch.setattr(Encoder, "rows", noted)
+    encode(pipelines["sd3"], images, tmp_path, dataloader_num_workers=1)
+    assert shared == [False] * len(CAPTIONS)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -135,6 +135,8 @@ class PositionedPatchEmbed(PatchEmbed):
     A graph computes them itself, as it can fuse these operations. Arguments as for `PatchEmbed`.
     """
 
+    MAX_TABLES = 32  # for sizes of images other than the trained one
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._tables: dict[tuple, torch.Tensor] = {}
@@ -142,21 +144,32 @@ class PositionedPatchEmbed(PatchEmbed):
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) → (B, N, D)."""
         grid_size = latent.shape[-2] // self.patch_size, latent.shape[-1] // self.patch_size
-        if grid_size == (self.height, self.width) or torch.compiler.is_compiling():
+        # within `torch.func.jvp` or a `FakeTensorMode`, for example, the table would be of no use outside of it; private to PyTorch
+        is_plain = type(latent) is torch.Tensor and not torch._C._are_functorch_transforms_active()
+        if grid_size == (self.height, self.width) or torch.compiler.is_compiling() or not is_plain:
             return super().forward(latent)
-        if (grid_size, latent.device) not in self._tables:
+        hidden_states = self.proj(latent).flatten(2).transpose(1, 2)
+        return (hidden_states + self._table(grid_size, latent.device)).to(hidden_states.dtype)
+
+    def _table(self, grid_size: tuple[int, int], device: torch.device) -> torch.Tensor:
+        """The position embeddings (N, D) of a size of images."""
+        if (grid_size, device) not in self._tables:
             with torch.inference_mode(False):  # for calls outside of it, too
                 table = get_2d_sincos_pos_embed(
                     self.pos_embed.shape[-1],
                     grid_size,
                     base_size=self.base_size,
                     interpolation_scale=self.interpolation_scale,
-                    device=latent.device,
+                    device=device,
                     output_type="pt",
                 )
-            self._tables[grid_size, latent.device] = table.float()
-        hidden_states = self.proj(latent).flatten(2).transpose(1, 2)
-        return (hidden_states + self._tables[grid_size, latent.device]).to(hidden_states.dtype)
+            if len(self._tables) == self.MAX_TABLES:
+                self._tables.clear()
+            self._tables[grid_size, device] = table.float()
+        return self._tables[grid_size, device]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_tables": {}}  # copies make their own, where they are
 
 
 class TimestepLabelEmbedding(nn.Module):

@@ -19,7 +19,7 @@ from torch import nn
 
 from ...intervals import check_timesteps
 from ...saving.naming import PACKAGE
-from ..inputs import checked_labels, checked_timestep
+from ..inputs import checked_labels, checked_timestep, to_device
 from .configuration import DIT_PRESETS, check_dit_config
 from .layers import DiTBlock, PositionedPatchEmbed, TimestepLabelEmbedding, unpatchify
 from .modulations import check_modulations, modulations_of
@@ -239,8 +239,8 @@ class DiTModel(StockDiTMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
             ValueError: if (on the CPU) a timestep or label is out of range.
         """
         check_timesteps(timesteps, self.config.num_train_timesteps)
-        class_labels = self._checked_labels(class_labels, class_labels).to(self.device, non_blocking=True)
-        timesteps = timesteps.to(self.device, non_blocking=True)
+        class_labels = to_device(self._checked_labels(class_labels, class_labels), self.device)
+        timesteps = to_device(timesteps, self.device)
         sizes = len(timesteps), len(class_labels)
         # c of (t₀, y₀), (t₀, y₁), …, (t₁, y₀), …
         conditioning = self.time_label_embed(
@@ -285,7 +285,7 @@ class DiTModel(StockDiTMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         self._check_modulations(modulations, hidden_states)
         timestep = checked_timestep(timestep, len(hidden_states), self.config.num_train_timesteps)
         chosen = self.choose(timestep)
-        timestep = timestep.to(hidden_states.device, non_blocking=True)
+        timestep = to_device(timestep, hidden_states.device)
         class_labels = self._checked_labels(class_labels, hidden_states)
         sample = self._run(hidden_states, timestep, class_labels, force_drop_ids, modulations, chosen)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)

@@ -1,7 +1,6 @@
 """Images of a shard, encoded as PNG in threads while the accelerator samples the next ones."""
 
 import io
-import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -9,7 +8,8 @@ from typing import Any
 import datasets
 import PIL.Image
 
-MAX_THREADS = 8
+from .workers import num_threads
+
 PNG_MODES = ("L", "RGB", "RGBA")  # of Pillow; `datasets` knows what becomes of the others
 LEVEL = 1  # of the compression, the fastest: a quarter of the time of 6, for files that are a fifth larger
 
@@ -29,7 +29,7 @@ class EncodedImages:
     """
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
+        self._threads = ThreadPoolExecutor(num_threads())
         self._waiting: list[Future] = []
         self._encoded: list[dict[str, Any]] = []
 

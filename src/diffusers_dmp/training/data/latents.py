@@ -20,6 +20,7 @@ from ...saving.finite import expect_finite_weights
 from ...saving.reading import read_json
 from ...saving.weight_files import check_saved_folder
 from ..arguments import DataArguments, option
+from ..interruption import ignore_signals
 from .images import LATENTS, load_checked, to_tensors
 from .shards import make_shard_accelerator, remember_settings, write_shards
 from .workers import choose_workers, num_bytes_of
@@ -111,7 +112,7 @@ def _encode_shard(
     columns: dict[str, list] = {LATENTS: []}
     features = {LATENTS: datasets.Value("binary")}
     num_workers = choose_workers(args.dataloader_num_workers, vae.device, args.batch_size * num_bytes_of(items[0]))
-    for batch in DataLoader(items, args.batch_size, num_workers=num_workers):
+    for batch in DataLoader(items, args.batch_size, num_workers=num_workers, worker_init_fn=ignore_signals):
         pixels = batch["images"].to(vae.device)
         distributions = [latent_distribution(vae, side) for side in (pixels, pixels.flip(-1))]
         mean, std = (torch.stack(sides, dim=1) for sides in zip(*distributions))  # (b, 2, C, S, S)

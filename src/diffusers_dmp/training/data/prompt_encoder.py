@@ -5,7 +5,7 @@ Legend: b samples encoded at once, H and W height and width in pixels, M 1, or 2
 """
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import datasets
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ...models.precision import dtype_named
 from ..arguments import NumberChecks, SourceArguments, option
+from ..interruption import ignore_signals
 from ..text_pipelines import TextPipeline
 from .buckets import Size, nearest_bucket
 from .decoding import BACKGROUND, check_background, open_image
@@ -131,6 +132,7 @@ class Encoder:
             self.args.batch_size,
             num_workers=choose_workers(self.args.dataloader_num_workers, self.pipeline.device, batch_bytes),
             collate_fn=list,
+            worker_init_fn=ignore_signals,
         )
 
         def encode(items: list[_Item]) -> None:
@@ -140,7 +142,8 @@ class Encoder:
 
         for items in loader:
             for item in items:
-                waiting[item.image.shape].append(item)
+                # out of the shared memory of the workers, of which there may be little for so many images
+                waiting[item.image.shape].append(replace(item, image=item.image.clone()))
                 if len(waiting[item.image.shape]) == self.args.batch_size:
                     encode(waiting.pop(item.image.shape))
         for items in waiting.values():

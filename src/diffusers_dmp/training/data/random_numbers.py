@@ -14,6 +14,8 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ...models.compiled_modules import has_compiled_parts
+
 RANDOM = frozenset(
     {
         torch.bernoulli, torch.multinomial, torch.normal, torch.rand, torch.rand_like, torch.randint, torch.randint_like,
@@ -137,7 +139,7 @@ class RandomNumbers(TorchFunctionMode):
     @contextmanager
     def leaving_out(self, networks: Sequence[nn.Module]) -> Iterator[None]:
         """Watch passes of networks only the first time, and those of compiled ones never."""
-        self._known = {network for network in networks if _is_compiled(network)}
+        self._known = {network for network in networks if has_compiled_parts(network)}
         with ExitStack() as hooks:
             for network in networks:
                 for handle in (
@@ -145,7 +147,10 @@ class RandomNumbers(TorchFunctionMode):
                     network.register_forward_hook(self._go_on, always_call=True),
                 ):
                     hooks.callback(handle.remove)
-            yield
+            try:
+                yield
+            finally:
+                self._watch_again()  # after a Ctrl-C in a network, for which no hook is called
 
     def _pause(self, network: nn.Module, args: Any) -> None:
         if self._running is None and network in self._known:
@@ -155,18 +160,12 @@ class RandomNumbers(TorchFunctionMode):
     def _go_on(self, network: nn.Module, args: Any, output: Any) -> None:
         self._known.add(network)
         if self._running is network:
+            self._watch_again()
+
+    def _watch_again(self) -> None:
+        if self._running is not None:
             self._running = None
             self.__enter__()
-
-
-def _is_compiled(network: nn.Module) -> bool:
-    """Whether a network or a part of it is compiled."""
-    return any(
-        getattr(part, "_compiled_call_impl", None) is not None  # `nn.Module.compile`; PyTorch has no other sign of it
-        or hasattr(part, "_orig_mod")  # `torch.compile`
-        or getattr(part, "is_compiled", False)  # the models of this package
-        for part in network.modules()
-    )
 
 
 @contextmanager

@@ -17,10 +17,10 @@ from tqdm.auto import tqdm
 from ...saving.whole import written_whole
 from .decoding import UNREADABLE, probe_image
 from .folders import is_image_folder
+from .workers import num_threads
 
 RECORDS = "diffusers_dmp_checked"  # in the cache of `datasets`
 CHUNK = 1024  # images that are handed to the threads at once
-MAX_THREADS = 16
 LISTED = 10  # unreadable images that an error lists
 POLICY = 1  # to be raised when `decoding` refuses what it did not before
 
@@ -101,7 +101,7 @@ def _scan(dataset: datasets.Dataset, rows: np.ndarray, findings: _Findings, is_q
     (column,) = dataset.column_names
     is_terminal = sys.stderr.isatty()
     with (
-        ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as threads,
+        ThreadPoolExecutor(num_threads()) as threads,
         tqdm(
             total=len(rows),
             desc="Checking images",

@@ -23,6 +23,7 @@ from ...saving.finite import expect_finite_pipeline
 from ...saving.naming import descends_from
 from ...saving.weight_files import check_saved_folder
 from ..arguments import option
+from ..compilation import check_compiler
 from .random_numbers import own_random_numbers
 
 DENOISERS = ("transformer", "transformer_2", "unet")  # of Diffusers' pipelines
@@ -97,27 +98,33 @@ def load_sampling_pipeline(
 
 def compile_for_sampling(pipeline: DiffusionPipeline) -> bool:
     """
-    Compile a pipeline's denoisers: as it does itself, or else their repeated blocks. A log line says where neither is possible.
+    Compile a pipeline's denoisers: as it does itself, or else their repeated blocks. Where neither is possible, a log line says why.
 
     Args:
         pipeline: After everything is attached to its denoisers.
 
     Returns:
-        `bool`: Whether there is something to compile. It happens when the first batch is sampled.
+        `bool`: Whether they are. It happens when the first batch is sampled.
     """
     if hasattr(pipeline, "compile"):
         pipeline.compile()
         return True
     denoisers: list[Any] = [getattr(pipeline, name, None) for name in DENOISERS]
     found = [denoiser for denoiser in denoisers if getattr(denoiser, "_repeated_blocks", None)]
-    for denoiser in found:
-        denoiser.compile_repeated_blocks()
     if not found:
         logger.warning(
             "The %s is not compiled: neither it nor its denoiser's class says how (`compile`, `_repeated_blocks`).",
             type(pipeline).__name__,
         )
-    return bool(found)
+        return False
+    try:
+        check_compiler(pipeline.device)
+    except ValueError as error:
+        logger.warning("The %s is not compiled. %s", type(pipeline).__name__, error)
+        return False
+    for denoiser in found:
+        denoiser.compile_repeated_blocks()
+    return True
 
 
 def _scheduler_for(pipeline: DiffusionPipeline, class_name: str) -> SchedulerMixin:

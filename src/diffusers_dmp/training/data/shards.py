@@ -53,7 +53,7 @@ def remember_settings(path: Path, settings: dict[str, Any], of: str) -> None:
         if recorded.get(name) != value:
             raise ValueError(
                 f"Expected `{name}` to be {recorded.get(name)!r}, as in the {of} that {str(path.parent)!r} holds, "
-                f"but got {value!r}."
+                f"but got {value!r}; write into another folder."
             )
 
 

@@ -1,4 +1,4 @@
-"""How many processes read data beside the one that trains."""
+"""How many processes read data beside the one that trains, and how many threads open images."""
 
 import os
 import shutil
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 MAX_WORKERS = 16  # 15 of them decode some 1,600 PNGs of 512 pixels in a second
+MAX_THREADS = 16
 BATCHES_PER_WORKER = 3  # two that it has read ahead, as `DataLoader` asks for, and one that is used
 SHARED_MEMORY = "/dev/shm"  # where workers put their batches; containers often have 64 MB
 
@@ -15,6 +16,11 @@ SHARED_MEMORY = "/dev/shm"  # where workers put their batches; containers often 
 def num_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def num_threads() -> int:
+    """The threads that decode or encode images at once, which PIL and zlib do without Python's lock."""
+    return min(MAX_THREADS, num_cores())
 
 
 def choose_workers(wanted: int | None, device: torch.device, batch_bytes: int) -> int:

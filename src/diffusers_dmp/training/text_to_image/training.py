@@ -19,6 +19,7 @@ from ..denoiser import TextDenoiser
 from ..objectives.ddpm import DiffusionObjective
 from ..objectives.from_arguments import make_flow_objective
 from ..objectives.objective import Objective
+from ..precision import PRECISIONS
 from ..recipe import TrainingRecipe
 from ..run import Publisher
 from ..trainer import make_accelerator, train
@@ -26,8 +27,6 @@ from .arguments import TextToImageArguments
 from .methods import METHODS
 from .samples import PromptSamples
 from .source import SourcePipeline
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of frozen weights, by the mixed precision
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -79,7 +78,7 @@ def prepare_parts(accelerator: Accelerator, args: TextToImageArguments) -> TextT
         accelerator (`Accelerator`): For the device and the precision.
         args ([`TextToImageArguments`]): Everything that can be set.
     """
-    dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
+    dtype = PRECISIONS[accelerator.mixed_precision]
     trained = prepare_model(args, dtype)
     source, intervals = trained.source, trained.intervals
     objective = make_text_objective(args, source)
