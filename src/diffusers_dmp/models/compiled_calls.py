@@ -46,7 +46,7 @@ class CompiledCalls:
             return self._function(*args, **kwargs)
         tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)]
         # the first on an accelerator: a time may come before it, on the CPU
-        sample = next((each for each in tensors if not each.is_cpu), torch.empty(0))
+        sample = next((each for each in tensors if not each.is_cpu), tensors[0] if tensors else torch.empty(0))
         captures = self.compilation.captures_graphs(sample.device)
         # other pipelines offload without asking; to look at all layers takes too long for every step
         if not self._is_checked or getattr(self._denoiser, "is_cache_enabled", False):
