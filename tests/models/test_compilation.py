@@ -141,15 +141,16 @@ def test_errors_of_a_call_are_those_of_the_model(make, fullgraph, warned):
 
 
 @pytest.mark.slow
-def test_inductor_without_a_cpp_compiler(warned, monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+def test_inductor_without_a_cpp_compiler(warned):
     # PyTorch may remember which compiler it found before
-    getattr(torch._inductor.cpp_builder.get_cpp_compiler, "cache_clear", lambda: None)()
+    forget_compiler = getattr(torch._inductor.cpp_builder.get_cpp_compiler, "cache_clear", lambda: None)
     model = dit()
     expected = call(model)
-    with torch._inductor.utils.fresh_cache():
+    forget_compiler()
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}), torch._inductor.utils.fresh_cache():
         compile_denoisers([model], CPU)
         assert torch.equal(call(model), expected)
+    forget_compiler()
     assert len(warned) == 1 and "ompiler" in warned[0]
 
 
