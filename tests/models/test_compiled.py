@@ -74,13 +74,18 @@ def test_modulations_that_do_not_fit_are_refused(model, inputs):
         model.modulations_at(TIMESTEPS, torch.tensor([11]))
 
 
-def test_one_graph_serves_all_experts_and_timesteps(model, inputs):
+def check_one_graph(model, inputs):
+    """One graph computes what the eager model does, at all timesteps."""
     expected = sample_all(model, inputs)
     counter = CompileCounter()
     model.compile(backend=counter, fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         torch.testing.assert_close(sample_all(model, inputs), expected)
     assert counter.frame_count == 1
+
+
+def test_one_graph_serves_all_experts_and_timesteps(model, inputs):
+    check_one_graph(model, inputs)
     assert model.is_compiled and not copy.deepcopy(model).is_compiled
 
 
@@ -101,12 +106,7 @@ def test_prompts_and_patches_need_one_graph_for_all_timesteps_too(make, inputs):
     model = make()
     names = ("sample", "class_labels") if make is make_unet else inputs
     inputs = dict(zip(names, inputs.values()))
-    expected = sample_all(model, inputs)
-    counter = CompileCounter()
-    model.compile(backend=counter, fullgraph=True)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        torch.testing.assert_close(sample_all(model, inputs), expected)
-    assert counter.frame_count == 1
+    check_one_graph(model, inputs)
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ class CopiesOnCPU:
 
     Pipelines call their denoiser with views of the scheduler's timesteps, `timesteps[step].expand(B)`. What a view shows is
     known from the copy of the whole tensor and the view's place in it, so that a sampling waits once. Only what is certain is
-    taken from a copy. These are read anew each time: a tensor that is no view of a longer one, and one that was created under
+    taken from a copy. These are read each time: a tensor that is no view of a longer one, and one that was created under
     `torch.inference_mode()`, whose changes PyTorch does not count; see also [`tensor_state`].
     """
 

@@ -118,17 +118,12 @@ class DTRTransformer2DModel(DiTModel):
         block_inputs: tuple,
         modulations: torch.Tensor | None,
     ) -> torch.Tensor:
-        (first, *_), blocks = block_inputs, self._blocks_with(modulations)
+        first, *_ = block_inputs
         if not isinstance(first, ChannelWindow):
             return super()._apply_blocks(hidden_states, conditioning, block_inputs, modulations)
         if hidden_states.is_cpu or is_bound_by_memory(hidden_states):
-            return _apply_by_slices(blocks, hidden_states, conditioning, first)
-        # the formula of `DTRBlock`, without asking in each block whether there are gradients
-        active, inactive = first.masks_for(hidden_states)
-        for block, own in blocks:
-            output = block(active * hidden_states, conditioning, **own)
-            hidden_states = output.addcmul_(inactive, hidden_states)
-        return hidden_states
+            return _apply_by_slices(self._blocks_with(modulations), hidden_states, conditioning, first)
+        return super()._apply_blocks(hidden_states, conditioning, first.masks_for(hidden_states), modulations)
 
 
 def _apply_by_slices(

@@ -291,7 +291,7 @@ class ExpertFinder:
 
     To choose, the CPU has to know the time, and to read it from an accelerator is to wait. Where the denoiser is called with
     views of one tensor, such as the timesteps of a scheduler, that is once in a sampling; see [`CopiesOnCPU`]. Where the time is
-    computed anew for each call (Flux, Qwen-Image, Z-Image), it is once in each call.
+    a new tensor in each call (Flux, Qwen-Image, Z-Image), it is once in each call.
 
     Args:
         denoiser (`nn.Module`): The denoiser, of which the class is read.

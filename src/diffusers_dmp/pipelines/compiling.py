@@ -16,7 +16,7 @@ class CompilationMixin:
 
     @property
     def denoisers(self) -> list[ModelMixin]:
-        """All denoisers of the pipeline."""
+        """All denoisers of the pipeline, which have the same channels, size and classes."""
         raise NotImplementedError
 
     def compile(

@@ -42,11 +42,6 @@ class DenoisingMixin(TrainedNoiseMixin, CompilationMixin):
     _callback_tensor_inputs = ["latents"]
 
     @property
-    def denoisers(self) -> list[ModelMixin]:
-        """All denoisers of the pipeline, which have the same channels, size and classes."""
-        raise NotImplementedError
-
-    @property
     def num_classes(self) -> int | None:
         """The number of classes that the denoisers know; None if they take no labels."""
         return class_count(self.denoisers[0].config)

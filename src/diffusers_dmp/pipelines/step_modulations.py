@@ -82,7 +82,7 @@ class StepModulations:
 
     def notice_changes(self) -> None:
         """
-        Compute them anew if weights were changed, or adapters loaded, since: a callback may do so between two steps.
+        Compute them again if weights were changed, or adapters loaded, since: a callback may do so between two steps.
 
         Changes that PyTorch does not count are not noticed, such as those through `parameter.data`; see [`TensorSnapshot`].
         """
