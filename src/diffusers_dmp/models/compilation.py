@@ -127,8 +127,8 @@ class Compilation:
         """
         if self.shapes and shape not in self.shapes:
             compilation_logger.warning(
-                "The %s captures CUDA graphs for samples of shape %s as well, number %d of the shapes so far: the first steps are slow, "
-                "and each graph takes memory.",
+                "The %s captures CUDA graphs for samples of shape %s as well, number %d of the shapes so far: the first steps "
+                "are slow, and each graph takes memory.",
                 name,
                 shape,
                 len(self.shapes) + 1,
