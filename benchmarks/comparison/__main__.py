@@ -9,6 +9,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import shutil
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from .data import make_data
 from .measure import measure_bounds
 from .plan import Plan, Run, load_plan
 from .report import BOUNDS, write_report
-from .run import is_trained, perform
+from .run import GRID, is_trained, perform
 
 OWN_PRESET = "cpu"
 
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> None:
     for run in plan.runs:
         is_finished(plan, run, results)  # raises for other settings, before anything is trained
     for name in plan.data:
-        make_data(plan, name, results)
+        make_data(plan, name, args.results)
         path = results / BOUNDS / f"{name}.json"
         if path.exists():
             remember_settings(path, {"settings": plan.data[name]}, "bounds")
@@ -77,7 +78,7 @@ def perform_all(plan: Plan, results: Path, num_workers: int) -> None:
 
     def ready() -> list[Run]:
         missing = {run.key for run in [*waiting, *running.values()]} | set(failures)
-        return [run for run in waiting if plan.before(run) is None or plan.before(run).key not in missing]
+        return [run for run in waiting if not missing & {needed.key for needed in plan.before(run)}]
 
     with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn")) as workers:
         while running or ready():
@@ -89,11 +90,20 @@ def perform_all(plan: Plan, results: Path, num_workers: int) -> None:
                 if future.exception() is not None:
                     failures[run.key] = future.exception()
                 else:
+                    keep_grid(plan, run, results)
                     write_json(results / f"{run.key}.json", future.result())
                     print(f"{run.key}: done", flush=True)
     if failures:
         lines = [f"{key}: {error}" for key, error in failures.items()]
         raise RuntimeError("\n".join(["Expected all runs to succeed, but got", *lines]))
+
+
+def keep_grid(plan: Plan, run: Run, results: Path) -> None:
+    """Copy the images of the first seed to the results."""
+    grid = plan.folder(run) / GRID
+    if run.measured and run.seed == plan.seeds[0]:
+        with written_whole(results / f"{run.key}.png") as unfinished:
+            shutil.copy(grid, unfinished)
 
 
 def is_finished(plan: Plan, run: Run, results: Path) -> bool:
@@ -113,7 +123,7 @@ def is_finished(plan: Plan, run: Run, results: Path) -> bool:
     if not path.exists():
         return False
     remember_settings(path, {"settings": plan.settings(run)}, f"result {path}")
-    needed_by = [other for other in plan.runs if plan.before(other) == run]
+    needed_by = [other for other in plan.runs if run in plan.before(other)]
     return is_trained(plan, run) or all(is_finished(plan, other, results) for other in needed_by)
 
 

@@ -1,125 +1,87 @@
-"""The data sets of the comparison: real images to train on, held-out images, and the networks that measure and guide.
+"""The data sets of the comparison: real images to train on, others to compare with, and the networks that measure and guide.
 
-Legend: N images, S their height and width in pixels.
+Legend: N images.
 """
 
 import shutil
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
+import torch
 
-from diffusers_dmp.evaluation.digits import NUM_CLASSES, digit_images, fit_classifier, fit_resnet
+from diffusers_dmp.evaluation.digits import fit_resnet
+from diffusers_dmp.evaluation.fashion import CLASSES, fashion_images, write_labelled_images
+from diffusers_dmp.evaluation.judge import fit_judge
+from diffusers_dmp.saving.whole import written_whole
 from diffusers_dmp.training.data.shards import remember_settings
 
 from .plan import Plan
 
-TRAIN, HELD_OUT, EXTRACTOR, GUIDE = "train", "held_out", "extractor", "guide"  # the folders of a data set
+TRAIN, REFERENCE, EXTRACTOR, GUIDE, JUDGE = "train", "reference", "extractor", "guide", "judge.safetensors"
 RECORD = "made.json"  # the settings of what is in a data set's folder
-EXTRACTORS = "extractors"  # the folder of the feature extractors in the results
-SEED = 0  # of the choice of held-out images and of the crops of photographs
-GUIDE_SEED = 1  # of the network that guides, which must not be the one that measures
+MEASURING = (EXTRACTOR, JUDGE)  # the networks that are stored with the results
+EXTRACTORS = "extractors"  # their folder, which all presets share
+SEED, GUIDE_SEED, JUDGE_SEED = 0, 1, 2  # a network that guides must not be one that measures
+EXTRACTOR_STEPS, GUIDE_STEPS = 2500, 1500
+BATCH_SIZE = 128
 
 
 def make_data(plan: Plan, name: str, results: Path) -> None:
     """
     Make a data set, unless it is there.
 
-    Training its feature extractor does not give the same weights on every machine. So the extractor that is stored in the
-    results is used; if there is none, the new one is stored there.
+    Training the networks that measure does not give the same weights on every machine. So those that are stored beside the
+    results are used; if there are none, the new ones are stored there.
 
     Args:
         plan ([`Plan`]): For the data set's folder and settings.
         name (`str`): The data set's name.
-        results (`Path`): The folder of the plan's results.
+        results (`Path`): The folder of all presets' results.
 
     Raises:
-        ValueError: if the folder contains a data set with other settings.
+        ValueError: if the folder contains a data set with other settings, or the data set cannot be had here.
     """
     folder, stored = plan.data_folder(name), results / EXTRACTORS / name
     if not (folder / RECORD).exists():
         shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run
-        MAKERS[name](folder, **plan.data[name])
-        if stored.exists():
-            shutil.rmtree(folder / EXTRACTOR)
-            shutil.copytree(stored, folder / EXTRACTOR)
+        MAKERS[name](folder, stored, **plan.data[name])
     remember_settings(folder / RECORD, plan.data[name], "images")
-    if not stored.exists():
-        shutil.copytree(folder / EXTRACTOR, stored)
 
 
-def make_digits(folder: Path, num_train: int = 1000) -> None:
+def make_fashion(folder: Path, stored: Path, num_train: int, num_reference: int) -> None:
     """
-    Write scikit-learn's digits, of which a random part is held out, and train the networks.
-
-    The network that measures is trained on all digits; the one that guides, on those that are trained on.
-    """
-    images, labels = digit_images()
-    order = np.random.default_rng(SEED).permutation(len(images))
-    for part, indices in ((TRAIN, order[:num_train]), (HELD_OUT, order[num_train:])):
-        for index in indices:
-            save_image(folder / part / str(labels[index]) / f"{index:04d}.png", images[index])
-    names = [str(label) for label in range(NUM_CLASSES)]
-    own = order[:num_train]
-    fit_classifier(folder / EXTRACTOR)
-    fit_resnet(folder / GUIDE, images[own, ..., None], labels[own], names, seed=GUIDE_SEED)
-
-
-def make_photographs(folder: Path, size: int = 32, num_train: int = 4000, num_held_out: int = 1000) -> None:
-    """
-    Write random RGB crops of photographs, and train a network that tells which photograph a crop is of.
-
-    The photographs come with scikit-learn and scikit-image; they are used at half their resolution, and equally often. The
-    held-out images are other crops, which overlap with the first.
+    Write Fashion-MNIST's first training images and its first test images, and train the networks.
 
     Args:
         folder (`Path`): Where to write.
-        size (`int`): S.
-        num_train, num_held_out (`int`): How many crops.
+        stored (`Path`): Where the networks that measure are stored.
+        num_train, num_reference (`int`): How many images.
     """
-    rng = np.random.default_rng(SEED)
-    pictures = photographs()
-    crops, labels = [], []
-    for index in range(num_train + num_held_out):
-        label = index % len(pictures)
-        crop = random_crop(list(pictures.values())[label], size, rng)
-        crops.append(crop)
-        labels.append(label)
-        save_image(folder / (TRAIN if index < num_train else HELD_OUT) / f"{index:05d}.png", crop)
-    fit_resnet(folder / EXTRACTOR, np.stack(crops), np.array(labels), list(pictures))
+    for part, split, number in ((TRAIN, "train", num_train), (REFERENCE, "test", num_reference)):
+        images, labels = (each[:number] for each in fashion_images(split))
+        write_labelled_images(folder / part / "images.parquet", images, labels)
+    images, labels = (each[:num_train] for each in fashion_images())
+    fit_resnet(folder / GUIDE, images[..., None], labels, list(CLASSES), GUIDE_STEPS, seed=GUIDE_SEED)
+    if not stored.exists():
+        with written_whole(stored) as unfinished:
+            unfinished.mkdir(parents=True)
+            fit_resnet(
+                unfinished / EXTRACTOR, images[..., None], labels, list(CLASSES), EXTRACTOR_STEPS, BATCH_SIZE, SEED
+            )
+            fit_judge(unfinished / JUDGE, images, labels, seed=JUDGE_SEED)
+    for name in MEASURING:
+        copy = shutil.copytree if (stored / name).is_dir() else shutil.copy
+        copy(stored / name, folder / name)
 
 
-def photographs() -> dict[str, np.ndarray]:
-    """Return the photographs by name, as uint8 (H, W, 3)."""
-    import skimage.data
-    from sklearn.datasets import load_sample_images
-
-    china, flower = load_sample_images().images
-    pictures = {"china": china, "flower": flower, "motorcycle": skimage.data.stereo_motorcycle()[0]}
-    pictures |= {name: getattr(skimage.data, name)() for name in ("astronaut", "chelsea", "coffee", "rocket")}
-    return {name: np.asarray(halved(PIL.Image.fromarray(picture))) for name, picture in pictures.items()}
-
-
-def halved(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """Halve height and width."""
-    return picture.resize((picture.width // 2, picture.height // 2), PIL.Image.Resampling.BOX)
-
-
-def random_crop(picture: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Crop S x S pixels at a random position."""
-    top, left = (rng.integers(length - size + 1) for length in picture.shape[:2])
-    return picture[top : top + size, left : left + size]
-
-
-def save_image(path: Path, pixels: np.ndarray) -> None:
-    """Write an image, and make its folder if necessary."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    PIL.Image.fromarray(pixels).save(path)
-
-
-def noise_images(num_images: int, shape: tuple[int, int, int]) -> np.ndarray:
+def noise_images(num_images: int, shape: tuple[int, ...]) -> np.ndarray:
     """Return images of uniform noise, uint8 (N, H, W, C); `shape` is (H, W, C)."""
     return np.random.default_rng(SEED).integers(256, size=(num_images, *shape), dtype=np.uint8)
 
 
-MAKERS = {"digits": make_digits, "photographs": make_photographs}
+def device() -> torch.device:
+    """Where networks compute."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+MAKERS = {"fashion": make_fashion}

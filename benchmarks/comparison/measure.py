@@ -3,32 +3,36 @@
 Legend: N images.
 """
 
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import AutoModelForImageClassification
 
-from diffusers_dmp.evaluation.digits import fit_reader
+from benchmarks.timing import commit
 from diffusers_dmp.evaluation.evaluate import EvaluationArguments, evaluate
-from diffusers_dmp.evaluation.images import DatasetImages, open_images
+from diffusers_dmp.evaluation.images import open_images
+from diffusers_dmp.evaluation.judge import as_pixels, in_parts, load_judge
 from diffusers_dmp.evaluation.npz import NpzImages, write_npz
 from diffusers_dmp.evaluation.sample import NPZ_NAME
+from diffusers_dmp.models.vision import ImagePreprocessor, processor_settings
 
-from .data import EXTRACTOR, HELD_OUT, TRAIN, noise_images
+from .data import EXTRACTOR, JUDGE, REFERENCE, TRAIN, noise_images
 from .plan import Plan
 
-METRICS = ("FID", "KID", "precision", "recall", "recognised")  # that the results contain
+METRICS = ("FID", "KID", "precision", "recall")  # of the evaluation
+RECOGNISED = "recognised"
 
 
 def measure(plan: Plan, data: str, source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
-    Compare images with those that were trained on.
+    Compare images with real ones that were not trained on.
 
     Args:
         plan ([`Plan`]): For the data set's folder.
         data (`str`): The data set's name.
-        source (`Path`): An `.npz` file or a folder of images.
+        source (`Path`): An `.npz` file.
 
     Returns:
         The metrics by name, and their fingerprint.
@@ -36,63 +40,69 @@ def measure(plan: Plan, data: str, source: Path) -> tuple[dict[str, Any], dict[s
     folder = plan.data_folder(data)
     arguments = EvaluationArguments(
         generated=str(source),
-        reference=str(folder / TRAIN),
+        reference=str(folder / REFERENCE),
         extractor=str(folder / EXTRACTOR),
         output=str(source.with_suffix(".evaluation.json")),
     )
     results = evaluate(arguments)
     metrics = {result["metric"]: result["value"] for result in results if result["metric"] in METRICS}
-    if data == "digits":
-        metrics["recognised"] = _recognised(source, str(folder / TRAIN))
+    metrics[RECOGNISED] = recognised(folder / JUDGE, source)
     return metrics, results[0]["settings"]
 
 
 def measure_bounds(plan: Plan, name: str) -> dict[str, Any]:
     """
-    Measure real images that were not trained on, and as many images of noise: the best and the worst that can be expected.
+    Measure real images that were trained on, and as many images of noise: the best and the worst that can be expected.
 
     Args:
         plan ([`Plan`]): For the data set's folder and settings.
         name (`str`): The data set's name.
 
     Returns:
-        The metrics and fingerprints of `real` and `noise`, the data set's settings, the number of images and the commit.
+        The metrics and fingerprints of `real` and `noise`, the share of test images that the extractor and the judge classify
+        rightly (`accuracy`), the data set's settings, the number of images and the commit.
     """
     folder = plan.data_folder(name)
-    held_out = DatasetImages(str(folder / HELD_OUT))
-    size = next(held_out.batches(1)).shape[1:]
-    noise = folder / "noise" / NPZ_NAME
-    noise.parent.mkdir(exist_ok=True)
-    write_npz(noise, [noise_images(len(held_out), size)], (len(held_out), *size))
+    images, labels = read_images(folder / TRAIN)
+    images, labels = images[: plan.num_images], labels[: plan.num_images]
+    noise = noise_images(len(images), images.shape[1:])
     bounds: dict[str, Any] = {}
-    for bound, source in (("real", folder / HELD_OUT), ("noise", noise)):
+    for bound, pixels, classes in (("real", images, labels), ("noise", noise, None)):
+        source = folder / bound / NPZ_NAME
+        source.parent.mkdir(exist_ok=True)
+        write_npz(source, [pixels], pixels.shape, classes)
         metrics, fingerprint = measure(plan, name, source)
         bounds[bound] = metrics | {"fingerprint": fingerprint}
-    return bounds | {"settings": plan.data[name], "number": len(held_out), "commit": commit()}
+    accuracy = {"extractor": accuracy_of_extractor(folder), "judge": recognised(folder / JUDGE, folder / REFERENCE)}
+    return bounds | {"accuracy": accuracy, "settings": plan.data[name], "number": len(images), "commit": commit()}
 
 
-def commit() -> str:
-    """Return the commit of the code that runs."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def _recognised(source: Path, train: str) -> float | None:
+def recognised(judge: Path, source: Path) -> float | None:
     """
-    Compute the share of digits that a logistic regression reads as their label; None if there are no labels.
+    Compute the share of images whose class a classifier recognises; None if there are no labels.
 
-    The regression is fitted on the images in `train`. It is another kind of model than those that generate and measure.
+    It is another kind of network than those that generate, guide and extract features.
     """
-    pixels, labels = _read_digits(source)
+    images, labels = read_images(source)
     if labels is None:
         return None
-    reader = fit_reader(*_read_digits(train))
-    return round(float((reader.predict(pixels) == labels).mean()), 4)
+    _, logits = in_parts(load_judge(judge), as_pixels(images[..., 0]))
+    return round(float((logits.argmax(1).numpy() == labels).mean()), 4)
 
 
-def _read_digits(source: "str | Path") -> tuple[np.ndarray, np.ndarray | None]:
-    """Read pixels in [0, 1] as (N, 64), and labels (N,) if there are any."""
-    images = open_images(source)
+@torch.no_grad()
+def accuracy_of_extractor(folder: Path) -> float:
+    """Compute the share of test images that the extractor of a data set's folder classifies rightly."""
+    network = AutoModelForImageClassification.from_pretrained(folder / EXTRACTOR).eval()
+    settings = processor_settings(str(folder / EXTRACTOR))
+    preprocess = ImagePreprocessor(**{name.removeprefix("image_"): value for name, value in settings.items()})
+    images, labels = read_images(folder / REFERENCE)
+    (logits,) = in_parts(lambda pixels: (network(preprocess(pixels)).logits,), as_pixels(images[..., 0]))
+    return round(float((logits.argmax(1).numpy() == labels).mean()), 4)
+
+
+def read_images(source: "str | Path") -> tuple[np.ndarray, np.ndarray | None]:
+    """Read images as uint8 (N, H, W, C), and labels (N,) if there are any."""
+    images = open_images(str(source))
     labels = images.labels if isinstance(images, NpzImages) else np.array(images.dataset["label"])
-    pixels = np.concatenate([batch[..., 0] for batch in images.batches(100)])
-    return pixels.reshape(len(pixels), -1) / 255, labels
+    return np.concatenate(list(images.batches(1000))), labels

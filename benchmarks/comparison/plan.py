@@ -9,7 +9,6 @@ import yaml
 
 PRESETS = Path(__file__).parent
 COMPARISONS = PRESETS / "comparisons.yaml"
-TRAINED = "trained"  # value of `Run.guide` for trained experts
 # arguments of a script that do not change what it trains
 FREE = ("checkpointing_steps", "checkpoints_total_limit", "report_to", "resume_from_checkpoint", "logging_steps")
 
@@ -28,11 +27,12 @@ class Run:
         data (`str`): The data set that it is trained on and measured against.
         script (`str`): The script in `training/`; empty if nothing is trained.
         arguments (`dict[str, Any]`): The arguments of the script.
-        after (`str`): `comparison/name` of the run that must be done first, with the same seed.
+        after (`list[str]`): `comparison/name` of the runs that must be done first, with the same seed, or with their only one.
         base (`str`): Folder of the pipeline that samples, if the run does not train it.
-        guide (`str`): What guides sampling: 'as it is' for the data set's classifier, 'trained' for the experts that this run
-            trains, empty for nothing.
-        scheduler (`str`): Class of the scheduler, with the pipeline's settings; empty for the pipeline's own.
+        parts (`list[str]`): Or the folders of pipelines whose denoisers sample together, that for the least noise first.
+        boundaries (`list[float]`): The signal-to-noise ratios between the parts.
+        guide (`str`): Folder of the classifier, or of the experts, that guides sampling; empty for nothing.
+        sampling (`dict[str, Any]`): Fields of [`SamplingArguments`] that are not the plan's, and the `scale` of a guide.
         measured (`bool`): False for a run whose output is only used by other runs.
     """
 
@@ -43,10 +43,12 @@ class Run:
     data: str
     script: str = ""
     arguments: dict[str, Any] = field(default_factory=dict)
-    after: str = ""
+    after: list[str] = field(default_factory=list)
     base: str = ""
+    parts: list[str] = field(default_factory=list)
+    boundaries: list[float] = field(default_factory=list)
     guide: str = ""
-    scheduler: str = ""
+    sampling: dict[str, Any] = field(default_factory=dict)
     measured: bool = True
 
     @property
@@ -62,6 +64,7 @@ class Comparison:
 
     Args:
         name, title, text, data (`str`): From `comparisons.yaml`.
+        reading (`str`): What the figures say, and why; from the preset.
         baseline (`str`): Name of the run that the others are compared with.
         runs (`list[Run]`): The runs, with every seed.
     """
@@ -72,6 +75,7 @@ class Comparison:
     data: str
     baseline: str
     runs: list[Run]
+    reading: str = ""
 
     @property
     def measured(self) -> dict[str, list[Run]]:
@@ -92,21 +96,19 @@ class Plan:
         name (`str`): Name of the preset.
         output_dir (`Path`): Folder of everything that is trained and sampled.
         seeds (`list[int]`): The seeds of every run.
+        num_images (`int`): How many images are sampled to be measured.
         num_inference_steps (`int`): Denoising steps of all sampling.
-        guidance_scale (`float`): Scale of a classifier's guidance, for the runs that have one.
         data (`dict[str, dict]`): Arguments of each data set's maker.
         comparisons (`list[Comparison]`): In the order of the report.
-        notes (`dict[str, str]`): Remarks on the results at this size, by comparison.
     """
 
     name: str
     output_dir: Path
     seeds: list[int]
+    num_images: int
     num_inference_steps: int
-    guidance_scale: float
     data: dict[str, dict[str, Any]]
     comparisons: list[Comparison]
-    notes: dict[str, str] = field(default_factory=dict)
 
     @property
     def runs(self) -> list[Run]:
@@ -134,9 +136,19 @@ class Plan:
             raise ValueError(f"Expected a run to be one of {', '.join(runs)}, but got {key!r}.")
         return runs[key]
 
-    def before(self, run: Run) -> Run | None:
-        """Return the run that must be done before `run`, if there is one."""
-        return self.run(f"{run.after}-{run.seed}") if run.after else None
+    def before(self, run: Run) -> list[Run]:
+        """
+        Return the runs that must be done before `run`.
+
+        Raises:
+            ValueError: if there is no such run, or none of this seed among several.
+        """
+        found = []
+        for name in run.after:
+            runs = [other for other in self.runs if f"{other.comparison}/{other.name}" == name]
+            own = [other for other in runs if other.seed == run.seed] or (runs if len(runs) == 1 else [])
+            found.append(own[0] if own else self.run(f"{name}-{run.seed}"))
+        return found
 
     def resolve(self, run: Run, value: Any) -> Any:
         """Replace the placeholders in a value."""
@@ -144,9 +156,9 @@ class Plan:
             return value
         return value.format(outputs=self.output_dir, data=self.data_folder(run.data), seed=run.seed)
 
-    def base(self, run: Run) -> Path:
-        """Return the folder of the pipeline that samples, for a run that does not train it."""
-        return Path(self.resolve(run, run.base))
+    def place(self, run: Run, value: str) -> Path:
+        """Return the folder that a run's `base`, `guide` or one of its `parts` names."""
+        return Path(self.resolve(run, value))
 
     def command(self, run: Run, num_threads: int) -> list[str]:
         """Return the training command, with the run's seed unless its arguments contain another."""
@@ -163,7 +175,6 @@ class Plan:
 
     def settings(self, run: Run) -> dict[str, Any]:
         """Return all settings that the run's results depend on, with those of the run before it, as JSON can store them."""
-        needed = self.before(run)
         config = run.arguments.get("config")
         return {
             "seed": run.seed,
@@ -171,12 +182,14 @@ class Plan:
             "arguments": {name: value for name, value in run.arguments.items() if name not in FREE},
             "preset": yaml.safe_load(Path(config).read_text()) if config else None,
             "base": run.base,
+            "parts": run.parts,
+            "boundaries": run.boundaries,
             "guide": run.guide,
-            "guidance_scale": self.guidance_scale if run.guide else None,
-            "scheduler": run.scheduler,
+            "sampling": run.sampling,
+            "num_images": self.num_images,
             "num_inference_steps": self.num_inference_steps,
             "data": {run.data: self.data[run.data]},
-            "after": self.settings(needed) if needed else None,
+            "after": [self.settings(needed) for needed in self.before(run)],
         }
 
 
@@ -195,16 +208,17 @@ def load_plan(preset: str) -> Plan:
         names = ", ".join(sorted(known.stem for known in PRESETS.glob("*.yaml") if known != COMPARISONS))
         raise ValueError(f"Expected `preset` to be a YAML file or one of {names}, but got {preset!r}.")
     sizes = yaml.safe_load(path.read_text())
-    groups = sizes.pop("settings")
+    groups, readings = sizes.pop("settings"), sizes.pop("readings", {})
     comparisons = []
     for name, content in yaml.safe_load(COMPARISONS.read_text()).items():
         rows = content.pop("runs")
         runs = [
             _make_run(name, run_name, seed, content["data"], own, groups)
-            for seed in sizes["seeds"]
             for run_name, own in rows.items()
+            for seed in own.get("seeds", sizes["seeds"])
         ]
-        comparisons.append(Comparison(name=name, runs=runs, **{"baseline": runs[0].name} | content))
+        own = {"baseline": runs[0].name, "reading": readings.get(name, "")} | content
+        comparisons.append(Comparison(name=name, runs=runs, **own))
     return Plan(name=path.stem, comparisons=comparisons, **sizes | {"output_dir": Path(sizes["output_dir"])})
 
 
@@ -213,8 +227,8 @@ def _make_run(comparison: str, name: str, seed: int, data: str, own: dict[str, A
     settings = {}
     for group in own.get("like", []):
         settings |= groups[group]
-    settings |= {key: value for key, value in own.items() if key != "like"}
+    settings |= {key: value for key, value in own.items() if key not in ("like", "seeds")}
     known = {each.name for each in dataclasses.fields(Run)} - {"seed", "arguments"}
     fields = {key: value for key, value in settings.items() if key in known}
     arguments = {key: value for key, value in settings.items() if key not in known}
-    return Run(comparison=comparison, name=name, seed=seed, data=data, arguments=arguments, **fields)
+    return Run(**{"comparison": comparison, "name": name, "seed": seed, "data": data, "arguments": arguments} | fields)

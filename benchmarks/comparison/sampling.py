@@ -1,4 +1,4 @@
-"""The images of a run: sampled by its pipeline, as many as are held out of the data set.
+"""The images of a run, sampled by its pipeline.
 
 Legend: N images, H and W height and width.
 """
@@ -7,15 +7,14 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
-import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_dmp import ClassTarget, GuidanceExperts, GuidedScheduler
-from diffusers_dmp.evaluation.digits import NUM_CLASSES
-from diffusers_dmp.evaluation.images import DatasetImages
+from diffusers_dmp.evaluation.fashion import CLASSES
 from diffusers_dmp.evaluation.npz import write_npz
 from diffusers_dmp.evaluation.sample import (
     NPZ_NAME,
@@ -24,20 +23,24 @@ from diffusers_dmp.evaluation.sample import (
     sample_images,
     sampling_settings,
 )
+from diffusers_dmp.guidance.bundle import WEIGHTS_NAME
 from diffusers_dmp.models.inputs import has_classes
 from diffusers_dmp.training.data.seeded_sampling import load_sampling_pipeline, sample_seeded
 from diffusers_dmp.training.data.shards import remember_settings
 
-from .data import GUIDE, HELD_OUT
-from .plan import TRAINED, Plan, Run
+from .data import device
+from .plan import Plan, Run
 
-BATCH_SIZE = 100
+BATCH_SIZE = 250
+NUM_CLASSES = len(CLASSES)
+SCALE = "scale"  # of a guide, in `Run.sampling`
+
 RECORD = "sampled.json"  # beside the images: how long they took
 
 
 def sample(plan: Plan, run: Run, source: Path, folder: Path) -> tuple[Path, float]:
     """
-    Sample as many images as are held out, unless they are in `folder`.
+    Sample the images that are measured, unless they are in `folder`.
 
     Args:
         plan ([`Plan`]), run ([`Run`]): What is sampled.
@@ -51,14 +54,7 @@ def sample(plan: Plan, run: Run, source: Path, folder: Path) -> tuple[Path, floa
     if record.exists():
         return path, json.loads(record.read_text())["milliseconds_per_image"]
     arguments = SamplingArguments(
-        pipeline=str(source),
-        output_dir=str(folder),
-        num_images=len(DatasetImages(str(plan.data_folder(run.data) / HELD_OUT))),
-        num_inference_steps=plan.num_inference_steps,
-        guidance_scale=1.0,
-        batch_size=BATCH_SIZE,
-        seed=run.seed,
-        scheduler=run.scheduler,
+        pipeline=str(source), output_dir=str(folder), num_images=plan.num_images, seed=run.seed, **_settings(plan, run)
     )
     started = time.perf_counter()
     if run.guide:
@@ -70,19 +66,26 @@ def sample(plan: Plan, run: Run, source: Path, folder: Path) -> tuple[Path, floa
     return path, milliseconds
 
 
+def _settings(plan: Plan, run: Run) -> dict[str, Any]:
+    """Return the fields of [`SamplingArguments`] that decide how an image is sampled."""
+    own = {name: plan.resolve(run, value) for name, value in run.sampling.items() if name != SCALE}
+    plans = {"num_inference_steps": plan.num_inference_steps, "guidance_scale": 1.0, "batch_size": BATCH_SIZE}
+    return plans | own
+
+
 def _sample_guided(plan: Plan, run: Run, arguments: SamplingArguments, path: Path) -> None:
     """Sample with a classifier's guidance towards each class in turn, otherwise as [`sample_images`] does."""
     number = arguments.num_images
     labels = [index % NUM_CLASSES for index in range(number)]
-    pipeline, experts = load_sampling_pipeline(arguments.pipeline, arguments, _device()), _experts(plan, run)
+    pipeline, experts = load_sampling_pipeline(arguments.pipeline, arguments, device()), _experts(plan, run)
     settings = sampling_settings(arguments, pipeline, Path(arguments.pipeline))
-    remember_settings(path.parent / SETTINGS_NAME, settings | {"guidance_scale": plan.guidance_scale}, "images")
+    remember_settings(path.parent / SETTINGS_NAME, settings | {"guidance_scale": run.sampling[SCALE]}, "images")
     scheduler = pipeline.scheduler
 
     def batches() -> Iterator[np.ndarray]:
         for start in range(0, number, BATCH_SIZE):
             own = labels[start : start + BATCH_SIZE]
-            pipeline.scheduler = GuidedScheduler(scheduler, experts, ClassTarget(own), plan.guidance_scale)
+            pipeline.scheduler = GuidedScheduler(scheduler, experts, ClassTarget(own), run.sampling[SCALE])
             images = call(plan, run, pipeline, own, start)
             yield np.stack([np.asarray(image.convert("RGB")) for image in images])
 
@@ -90,15 +93,12 @@ def _sample_guided(plan: Plan, run: Run, arguments: SamplingArguments, path: Pat
     write_npz(path, batches(), (number, size, size, 3), np.array(labels))
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _experts(plan: Plan, run: Run) -> GuidanceExperts:
-    """Load the experts that the run has trained, or the untrained classifier as one expert for all noise levels."""
-    if run.guide == TRAINED:
-        return GuidanceExperts.from_pretrained(plan.folder(run) / "experts")
-    return GuidanceExperts.from_base(str(plan.data_folder(run.data) / GUIDE), method="finetune", num_experts=1)
+    """Load the experts that guide, or a classifier as one expert for all noise levels."""
+    folder = plan.place(run, run.guide)
+    if (folder / WEIGHTS_NAME).exists():
+        return GuidanceExperts.from_pretrained(folder).to(device())
+    return GuidanceExperts.from_base(str(folder), method="finetune", num_experts=1).to(device())
 
 
 def load_pipeline(plan: Plan, run: Run, source: Path, labels: list[int]) -> DiffusionPipeline:
@@ -110,11 +110,11 @@ def load_pipeline(plan: Plan, run: Run, source: Path, labels: list[int]) -> Diff
         source (`Path`): The folder of the pipeline.
         labels (`list[int]`): The classes that a classifier guides the images to.
     """
-    settings = SamplingArguments(pipeline=str(source), scheduler=run.scheduler)
-    pipeline = load_sampling_pipeline(settings.pipeline, settings, _device())
+    arguments = SamplingArguments(pipeline=str(source), **_settings(plan, run))
+    pipeline = load_sampling_pipeline(arguments.pipeline, arguments, device())
     if run.guide:
         target = ClassTarget(labels)
-        pipeline.scheduler = GuidedScheduler(pipeline.scheduler, _experts(plan, run), target, plan.guidance_scale)
+        pipeline.scheduler = GuidedScheduler(pipeline.scheduler, _experts(plan, run), target, run.sampling[SCALE])
     return pipeline
 
 
