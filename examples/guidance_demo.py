@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from clothes_judge import REAL, Judging, as_pixels, fit_judge, in_parts, load_judge, share
+from clothes_judge import REAL, Judging, share
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from matplotlib.figure import Figure
 from PIL import Image
@@ -26,6 +26,7 @@ from diffusers_dmp.diffusion.noise import levels_at
 from diffusers_dmp.diffusion.process import NoiseProcess
 from diffusers_dmp.evaluation.digits import fit_resnet
 from diffusers_dmp.evaluation.fashion import CLOTHES, fashion_images
+from diffusers_dmp.evaluation.judge import as_pixels, fit_judge, in_parts, load_judge
 from diffusers_dmp.plots import sample_grid
 from diffusers_dmp.terminal import OneLineParser, run_command
 

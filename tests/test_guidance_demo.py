@@ -10,6 +10,7 @@ from conftest import REPOSITORY
 from tiny_sentences import sentence_pipe, transformer
 
 from diffusers_dmp import GuidanceExperts
+from diffusers_dmp.evaluation import judge
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def demo():
         for module in (guidance_demo, clothes_judge):
             patch.setattr(module, "fashion_images", lambda split="train": _pictures())
             patch.setattr(module, "REAL", 30)
-        patch.setattr(clothes_judge, "NUM_STEPS", 2)
+        patch.setattr(judge, "NUM_STEPS", 2)
         yield guidance_demo
 
 

@@ -4,20 +4,16 @@ accelerate launch training/train_patch_diffusion.py --config training/presets/pa
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from diffusers import DiffusionPipeline
-
-from diffusers_dmp import NoiseIntervals, PatchedUNet2DModel, SNRSplitPipeline
+from diffusers_dmp import NoiseIntervals, PatchedUNet2DModel
 from diffusers_dmp.hub.pushing import with_hub
 from diffusers_dmp.training.arguments import ExpertArguments, TrainingArguments, model_arguments, option
 from diffusers_dmp.training.data.training_data import TrainingData, load_training_data
-from diffusers_dmp.training.experts import ExpertTraining, train_experts
+from diffusers_dmp.training.experts import ExpertTraining
 from diffusers_dmp.training.objectives.from_arguments import make_objective, make_scheduler
 from diffusers_dmp.training.parsing import run_entry_point
-from diffusers_dmp.training.pipeline_output import save_whole
 from diffusers_dmp.training.recipe import TrainingRecipe
-from diffusers_dmp.training.summary import TrainingSummary
+from diffusers_dmp.training.split import train_split
 from diffusers_dmp.training.trainer import make_accelerator
 
 
@@ -54,27 +50,16 @@ class PatchDiffusionTrainingArguments(ExpertArguments, TrainingArguments):
 
 def train_patch_diffusion(args: PatchDiffusionTrainingArguments) -> None:
     """Train one expert, or all of them in turn and put them together in one pipeline."""
-    accelerator = make_accelerator(args)
-    data = load_training_data(accelerator, args)
+    data = load_training_data(make_accelerator(args), args)
     in_latents = data.vae is not None
     intervals = NoiseIntervals.from_snr(args.snr_boundaries, make_scheduler(args, in_latents))
-    # the output's own folder, if there is one model only
-    folders = [Path(args.output_dir, f"expert_{expert}") for expert in range(intervals.num_experts)]
-    folders = folders if args.snr_boundaries else [Path(args.output_dir)]
-    experts = args.chosen_experts(intervals.num_experts)
 
     def prepare(expert: int) -> ExpertTraining:
         model = new_unet(args, data, expert)
         recipe = TrainingRecipe(expert_intervals=intervals, expert=expert)
         return ExpertTraining(model=model, objective=make_objective(args, model, in_latents), recipe=recipe)
 
-    train_experts(args, data, folders, experts, prepare)
-    if len(experts) > 1 and accelerator.is_main_process:
-        parts = [DiffusionPipeline.from_pretrained(folder / "pipeline") for folder in folders]
-        pipeline = SNRSplitPipeline.from_pipelines(parts, args.snr_boundaries)
-        save_whole(pipeline, Path(args.output_dir, "pipeline"))
-        TrainingSummary.of_experts(folders).save(args.output_dir)
-    accelerator.end_training()
+    train_split(args, data, intervals, args.snr_boundaries, prepare)
 
 
 def new_unet(args: PatchDiffusionTrainingArguments, data: TrainingData, expert: int) -> PatchedUNet2DModel:

@@ -138,6 +138,38 @@ def diagnosis_of(
     )
 
 
+def band_losses(
+    pipeline: "ClassConditionalPipeline | SNRSplitPipeline",
+    dataset: datasets.Dataset,
+    num_images: int = 256,
+    num_bands: int = 8,
+    **reading: str,
+) -> list[float]:
+    """
+    Measure the loss of a whole pipeline by noise level: everywhere that of the expert that owns the noise level.
+
+    Args:
+        pipeline, dataset, num_images, num_bands, reading: See [`diagnose`].
+
+    Returns:
+        `list[float]` of length K: The mean squared error of the predicted noise in each band of timesteps.
+
+    Raises:
+        ValueError: see [`diagnose`].
+    """
+    intervals, experts = _experts(pipeline)
+    samples = _clean_samples(pipeline, dataset, num_images, **reading)
+    bands = NoiseIntervals.uniform(num_bands, intervals.num_train_timesteps)
+    edges = sorted({*bands.edges, *intervals.edges})
+    losses = [0.0] * num_bands
+    for low, high in zip(edges, edges[1:]):
+        middle = torch.tensor([(low + high) / 2])
+        owner, band = int(intervals.index(middle)), int(bands.index(middle))
+        share = (high - low) / (bands.edges[band + 1] - bands.edges[band])
+        losses[band] += share * _noise_loss(*experts[owner], pipeline.scheduler, samples, low, high)
+    return losses
+
+
 def reading_of_training(training: dict[str, Any]) -> dict[str, str]:
     """
     How a training made images of its files: `image_fit` and `background`, of which its latents' encoding decides if it had any.

@@ -1,16 +1,24 @@
-"""The data of the text demo: the 70,000 pictures of Fashion-MNIST, 28 x 28 grey pixels, and captions made of their labels.
+"""The 70,000 pictures of Fashion-MNIST, 28 x 28 grey pixels, as data sets with labels or with captions made of them.
 https://arxiv.org/abs/1708.07747
+
+`python -m diffusers_dmp.evaluation.fashion outputs/fashion` writes what the presets `*_fashion.yaml` train on: the folders `train`
+(60,000 pictures) and `test` (10,000).
 """
 
+import argparse
 import gzip
 import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import PIL.Image
+
+from ..saving.whole import written_whole
+from ..terminal import OneLineParser, run_command
 
 FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package `dataset-fashion-mnist` puts it
 HUB_ID = "zalando-datasets/fashion_mnist"
@@ -27,6 +35,8 @@ CLOTHES = (  # by label
     "a bag",
     "an ankle boot",
 )
+# the same without articles, for models of classes
+CLASSES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 PHRASES = ("{}", "a photo of {}", "a picture of {}", "{} on a black background", "a small grey photo of {}")
 
 
@@ -104,13 +114,57 @@ def write_captioned_images(path: "str | os.PathLike", images: np.ndarray, captio
         images (`np.ndarray` of shape (N, H, W)): uint8 grey values.
         captions (`Sequence[str]`): N of them.
     """
-    rows = {"image": [{"bytes": _png(image), "path": None} for image in images], "text": list(captions)}
-    features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+    _write_images(path, images, "text", list(captions), datasets.Value("string"))
+
+
+def write_labelled_images(
+    path: "str | os.PathLike", images: np.ndarray, labels: np.ndarray, names: Sequence[str] = CLASSES
+) -> None:
+    """
+    Write pictures with classes as one parquet file, as data sets of the Hub have them.
+
+    Args:
+        path: The file.
+        images (`np.ndarray` of shape (N, H, W)): uint8 grey values.
+        labels (`np.ndarray` of shape (N,)): Indices of names.
+        names (`Sequence[str]`): What each label stands for.
+    """
+    _write_images(path, images, "label", labels, datasets.ClassLabel(names=list(names)))
+
+
+def write_fashion(folder: "str | os.PathLike") -> None:
+    """
+    Write all pictures with their classes: `train/images.parquet` and `test/images.parquet`; what is there is kept.
+
+    Raises:
+        ValueError: see [`fashion_images`].
+    """
+    for split in FILES:
+        path = Path(folder, split, "images.parquet")
+        if not path.exists():
+            write_labelled_images(path, *fashion_images(split))
+
+
+def _write_images(path: "str | os.PathLike", images: np.ndarray, column: str, values: Any, feature: Any) -> None:
+    """Write pictures (N, H, W) with a value each as one parquet file."""
+    rows = {"image": [{"bytes": _png(image), "path": None} for image in images], column: values}
+    features = datasets.Features({"image": datasets.Image(), column: feature})
+    with written_whole(path) as unfinished:
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(unfinished)
 
 
 def _png(image: np.ndarray) -> bytes:
     file = io.BytesIO()
     PIL.Image.fromarray(image).save(file, format="PNG")
     return file.getvalue()
+
+
+def main(argv: list[str]) -> None:
+    """Write the data set to the folder that the command line names."""
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", default="outputs/fashion")
+    write_fashion(parser.parse_args(argv).folder)
+
+
+if __name__ == "__main__":
+    run_command(main, name="diffusers_dmp.evaluation.fashion")

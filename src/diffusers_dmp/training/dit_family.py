@@ -14,7 +14,7 @@ from ..saving.finite import expect_finite_weights
 from ..saving.weight_files import check_saved_folder
 from .arguments import DiTTrainingArguments, model_arguments
 from .base_schedule import check_base_process, check_base_schedule, take_base_shift
-from .data.training_data import load_training_data
+from .data.training_data import TrainingData, load_training_data
 from .objectives.from_arguments import make_objective
 from .recipe import TrainingRecipe
 from .run import Publisher
@@ -44,19 +44,33 @@ def train_dit(
     """
     accelerator = make_accelerator(args)
     data = load_training_data(accelerator, args)
-    config = data.model_config(args)
-    if args.pretrained_model_name_or_path is None:
-        model = new_model(model_class, args, config)
-    else:
-        check_base_process(args, args.pretrained_model_name_or_path)
-        take_base_shift(args, args.pretrained_model_name_or_path)
-        sizes = {} if args.preset is None else model_class.preset_config(args.preset)
-        own = model_arguments(model_class, args, without=DiTTrainingArguments)
-        model = load_pretrained(model_class, args.pretrained_model_name_or_path, own | config | sizes)
-        check_base_schedule(args, model, args.pretrained_model_name_or_path, data.vae)
+    model = make_model(model_class, args, data)
     objective = make_objective(args, model, in_latents=data.vae is not None)
     train(accelerator, args, model, objective, data, make_recipe(model), publisher)
     accelerator.end_training()
+
+
+def make_model(model_class: type[DiTModel], args: DiTTrainingArguments, data: TrainingData) -> DiTModel:
+    """
+    The model that the training starts from: a new one, or `args.pretrained_model_name_or_path`.
+
+    Args:
+        model_class (`type`), args ([`DiTTrainingArguments`]): See [`train_dit`].
+        data ([`TrainingData`]): What it is trained on, which decides sizes and classes.
+
+    Raises:
+        ValueError: if the pretrained model does not fit the arguments.
+    """
+    config = data.model_config(args)
+    if args.pretrained_model_name_or_path is None:
+        return new_model(model_class, args, config)
+    check_base_process(args, args.pretrained_model_name_or_path)
+    take_base_shift(args, args.pretrained_model_name_or_path)
+    sizes = {} if args.preset is None else model_class.preset_config(args.preset)
+    own = model_arguments(model_class, args, without=DiTTrainingArguments)
+    model = load_pretrained(model_class, args.pretrained_model_name_or_path, own | config | sizes)
+    check_base_schedule(args, model, args.pretrained_model_name_or_path, data.vae)
+    return model
 
 
 def new_model(model_class: type[DiTModel], args: DiTTrainingArguments, config: dict[str, Any]) -> DiTModel:
