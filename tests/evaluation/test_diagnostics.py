@@ -21,7 +21,7 @@ from diffusers_dmp import (
     SNRSplitPipeline,
 )
 from diffusers_dmp.cli import app
-from diffusers_dmp.evaluation.diagnostics import diagnose, reading_of_training
+from diffusers_dmp.evaluation.diagnostics import band_losses, diagnose, reading_of_training
 from diffusers_dmp.evaluation.digits import write_image_folder
 from diffusers_dmp.plots import diagnosis_figure
 from diffusers_dmp.training.data.images import load_images
@@ -71,6 +71,18 @@ def test_losses_of_known_experts(grey):
     torch.testing.assert_close(swaps, torch.tensor([[0.0, 1], [1, 0]]), atol=0.1, rtol=0)
     assert sum(diagnosis.sampling_steps) == 20 and diagnosis.sampling_steps == [10, 10]
     assert diagnosis.training_samples == [30, 10]
+
+
+@pytest.mark.parametrize("num_bands", [4, 3])  # three: the middle one is of both experts
+def test_the_loss_of_a_pipeline_is_that_of_the_expert_that_owns_the_noise(grey, num_bands):
+    pipeline = split_pipeline()
+    # x0 is 0 up to half a grey value, which counts where there is next to no noise
+    assert all(loss < 0.1 for loss in band_losses(pipeline, grey, num_bands=num_bands))
+    for denoiser in pipeline.denoisers:
+        denoiser.known = range(0)
+    torch.testing.assert_close(
+        torch.tensor(band_losses(pipeline, grey, num_bands=num_bands)), torch.ones(num_bands), atol=0.1, rtol=0
+    )
 
 
 def test_swapping_experts_of_a_remix_dit(digits):

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from diffusers_dmp.evaluation import fashion
-from diffusers_dmp.evaluation.fashion import CLOTHES, captions_of, fashion_images, write_captioned_images
+from diffusers_dmp.evaluation.fashion import (
+    CLASSES,
+    CLOTHES,
+    captions_of,
+    fashion_images,
+    write_captioned_images,
+    write_fashion,
+)
 
 PIXELS = np.random.default_rng(0).integers(256, size=(3, 28, 28), dtype=np.uint8)
 LABELS = np.array([9, 0, 3], np.uint8)
@@ -80,3 +87,17 @@ def test_written_pictures_are_read_back_exactly(tmp_path):
     loaded = datasets.load_dataset("parquet", data_files=str(tmp_path / "new" / "train.parquet"), split="train")
     assert loaded["text"][:] == captions
     assert np.array_equal(np.stack([np.asarray(image) for image in loaded["image"]]), PIXELS)
+
+
+def test_the_whole_data_set_is_written_once(tmp_path, monkeypatch):
+    """As folders of a data set with splits and named classes; what is there is kept."""
+    monkeypatch.setattr(fashion, "fashion_images", lambda split: (PIXELS, LABELS.astype(np.int64)))
+    write_fashion(tmp_path)
+    written = (tmp_path / "test" / "images.parquet").stat().st_mtime_ns
+    for split in ("train", "test"):
+        loaded = datasets.load_dataset(str(tmp_path), split=split)
+        assert loaded.features["label"].names == list(CLASSES) and loaded["label"][:] == LABELS.tolist()
+        assert np.array_equal(np.stack([np.asarray(image) for image in loaded["image"]]), PIXELS)
+    write_fashion(tmp_path)
+    assert (tmp_path / "test" / "images.parquet").stat().st_mtime_ns == written
+    assert all(clothes.endswith(name) for clothes, name in zip(CLOTHES, CLASSES, strict=True))
