@@ -89,11 +89,12 @@ def expect_commits(stored: dict[Path, dict[str, Any]], accepted: Sequence[str]) 
     others = {path: result["commit"] for path, result in stored.items() if result["commit"] not in known}
     if others:
         first, names = next(iter(others)), " ".join(sorted(set(others.values())))
+        all_names = " ".join(sorted({*accepted, *others.values()}))
         more = f" and {len(others) - 1} more of {names}" if len(others) > 1 else ""
         raise ValueError(
             f"Expected all results to be of the commit {code_commit()}, but {first} is of {others[first]}{more}. Move "
             f"{'them' if more else 'it'} away, or if nothing that the figures depend on has changed since, add "
-            f"`--accept_commits {names}`."
+            f"`--accept_commits {all_names}`."
         )
 
 
