@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from benchmarks.comparison import data
 from benchmarks.comparison.data import make_data
 from comparison_plans import tiny_plan
 from conftest import REPOSITORY
+
 from diffusers_dmp.evaluation import judge
 
 PATIENCE = 300.0  # seconds that anything may take
@@ -66,7 +66,13 @@ def steps(folder: Path) -> list[int]:
 @pytest.fixture
 def comparison(tmp_path, monkeypatch):
     """One long training, whose checkpoints follow one another quickly."""
-    sizes = {"max_train_steps": 10**6, "pipeline_steps": 10**6, "checkpointing_steps": 10, "batch_size": 2, "num_layers": 1}
+    sizes = {
+        "max_train_steps": 10**6,
+        "pipeline_steps": 10**6,
+        "checkpointing_steps": 10,
+        "batch_size": 2,
+        "num_layers": 1,
+    }
     plan = tiny_plan(tmp_path, long=sizes)
     monkeypatch.chdir(REPOSITORY)
     small_data(plan, tmp_path / "results", monkeypatch)
