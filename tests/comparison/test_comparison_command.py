@@ -123,3 +123,32 @@ def test_a_kill_loses_nothing_beyond_the_last_checkpoint(comparison):
 def read(path: Path) -> str:
     """The text of a file, which is empty if there is none."""
     return path.read_text() if path.exists() else ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("only", ["dtr", "tuning", "snr_split", "guidance"])
+def test_every_run_at_four_steps(tmp_path, monkeypatch, only):
+    """The runs of a comparison, as `make compare` does them; a second call repeats only the one whose result was deleted."""
+    plan = tiny_plan(tmp_path)
+    monkeypatch.chdir(REPOSITORY)
+    small_data(plan, tmp_path / "results", monkeypatch)
+    comparison = Comparison(tmp_path)
+    runs = [run for run in plan.runs if run.comparison == only]
+    status, lines = comparison.run("--only", only)
+    assert status == 0, lines
+    assert len(lines) == len(runs) + 1  # and no progress bars
+    assert {line.partition(": done in ")[0] for line in lines[:-1]} == {run.key for run in runs}
+    assert lines[-1] == f"{tmp_path / 'page.md'} is written; all {len(runs)} runs are done"
+    page = (tmp_path / "page.md").read_text()
+    assert all(run.title in page for run in runs if run.measured)
+    results = tmp_path / "results" / "tiny" / only
+    assert {path.stem for path in results.glob("*.json")} == {f"{run.name}-0" for run in runs}
+    assert {path.stem for path in results.glob("*.png")} == {f"{run.name}-0" for run in runs if run.measured}
+
+    last = [run for run in runs if run.measured][-1]
+    before = json.loads((results / f"{last.name}-0.json").read_text())
+    (results / f"{last.name}-0.json").unlink()
+    status, lines = comparison.run("--only", only)
+    assert status == 0 and len(lines) == 2 and lines[0].startswith(f"{last.key}: done in "), lines
+    after = json.loads((results / f"{last.name}-0.json").read_text())
+    assert after == before | {"seconds": after["seconds"]}
