@@ -11,7 +11,7 @@ RESULT = {
     **{"points": [POINT], "fingerprint": {}, "losses": None, "parameters": 5, "gigaflops_per_image": 0.5},
     **{"milliseconds_per_image": 2.0, "hardware": "a machine"},
 }
-BOUND = {metric: 0.5 for metric in METRICS} | {"fingerprint": {}}
+BOUND = dict.fromkeys(METRICS, 0.5) | {"fingerprint": {}}
 BOUNDS = {
     **{"real": BOUND, "noise": BOUND | {"recognised": None}, "accuracy": {"extractor": 0.9, "judge": 0.8}},
     **{"settings": {}, "number": 9, "commit": "abc"},
