@@ -16,6 +16,8 @@ import torch
 
 from diffusers_dmp.training.utilisation import synchronise
 
+ROOT = Path(__file__).parent.parent  # of the repository
+
 
 @dataclass
 class Ratio:
@@ -232,8 +234,7 @@ def commit(paths: Sequence[str] = ()) -> str:
 
 def _git(*arguments: str) -> str:
     """Return what Git answers."""
-    root = Path(__file__).parent.parent
-    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def allow_more_shapes() -> None:

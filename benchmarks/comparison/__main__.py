@@ -20,12 +20,13 @@ import torch
 from diffusers_dmp.terminal import INTERRUPTED, OneLineParser, run_command, write_line
 from diffusers_dmp.training.launching import num_cores
 
-from .checks import BOUNDS, expect_commits, expect_extractor, stored_results
+from .checks import expect_commits, expect_extractor, stored_results
 from .data import make_data
 from .execution import Execution, Limits, write_json
 from .measure import measure_bounds
 from .plan import Plan, load_plan
 from .report import write_report
+from .results import BOUNDS
 from .run import is_trained
 from .schedule import Durations, Schedule
 from .workers import hide_progress

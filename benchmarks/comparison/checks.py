@@ -6,12 +6,11 @@ from typing import Any
 
 from benchmarks.timing import commit
 from diffusers_dmp.evaluation.features import FeatureExtractor
-from diffusers_dmp.saving.reading import read_json
 
 from .data import EXTRACTOR, EXTRACTORS
 from .plan import Plan
+from .results import BOUNDS, read_bounds, read_result
 
-BOUNDS = "bounds"  # the folder of the metrics of real images and of noise
 # What the figures depend on; a changed preset is noticed by its settings.
 CODE = [
     *("src/diffusers_dmp", ":(glob)training/*.py"),
@@ -40,26 +39,29 @@ def stored_results(plan: Plan, results: Path) -> dict[Path, dict[str, Any]]:
     Raises:
         ValueError: if a file is half-written, or of a run with other settings.
     """
-    wanted = {results / BOUNDS / f"{name}.json": settings for name, settings in plan.data.items()}
-    wanted |= {results / f"{run.key}.json": plan.settings(run) for run in plan.runs}
-    return {path: _read(path, settings) for path, settings in wanted.items() if path.exists()}
+    stored = {}
+    for name, settings in plan.data.items():
+        path = results / BOUNDS / f"{name}.json"
+        if path.exists():
+            stored[path] = read_bounds(path)
+            _expect_settings(path, stored[path]["settings"], settings)
+    for run in plan.runs:
+        path = results / f"{run.key}.json"
+        if path.exists():
+            stored[path] = read_result(path, run.measured)
+            _expect_settings(path, stored[path]["settings"], plan.settings(run))
+    return stored
 
 
-def _read(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Read one result, which must be of these settings."""
-    result = read_json(path)
-    missing = {"settings", "commit"} - set(result)
-    if missing:
-        raise ValueError(
-            f"Expected {path} to be a whole result, but it has no {' and no '.join(sorted(missing))}; delete it."
-        )
-    differences = list(_differences(result["settings"], settings))
+def _expect_settings(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Check that a result is of these settings; the error names what differs."""
+    differences = list(_differences(found, wanted))
     if differences:
+        more = " …" if len(differences) > 3 else ""
         raise ValueError(
-            f"Expected {path} to be a result of these settings, but it has {'; '.join(differences[:3])}"
-            f"{' …' if len(differences) > 3 else ''}. Move it away, or write to another place with `--results`."
+            f"Expected {path} to be a result of these settings, but it has {'; '.join(differences[:3])}{more}. Move it away, "
+            "or write to another place with `--results`."
         )
-    return result
 
 
 def _differences(found: Any, wanted: Any, name: str = "") -> Iterator[str]:
@@ -89,11 +91,12 @@ def expect_commits(stored: dict[Path, dict[str, Any]], accepted: Sequence[str]) 
     others = {path: result["commit"] for path, result in stored.items() if result["commit"] not in known}
     if others:
         first, names = next(iter(others)), " ".join(sorted(set(others.values())))
+        all_names = " ".join(sorted({*accepted, *others.values()}))
         more = f" and {len(others) - 1} more of {names}" if len(others) > 1 else ""
         raise ValueError(
             f"Expected all results to be of the commit {code_commit()}, but {first} is of {others[first]}{more}. Move "
             f"{'them' if more else 'it'} away, or if nothing that the figures depend on has changed since, add "
-            f"`--accept_commits {names}`."
+            f"`--accept_commits {all_names}`."
         )
 
 
