@@ -14,6 +14,7 @@ SIZE = (8.5, 4.2)  # inches
 COSTS_DIFFER = 1.05  # by this factor or more, costs are worth a plot
 LOGARITHMIC = 4  # an axis whose values differ by this factor or more
 BASELINE_COLOUR = "black"
+MARKERS = "os^vDPX*"
 COLOURS = [f"C{index}" for index in (0, 1, 2, 3, 4, 6, 8, 9, 5, 7)]
 
 
@@ -52,7 +53,7 @@ def steps_figure(table: Table) -> Figure:
 def losses_figure(table: Table) -> Figure:
     """Plot by how many percent the losses differ from the baseline's; the band is the standard deviation over the seeds."""
     figure, axes = _start("eighths of the timesteps (left: almost clean, right: almost pure noise)", "difference in %")
-    axes.axhline(0, color=BASELINE_COLOUR, linewidth=1, label=f"{table.comparison.baseline_title} (0 %)")
+    axes.axhline(0, color=BASELINE_COLOUR, linewidth=1, label="baseline (0 %)")
     for row in table.with_losses:
         changes = table.loss_changes(row)
         _plot(axes, range(1, len(changes) + 1), changes, _colour(table, row), table.label(row))
@@ -121,7 +122,8 @@ def _start(across: str, up: str) -> tuple[Figure, Axes]:
 def _plot(axes: Axes, places: Sequence[float], values: list[list[float]], colour: str, title: str) -> None:
     """Plot means, with a band of the standard deviation."""
     means = [statistics.mean(own) for own in values]
-    axes.plot(places, means, "o-", color=colour, markersize=4, linewidth=1.3, label=title)
+    marker = MARKERS[len(axes.lines) % len(MARKERS)]
+    axes.plot(places, means, marker=marker, color=colour, markersize=4.5, linewidth=1.3, label=title)
     low, high = ([mean + sign * _deviation(own) for mean, own in zip(means, values)] for sign in (-1, 1))
     axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
 

@@ -11,12 +11,17 @@ from diffusers_dmp.saving.whole import written_whole
 
 from . import pictures
 from .plan import Plan
-from .tables import Table, num_better, read_all_bounds, read_tables
+from .tables import LOWER_IS_BETTER, Table, num_better, read_all_bounds, read_tables
 
 TEMPLATE = "results.md.jinja"
 PLOTS = "plots"  # the folder of the plots, beside the results
 METRICS = {"FID": 2, "KID": 3, "precision": 3, "recall": 3, "recognised": 3}  # decimal places
-DATA = {"fashion": "Fashion-MNIST"}
+DATA = {"fashion": "Fashion-MNIST", "digits": "scikit-learn's digits"}
+BOUNDS = {"real": "as many training images", "noise": "as many images of uniform noise"}
+IMAGES_IN_A_ROW = 3
+NOTHING = "–"
+
+Cells = list[list[str]]  # of a table on the page, with its header
 
 
 def write_report(plan: Plan, results: Path, report: Path) -> None:
@@ -51,21 +56,35 @@ def make_page(plan: Plan, tables: list[Table], bounds: dict[str, dict[str, Any]]
         folder (`str`): That of the results, relative to the page.
     """
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"spread": spread, "difference": difference, "missing": missing}
     results = [result for table in tables for row in table.rows for result in row.results.values()]
-    every = [*results, *bounds.values()]
-    return environment.get_template(TEMPLATE).render(
+    parts = [
+        {
+            "comparison": table.comparison,
+            "missing": missing(table),
+            "metrics": metrics_cells(table),
+            "differences": difference_cells(table) if table.compared else [],
+            "has_baseline": any(row.name == table.comparison.baseline for row in table.rows),
+            "verdicts": table.verdicts(),
+            "curves": table.curves,
+            "steps": steps_cells(table),
+            "losses": losses_cells(table) if table.with_losses else [],
+            "plots": pictures.plots(table),
+            "images": images_cells(table, folder),
+        }
+        for table in tables
+    ]
+    page = environment.get_template(TEMPLATE).render(
         plan=plan,
-        tables=tables,
-        bounds=bounds,
-        folder=folder,
-        metrics=METRICS,
-        data_titles=DATA,
-        plots={table.comparison.name: list(pictures.plots(table)) for table in tables},
+        parts=parts,
         unfinished=unfinished(tables),
-        commits=sorted({result["commit"] for result in every}),
+        data=DATA,
+        bounds=bounds,
+        bounds_cells=bounds_cells(bounds),
+        folder=folder,
+        commits=sorted({result["commit"] for result in [*results, *bounds.values()]}),
         hardware=sorted({result["hardware"] for result in results}),
     )
+    return page.rstrip() + "\n"
 
 
 def unfinished(tables: list[Table]) -> str:
@@ -86,23 +105,97 @@ def missing(table: Table) -> str:
     seeds: dict[str, list[int]] = {}
     for run in table.missing:
         seeds.setdefault(run.title, []).append(run.seed)
-    titles: dict[str, list[str]] = {}
+    titles: dict[tuple[int, ...], list[str]] = {}
     for title, own in seeds.items():
-        titles.setdefault(", ".join(map(str, own)), []).append(title)
-    parts = [f"{'; '.join(own)} (seed{'s' if ',' in seeds else ''} {seeds})" for seeds, own in titles.items()]
-    begin = "Missing" if table.rows else "There is no result yet. Missing"
-    return f"{begin}: {'; '.join(parts)}." if parts else ""
+        titles.setdefault(tuple(own), []).append(title)
+    parts = [] if table.rows else ["There is no result yet."]
+    for own, some in titles.items():
+        every = {run.title for run in table.comparison.runs if run.seed in own}
+        names = f"all {len(every)} runs" if every == set(some) and len(some) > 1 else "; ".join(some)
+        parts.append(f"Missing with seed{'s' if len(own) > 1 else ''} {', '.join(map(str, own))}: {names}.")
+    return " ".join(parts)
+
+
+def bounds_cells(bounds: dict[str, dict[str, Any]]) -> Cells:
+    """Return the table of the best and the worst that can be expected."""
+    rows = [
+        [f"{DATA.get(data, data)}, {title}"]
+        + [
+            NOTHING if own[kind][metric] is None else spread([own[kind][metric]], METRICS[metric])
+            for metric in METRICS
+        ]
+        for data, own in bounds.items()
+        for kind, title in BOUNDS.items()
+    ]
+    return [_header(), *rows]
+
+
+def metrics_cells(table: Table) -> Cells:
+    """Return the table of metrics at the end of training, and of costs."""
+    costs = ["seeds", "parameters", "10⁹ operations per image", "ms per training step"]
+    rows = [
+        [row.title]
+        + [spread(row.values(metric), places) for metric, places in METRICS.items()]
+        + [f"{len(row.results)} of {len(row.runs)}" if len(row.results) < len(row.runs) else str(len(row.runs))]
+        + [spread(row.values("parameters")[:1], 0), spread(row.values("gigaflops_per_image")[:1], 3)]  # of every seed
+        + [spread(row.values("milliseconds_per_step"), 1)]
+        for row in table.rows
+    ]
+    return [_header() + costs, *rows]
+
+
+def difference_cells(table: Table) -> Cells:
+    """Return the table of differences to the baseline, with the number of seeds for which they are for the better."""
+    rows = []
+    for row in table.compared:
+        cells = [table.label(row)]
+        for metric, places in METRICS.items():
+            values = table.differences(row, metric)
+            better = f" ({num_better(metric, values)} of {len(values)})" if values else ""
+            cells.append(spread(values, places, sign="+") + better)
+        rows.append(cells)
+    return [_header(), *rows]
+
+
+def steps_cells(table: Table) -> Cells:
+    """Return the table of FID by training step."""
+    steps = sorted({step for row in table.curves for step in row.curve()})
+    rows = [
+        [row.title] + [spread(row.curve().get(step, []), METRICS["FID"]) for step in steps] for row in table.curves
+    ]
+    return [["steps"] + [f"{step:,}" for step in steps], *rows]
+
+
+def losses_cells(table: Table) -> Cells:
+    """Return the table of losses by noise level, as differences to the baseline in percent."""
+    rows = [
+        [table.label(row)] + [spread(changes, 1, sign="+") for changes in table.loss_changes(row)]
+        for row in table.with_losses
+    ]
+    num_bands = len(rows[0]) - 1
+    return [["timesteps"] + [f"{band}/{num_bands}" for band in range(1, num_bands + 1)], *rows]
+
+
+def images_cells(table: Table, folder: str) -> list[Cells]:
+    """Return tables of images, some side by side."""
+    rows = [row for row in table.rows if row.grid]
+    groups = [rows[start : start + IMAGES_IN_A_ROW] for start in range(0, len(rows), IMAGES_IN_A_ROW)]
+    return [
+        [
+            [row.title for row in some],
+            [f"![{row.title}]({folder}/{table.comparison.name}/{row.grid.name})" for row in some],
+        ]
+        for some in groups
+    ]
 
 
 def spread(values: list[float], places: int, sign: str = "") -> str:
     """Format values as mean ± standard deviation; a dash if there are none."""
     if not values:
-        return "–"
+        return NOTHING
     mean = f"{statistics.mean(values):{sign},.{places}f}"
     return f"{mean} ± {statistics.stdev(values):,.{places}f}" if len(values) > 1 else mean
 
 
-def difference(values: list[float], metric: str) -> str:
-    """Format differences to the baseline as mean ± standard deviation, and for how many seeds they are for the better."""
-    text = spread(values, METRICS[metric], sign="+")
-    return f"{text} ({num_better(metric, values)} of {len(values)})" if values else text
+def _header() -> list[str]:
+    return ["", *(f"{metric} {'↓' if metric in LOWER_IS_BETTER else '↑'}" for metric in METRICS)]

@@ -11,9 +11,9 @@ from .plan import Comparison, Plan, Run
 from .results import BOUNDS, read_bounds, read_result
 
 LOWER_IS_BETTER = ("FID", "KID")
-# entries of a fingerprint that only sampled images have
+# entries of a fingerprint that only sampled images have; and of a small data set there are fewer real images than sampled ones
 SAMPLING = ("num_inference_steps", "scheduler", "scheduler_sha256", "vae_sha256", "guidance_scale", "guidance_channels",
-            "pipeline_arguments", "dtype", "tf32")  # fmt: skip
+            "pipeline_arguments", "dtype", "tf32", "prompts_sha256", "num_samples")  # fmt: skip
 FLAT = 0.05  # FID changes by less over the last quarter of a training that has converged
 
 
@@ -61,6 +61,17 @@ class Row:
             for point in result["points"]:
                 curve.setdefault(point["step"], []).append(point["FID"])
         return dict(sorted(curve.items()))
+
+    def convergence(self) -> dict[str, Any] | None:
+        """Return mean FID after three quarters of the training and at its end, if it is measured at several steps."""
+        curve = {step: statistics.mean(fids) for step, fids in self.curve().items()}
+        last = max(curve)
+        before = max((step for step in curve if step <= 0.75 * last), default=None)
+        if before is None:
+            return None
+        change = curve[last] / curve[before] - 1
+        ends = {"before": before, "FID_before": curve[before], "last": last, "FID_last": curve[last]}
+        return ends | {"change": change, "is_flat": abs(change) < FLAT}
 
     def pairs(self, baseline: "Row") -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Return the results together with the baseline's, for each seed that both have."""
@@ -118,10 +129,6 @@ class Table:
         """The rows whose images are measured at several steps."""
         return [row for row in self.rows if len(row.curve()) > 1]
 
-    def steps(self) -> list[int]:
-        """Return all training steps at which images are measured."""
-        return sorted({step for row in self.curves for step in row.curve()})
-
     @property
     def with_losses(self) -> list[Row]:
         """The rows whose losses can be compared with a baseline's."""
@@ -137,17 +144,6 @@ class Table:
                 which = "every seed" if better == len(differences) else "some seeds only" if better else "no seed"
                 verdicts[which].append(row)
         return {seeds: rows for seeds, rows in verdicts.items() if rows}
-
-    def convergence(self) -> dict[str, Any] | None:
-        """Return mean FID of the first row after three quarters of the training and at its end, if it is measured there."""
-        curve = {step: statistics.mean(fids) for step, fids in self.rows[0].curve().items()} if self.rows else {}
-        last = max(curve, default=0)
-        before = max((step for step in curve if step <= 0.75 * last), default=None)
-        if before is None:
-            return None
-        change = curve[last] / curve[before] - 1
-        ends = {"before": before, "FID_before": curve[before], "last": last, "FID_last": curve[last]}
-        return ends | {"change": change, "is_flat": abs(change) < FLAT}
 
 
 def num_better(metric: str, differences: list[float]) -> int:
