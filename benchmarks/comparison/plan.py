@@ -68,7 +68,8 @@ class Comparison:
     Args:
         name, title, text, data (`str`): From `comparisons.yaml`.
         reading (`str`): What the figures say, and why; from the preset.
-        baseline (`str`): Name of the run that the others are compared with.
+        baseline (`str`): Name of the run that the others are compared with,
+        against (`dict[str, str]`): unless another is named here, by their names.
         runs (`list[Run]`): The runs, with every seed.
     """
 
@@ -78,7 +79,17 @@ class Comparison:
     data: str
     baseline: str
     runs: list[Run]
+    against: dict[str, str] = field(default_factory=dict)
     reading: str = ""
+
+    def baseline_of(self, name: str) -> str:
+        """Return the name of the run that a run is compared with."""
+        return self.against.get(name, self.baseline)
+
+    @property
+    def baseline_title(self) -> str:
+        """The baseline's title."""
+        return self.measured[self.baseline][0].title
 
     @property
     def measured(self) -> dict[str, list[Run]]:

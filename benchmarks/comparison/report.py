@@ -1,233 +1,201 @@
-"""The report: a page with tables and figures, made from the results' JSON files alone."""
+"""The report: a page with tables and plots, made from the results' JSON files alone."""
 
-import json
 import os
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
-from matplotlib.figure import Figure
 
-from diffusers_dmp.evaluation.fingerprint import expect_comparable
+from diffusers_dmp.saving.whole import written_whole
 
-from .plan import Comparison, Plan
+from . import pictures
+from .plan import Plan
+from .tables import LOWER_IS_BETTER, Table, num_better, read_all_bounds, read_tables
 
 TEMPLATE = "results.md.jinja"
-BOUNDS = "bounds"  # the folder of the metrics of real images and of noise
-# entries of a fingerprint that only sampled images have
-SAMPLING = ("num_inference_steps", "scheduler", "scheduler_sha256", "vae_sha256", "guidance_scale", "guidance_channels",
-            "dtype", "tf32")  # fmt: skip
-METRICS = {"FID": 2, "recognised": 3, "precision": 3, "recall": 3}  # decimal places
+PLOTS = "plots"  # the folder of the plots, beside the results
+METRICS = {"FID": 2, "KID": 3, "precision": 3, "recall": 3, "recognised": 3}  # decimal places
+DATA = {"fashion": "Fashion-MNIST", "digits": "scikit-learn's digits"}
+BOUNDS = {"real": "as many training images", "noise": "as many images of uniform noise"}
+IMAGES_IN_A_ROW = 3
+NOTHING = "–"
+
+Cells = list[list[str]]  # of a table on the page, with its header
 
 
-@dataclass(frozen=True)
-class Row:
+def write_report(plan: Plan, results: Path, report: Path) -> None:
     """
-    One row of a table: a run with all its seeds.
-
-    Args:
-        name, title (`str`): Name and title of the run.
-        results (`list[dict]`): One for each finished seed.
-    """
-
-    name: str
-    title: str
-    results: list[dict[str, Any]]
-
-    def last(self, metric: str) -> list[float]:
-        """Return the metric at the end of training, one value per seed."""
-        values = [result["points"][-1].get(metric) for result in self.results]
-        return [value for value in values if value is not None]
-
-    def text(self, metric: str) -> str:
-        """Format the metric as mean ± standard deviation."""
-        return spread(self.last(metric), METRICS[metric])
-
-    def cost(self, name: str, places: int) -> str:
-        """Format the mean of a cost over the seeds, with `places` decimal places."""
-        values = [result[name] for result in self.results if result.get(name) is not None]
-        return f"{statistics.mean(values):,.{places}f}" if values else "–"
-
-    def changes(self, baseline: "Row") -> list[float]:
-        """Return how much higher FID is than the baseline's, seed by seed."""
-        own, other = (
-            {result["seed"]: result["points"][-1]["FID"] for result in row.results} for row in (self, baseline)
-        )
-        return [own[seed] - other[seed] for seed in own if seed in other]
-
-    def difference(self, baseline: "Row") -> str:
-        """Format the changes of FID, and with how many seeds it is lower."""
-        changes = self.changes(baseline)
-        better = sum(change < 0 for change in changes)
-        return f"{spread(changes, 2, sign=True)}, better in {better} of {len(changes)}" if changes else "–"
-
-
-@dataclass(frozen=True)
-class Table:
-    """
-    The results of a comparison.
-
-    Args:
-        comparison ([`Comparison`]): The comparison.
-        rows (`list[Row]`): The runs that have results.
-        bounds (`dict[str, Any]`): The metrics of real images and of noise.
-    """
-
-    comparison: Comparison
-    rows: list[Row]
-    bounds: dict[str, Any]
-
-    @property
-    def baseline(self) -> Row:
-        """The row that the others are compared with; the first row as long as it has no results."""
-        own = [row for row in self.rows if row.name == self.comparison.baseline]
-        return (own or self.rows)[0]
-
-    @property
-    def metrics(self) -> list[str]:
-        """The metrics that have values."""
-        return [metric for metric in METRICS if any(row.last(metric) for row in self.rows)]
-
-    def bound(self, name: str, metric: str) -> str:
-        """Format a metric of real images ('real') or of noise ('noise')."""
-        value = self.bounds[name].get(metric)
-        return "–" if value is None else f"{value:.{METRICS[metric]}f}"
-
-    def verdict(self) -> str:
-        """Say which rows have a lower FID than the baseline: with every seed, with some seeds only, with no seed."""
-        groups: dict[str, list[str]] = {"with every seed": [], "with some seeds only": [], "with no seed": []}
-        for row in self.rows:
-            changes = row.changes(self.baseline) if row is not self.baseline else []
-            if changes:
-                better = sum(change < 0 for change in changes)
-                which = "every seed" if better == len(changes) else "some seeds only" if better else "no seed"
-                groups[f"with {which}"].append(row.title)
-        parts = [f"{which}: {'; '.join(titles)}" for which, titles in groups.items() if titles]
-        return f"A lower FID than “{self.baseline.title}” {', '.join(parts)}." if parts else ""
-
-
-def spread(values: list[float], places: int, sign: bool = False) -> str:
-    """Format the mean ± standard deviation over the seeds."""
-    if not values:
-        return "–"
-    mean = f"{statistics.mean(values):{'+' if sign else ''}.{places}f}"
-    return f"{mean} ± {statistics.stdev(values):.{places}f}" if len(values) > 1 else mean
-
-
-def write_report(plan: Plan, results: Path, path: Path) -> None:
-    """
-    Write the page, and its figures into the results' folder.
+    Write the page of all results that there are, and its plots beside them; what is missing is named on the page.
 
     Args:
         plan ([`Plan`]): All comparisons.
         results (`Path`): The folder of the plan's results.
-        path (`Path`): The page.
+        report (`Path`): The page.
 
     Raises:
-        ValueError: if results of one table were not measured in the same way.
+        ValueError: if a result is not complete, or results of one table were not measured in the same way.
     """
     tables = read_tables(plan, results)
+    for old in (results / PLOTS).glob("*.svg"):
+        old.unlink()
     for table in tables:
-        draw_figure(table).savefig(results / f"{table.comparison.name}.png", dpi=100)
-    path.write_text(make_page(plan, tables, os.path.relpath(results, path.parent)), encoding="utf-8")
+        for kind, draw in pictures.plots(table).items():
+            pictures.save(draw(table), results / PLOTS / f"{table.comparison.name}_{kind}.svg")
+    page = make_page(plan, tables, read_all_bounds(plan, results), os.path.relpath(results, report.parent))
+    with written_whole(report) as unfinished:
+        unfinished.write_text(page, encoding="utf-8")
 
 
-def read_tables(plan: Plan, results: Path) -> list[Table]:
+def make_page(plan: Plan, tables: list[Table], bounds: dict[str, dict[str, Any]], folder: str) -> str:
     """
-    Read the results of all finished runs.
-
-    Raises:
-        ValueError: see [`write_report`].
-    """
-    tables = []
-    for comparison in plan.comparisons:
-        rows = read_rows(comparison, results)
-        if rows:
-            table = Table(comparison, rows, read_json(results / BOUNDS / f"{comparison.data}.json"))
-            check_measured_alike(table)
-            tables.append(table)
-    return tables
-
-
-def make_page(plan: Plan, tables: list[Table], pictures: str) -> str:
-    """
-    Render the page.
+    Format the page.
 
     Args:
-        plan ([`Plan`]): All comparisons.
-        tables (`list[Table]`): Their results.
-        pictures (`str`): The folder of the figures, relative to the page.
+        plan ([`Plan`]), tables (`list[Table]`), bounds (`dict[str, dict]`): What it says.
+        folder (`str`): That of the results, relative to the page.
     """
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True)
-    every = [result for table in tables for row in table.rows for result in row.results]
-    return environment.get_template(TEMPLATE).render(
+    results = [result for table in tables for row in table.rows for result in row.results.values()]
+    parts = [
+        {
+            "comparison": table.comparison,
+            "missing": missing(table),
+            "metrics": metrics_cells(table),
+            "differences": difference_cells(table) if table.compared else [],
+            "has_baseline": any(row.name == table.comparison.baseline for row in table.rows),
+            "verdicts": table.verdicts(),
+            "curves": table.curves,
+            "steps": steps_cells(table),
+            "losses": losses_cells(table) if table.with_losses else [],
+            "plots": pictures.plots(table),
+            "images": images_cells(table, folder),
+        }
+        for table in tables
+    ]
+    page = environment.get_template(TEMPLATE).render(
         plan=plan,
-        tables=tables,
-        pictures=pictures,
-        held_out={table.comparison.data: table.bounds["number"] for table in tables},
-        commits=sorted({result["commit"] for result in every}),
-        hardware=sorted({result["hardware"] for result in every}),
+        parts=parts,
+        unfinished=unfinished(tables),
+        data=DATA,
+        bounds=bounds,
+        bounds_cells=bounds_cells(bounds),
+        folder=folder,
+        commits=sorted({result["commit"] for result in [*results, *bounds.values()]}),
+        hardware=sorted({result["hardware"] for result in results}),
     )
+    return page.rstrip() + "\n"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def unfinished(tables: list[Table]) -> str:
+    """Say in one sentence how many runs are missing, and in which tables; empty if none is."""
+    missing, of = sum(len(table.missing) for table in tables), sum(len(table.comparison.runs) for table in tables)
+    if missing == of:
+        return f"There are no results yet: all {of} runs are missing."
+    parts = [
+        f"{len(table.missing)} of {len(table.comparison.runs)} in “{table.comparison.title}”"
+        for table in tables
+        if table.missing
+    ]
+    return f"Unfinished: {missing} of {of} runs are missing: {', '.join(parts)}." if parts else ""
 
 
-def read_rows(comparison: Comparison, results: Path) -> list[Row]:
-    """Read the results of a comparison, row by row; unfinished runs are left out."""
+def missing(table: Table) -> str:
+    """Say which runs of a table are missing, with their seeds; empty if none is."""
+    seeds: dict[str, list[int]] = {}
+    for run in table.missing:
+        seeds.setdefault(run.title, []).append(run.seed)
+    titles: dict[tuple[int, ...], list[str]] = {}
+    for title, own in seeds.items():
+        titles.setdefault(tuple(own), []).append(title)
+    parts = [] if table.rows else ["There is no result yet."]
+    for own, some in titles.items():
+        every = {run.title for run in table.comparison.runs if run.seed in own}
+        names = f"all {len(every)} runs" if every == set(some) and len(some) > 1 else "; ".join(some)
+        parts.append(f"Missing with seed{'s' if len(own) > 1 else ''} {', '.join(map(str, own))}: {names}.")
+    return " ".join(parts)
+
+
+def bounds_cells(bounds: dict[str, dict[str, Any]]) -> Cells:
+    """Return the table of the best and the worst that can be expected."""
+    rows = [
+        [f"{DATA.get(data, data)}, {title}"]
+        + [
+            NOTHING if own[kind][metric] is None else spread([own[kind][metric]], METRICS[metric])
+            for metric in METRICS
+        ]
+        for data, own in bounds.items()
+        for kind, title in BOUNDS.items()
+    ]
+    return [_header(), *rows]
+
+
+def metrics_cells(table: Table) -> Cells:
+    """Return the table of metrics at the end of training, and of costs."""
+    costs = ["seeds", "parameters", "10⁹ operations per image", "ms per training step"]
+    rows = [
+        [row.title]
+        + [spread(row.values(metric), places) for metric, places in METRICS.items()]
+        + [f"{len(row.results)} of {len(row.runs)}" if len(row.results) < len(row.runs) else str(len(row.runs))]
+        + [spread(row.values("parameters")[:1], 0), spread(row.values("gigaflops_per_image")[:1], 3)]  # of every seed
+        + [spread(row.values("milliseconds_per_step"), 1)]
+        for row in table.rows
+    ]
+    return [_header() + costs, *rows]
+
+
+def difference_cells(table: Table) -> Cells:
+    """Return the table of differences to the baseline, with the number of seeds for which they are for the better."""
     rows = []
-    for runs in comparison.measured.values():
-        paths = [results / f"{run.key}.json" for run in runs]
-        found = [read_json(path) for path in paths if path.exists()]
-        if found:
-            rows.append(Row(runs[0].name, runs[0].title, found))
-    return rows
+    for row in table.compared:
+        cells = [table.label(row)]
+        for metric, places in METRICS.items():
+            values = table.differences(row, metric)
+            better = f" ({num_better(metric, values)} of {len(values)})" if values else ""
+            cells.append(spread(values, places, sign="+") + better)
+        rows.append(cells)
+    return [_header(), *rows]
 
 
-def check_measured_alike(table: Table) -> None:
-    """
-    Check that all results of a table were measured in the same way.
-
-    Raises:
-        ValueError: if they were not; see [`expect_comparable`].
-    """
-    first = table.rows[0].results[0]["fingerprint"]
-    for row in table.rows:
-        for result in row.results:
-            # guidance by a classifier is what is compared
-            expect_comparable(first, result["fingerprint"], may_differ=("guidance_scale",))
-    for bound in ("real", "noise"):
-        expect_comparable(first, table.bounds[bound]["fingerprint"], may_differ=SAMPLING)
+def steps_cells(table: Table) -> Cells:
+    """Return the table of FID by training step."""
+    steps = sorted({step for row in table.curves for step in row.curve()})
+    rows = [
+        [row.title] + [spread(row.curve().get(step, []), METRICS["FID"]) for step in steps] for row in table.curves
+    ]
+    return [["steps"] + [f"{step:,}" for step in steps], *rows]
 
 
-def draw_figure(table: Table) -> Figure:
-    """Draw FID against training steps, if there are several pipelines, and against the cost of an image."""
-    curves = [row for row in table.rows if len(row.results[0]["points"]) > 1]
-    figure = Figure(figsize=(13 if curves else 8, 4), layout="constrained")
-    panels = list(figure.subplots(1, 2 if curves else 1, squeeze=False).flat)
-    colours = {row.name: f"C{index}" for index, row in enumerate(table.rows)}
-    for row in curves:
-        by_step: dict[int, list[float]] = {}
-        for point in (point for result in row.results for point in result["points"]):
-            by_step.setdefault(point["step"], []).append(point["FID"])
-        means = [statistics.mean(values) for values in by_step.values()]
-        panels[0].plot(list(by_step), means, "o-", color=colours[row.name], markersize=4)
-        low, high = zip(*[(min(values), max(values)) for values in by_step.values()])
-        panels[0].fill_between(list(by_step), low, high, color=colours[row.name], alpha=0.15, linewidth=0)
-    for row in table.rows:
-        costs = [result["gigaflops_per_image"] for result in row.results]
-        panels[-1].scatter(costs, row.last("FID"), color=colours[row.name], label=row.title, s=18)
-    for panel in panels:
-        real = panel.axhline(table.bounds["real"]["FID"], color="grey", linestyle="--", linewidth=1)
-        panel.set_yscale("log")
-        panel.set_ylabel("FID")
-    real.set_label("real images, held out")
-    panels[0].set_xlabel("training steps")
-    panels[-1].set_xlabel("10⁹ floating-point operations per image")
-    panels[-1].set_xlim(0, 1.1 * max(result["gigaflops_per_image"] for row in table.rows for result in row.results))
-    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    return figure
+def losses_cells(table: Table) -> Cells:
+    """Return the table of losses by noise level, as differences to the baseline in percent."""
+    rows = [
+        [table.label(row)] + [spread(changes, 1, sign="+") for changes in table.loss_changes(row)]
+        for row in table.with_losses
+    ]
+    num_bands = len(rows[0]) - 1
+    return [["timesteps"] + [f"{band}/{num_bands}" for band in range(1, num_bands + 1)], *rows]
+
+
+def images_cells(table: Table, folder: str) -> list[Cells]:
+    """Return tables of images, some side by side."""
+    rows = [row for row in table.rows if row.grid]
+    groups = [rows[start : start + IMAGES_IN_A_ROW] for start in range(0, len(rows), IMAGES_IN_A_ROW)]
+    return [
+        [
+            [row.title for row in some],
+            [f"![{row.title}]({folder}/{table.comparison.name}/{row.grid.name})" for row in some],
+        ]
+        for some in groups
+    ]
+
+
+def spread(values: list[float], places: int, sign: str = "") -> str:
+    """Format values as mean ± standard deviation; a dash if there are none."""
+    if not values:
+        return NOTHING
+    mean = f"{statistics.mean(values):{sign},.{places}f}"
+    return f"{mean} ± {statistics.stdev(values):,.{places}f}" if len(values) > 1 else mean
+
+
+def _header() -> list[str]:
+    return ["", *(f"{metric} {'↓' if metric in LOWER_IS_BETTER else '↑'}" for metric in METRICS)]
