@@ -20,6 +20,8 @@ ARGUMENTS = {
     "train_patch_diffusion.py": "PatchDiffusionTrainingArguments",
     "train_ppap.py": "PPAPTrainingArguments",
 }
+# what all others of a table start from, and what has more steps than they, as its title says
+UNEQUAL = ("base/longer", "guidance/dit", "guidance/drawn", "guidance/ppap_more", "guidance/ppap_slow", "snr_split/one_longer")
 INDEPENDENT = ("train_dit.py", "train_ppap.py")  # scripts that train each of `num_experts` for as many steps
 
 
@@ -47,7 +49,7 @@ def test_every_run_is_on_equal_terms(cpu):
         budgets = {}
         for run in (run for run in comparison.runs if run.script and run.seed == 0):
             args = arguments_of(cpu, run)
-            if run.key in ("guidance/dit-0", "guidance/drawn-0"):  # which all others of their table start from
+            if run.key.removesuffix("-0") in UNEQUAL:
                 continue
             assert args.seed == run.seed
             num_trained = (args.num_experts or 1) if run.script in INDEPENDENT else 1
@@ -55,13 +57,14 @@ def test_every_run_is_on_equal_terms(cpu):
         assert len(set(budgets.values())) == 1, budgets
 
 
-def test_every_run_has_every_seed_unless_others_start_from_it(cpu):
-    starts = {"base/dit", "guidance/dit", "guidance/drawn"}
+def test_every_run_has_every_seed_but_those_that_others_start_from_and_further_settings(cpu):
+    once = {"base/dit", "base/longer", "guidance/dit", "guidance/drawn"}
+    once |= {f"guidance/{name}" for name in ("ppap_more", "ppap_slow", "ppap_more_7.5", "ppap_slow_7.5")}
     for comparison in cpu.comparisons:
         names = {run.name for run in comparison.runs}
         for name in names:
             seeds = [run.seed for run in comparison.runs if run.name == name]
-            assert seeds == ([0] if f"{comparison.name}/{name}" in starts else cpu.seeds)
+            assert seeds == ([0] if f"{comparison.name}/{name}" in once else cpu.seeds)
 
 
 def test_compared_models_have_equally_many_parameters(cpu):

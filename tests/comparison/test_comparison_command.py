@@ -17,7 +17,7 @@ from conftest import REPOSITORY
 
 from diffusers_dmp.evaluation import judge
 
-PATIENCE = 300.0  # seconds that anything may take
+PATIENCE = 1800.0  # seconds that anything may take
 
 
 def small_data(plan, results: Path, monkeypatch) -> None:
