@@ -103,8 +103,8 @@ def test_what_fits_is_gone_on_with(comparison, capsys):
     (work,) = comparison.performed
     assert "dtr/dit-0" not in work.schedule.unfinished and work.schedule.num_runs - len(work.schedule.unfinished) == 1
     assert work.durations.of(comparison.plan.run("dtr/dit_uw-0")) == 60
-    assert capsys.readouterr().out.endswith("is written; 51 of 52 runs left, about "
-                                            f"{command_line.Execution.left(work).rpartition('about ')[2]}\n")  # fmt: skip
+    number = len(comparison.plan.runs)
+    assert f"is written; {number - 1} of {number} runs left, about " in capsys.readouterr().out
 
 
 def test_a_data_set_that_cannot_be_had(comparison, refused, monkeypatch, tmp_path):
