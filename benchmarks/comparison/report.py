@@ -16,9 +16,9 @@ from .plan import Comparison, Plan
 
 TEMPLATE = "results.md.jinja"
 BOUNDS = "bounds"  # the folder of the metrics of real images and of noise
-# entries of a fingerprint that only sampled images have
+# entries of a fingerprint that only sampled images have; and of a small data set there are fewer real images than sampled ones
 SAMPLING = ("num_inference_steps", "scheduler", "scheduler_sha256", "vae_sha256", "guidance_scale", "guidance_channels",
-            "dtype", "tf32")  # fmt: skip
+            "dtype", "tf32", "prompts_sha256", "num_samples")  # fmt: skip
 METRICS = {"FID": 2, "recognised": 3, "precision": 3, "recall": 3}  # decimal places
 
 
