@@ -10,7 +10,10 @@ import yaml
 PRESETS = Path(__file__).parent
 COMPARISONS = PRESETS / "comparisons.yaml"
 # arguments of a script that do not change what it trains
-FREE = ("checkpointing_steps", "checkpoints_total_limit", "report_to", "resume_from_checkpoint", "logging_steps")
+FREE = (
+    *("checkpointing_steps", "checkpoints_total_limit", "report_to", "resume_from_checkpoint", "logging_steps"),
+    "dataloader_num_workers",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
