@@ -123,7 +123,7 @@ $(GUIDED)/guidance.json: $(GUIDED)/scales.json
 	$(BIN)/python examples/guidance_demo.py compare $(GUIDED)
 
 compare: .venv/compare.installed
-	$(BIN)/python -m benchmarks.comparison --preset $(PRESET)
+	$(BIN)/python -m benchmarks.comparison --preset $(PRESET) $(if $(MINUTES),--minutes $(MINUTES))
 
 space: .venv/space.installed
 	$(BIN)/python spaces/app.py

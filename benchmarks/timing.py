@@ -16,6 +16,8 @@ import torch
 
 from diffusers_dmp.training.utilisation import synchronise
 
+ROOT = Path(__file__).parent.parent  # of the repository
+
 
 @dataclass
 class Ratio:
@@ -214,14 +216,25 @@ def hardware(device: torch.device) -> str:
     return f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def commit() -> str:
-    """Name the commit that is measured, with '-dirty' if files were changed since; 'unknown' outside of a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+def commit(paths: Sequence[str] = ()) -> str:
+    """
+    Name the commit that is measured, with '-dirty' if files were changed since; 'unknown' outside of a repository.
+
+    Args:
+        paths (`Sequence[str]`): Name the last commit that changed these instead, as Git's pathspecs from the repository's root.
+    """
     try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        if not paths:
+            return _git("describe", "--always", "--dirty", "--exclude=*")
+        found = _git("log", "-1", "--first-parent", "--format=%h", "--", *paths)  # a merge that changed them counts
+        return f"{found}-dirty" if _git("diff", "--name-only", "HEAD", "--", *paths) else found
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return found.stdout.strip()
+
+
+def _git(*arguments: str) -> str:
+    """Return what Git answers."""
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def allow_more_shapes() -> None:

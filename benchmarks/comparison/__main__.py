@@ -2,135 +2,147 @@
 
 python -m benchmarks.comparison --preset cpu
 
-The result of each finished run is a JSON file in `docs/results/<preset>`. An interrupted run continues.
+The result of each finished run is a JSON file in `docs/results/<preset>`. After an interruption, however it came about, the same
+command goes on, with trainings from their last checkpoint.
 """
 
 import argparse
-import json
-import multiprocessing
-import os
-import shutil
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+import fcntl
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import torch
 
-from diffusers_dmp.saving.whole import written_whole
-from diffusers_dmp.terminal import OneLineParser, run_command
-from diffusers_dmp.training.data.shards import remember_settings
+from diffusers_dmp.terminal import INTERRUPTED, OneLineParser, run_command, write_line
+from diffusers_dmp.training.launching import num_cores
 
+from .checks import expect_commits, expect_extractor, stored_results
 from .data import make_data
+from .execution import Execution, Limits, write_json
 from .measure import measure_bounds
-from .plan import Plan, Run, load_plan
-from .report import BOUNDS, write_report
-from .run import GRID, is_trained, perform
+from .plan import Plan, load_plan
+from .report import write_report
+from .results import BOUNDS
+from .run import is_trained
+from .schedule import Durations, Schedule
+from .workers import hide_progress
 
 OWN_PRESET = "cpu"
+LOCK = "lock"  # in the output folder: held by the comparison that works there
+GPU_WORKERS = 4  # small trainings wait for the CPU more than for the GPU
 
 
 def main(argv: list[str]) -> None:
+    started = time.monotonic()
+    args = parse(argv)
+    hide_progress()
+    plan = load_plan(args.preset)
+    results = args.results / plan.name
+    report = args.report or Path("docs", "results.md" if plan.name == OWN_PRESET else f"results_{plan.name}.md")
+    stored = stored_results(plan, results)
+    finished = {f"{path.parent.name}/{path.stem}": result for path, result in stored.items()}
+    schedule = Schedule(plan, finished, [run.key for run in plan.runs if is_trained(plan, run)], args.only)
+    durations = Durations([(run, finished[run.key]["seconds"]) for run in plan.runs if run.key in finished])
+    execution = Execution(plan, results, schedule, durations, args.workers, Limits.of(started, args.minutes))
+    if schedule.left and args.minutes != 0:
+        expect_commits(stored, args.accept_commits)
+        with only_one(plan.output_dir), one_line_after_an_interruption(execution):
+            expect_extractor(plan, stored, args.results)
+            prepare(plan, args.results)
+            execution.perform()
+    write_report(plan, results, report)
+    print(f"{report} is written; {execution.left()}")
+    if schedule.failures:
+        write_line(
+            f"Expected all runs to succeed, but {len(schedule.failures)} failed: {', '.join(schedule.failures)}."
+        )
+        raise SystemExit(1)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """
+    Parse the command line.
+
+    Raises:
+        ValueError: if an option is unknown, or a number is out of range.
+    """
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default=OWN_PRESET, help="a preset of this folder, or a YAML file")
+    parser.add_argument(
+        "--minutes", type=float, help="end after so many, to go on later; with 0, only write the report"
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="COMPARISON", help="whose runs are wanted; by default all"
+    )
     parser.add_argument(
         "--results", type=Path, default=Path("docs/results"), help="the folder of all presets' results"
     )
     parser.add_argument(
         "--report", type=Path, help="the page to write; docs/results.md or docs/results_<preset>.md by default"
     )
-    workers = 1 if torch.cuda.is_available() else os.cpu_count()
-    parser.add_argument("--workers", type=int, default=workers, help="how many runs at a time; they share the cores")
+    parser.add_argument(
+        "--workers", type=int, default=GPU_WORKERS if torch.cuda.is_available() else num_cores(),
+        help=f"how many runs at a time, which share the cores; by default {GPU_WORKERS} on a GPU, else one per core",
+    )  # fmt: skip
+    parser.add_argument(
+        "--accept_commits", nargs="+", default=[], metavar="COMMIT",
+        help="go on with results of these commits: nothing that the figures depend on has changed since",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f"Expected `workers` to be at least 1, but got {args.workers}.")
-    plan = load_plan(args.preset)
-    results = args.results / plan.name
-    report = args.report or Path("docs", "results.md" if plan.name == OWN_PRESET else f"results_{plan.name}.md")
-    for run in plan.runs:
-        is_finished(plan, run, results)  # raises for other settings, before anything is trained
+    if args.minutes is not None and not args.minutes >= 0:
+        parser.error(f"Expected `minutes` to be at least 0, but got {args.minutes}.")
+    return args
+
+
+def prepare(plan: Plan, results: Path) -> None:
+    """Make the data sets and measure their bounds, unless that is done."""
     for name in plan.data:
-        make_data(plan, name, args.results)
-        path = results / BOUNDS / f"{name}.json"
-        if path.exists():
-            remember_settings(path, {"settings": plan.data[name]}, "bounds")
-        else:
+        make_data(plan, name, results)
+        path = results / plan.name / BOUNDS / f"{name}.json"
+        if not path.exists():
             write_json(path, measure_bounds(plan, name))
-    perform_all(plan, results, args.workers)
-    write_report(plan, results, report)
 
 
-def perform_all(plan: Plan, results: Path, num_workers: int) -> None:
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
     """
-    Do the runs that have no result yet, several at a time, in the plan's order; a run waits for the run that it needs.
-
-    Args:
-        plan ([`Plan`]): All runs.
-        results (`Path`): The folder of the plan's results.
-        num_workers (`int`): How many runs at a time.
+    Work in a folder where no other comparison does.
 
     Raises:
-        RuntimeError: if some runs failed, after all runs that do not need them are done.
+        ValueError: if another one works there.
     """
-    num_threads = max(1, os.cpu_count() // num_workers)
-    os.environ["OMP_NUM_THREADS"] = str(num_threads)  # read by the workers, which are new processes
-    waiting = [run for run in plan.runs if not is_finished(plan, run, results)]
-    running: dict[Future, Run] = {}
-    failures: dict[str, BaseException] = {}
-
-    def ready() -> list[Run]:
-        missing = {run.key for run in [*waiting, *running.values()]} | set(failures)
-        return [run for run in waiting if not missing & {needed.key for needed in plan.before(run)}]
-
-    with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn")) as workers:
-        while running or ready():
-            for run in ready()[: num_workers - len(running)]:
-                waiting.remove(run)
-                running[workers.submit(perform, plan, run, num_threads)] = run
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                run = running.pop(future)
-                if future.exception() is not None:
-                    failures[run.key] = future.exception()
-                else:
-                    keep_grid(plan, run, results)
-                    write_json(results / f"{run.key}.json", future.result())
-                    print(f"{run.key}: done", flush=True)
-    if failures:
-        lines = [f"{key}: {error}" for key, error in failures.items()]
-        raise RuntimeError("\n".join(["Expected all runs to succeed, but got", *lines]))
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"Expected no other comparison to work in {folder}, but one does; wait for it, or end it."
+            ) from error
+        yield
 
 
-def keep_grid(plan: Plan, run: Run, results: Path) -> None:
-    """Copy the images of the first seed to the results."""
-    grid = plan.folder(run) / GRID
-    if run.measured and run.seed == plan.seeds[0]:
-        with written_whole(results / f"{run.key}.png") as unfinished:
-            shutil.copy(grid, unfinished)
+@contextmanager
+def one_line_after_an_interruption(execution: Execution) -> Iterator[None]:
+    """Say after Ctrl-C or SIGTERM how to go on."""
 
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
 
-def is_finished(plan: Plan, run: Run, results: Path) -> bool:
-    """
-    Return whether a run needs no more work.
-
-    It has a result; and if an unfinished run needs the trained weights of this one, they are there, too.
-
-    Args:
-        plan ([`Plan`]), run ([`Run`]): Which run.
-        results (`Path`): The folder of the plan's results.
-
-    Raises:
-        ValueError: if the result is of a run with other settings.
-    """
-    path = results / f"{run.key}.json"
-    if not path.exists():
-        return False
-    remember_settings(path, {"settings": plan.settings(run)}, f"result {path}")
-    needed_by = [other for other in plan.runs if run in plan.before(other)]
-    return is_trained(plan, run) or all(is_finished(plan, other, results) for other in needed_by)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file, which is never left incomplete."""
-    with written_whole(path) as unfinished:
-        unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    handler = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        write_line(f"benchmarks.comparison: interrupted; the same command goes on: {execution.left()}")
+        raise SystemExit(INTERRUPTED) from None
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 if __name__ == "__main__":

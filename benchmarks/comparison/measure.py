@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from transformers import AutoModelForImageClassification
 
-from benchmarks.timing import commit
 from diffusers_dmp.evaluation.evaluate import EvaluationArguments, evaluate
 from diffusers_dmp.evaluation.images import open_images
 from diffusers_dmp.evaluation.judge import as_pixels, in_parts, load_judge
@@ -18,6 +17,7 @@ from diffusers_dmp.evaluation.npz import NpzImages, write_npz
 from diffusers_dmp.evaluation.sample import NPZ_NAME
 from diffusers_dmp.models.vision import ImagePreprocessor, processor_settings
 
+from .checks import code_commit
 from .data import EXTRACTOR, JUDGE, REFERENCE, TRAIN, noise_images
 from .plan import Plan
 
@@ -74,7 +74,7 @@ def measure_bounds(plan: Plan, name: str) -> dict[str, Any]:
         metrics, fingerprint = measure(plan, name, source)
         bounds[bound] = metrics | {"fingerprint": fingerprint}
     accuracy = {"extractor": accuracy_of_extractor(folder), "judge": recognised(folder / JUDGE, folder / REFERENCE)}
-    return bounds | {"accuracy": accuracy, "settings": plan.data[name], "number": len(images), "commit": commit()}
+    return bounds | {"accuracy": accuracy, "settings": plan.data[name], "number": len(images), "commit": code_commit()}
 
 
 def recognised(judge: Path, source: Path) -> float | None:

@@ -163,17 +163,21 @@ class Plan:
         """Return the folder that a run's `base`, `guide` or one of its `parts` names."""
         return Path(self.resolve(run, value))
 
-    def command(self, run: Run, num_threads: int) -> list[str]:
-        """Return the training command, with the run's seed unless its arguments contain another."""
+    def script(self, run: Run) -> list[str]:
+        """Return the training script and its arguments, with the run's seed unless its arguments contain another."""
         arguments = {"seed": run.seed} | run.arguments | {"output_dir": str(self.folder(run))}
         options = []
         for name, value in arguments.items():
             values = value if isinstance(value, list) else [self.resolve(run, value)]
             options += [f"--{name}", *map(str, values)]
+        return [f"training/{run.script}", *options]
+
+    def command(self, run: Run, num_threads: int) -> list[str]:
+        """Return the command that starts the same training by itself."""
         return [
             *("accelerate", "launch", "--num_machines", "1", "--num_processes", "1", "--dynamo_backend", "no"),
             *("--mixed_precision", "no", "--num_cpu_threads_per_process", str(num_threads)),
-            *(f"training/{run.script}", *options),
+            *self.script(run),
         ]
 
     def settings(self, run: Run) -> dict[str, Any]:

@@ -1,0 +1,141 @@
+"""What must hold before anything is trained: the results in one place are of one preset, one extractor and one commit."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.timing import commit
+from diffusers_dmp.evaluation.features import FeatureExtractor
+
+from .data import EXTRACTOR, EXTRACTORS
+from .plan import Plan
+from .results import BOUNDS, read_bounds, read_result
+
+# What the figures depend on; a changed preset is noticed by its settings.
+CODE = [
+    *("src/diffusers_dmp", ":(glob)training/*.py"),
+    *(f"benchmarks/comparison/{name}.py" for name in ("data", "losses", "measure", "plan", "run", "sampling")),
+]
+SHORT = 12  # characters of a hash
+
+
+def code_commit() -> str:
+    """
+    Name the last commit that changed the code of the comparison, with '-dirty' if files of it were changed since.
+
+    Results and pages may be committed while the comparison goes on. Outside of a repository it is 'unknown', always equal.
+    """
+    return commit(CODE)
+
+
+def stored_results(plan: Plan, results: Path) -> dict[Path, dict[str, Any]]:
+    """
+    Read the results of a plan's runs, and of its bounds, by their files.
+
+    Args:
+        plan ([`Plan`]): All runs.
+        results (`Path`): The folder of the plan's results.
+
+    Raises:
+        ValueError: if a file is half-written, or of a run with other settings.
+    """
+    stored = {}
+    for name, settings in plan.data.items():
+        path = results / BOUNDS / f"{name}.json"
+        if path.exists():
+            stored[path] = read_bounds(path)
+            _expect_settings(path, stored[path]["settings"], settings)
+    for run in plan.runs:
+        path = results / f"{run.key}.json"
+        if path.exists():
+            stored[path] = read_result(path, run.measured)
+            _expect_settings(path, stored[path]["settings"], plan.settings(run))
+    return stored
+
+
+def _expect_settings(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Check that a result is of these settings; the error names what differs."""
+    differences = list(_differences(found, wanted))
+    if differences:
+        more = " …" if len(differences) > 3 else ""
+        raise ValueError(
+            f"Expected {path} to be a result of these settings, but it has {'; '.join(differences[:3])}{more}. Move it away, "
+            "or write to another place with `--results`."
+        )
+
+
+def _differences(found: Any, wanted: Any, name: str = "") -> Iterator[str]:
+    """Name what differs between settings, such as 'arguments.max_train_steps 4 instead of 2000'."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in [*wanted, *(key for key in found if key not in wanted)]:
+            yield from _differences(found.get(key), wanted.get(key), f"{name}.{key}".strip("."))
+    elif isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
+        for index, (one, other) in enumerate(zip(found, wanted)):
+            yield from _differences(one, other, f"{name}[{index}]")
+    elif found != wanted:
+        yield f"`{name}` {found!r} instead of {wanted!r}"
+
+
+def expect_commits(stored: dict[Path, dict[str, Any]], accepted: Sequence[str]) -> None:
+    """
+    Check that results are of this commit: its figures are compared with those that are about to be measured.
+
+    Args:
+        stored (`dict[Path, dict]`): As [`stored_results`] returns it.
+        accepted (`Sequence[str]`): Other commits that a user says to be equal in what the figures depend on.
+
+    Raises:
+        ValueError: if a result is of another commit.
+    """
+    known = {code_commit(), *accepted}
+    others = {path: result["commit"] for path, result in stored.items() if result["commit"] not in known}
+    if others:
+        first, names = next(iter(others)), " ".join(sorted(set(others.values())))
+        all_names = " ".join(sorted({*accepted, *others.values()}))
+        more = f" and {len(others) - 1} more of {names}" if len(others) > 1 else ""
+        raise ValueError(
+            f"Expected all results to be of the commit {code_commit()}, but {first} is of {others[first]}{more}. Move "
+            f"{'them' if more else 'it'} away, or if nothing that the figures depend on has changed since, add "
+            f"`--accept_commits {all_names}`."
+        )
+
+
+def expect_extractor(plan: Plan, stored: dict[Path, dict[str, Any]], results: Path) -> None:
+    """
+    Check that results were measured with the extractors that others are about to be measured with.
+
+    Args:
+        plan ([`Plan`]): For the data sets.
+        stored (`dict[Path, dict]`): As [`stored_results`] returns it.
+        results (`Path`): The folder of all presets' results, which holds the extractors.
+
+    Raises:
+        ValueError: if the extractor has another hash than the one that measured, or is missing.
+    """
+    for name in plan.data:
+        kept, copy = results / EXTRACTORS / name / EXTRACTOR, plan.data_folder(name) / EXTRACTOR
+        hashes = {folder: FeatureExtractor(folder).sha256 for folder in (kept, copy) if folder.exists()}
+        keys = {run.key for run in plan.runs if run.data == name} | {f"{BOUNDS}/{name}"}
+        for path, result in stored.items():
+            if f"{path.parent.name}/{path.stem}" not in keys:
+                continue
+            fingerprint = result.get("fingerprint") or result.get("real", {}).get("fingerprint") or {}
+            used = fingerprint.get("extractor_sha256")
+            if used is None:
+                continue
+            if not hashes:
+                raise ValueError(
+                    f"Expected {kept} to be the extractor ({used[:SHORT]}…) that {path} was measured with, but there is "
+                    "none. Bring it back, or move the results away."
+                )
+            for folder, own in hashes.items():
+                if own != used:
+                    raise ValueError(
+                        f"Expected {folder} to be the extractor that {path} was measured with ({used[:SHORT]}…), but got "
+                        f"another ({own[:SHORT]}…). Bring that back, or move the results away."
+                    )
+        if len(set(hashes.values())) > 1:
+            raise ValueError(
+                f"Expected {copy} to be a copy of {kept}, but got another extractor ({hashes[copy][:SHORT]}…, not "
+                f"{hashes[kept][:SHORT]}…). Delete the folder {copy.parent}; it is made again."
+            )

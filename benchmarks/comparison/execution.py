@@ -1,0 +1,159 @@
+"""Do the jobs of a schedule with several processes at once, until all are done or the time is over."""
+
+import json
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers_dmp.saving.whole import written_whole
+from diffusers_dmp.training.launching import num_cores
+
+from .plan import Plan
+from .run import GRID, seconds_spent
+from .schedule import Durations, Job, Schedule, time_text
+from .workers import Worker, answering, stop
+
+FOREVER = float("inf")
+SECONDS_TO_BEGIN = 30.0  # about what a training takes until its first step
+SECONDS_AT_THE_END = 20.0  # for the last checkpoints, and as many for the report, of a part that is long enough
+
+
+@dataclass(frozen=True)
+class Limits:
+    """
+    When a part of the comparison ends, as `time.monotonic` counts.
+
+    Args:
+        started (`float`): When it began.
+        stop_at (`float`): When what is trained then is interrupted.
+        kill_at (`float`): When what has not ended by itself is killed.
+    """
+
+    started: float
+    stop_at: float = FOREVER
+    kill_at: float = FOREVER
+
+    @classmethod
+    def of(cls, started: float, minutes: float | None) -> "Limits":
+        """Leave time for the last checkpoints, and for the report."""
+        if minutes is None:
+            return cls(started)
+        end = started + 60 * minutes
+        reserve = min(SECONDS_AT_THE_END, 60 * minutes / 5)
+        return cls(started, end - 2 * reserve, end - reserve)
+
+    def allow(self, job: Job, estimate: float | None, now: float) -> bool:
+        """
+        Return whether a job should be started.
+
+        A training is worth it with less time than it needs, because the next part goes on with it. The rest of a run is not,
+        unless no part is long enough for it.
+
+        Args:
+            job ([`Job`]): Which.
+            estimate (`float`, *optional*): Its seconds; None if nothing is known.
+            now (`float`): As `time.monotonic` counts.
+        """
+        left = self.stop_at - now
+        if job.is_training:
+            return left >= min(SECONDS_TO_BEGIN, (self.stop_at - self.started) / 2)
+        return left > 0 and (estimate is None or estimate <= left or estimate > self.stop_at - self.started)
+
+
+@dataclass
+class Execution:
+    """
+    The work on a comparison.
+
+    Args:
+        plan ([`Plan`]): All runs.
+        results (`Path`): The folder of the plan's results.
+        schedule ([`Schedule`]): What is left.
+        durations ([`Durations`]): What is known of how long runs take.
+        num_workers (`int`): How many jobs are done at a time; they share the cores.
+        limits ([`Limits`]): When it ends.
+    """
+
+    plan: Plan
+    results: Path
+    schedule: Schedule
+    durations: Durations
+    num_workers: int
+    limits: Limits
+
+    def perform(self) -> None:
+        """Do what is left; failures are noted in the schedule, and what does not need them is done."""
+        workers: list[Worker] = []
+        try:
+            while True:
+                self._start_ready(workers)
+                busy = [worker for worker in workers if worker.job is not None]
+                answered = answering(busy, self.limits.stop_at) if busy else []
+                if not answered:  # nothing is left that can be done, or the time is over
+                    break
+                for worker in answered:
+                    self._note(*worker.answer())
+        finally:
+            stop(workers, self.limits.kill_at)
+
+    def _start_ready(self, workers: list[Worker]) -> None:
+        """Give a job to each worker that has none, as long as jobs are ready."""
+        for job in self.schedule.ready():
+            if not self.limits.allow(job, self._estimate(job), time.monotonic()):
+                continue
+            workers[:] = [worker for worker in workers if worker.is_alive]
+            idle = [worker for worker in workers if worker.job is None]
+            if not idle and len(workers) == self.num_workers:
+                break
+            if not idle:
+                idle = [Worker(self.plan, max(1, num_cores() // self.num_workers))]
+                workers += idle
+            idle[0].give(job)
+            self.schedule.start(job)
+
+    def _estimate(self, job: Job) -> float | None:
+        """Estimate the seconds of what is left of a job's run."""
+        run = self.schedule.runs[job.key]
+        return self.durations.rest_of(run, seconds_spent(self.plan, run))
+
+    def _note(self, job: Job, result: dict[str, Any] | None, failure: str) -> None:
+        """Write the result of a job, and say what is left."""
+        if failure:
+            self.schedule.fail(job, failure)
+            print(f"{job.key}: failed, {failure}", file=sys.stderr, flush=True)
+            return
+        run = self.schedule.runs[job.key]
+        if result is not None:
+            _keep_grid(self.plan, job.key, self.results)
+            write_json(self.results / f"{job.key}.json", result)
+            self.durations.known.append((run, result["seconds"]))
+        self.schedule.finish(job)
+        if result is not None:
+            fid = f", FID {result['points'][-1]['FID']:.2f}" if "points" in result else ""
+            print(f"{job.key}: done in {time_text(result['seconds'])}{fid}; {self.left()}", flush=True)
+
+    def left(self) -> str:
+        """Say how many runs are left, and how long they will take."""
+        number, of = len(self.schedule.unfinished), self.schedule.num_runs
+        if not number:
+            return f"all {of} runs are done"
+        spent = {key: seconds_spent(self.plan, self.schedule.runs[key]) for key in self.schedule.unfinished}
+        seconds = self.durations.left(self.schedule, spent, self.num_workers)
+        return f"{number} of {of} runs left, {'no estimate yet' if seconds is None else f'about {time_text(seconds)}'}"
+
+
+def _keep_grid(plan: Plan, key: str, results: Path) -> None:
+    """Copy the images of the first seed to the results."""
+    run = plan.run(key)
+    if run.measured and run.seed == plan.seeds[0]:
+        with written_whole(results / f"{key}.png") as unfinished:
+            shutil.copy(plan.folder(run) / GRID, unfinished)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file, which is never left incomplete."""
+    with written_whole(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2) + "\n")
