@@ -38,10 +38,8 @@ def in_the_repository(monkeypatch):
 def arguments_of(plan: Plan, run: Run):
     """The arguments as the script parses them."""
     module = importlib.import_module(run.script.removesuffix(".py"))
-    command = plan.command(run, num_threads=1)
-    argv = command[command.index(f"training/{run.script}") + 1 :]
     with patch("diffusers_dmp.saving.sources.is_local", return_value=False):  # the folders of data are not made yet
-        return parse_arguments(module.TextToImageArguments, argv)
+        return parse_arguments(module.TextToImageArguments, plan.script(run)[1:])
 
 
 def test_the_adaptations_are_on_equal_terms():
@@ -148,6 +146,21 @@ def test_a_band_of_noise_levels_has_the_loss_of_its_own_lora(plan):
     own = [diagnosis.band_losses[band // 2][band] for band in range(8)]
     assert measure_losses(plan, run, pipeline) == pytest.approx(own, rel=1e-4)
     assert measure_losses(plan, run, pipeline) != pytest.approx(diagnosis.band_losses[0], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_model_of_text_is_trained_and_adapted(plan):
+    """By the training script itself, for a few steps, with each kind of LoRA."""
+    few = {"max_train_steps": 3, "lr_warmup_steps": 1, "batch_size": 8}
+    quick = [dataclasses.replace(run, arguments=run.arguments | few) if run.script else run for run in plan.runs]
+    lora = dataclasses.replace(next(each for each in plan.comparisons if each.name == "lora"), runs=quick)
+    plan = dataclasses.replace(plan, comparisons=[lora])
+    keys = [f"lora/{name}-0" for name in ("base", "unadapted", "one", "four_by_snr")]
+    results = {key: perform(plan, plan.run(key), 1) for key in keys}
+    losses = [results[key]["losses"] for key in keys[1:]]
+    assert losses[0] != losses[1] != losses[2] != losses[0]
+    assert len(list(plan.folder(plan.run("lora/four_by_snr-0")).glob("loras/*.safetensors"))) == 4
+    assert results["lora/one-0"]["parameters"] == results["lora/four_by_snr-0"]["parameters"]
 
 
 def test_the_published_networks_recognise_digits_by_other_writers(tmp_path):
