@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+import psutil
 import torch
 
 from diffusers_dmp.terminal import INTERRUPTED, OneLineParser, run_command, write_line
@@ -37,7 +38,7 @@ GPU_WORKERS = 4  # small trainings wait for the CPU more than for the GPU
 
 
 def main(argv: list[str]) -> None:
-    started = time.monotonic()
+    started = time.monotonic() - (time.time() - psutil.Process().create_time())  # before the imports
     args = parse(argv)
     hide_progress()
     plan = load_plan(args.preset)

@@ -1,5 +1,6 @@
 """What must hold before anything is trained: the results in one place are of one preset, one extractor and one commit."""
 
+import filecmp
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from benchmarks.timing import commit
 from diffusers_dmp.evaluation.features import FeatureExtractor
 
-from .data import EXTRACTOR, EXTRACTORS
+from .data import EXTRACTOR, EXTRACTORS, JUDGE
 from .plan import Plan
 from .results import BOUNDS, read_bounds, read_result
 
@@ -113,29 +114,39 @@ def expect_extractor(plan: Plan, stored: dict[Path, dict[str, Any]], results: Pa
         ValueError: if the extractor has another hash than the one that measured, or is missing.
     """
     for name in plan.data:
-        kept, copy = results / EXTRACTORS / name / EXTRACTOR, plan.data_folder(name) / EXTRACTOR
-        hashes = {folder: FeatureExtractor(folder).sha256 for folder in (kept, copy) if folder.exists()}
+        kept, copy = results / EXTRACTORS / name, plan.data_folder(name)
+        hashes = {
+            folder: FeatureExtractor(folder).sha256
+            for folder in (kept / EXTRACTOR, copy / EXTRACTOR)
+            if folder.exists()
+        }
         keys = {run.key for run in plan.runs if run.data == name} | {f"{BOUNDS}/{name}"}
         for path, result in stored.items():
-            if f"{path.parent.name}/{path.stem}" not in keys:
-                continue
-            fingerprint = result.get("fingerprint") or result.get("real", {}).get("fingerprint") or {}
-            used = fingerprint.get("extractor_sha256")
-            if used is None:
-                continue
-            if not hashes:
-                raise ValueError(
-                    f"Expected {kept} to be the extractor ({used[:SHORT]}…) that {path} was measured with, but there is "
-                    "none. Bring it back, or move the results away."
-                )
-            for folder, own in hashes.items():
-                if own != used:
-                    raise ValueError(
-                        f"Expected {folder} to be the extractor that {path} was measured with ({used[:SHORT]}…), but got "
-                        f"another ({own[:SHORT]}…). Bring that back, or move the results away."
-                    )
-        if len(set(hashes.values())) > 1:
+            if f"{path.parent.name}/{path.stem}" in keys:
+                _expect_measured_with(path, result, hashes, kept / EXTRACTOR)
+        judges = [folder / JUDGE for folder in (kept, copy)]
+        same_judge = not all(judge.exists() for judge in judges) or filecmp.cmp(*judges, shallow=False)
+        if len(set(hashes.values())) > 1 or not same_judge:
             raise ValueError(
-                f"Expected {copy} to be a copy of {kept}, but got another extractor ({hashes[copy][:SHORT]}…, not "
-                f"{hashes[kept][:SHORT]}…). Delete the folder {copy.parent}; it is made again."
+                f"Expected {copy} to have copies of the networks that {kept} has, but got others. Delete {copy}; it is made "
+                "again."
+            )
+
+
+def _expect_measured_with(path: Path, result: dict[str, Any], hashes: dict[Path, str], kept: Path) -> None:
+    """Check that a result was measured with the network of these folders."""
+    fingerprint = result["real"]["fingerprint"] if "real" in result else result.get("fingerprint")
+    if fingerprint is None:  # its images are not measured
+        return
+    used = fingerprint["extractor_sha256"]
+    what_to_do = "Bring it back, or move the results away."
+    if not hashes:
+        raise ValueError(
+            f"Expected {kept} to be the extractor that {path} was measured with ({used[:SHORT]}…), but there is none. {what_to_do}"
+        )
+    for folder, own in hashes.items():
+        if own != used:
+            raise ValueError(
+                f"Expected {folder} to be the extractor that {path} was measured with ({used[:SHORT]}…), but got another "
+                f"({own[:SHORT]}…). {what_to_do}"
             )

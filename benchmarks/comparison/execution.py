@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -83,41 +83,46 @@ class Execution:
     durations: Durations
     num_workers: int
     limits: Limits
+    workers: list[Worker] = field(default_factory=list, init=False)
 
     def perform(self) -> None:
         """Do what is left; failures are noted in the schedule, and what does not need them is done."""
-        workers: list[Worker] = []
         try:
             while True:
-                self._start_ready(workers)
-                busy = [worker for worker in workers if worker.job is not None]
+                self._start_ready()
+                busy = [worker for worker in self.workers if worker.job is not None]
                 answered = answering(busy, self.limits.stop_at) if busy else []
                 if not answered:  # nothing is left that can be done, or the time is over
                     break
                 for worker in answered:
                     self._note(*worker.answer())
         finally:
-            stop(workers, self.limits.kill_at)
+            stop(self.workers, self.limits.kill_at)
 
-    def _start_ready(self, workers: list[Worker]) -> None:
+    def _start_ready(self) -> None:
         """Give a job to each worker that has none, as long as jobs are ready."""
         for job in self.schedule.ready():
             if not self.limits.allow(job, self._estimate(job), time.monotonic()):
                 continue
-            workers[:] = [worker for worker in workers if worker.is_alive]
-            idle = [worker for worker in workers if worker.job is None]
-            if not idle and len(workers) == self.num_workers:
+            self.workers = [worker for worker in self.workers if worker.is_alive]
+            idle = [worker for worker in self.workers if worker.job is None]
+            if not idle and len(self.workers) == self.num_workers:
                 break
             if not idle:
                 idle = [Worker(self.plan, max(1, num_cores() // self.num_workers))]
-                workers += idle
+                self.workers += idle
             idle[0].give(job)
             self.schedule.start(job)
 
     def _estimate(self, job: Job) -> float | None:
         """Estimate the seconds of what is left of a job's run."""
-        run = self.schedule.runs[job.key]
-        return self.durations.rest_of(run, seconds_spent(self.plan, run))
+        return self.durations.rest_of(self.schedule.runs[job.key], self._spent(job.key))
+
+    def _spent(self, key: str) -> float:
+        """Return the seconds that went into a run, in all parts and until now."""
+        now = time.monotonic()
+        own = [now - worker.started for worker in self.workers if worker.job is not None and worker.job.key == key]
+        return seconds_spent(self.plan, self.schedule.runs[key]) + sum(own)
 
     def _note(self, job: Job, result: dict[str, Any] | None, failure: str) -> None:
         """Write the result of a job, and say what is left."""
@@ -140,7 +145,7 @@ class Execution:
         number, of = len(self.schedule.unfinished), self.schedule.num_runs
         if not number:
             return f"all {of} runs are done"
-        spent = {key: seconds_spent(self.plan, self.schedule.runs[key]) for key in self.schedule.unfinished}
+        spent = {key: self._spent(key) for key in self.schedule.unfinished}
         seconds = self.durations.left(self.schedule, spent, self.num_workers)
         return f"{number} of {of} runs left, {'no estimate yet' if seconds is None else f'about {time_text(seconds)}'}"
 

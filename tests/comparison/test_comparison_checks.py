@@ -188,12 +188,17 @@ def test_an_extractor_of_another_hash(comparison, refused, extractor, tmp_path):
     assert f"Expected {kept} to be the extractor" in refused() and "there is none" in refused()
 
 
-def test_an_extractor_that_is_not_the_one_beside_the_results(comparison, refused, tmp_path):
+def test_networks_that_are_not_those_beside_the_results(comparison, refused, tmp_path):
     """Also where nothing was measured yet."""
     shutil.rmtree(comparison.results / "tiny")
-    copy = comparison.plan.data_folder("fashion") / "extractor"
-    write_extractor(copy, width=8)
-    assert f"Expected {copy} to be a copy of" in refused()
+    kept, copy = comparison.results / "extractors" / "fashion", comparison.plan.data_folder("fashion")
+    (kept / "judge.safetensors").write_text("one")
+    (copy / "judge.safetensors").write_text("two")
+    line = f"Expected {copy} to have copies of the networks that {kept} has, but got others. Delete {copy}"
+    assert line in refused()
+    (copy / "judge.safetensors").write_text("one")
+    write_extractor(copy / "extractor", width=8)
+    assert line in refused()
 
 
 def test_options_out_of_range(refused):

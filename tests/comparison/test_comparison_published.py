@@ -11,7 +11,7 @@ from benchmarks.comparison import data
 from benchmarks.comparison.data import make_data
 from benchmarks.comparison.measure import measure, measure_bounds
 from benchmarks.comparison.plan import PRESETS, load_plan
-from benchmarks.comparison.results import read_bounds, read_result
+from benchmarks.comparison.results import METRICS, read_bounds, read_result
 from benchmarks.comparison.sampling import num_parameters, sample
 from conftest import REPOSITORY
 from diffusers import DiffusionPipeline
@@ -44,8 +44,9 @@ def test_the_published_bounds_are_measured_again(plan):
     """The same images and networks: only the rounding of another processor is between them."""
     published, found = read_bounds(RESULTS / "cpu" / "bounds" / "fashion.json"), measure_bounds(plan, "fashion")
     for name in ("real", "noise"):
-        for metric in ("FID", "KID", "precision", "recall", "recognised"):
-            assert found[name][metric] == pytest.approx(published[name][metric], rel=1e-3, abs=2e-3), (name, metric)
+        for metric, value in published[name].items():
+            if metric in METRICS and value is not None:  # noise has no classes that could be recognised
+                assert found[name][metric] == pytest.approx(value, rel=1e-3, abs=2e-3), (name, metric)
         for part in ("extractor_sha256", "reference_sha256"):
             assert found[name]["fingerprint"][part] == published[name]["fingerprint"][part]
     assert (
@@ -59,7 +60,8 @@ def test_the_first_published_point_of_a_run_is_reproduced(plan, monkeypatch):
     """
     A DiT, trained to the first step at which it was measured.
 
-    Training amplifies rounding: on an H100 and on one thread of a CPU, FID was 33.4 and 34.0 there; with three seeds 30.0 to 33.4.
+    Training amplifies rounding: on an H100 and on one thread of a CPU, FID was 33.4 and 34.0 there, recall 0.27 and 0.19; with three
+    seeds on the H100, FID was 30.0 to 33.4.
     """
     monkeypatch.chdir(REPOSITORY)
     run = plan.run("dtr/dit-0")
@@ -78,7 +80,7 @@ def test_the_first_published_point_of_a_run_is_reproduced(plan, monkeypatch):
     metrics, fingerprint = measure(plan, run.data, images)
     assert metrics["FID"] == pytest.approx(point["FID"], rel=0.1)
     for metric in ("precision", "recall", "recognised"):
-        assert metrics[metric] == pytest.approx(point[metric], abs=0.07), metric
+        assert metrics[metric] == pytest.approx(point[metric], abs=0.1), metric
     assert num_parameters(DiffusionPipeline.from_pretrained(pipeline)) == published["parameters"]
     decisive = ("extractor_sha256", "reference_sha256", "num_samples", "seed", "scheduler", "num_inference_steps")
     assert {name: fingerprint[name] for name in decisive} == {

@@ -85,7 +85,7 @@ class FakeWorker:
         pass
 
     def give(self, job):
-        self.job = job
+        self.job, self.started = job, time.monotonic()
 
     def answer(self):
         job, self.job = self.job, None
