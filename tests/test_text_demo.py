@@ -13,6 +13,8 @@ from tiny_pipelines import filled
 from tiny_sentences import sentence_pipe, transformer
 
 from diffusers_dmp import LoraExperts, NoiseIntervals
+from diffusers_dmp.evaluation.digits import ENLARGED_SIZE
+from diffusers_dmp.evaluation.text_model import TRANSFORMER, with_closed_gates
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def demo(monkeypatch):
 @pytest.fixture
 def folder(tmp_path, demo):
     """What the trainings leave: a pipeline, and one or more LoRAs of it for each adaptation."""
-    pipeline = sentence_pipe(transformer(sample_size=demo.SIZE, pos_embed_max_size=7))
+    pipeline = sentence_pipe(transformer(sample_size=ENLARGED_SIZE, pos_embed_max_size=7))
     pipeline.save_pretrained(tmp_path / "base" / "pipeline")
     for number, name in enumerate(demo.ADAPTATIONS.values()):
         experts = 2**number
@@ -76,7 +78,7 @@ def test_the_comparison_of_adaptations(demo, folder, capsys):
 
 
 def test_the_pictures_of_clothes(demo, folder, monkeypatch):
-    images = np.random.default_rng(0).integers(256, size=(20, demo.SIZE, demo.SIZE), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(256, size=(20, ENLARGED_SIZE, ENLARGED_SIZE), dtype=np.uint8)
     labels = np.arange(20) % 10
     monkeypatch.setattr(demo, "fashion_images", lambda split="train": (images, labels))
     monkeypatch.setattr(demo, "fit_resnet", lambda folder, *data: filled(_Classifier(), 0))
@@ -116,10 +118,10 @@ def test_says_what_is_missing(demo, monkeypatch):
         demo.new_pipeline()
 
 
-def test_the_new_transformer_begins_with_zeros(demo):
+def test_the_new_transformer_begins_with_zeros():
     from diffusers import SD3Transformer2DModel
 
-    model = demo.with_closed_gates(SD3Transformer2DModel(**demo.TRANSFORMER))
+    model = with_closed_gates(SD3Transformer2DModel(**TRANSFORMER))
     text = {"encoder_hidden_states": torch.randn(1, 16, 384), "pooled_projections": torch.randn(1, 384)}
     output = model(torch.randn(1, 1, 28, 28), **text, timestep=torch.tensor([500.0])).sample
     assert not output.any() and 2.3e6 < model.num_parameters() < 2.5e6

@@ -15,7 +15,7 @@ from .results import BOUNDS, read_bounds, read_result
 # What the figures depend on; a changed preset is noticed by its settings.
 CODE = [
     *("src/diffusers_dmp", ":(glob)training/*.py"),
-    *(f"benchmarks/comparison/{name}.py" for name in ("data", "losses", "measure", "plan", "run", "sampling")),
+    *(f"benchmarks/comparison/{name}.py" for name in ("data", "losses", "measure", "plan", "run", "sampling", "text")),
 ]
 SHORT = 12  # characters of a hash
 

@@ -4,15 +4,24 @@ Legend: N images.
 """
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from diffusers_dmp.evaluation.digits import fit_resnet
-from diffusers_dmp.evaluation.fashion import CLASSES, fashion_images, write_labelled_images
+from diffusers_dmp.evaluation.digits import DIGIT_PHRASES, DIGITS, enlarged_digits, fit_resnet
+from diffusers_dmp.evaluation.fashion import (
+    CLASSES,
+    captions_of,
+    fashion_images,
+    write_captioned_images,
+    write_labelled_images,
+)
 from diffusers_dmp.evaluation.judge import fit_judge
+from diffusers_dmp.evaluation.text_model import new_pipeline
 from diffusers_dmp.saving.whole import written_whole
+from diffusers_dmp.training.data.prompt_encoding import PromptEncodingArguments, encode_prompts
 from diffusers_dmp.training.data.shards import remember_settings
 
 from .plan import Plan
@@ -23,6 +32,8 @@ MEASURING = (EXTRACTOR, JUDGE)  # the networks that are stored with the results
 EXTRACTORS = "extractors"  # their folder, which all presets share
 SEED, GUIDE_SEED, JUDGE_SEED = 0, 1, 2  # a network that guides must not be one that measures
 EXTRACTOR_STEPS, GUIDE_STEPS = 2500, 1500
+# of a text-to-image model: the pipeline that its training begins with, encoded pictures and captions, and prompts to sample from
+START, CLOTHES, CAPTIONED, PROMPTS = "start", "clothes", "captioned", "prompts.txt"
 BATCH_SIZE = 128
 
 
@@ -62,13 +73,63 @@ def make_fashion(folder: Path, stored: Path, num_train: int, num_reference: int)
         write_labelled_images(folder / part / "images.parquet", images, labels)
     images, labels = (each[:num_train] for each in fashion_images())
     fit_resnet(folder / GUIDE, images[..., None], labels, list(CLASSES), GUIDE_STEPS, seed=GUIDE_SEED)
+    _measuring_networks(folder, stored, images, labels, CLASSES)
+
+
+def make_digits(
+    folder: Path, stored: Path, num_train: int, num_reference: int, num_clothes: int, patch_size: int
+) -> None:
+    """
+    Write what a text-to-image model of Fashion-MNIST is trained on, and the digits that it is adapted to.
+
+    These are: a pipeline with random weights; Fashion-MNIST and the first scans of scikit-learn's digits, with captions, encoded by
+    that pipeline; prompts to sample from, in the order of the classes; and the last scans to compare with, which are by other
+    writers, and the networks.
+
+    Args:
+        folder, stored (`Path`): As of [`make_fashion`].
+        num_train, num_reference, num_clothes (`int`): How many images.
+        patch_size (`int`): Of the transformer.
+    """
+    new_pipeline(patch_size=patch_size).save_pretrained(folder / START)
+    clothes, kinds = (each[:num_clothes] for each in fashion_images())
+    digits, labels = enlarged_digits()
+    train, reference = slice(num_train), slice(len(digits) - num_reference, None)
+    for part, rows in ((TRAIN, train), (REFERENCE, reference)):
+        write_labelled_images(folder / part / "images.parquet", digits[rows], labels[rows], DIGITS)
+    _encode(folder, CLOTHES, clothes, captions_of(kinds))
+    _encode(folder, CAPTIONED, digits[train], captions_of(labels[train], DIGITS, DIGIT_PHRASES))
+    (folder / PROMPTS).write_text("".join(f"{DIGIT_PHRASES[0].format(name)}\n" for name in DIGITS))
+    _measuring_networks(folder, stored, digits[train], labels[train], DIGITS, mirror=False)
+
+
+def _encode(folder: Path, name: str, images: np.ndarray, captions: list[str]) -> None:
+    """Encode images and captions by the pipeline in a data set's folder."""
+    plain = folder / "plain" / name
+    write_captioned_images(plain / "images.parquet", images, captions)
+    encode_prompts(
+        PromptEncodingArguments(
+            dataset=str(plain),
+            pipeline=str(folder / START),
+            output_dir=str(folder / name),
+            resolution=images.shape[1],
+            batch_size=64,
+            shard_size=4096,
+        )
+    )
+
+
+def _measuring_networks(
+    folder: Path, stored: Path, images: np.ndarray, labels: np.ndarray, names: Sequence[str], mirror: bool = True
+) -> None:
+    """Copy the networks that measure into a data set's folder; if none are stored, train and store them before."""
     if not stored.exists():
         with written_whole(stored) as unfinished:
             unfinished.mkdir(parents=True)
             fit_resnet(
-                unfinished / EXTRACTOR, images[..., None], labels, list(CLASSES), EXTRACTOR_STEPS, BATCH_SIZE, SEED
+                unfinished / EXTRACTOR, images[..., None], labels, list(names), EXTRACTOR_STEPS, BATCH_SIZE, SEED
             )
-            fit_judge(unfinished / JUDGE, images, labels, seed=JUDGE_SEED)
+            fit_judge(unfinished / JUDGE, images, labels, seed=JUDGE_SEED, mirror=mirror)
     for name in MEASURING:
         copy = shutil.copytree if (stored / name).is_dir() else shutil.copy
         copy(stored / name, folder / name)
@@ -84,4 +145,4 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-MAKERS = {"fashion": make_fashion}
+MAKERS = {"fashion": make_fashion, "digits": make_digits}

@@ -213,7 +213,7 @@ class Plan:
 
 def load_plan(preset: str) -> Plan:
     """
-    Load a preset.
+    Load a preset; comparisons on data sets that it does not have are left out.
 
     Args:
         preset (`str`): Name of a preset in this folder, or the path of a YAML file.
@@ -229,6 +229,8 @@ def load_plan(preset: str) -> Plan:
     groups, readings = sizes.pop("settings"), sizes.pop("readings", {})
     comparisons = []
     for name, content in yaml.safe_load(COMPARISONS.read_text()).items():
+        if content["data"] not in sizes["data"]:
+            continue
         rows = content.pop("runs")
         runs = [
             _make_run(name, run_name, seed, content["data"], own, groups)

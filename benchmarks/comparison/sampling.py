@@ -25,11 +25,13 @@ from diffusers_dmp.evaluation.sample import (
 )
 from diffusers_dmp.guidance.bundle import WEIGHTS_NAME
 from diffusers_dmp.models.inputs import has_classes
+from diffusers_dmp.training.data.prompts import prompts_of, read_prompts
 from diffusers_dmp.training.data.seeded_sampling import load_sampling_pipeline, sample_seeded
 from diffusers_dmp.training.data.shards import remember_settings
 
 from .data import device
 from .plan import Plan, Run
+from .text import PROMPTS, attach_loras, is_of_text, loras_of, write_labels
 
 BATCH_SIZE = 250
 NUM_CLASSES = len(CLASSES)
@@ -61,6 +63,8 @@ def sample(plan: Plan, run: Run, source: Path, folder: Path) -> tuple[Path, floa
         _sample_guided(plan, run, arguments, path)
     else:
         sample_images(arguments)
+    if is_of_text(run):
+        write_labels(path, NUM_CLASSES)
     milliseconds = round(1000 * (time.perf_counter() - started) / arguments.num_images, 2)
     record.write_text(json.dumps({"milliseconds_per_image": milliseconds}) + "\n")
     return path, milliseconds
@@ -70,7 +74,8 @@ def _settings(plan: Plan, run: Run) -> dict[str, Any]:
     """Return the fields of [`SamplingArguments`] that decide how an image is sampled."""
     own = {name: plan.resolve(run, value) for name, value in run.sampling.items() if name != SCALE}
     plans = {"num_inference_steps": plan.num_inference_steps, "guidance_scale": 1.0, "batch_size": BATCH_SIZE}
-    return plans | own
+    loras = loras_of(plan, run)
+    return plans | own | ({} if loras is None else {"lora_experts": str(loras)})
 
 
 def _sample_guided(plan: Plan, run: Run, arguments: SamplingArguments, path: Path) -> None:
@@ -103,7 +108,7 @@ def _experts(plan: Plan, run: Run) -> GuidanceExperts:
 
 def load_pipeline(plan: Plan, run: Run, source: Path, labels: list[int]) -> DiffusionPipeline:
     """
-    Load a run's pipeline, with its guidance if it has one.
+    Load a run's pipeline, with its guidance or its LoRAs if it has any.
 
     Args:
         plan ([`Plan`]), run ([`Run`]): What is loaded.
@@ -111,7 +116,7 @@ def load_pipeline(plan: Plan, run: Run, source: Path, labels: list[int]) -> Diff
         labels (`list[int]`): The classes that a classifier guides the images to.
     """
     arguments = SamplingArguments(pipeline=str(source), **_settings(plan, run))
-    pipeline = load_sampling_pipeline(arguments.pipeline, arguments, device())
+    pipeline = attach_loras(load_sampling_pipeline(arguments.pipeline, arguments, device()), loras_of(plan, run))
     if run.guide:
         target = ClassTarget(labels)
         pipeline.scheduler = GuidedScheduler(pipeline.scheduler, _experts(plan, run), target, run.sampling[SCALE])
@@ -130,16 +135,21 @@ def call(
         labels (`list[int]`): The images' classes, which a pipeline without classes ignores.
         first (`int`): Index of the first image, which decides its random numbers together with the run's seed.
     """
-    conditional = has_classes(pipeline.num_classes)
-    own = {"class_labels": labels, "guidance_scale": 1.0} if conditional else {"batch_size": len(labels)}
+    own: dict[str, Any] = {"batch_size": len(labels)}
+    if is_of_text(run):
+        settings = _settings(plan, run)
+        prompts = prompts_of(labels, read_prompts(settings[PROMPTS]))
+        own = {"prompt": prompts, "guidance_scale": settings["guidance_scale"]}
+    elif has_classes(pipeline.num_classes):
+        own = {"class_labels": labels, "guidance_scale": 1.0}
     indices = range(first, first + len(labels))
     return sample_seeded(pipeline, run.seed, indices, num_inference_steps=plan.num_inference_steps, **own)
 
 
 def num_parameters(pipeline: DiffusionPipeline) -> int:
-    """Count the parameters of everything that samples: denoisers, prompts and guidance."""
+    """Count the parameters of everything that samples: denoisers with their LoRAs, prompts and guidance."""
     parts = [
-        *pipeline.denoisers,
+        *(pipeline.denoisers if hasattr(pipeline, "denoisers") else [pipeline.transformer]),
         getattr(pipeline, "prompt_patch", None),
         getattr(pipeline.scheduler, "experts", None),
     ]

@@ -18,6 +18,9 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from ..models.vision import ImagePreprocessor
 
 NUM_CLASSES = 10
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGIT_PHRASES = ("a handwritten {}", "the digit {}", "{} written by hand", "a scan of a handwritten {}")
+ENLARGED_SIZE = 28  # pixels, as Fashion-MNIST has
 CLASSIFIER_SIZE = 32  # pixels to which smaller images are enlarged, because a ResNet reduces the resolution at once
 NUM_IMAGES = 1797
 # The last sixth is held out for validation losses. It is contiguous because neighbouring scans are often by the same writer, who
@@ -29,6 +32,14 @@ def digit_images() -> tuple[np.ndarray, np.ndarray]:
     """Return the scans as uint8 (1797, 8, 8), and their classes as int (1797,)."""
     digits = load_digits()
     return np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target  # 17 grey levels
+
+
+def enlarged_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Return the scans in the size of Fashion-MNIST's pictures, uint8 (1797, 28, 28), and their classes as int (1797,)."""
+    images, labels = digit_images()
+    size = (ENLARGED_SIZE, ENLARGED_SIZE)
+    enlarged = [PIL.Image.fromarray(image).resize(size, PIL.Image.Resampling.BICUBIC) for image in images]
+    return np.stack([np.asarray(image) for image in enlarged]), labels
 
 
 def write_image_folder(folder: "str | os.PathLike", indices: range = range(NUM_IMAGES)) -> Path:

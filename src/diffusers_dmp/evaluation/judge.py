@@ -1,5 +1,5 @@
-"""A classifier of Fashion-MNIST that judges generated pictures, of another kind than those that guide or measure: a plain
-convolutional network.
+"""A classifier of Fashion-MNIST, or of other pictures of its size, that judges generated ones. It is of another kind than those that
+guide or measure: a plain convolutional network.
 
 Legend: N pictures.
 """
@@ -36,8 +36,10 @@ class Judge(nn.Module):
         return features, self.head(features)
 
 
-def fit_judge(path: Path, images: np.ndarray, labels: np.ndarray, batch_size: int = 64, seed: int = 1) -> Judge:
-    """Train a [`Judge`] on pictures uint8 (N, 28, 28) and their mirror images, and save its weights."""
+def fit_judge(
+    path: Path, images: np.ndarray, labels: np.ndarray, batch_size: int = 64, seed: int = 1, mirror: bool = True
+) -> Judge:
+    """Train a [`Judge`] on pictures uint8 (N, 28, 28), and with `mirror` their mirror images, and save its weights."""
     torch.manual_seed(seed)
     pixels, classes = as_pixels(images), torch.from_numpy(labels.copy())
     judge = Judge().train()
@@ -45,8 +47,9 @@ def fit_judge(path: Path, images: np.ndarray, labels: np.ndarray, batch_size: in
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=NUM_STEPS)
     for _ in range(NUM_STEPS):
         batch = torch.randint(len(pixels), (batch_size,))
-        mirrored = torch.rand(batch_size, 1, 1, 1) < 0.5
-        inputs = torch.where(mirrored, pixels[batch].flip(-1), pixels[batch])
+        inputs = pixels[batch]
+        if mirror:
+            inputs = torch.where(torch.rand(batch_size, 1, 1, 1) < 0.5, inputs.flip(-1), inputs)
         F.cross_entropy(judge(inputs)[1], classes[batch]).backward()
         optimizer.step()
         optimizer.zero_grad()
