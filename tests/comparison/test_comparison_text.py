@@ -117,7 +117,7 @@ def test_the_data_for_a_model_of_text(plan):
 def test_a_run_is_measured_with_its_loras_and_the_digits_of_its_prompts(plan):
     run, unadapted = trained(plan, "four", 4), plan.run("lora/unadapted-1")
     result, other = perform(plan, run, 1), perform(plan, unadapted, 1)
-    images, labels = read_images(plan.folder(run) / "samples" / "500" / "samples.npz")
+    images, labels = read_images(plan.folder(run) / "samples" / "600" / "samples.npz")
     assert labels.tolist() == [index % 10 for index in range(70)]
     assert result["milliseconds_per_step"] == 1.5 and 0 <= result["points"][0]["recognised"] <= 1
     assert result["parameters"] > other["parameters"] == tiny_pipeline().transformer.num_parameters()
