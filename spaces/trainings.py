@@ -14,6 +14,9 @@ from diffusers_dmp.training.data.shards import remember_settings
 
 # smaller than the presets, so that all five together are a quick download
 DIT_SIZE = {"num_attention_heads": 3}
+FIXED_VARIANCE = {"learn_sigma": False}  # with a learned one, pictures of 25 steps are grainy
+# Nearly what uncertainty weighting learns here. The experts of Remix-DiT choose the timesteps, as that would, too.
+WEIGHTING = {"weighting": "p2_0.5_0.01"}
 NUM_BASES = 3  # of Remix-DiT
 NUM_DRAWN = 5000  # images of the unconditional pipeline, from which the experts of PPAP learn
 NUM_CHECKPOINTS = 10  # of a training, from which it goes on after an interruption
@@ -52,8 +55,8 @@ def plan(data: Path, work: Path, shorter: int = 1) -> dict[str, Training]:
         shorter (`int`): Divides the numbers of steps and of drawn images, to try everything quickly.
     """
     base, images = work / "dit/pipeline", {"dataset": str(data)}
-    # the experts of Remix-DiT choose the timesteps, as uncertainty weighting would, and cannot be trained with it
-    tuned = {"pretrained_model_name_or_path": str(base), "weighting": "min_snr_5"}
+    new = DIT_SIZE | FIXED_VARIANCE
+    tuned = {"pretrained_model_name_or_path": str(base)} | WEIGHTING | FIXED_VARIANCE
 
     def training(name: str, system: str, preset: str, steps: int, after: tuple[str, ...] = (), **options) -> Training:
         steps = max(1, steps // shorter)
@@ -72,13 +75,13 @@ def plan(data: Path, work: Path, shorter: int = 1) -> dict[str, Training]:
             after=after,
         )
 
-    patch = {"output_dir": str(work / "patch")}
+    patch = {"output_dir": str(work / "patch")} | FIXED_VARIANCE
     trainings = [
-        training("dit", "dit", "dit_fashion", 20_000, weighting="min_snr_5", **DIT_SIZE),
-        training("unconditional", "dit", "dit_fashion_unconditional", 20_000, **DIT_SIZE),
+        training("dit", "dit", "dit_fashion", 24_000, **new, **WEIGHTING),
+        training("unconditional", "dit", "dit_fashion_unconditional", 24_000, **new),
         training("patch_0", "patch_diffusion", "patch_fashion", 8000, expert=0, **patch),
         training("patch_1", "patch_diffusion", "patch_fashion", 8000, expert=1, **patch),
-        training("dtr", "dtr", "dtr_fashion", 20_000, **DIT_SIZE),
+        training("dtr", "dtr", "dtr_fashion", 24_000, **new),
         Training(
             name="guide",
             script="spaces/fit_guide.py",
@@ -103,7 +106,7 @@ def plan(data: Path, work: Path, shorter: int = 1) -> dict[str, Training]:
             base_model=str(work / "guide"), dataset=str(work / "drawn"),
         ),
         # trains nothing: puts both together
-        training("patch", "patch_diffusion", "patch_fashion", 8000, ("patch_0", "patch_1"), expert="all"),
+        training("patch", "patch_diffusion", "patch_fashion", 8000, ("patch_0", "patch_1"), expert="all", **patch),
     ]  # fmt: skip
     return {each.name: each for each in trainings}
 
