@@ -20,7 +20,8 @@ MAX_QUEUE = 40
 
 HEADER = """# Diffusion models specialised by noise level
 Removing the first noise and removing the last are different tasks. In each of these systems an interval of noise levels owns
-something: channels (DTR), a mixture of weights (Remix-DiT), of prompts (DMP), a whole model (Patch Diffusion), a guide (PPAP)."""
+something: channels (DTR), a mixture of weights (Remix-DiT), of prompts (DMP), a whole model (Patch Diffusion), a guide (PPAP).
+Those that come with this page were trained on [Fashion-MNIST](https://arxiv.org/abs/1708.07747), clothes of 28 × 28 pixels."""
 # fonts of the visitor's computer: nothing to download
 THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 FOOTER = ["api", "gradio", "settings"]

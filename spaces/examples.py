@@ -32,18 +32,18 @@ class Example:
 
 EXAMPLES = {
     "generate": [
-        Example("All digits by DTR", ("dtr", "all", 20, 1.5, 25, "DDPM", 0, False), ("dtr",), "generate_dtr"),
-        Example("Threes by Remix-DiT", ("remix", "3", 20, 1.5, 25, "DPM-Solver++", 1, False), ("remix",), "generate_remix"),
-        Example("Eights by Patch Diffusion", ("patch", "8", 20, 1.5, 50, "DDIM", 2, False), ("patch",), "generate_patch"),
+        Example("All classes by DTR", ("dtr", "all", 20, 1.5, 25, "DDPM", 0, False), ("dtr",), "generate_dtr"),
+        Example("Dresses by Remix-DiT", ("remix", "dress", 20, 1.5, 25, "DPM-Solver++", 1, False), ("remix",), "generate_remix"),
+        Example("Bags by Patch Diffusion", ("patch", "bag", 20, 1.5, 50, "DDIM", 2, False), ("patch",), "generate_patch"),
     ],
     "compare": [
-        Example("All five, all digits", (list(SHIPPED), "all", 1.5, 25, "DDPM", 0, False), SHIPPED, "compare_all"),
-        Example("All five, fours", (list(SHIPPED), "4", 1.5, 25, "DDPM", 3, False), SHIPPED, "compare_four"),
+        Example("All five, all classes", (list(SHIPPED), "all", 1.5, 25, "DDPM", 0, False), SHIPPED, "compare_all"),
+        Example("All five, ankle boots", (list(SHIPPED), "ankle boot", 1.5, 25, "DDPM", 3, False), SHIPPED, "compare_boots"),
     ],
     "specialise": [Example("DTR at timestep 500", ("dtr", 500), ("dtr",), "specialise_dtr")],
     "guide": [
-        Example("All digits, scale 7.5", ("all", 20, 7.5, 25, "DDPM", 0, False), ("ppap",), "guide_all"),
-        Example("Sevens, scale 7.5", ("7", 20, 7.5, 25, "DDPM", 1, False), ("ppap",), "guide_seven"),
-        Example("Sevens, scale 2", ("7", 20, 2.0, 25, "DDPM", 1, False), ("ppap",), "guide_seven_weak"),
+        Example("All classes, scale 7.5", ("all", 20, 7.5, 25, "DDPM", 0, False), ("ppap",), "guide_all"),
+        Example("Trousers, scale 7.5", ("trousers", 20, 7.5, 25, "DDPM", 1, False), ("ppap",), "guide_trousers"),
+        Example("Trousers, scale 2", ("trousers", 20, 2.0, 25, "DDPM", 1, False), ("ppap",), "guide_trousers_weak"),
     ],
 }  # fmt: skip

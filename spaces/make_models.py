@@ -1,160 +1,189 @@
-"""Train the digits pipelines that come with the Space, from the presets, and generate its example pictures.
+"""Train the Space's pipelines on Fashion-MNIST, and generate its example pictures and the README's first one.
 
 Run from the repository's root: `python spaces/make_models.py`, or `… dtr patch` for some of the pipelines, `… examples` for the
-pictures alone. The pipelines are written to `spaces/models` in float16, the pictures to `spaces/pictures`.
+pictures alone. Pipelines are written to `spaces/models` in float16, pictures to `spaces/pictures`, what the pipelines are like to
+`spaces/models.json`. What is trained already is not trained again, and what was interrupted goes on.
 """
 
 import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from examples import EXAMPLES, PICTURES
+from diffusers.utils import logging
+from examples import EXAMPLES
 from PIL import Image
-from showcase import ALL_CLASSES, MODELS, ShownPipeline, load_pipelines
+from showcase import ALL_CLASSES, TITLES, ShownPipeline
 from studio import Studio
+from trainings import RUN_FILES, needed, plan, run_all, say, seconds_of
 
 from diffusers_dmp import GuidanceExperts
-from diffusers_dmp.evaluation.digits import (
-    NUM_CLASSES,
-    TRAINING_IMAGES,
-    VALIDATION_IMAGES,
-    fit_classifier,
-    fit_reader,
-    write_image_folder,
-)
-from diffusers_dmp.systems import SYSTEMS
+from diffusers_dmp.evaluation.fashion import CLASSES, write_fashion
+from diffusers_dmp.evaluation.judge import as_pixels, in_parts, load_judge
+from diffusers_dmp.plots import sample_grid
+from diffusers_dmp.saving.reading import read_json
+from diffusers_dmp.saving.whole import written_whole
+from diffusers_dmp.terminal import OneLineParser, run_command
 
-WORK = Path("outputs/space")
-GENERATED = WORK / "generated"  # images that the experts of PPAP are trained on
-BASE = WORK / "dit"  # the DiT that Remix-DiT and DMP start from; it was not trained on the held-out digits
-# smaller than the presets, so that all five together are a quick download
-DIT_SIZE = ["--num_layers", 4, "--num_attention_heads", 5]
-UNET_SIZE = ["--channel_multipliers", 1, 1]
-# each a system, its preset and options; by name: WORK / name is the output_dir
-BASE_TRAINING = (
-    "dit", "dit_digits", *DIT_SIZE, "--dataset", WORK / "digits_train", "--output_dir", BASE, "--sample_steps", 0,
-)  # fmt: skip
-TRAININGS = {
-    "dtr": ("dtr", "dtr_digits", *DIT_SIZE, "--sample_steps", 0),
-    "remix": (
-        "remix", "remix_digits", "--num_bases", 3,
-        "--pretrained_model_name_or_path", BASE / "pipeline", "--sample_steps", 0,
-    ),
-    "dmp": (
-        "dmp", "dmp_digits", "--pretrained_model_name_or_path", BASE / "pipeline",
-        "--dataset", WORK / "digits_train", "--validation_dataset", WORK / "digits_validation", "--sample_steps", 0,
-        "--importance_loss_weight", 0.001,  # with a larger weight all prompts are used equally, and the figure shows nothing
-    ),
-    "patch": ("patch_diffusion", "patch_digits", *UNET_SIZE),
-    "ppap": ("dit", "dit_digits_unconditional", *DIT_SIZE),
-}  # fmt: skip
-SAMPLES_PER_CLASS = 40  # for the share that is recognised
+sys.path.append(str(Path(__file__).parents[1]))  # for `benchmarks`
+
+from benchmarks.timing import commit, hardware
+
+SPACE = Path(__file__).parent
+EXAMPLES_ONLY = "examples"
+# by system, the training whose pipeline it shows, and what else it shows
+TRAINED = {
+    "dtr": ("dtr",),
+    "remix": ("remix",),
+    "dmp": ("dmp",),
+    "patch": ("patch",),
+    "ppap": ("unconditional", "guide", "ppap_experts"),
+}
+MODELS, PICTURES, REPORT = "models", "pictures", "models.json"
+SYSTEMS_PICTURE = "systems.png"  # the README's
+JUDGE = SPACE.parent / "docs/results/extractors/fashion/judge.safetensors"
+SAMPLES_PER_CLASS, BATCH_PER_CLASS = 100, 25  # for the share that is recognised
+SAMPLING: dict[str, Any] = {"num_inference_steps": 25, "scheduler": "DDPM"}  # of that, and of the README's picture
+PIXEL_SIZE = 4
+NUM_GREYS = 64
 
 
-def launch(script: str, *options) -> None:
-    """Run a training script by `accelerate launch`, in one process."""
-    threads = os.environ.get("CPU_THREADS", os.cpu_count())
-    accelerate = "--num_machines 1 --num_processes 1 --dynamo_backend no --mixed_precision no"
-    command = [sys.executable, "-m", "accelerate.commands.launch", *accelerate.split()]
-    command += ["--num_cpu_threads_per_process", threads, f"training/{script}.py", *options]
-    subprocess.run([str(part) for part in command], check=True)
-
-
-def train(system: str, preset: str, *options) -> None:
-    """Train with a preset, on the digits unless the options name another data set."""
-    folder = Path(options[options.index("--output_dir") + 1])
-    shutil.rmtree(folder, ignore_errors=True)  # a training refuses a folder with checkpoints
-    if "--dataset" not in options:
-        options = ("--dataset", WORK / "digits", *options)
-    launch(SYSTEMS[system].training_script, "--config", f"training/presets/{preset}.yaml", *options)
-
-
-def train_guide() -> None:
-    """Fit a classifier of clean digits, generate images with the unconditional pipeline, and train PPAP's experts with both."""
-    fit_classifier(WORK / "classifier")
-    shutil.rmtree(GENERATED, ignore_errors=True)
-    launch(
-        "generate_guidance_data", "--pipeline", WORK / "ppap/pipeline", "--num_images", 3000, "--batch_size", 500,
-        "--output_dir", GENERATED,
-    )  # fmt: skip
-    experts = WORK / "ppap_experts"
-    train(
-        "ppap", "ppap_digits", "--base_model", WORK / "classifier", "--dataset", GENERATED, "--output_dir", experts,
-    )  # fmt: skip
-
-
-def ship(name: str) -> None:
+def ship(name: str, work: Path, folder: Path) -> None:
     """Copy a trained pipeline to the Space's folder, in float16."""
-    folder = MODELS / name
     shutil.rmtree(folder, ignore_errors=True)
-    DiffusionPipeline.from_pretrained(WORK / name / "pipeline", dtype=torch.float16).save_pretrained(folder)
+    trained = work / TRAINED[name][0] / "pipeline"
+    DiffusionPipeline.from_pretrained(trained, dtype=torch.float16).save_pretrained(folder)
     if name == "ppap":
         # in float32 as trained: the experts check their network's checksum
-        shutil.copytree(WORK / "classifier", folder / "base_model")
-        experts = GuidanceExperts.from_pretrained(WORK / "ppap_experts/experts", base_model=folder / "base_model")
+        shutil.copytree(work / "guide", folder / "base_model", ignore=shutil.ignore_patterns(*RUN_FILES))
+        experts = GuidanceExperts.from_pretrained(work / "ppap_experts/experts", base_model=folder / "base_model")
         experts.register_to_config(base_model_name_or_path="base_model")
         experts.save_pretrained(folder / "experts")
 
 
-def recognised(shown: ShownPipeline) -> float:
-    """Return the share of generated images whose class a logistic regression on real digits recognises."""
-    count = NUM_CLASSES * SAMPLES_PER_CLASS
-    images = shown.generate(
-        ALL_CLASSES, count, scale=shown.default_scale, num_inference_steps=25, scheduler="DDPM", seed=0
-    )
-    pixels = shown.pipeline.image_processor.pil_to_numpy(images).reshape(count, -1)  # (N, 64) in [0, 1]
-    return float((fit_reader().predict(pixels) == shown.labels(ALL_CLASSES, count)).mean())
+def load_shipped(models: Path) -> dict[str, ShownPipeline]:
+    """Load the pipelines that are there. On the CPU, so that pictures are those of a Space without a GPU."""
+    return {name: ShownPipeline.load(name, models / name, "cpu") for name in TITLES if (models / name).is_dir()}
 
 
-def make_examples() -> None:
-    """Generate the pictures that the Space shows at once."""
-    shutil.rmtree(PICTURES, ignore_errors=True)
-    PICTURES.mkdir()
-    studio = Studio(load_pipelines(setting="")[0])
+def describe(name: str, shown: ShownPipeline, work: Path, folder: Path, per_class: int) -> dict[str, Any]:
+    """
+    Describe a pipeline that was just trained.
+
+    Args:
+        name (`str`), shown ([`ShownPipeline`]): The pipeline.
+        work (`Path`): The folder of what was trained.
+        folder (`Path`): Where the pipeline is shipped.
+        per_class (`int`): Images of each class that a judge looks at.
+
+    Returns:
+        The share of images that is `recognised`, the size of the files, how long it was trained, on what, and the commit.
+    """
+    say(f"{name}: recognising {per_class * len(CLASSES):,} images")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {
+        "recognised": recognised(shown, per_class),
+        "images": per_class * len(CLASSES),
+        "scale": shown.default_scale,
+        **SAMPLING,
+        "megabytes": round(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6, 2),
+        "training_seconds": seconds_of(needed(plan(Path(), work), TRAINED[name]), work),
+        "device": hardware(device),
+        "commit": os.environ.get("COMMIT") or commit(),  # for a copy that is no repository
+    }
+
+
+def recognised(shown: ShownPipeline, per_class: int) -> float:
+    """Return the share of images whose class a judge recognises, a network of another kind than the one that guides."""
+    judge, hits = load_judge(JUDGE), 0
+    for seed, first in enumerate(range(0, per_class, BATCH_PER_CLASS)):
+        count = min(BATCH_PER_CLASS, per_class - first) * len(CLASSES)
+        images = shown.generate(ALL_CLASSES, count, scale=shown.default_scale, seed=seed, **SAMPLING)
+        _, logits = in_parts(judge, as_pixels(np.stack([np.asarray(image) for image in images])))
+        hits += int((logits.argmax(1).numpy() == shown.labels(ALL_CLASSES, count)).sum())
+    return round(hits / (per_class * len(CLASSES)), 4)
+
+
+def make_pictures(shown: dict[str, ShownPipeline], folder: Path) -> None:
+    """Generate the pictures that the Space shows at once, and one of all systems, a row of each, from the same noise."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    studio = Studio(shown)
     for request, examples in EXAMPLES.items():
         for example in examples:
+            if not set(example.systems) <= set(shown):
+                continue
             answer = getattr(studio, request)(*example.values)
             first = answer[0]  # a picture, or the pictures of a comparison with their captions
             pictures = [picture for picture, _ in first] if isinstance(first, list) else answer[:2]
             pictures = [picture for picture in pictures if isinstance(picture, Image.Image)]
             for picture, path in zip(pictures, example.paths(len(pictures))):
-                picture.quantize(64).save(path, optimize=True)
+                save(picture, folder / path.name)
+    rows = [
+        each.generate(ALL_CLASSES, len(CLASSES), scale=each.default_scale, seed=0, **SAMPLING)
+        for each in shown.values()
+    ]
+    save(sample_grid([list(column) for column in zip(*rows, strict=True)], PIXEL_SIZE), folder / SYSTEMS_PICTURE)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def save(picture: Image.Image, path: Path) -> None:
+    """Write a picture with few colours."""
+    picture.quantize(NUM_GREYS).save(path, optimize=True)
+
+
+def main(argv: list[str]) -> None:
+    """Do what the command line asks for."""
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(TRAINED)}; all by default; or '{EXAMPLES_ONLY}'")
+    parser.add_argument("--jobs", type=int, help="trainings at a time; one for each core by default, on a GPU all")
     parser.add_argument(
-        "names", nargs="*", help=f"of {', '.join(TRAININGS)}; all by default; 'examples' makes the pictures only"
+        "--data", type=Path, default=Path("outputs/fashion"), help="where the data set is, or is written"
     )
-    names = parser.parse_args().names or list(TRAININGS)
-    if names == ["examples"]:
-        make_examples()
+    parser.add_argument("--work", type=Path, default=Path("outputs/space"), help="where everything is trained")
+    parser.add_argument("--output", type=Path, default=SPACE, help="the Space's folder")
+    parser.add_argument(
+        "--shorter", type=int, default=1, help="divide the numbers of steps by this, for a quick trial"
+    )
+    args = parser.parse_args(argv)
+    names = args.names or list(TRAINED)
+    models, pictures, report = (args.output / each for each in (MODELS, PICTURES, REPORT))
+    if names == [EXAMPLES_ONLY]:
+        make_pictures(load_shipped(models), pictures)
         return
-    unknown = sorted(set(names) - set(TRAININGS))
+    unknown = sorted(set(names) - set(TRAINED))
     if unknown:
-        parser.error(f"Expected `names` to be among {', '.join(TRAININGS)}, but got {', '.join(unknown)}.")
-    write_image_folder(WORK / "digits")
-    write_image_folder(WORK / "digits_train", TRAINING_IMAGES)
-    write_image_folder(WORK / "digits_validation", VALIDATION_IMAGES)
-    if {"remix", "dmp"} & set(names):
-        train(*BASE_TRAINING)
+        parser.error(f"Expected `names` to be among {', '.join(TRAINED)}, but got {', '.join(unknown)}.")
+    for option in ("jobs", "shorter"):
+        if getattr(args, option) is not None and getattr(args, option) < 1:
+            parser.error(f"Expected `{option}` to be at least 1, but got {getattr(args, option)}.")
+
+    logging.disable_progress_bar()
+    on_gpu, cores = torch.cuda.is_available(), int(os.environ.get("CPU_THREADS") or os.cpu_count() or 1)
+    say(f"Fashion-MNIST: {args.data}")
+    write_fashion(args.data)
+    trainings = needed(
+        plan(args.data / "train", args.work, args.shorter), [each for name in names for each in TRAINED[name]]
+    )
+    run_all(trainings, args.work, args.jobs or (len(trainings) if on_gpu else cores), cores, on_gpu)
+
     for name in names:
-        train(*TRAININGS[name], "--output_dir", WORK / name)
-        if name == "ppap":
-            train_guide()
-        ship(name)
-    make_examples()
-    pipelines, _ = load_pipelines(setting="")
-    report = {name: round(recognised(pipelines[name]), 4) for name in names}
-    report["megabytes"] = round(sum(path.stat().st_size for path in MODELS.rglob("*") if path.is_file()) / 1e6, 2)
-    print(json.dumps(report, indent=2))
+        ship(name, args.work, models / name)
+    say("Pictures")
+    shown = load_shipped(models)
+    make_pictures(shown, pictures)
+    described = read_json(report) if report.exists() else {}
+    per_class = max(1, SAMPLES_PER_CLASS // args.shorter)
+    described |= {name: describe(name, shown[name], args.work, models / name, per_class) for name in names}
+    with written_whole(report) as unfinished:
+        unfinished.write_text(json.dumps(described, indent=2) + "\n")
+    print(json.dumps(described, indent=2))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, name="make_models")

@@ -44,14 +44,19 @@ class ShownPipeline:
     is_shipped: bool = False
 
     @classmethod
-    def load(cls, name: str, source: "str | Path") -> "ShownPipeline":
+    def load(cls, name: str, source: "str | Path", device: str | None = None) -> "ShownPipeline":
         """
         Load a pipeline from a folder or Hub id, with the guidance experts and their network from its sub-folders, if any.
+
+        Args:
+            name (`str`): Its name in the API.
+            source (`str` or `Path`): The folder or Hub id.
+            device (`str`, *optional*): Where it computes; by default on a GPU if there is one.
 
         Raises:
             ValueError: if it is a pipeline of another package.
         """
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         is_shipped = Path(source) == MODELS / name
         source = Path(source if Path(source).is_dir() else snapshot_download(str(source)))
         pipeline = DiffusionPipeline.from_pretrained(source)
@@ -151,7 +156,7 @@ class ShownPipeline:
         return pipeline(
             **request,
             num_inference_steps=num_inference_steps,
-            generator=torch.Generator(pipeline.device).manual_seed(seed),
+            generator=torch.Generator().manual_seed(seed),  # on the CPU: the same noise on every device
             callback_on_step_end=step_done if on_step else None,
         ).images
 

@@ -15,7 +15,7 @@ from diffusers_dmp.plots import sample_grid
 
 MAX_SCALE, MAX_STEPS, MAX_SEED, MAX_IMAGES = 20, 100, 2**32 - 1, 40
 COMPARED_IMAGES = 20
-GRID_PIXELS = 640  # the approximate width of a grid
+SHOWN_PIXELS = 112  # of the side of an image, about; a small one is enlarged with nearest neighbour
 
 Check = Callable[[Any, dict], Any]  # (value, the values checked before it) → the value
 
@@ -167,8 +167,8 @@ class Studio:
             if not str(error).startswith("Expected"):
                 raise
             raise Refusal(f"{shown.title}: {error}") from error  # such messages are written for users
-        columns = min(count, 5 if count <= 25 else 10)  # divisors of ten: equal digits in one column
-        pixel_size = max(1, GRID_PIXELS // (columns * (images[0].width + 1) + 1))
+        columns = min(count, 5 if count <= 25 else 10)  # divisors of ten: equal classes in one column
+        pixel_size = max(1, SHOWN_PIXELS // images[0].width)
         return sample_grid([images[column::columns] for column in range(columns)], pixel_size)
 
 

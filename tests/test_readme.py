@@ -63,6 +63,25 @@ def test_the_report_of_prompts(demo_folder, monkeypatch):
         assert PIL.Image.open(folder / picture).size[0] > 300
 
 
+def test_the_demo_of_clothes_reports(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "examples"))
+    import fashion_demo as demo
+
+    size = {"in_channels": 1, "out_channels": 2, "sample_size": 28, "patch_size": 7, "num_classes": 10}
+    model = randomised(DTRTransformer2DModel(**TINY_CONFIG | size))
+    scheduler = make_scheduler(TrainingArguments(), in_latents=False)
+    ClassConditionalPipeline(model, scheduler).save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "training_summary.json").write_text('{"steps": 1, "train_seconds": 2.0}')
+    monkeypatch.setattr(demo, "SAMPLES_PER_CLASS", 2)
+    monkeypatch.setattr(demo, "SETTINGS", {"guidance_scale": 1.5, "num_inference_steps": 2})
+    demo.report(tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["samples"] == 20 and report["steps"] == 1 and 0 <= report["recognised"] <= 1
+    # ten columns and two rows of 28 x 28 pixels, four times enlarged, with gaps of one pixel
+    assert PIL.Image.open(tmp_path / "samples.png").size == (4 * (10 * 29 + 1), 4 * (2 * 29 + 1))
+    assert PIL.Image.open(tmp_path / "routing.png").size[0] > 500
+
+
 @pytest.mark.parametrize(
     "page",
     [

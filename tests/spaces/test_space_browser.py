@@ -166,14 +166,14 @@ def test_examples_are_shown_at_once(page):
     page.open(DESKTOP)
     before = page.pictures("generate")
     begun = time.monotonic()
-    page.press("Threes by Remix-DiT")
+    page.press("Dresses by Remix-DiT")
     page.wait_for(lambda: page.pictures("generate") and page.pictures("generate") != before)
     assert time.monotonic() - begun < 3
     assert page.find("input[aria-label=System]")[0].get_attribute("value") == "Remix-DiT"
-    assert "Example: Threes by Remix-DiT." in page.text()
+    assert "Example: Dresses by Remix-DiT." in page.text()
     page.select_tab(TABS["compare"])
     before = page.wait_for(lambda: page.pictures("compare"))
-    page.press("All five, fours")
+    page.press("All five, ankle boots")
     page.wait_for(lambda: len(page.pictures("compare")) == 5 and not set(page.pictures("compare")) & set(before))
 
 

@@ -1,0 +1,131 @@
+"""How the Space's pipelines are trained: in which order, several at a time, and not again what is done."""
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from PIL import Image
+
+sys.path.insert(0, str(REPOSITORY / "spaces"))
+
+import trainings
+from make_models import TRAINED, main
+from showcase import SHIPPED
+from trainings import Training, needed, plan, run_all
+
+from diffusers_dmp.evaluation.fashion import write_labelled_images
+
+
+@pytest.fixture
+def started(monkeypatch) -> list[str]:
+    """The names of trainings, as they begin; what is trained is a record alone."""
+    names = []
+
+    def train(training: Training, folder: Path, threads: int, on_gpu: bool) -> float:
+        names.append(training.name)
+        if training.script == "broken":
+            raise RuntimeError("no memory")
+        (folder / trainings.RECORD).write_text(json.dumps({"seconds": 2.0}))
+        return 2.0
+
+    monkeypatch.setattr(trainings, "_run", train)
+    return names
+
+
+def some(**after: tuple[str, ...]) -> dict[str, Training]:
+    """Trainings that come after others."""
+    return {
+        name: Training(name=name, script="train.py", options={"steps": 3}, after=each) for name, each in after.items()
+    }
+
+
+def test_the_plan_has_all_that_each_system_needs():
+    all_trainings = plan(Path("data"), Path("work"))
+    assert tuple(TRAINED) == SHIPPED
+    assert set(needed(all_trainings, [name for names in TRAINED.values() for name in names])) == set(all_trainings)
+    assert list(needed(all_trainings, TRAINED["dmp"])) == ["dit", "dmp"]
+    for training in all_trainings.values():
+        assert (REPOSITORY / training.script).is_file()
+        assert set(training.after) < set(all_trainings)
+        assert "config" not in training.options or (REPOSITORY / training.options["config"]).is_file()
+
+
+def test_shorter_divides_the_steps_alone():
+    long, short = (plan(Path("data"), Path("work"), shorter) for shorter in (1, 100))
+    for name, training in short.items():
+        numbers = {"max_train_steps", "num_images"} & set(training.options)
+        assert training.options == long[name].options | {number: training.options[number] for number in numbers}
+        assert all(training.options[number] < long[name].options[number] for number in numbers)
+
+
+def test_trainings_come_after_what_they_need(tmp_path, started):
+    run_all(some(last=("middle", "other"), middle=("first",), first=(), other=()), tmp_path, 2, 4, on_gpu=False)
+    assert sorted(started) == ["first", "last", "middle", "other"] and started[-1] == "last"
+    assert started.index("first") < started.index("middle")
+
+
+def test_trainings_run_at_the_same_time(tmp_path, monkeypatch):
+    together = threading.Barrier(3, timeout=10)  # which breaks unless all three are there
+
+    def train(training: Training, folder: Path, threads: int, on_gpu: bool) -> float:
+        together.wait()
+        assert threads == 5
+        return 1.0
+
+    monkeypatch.setattr(trainings, "_run", train)
+    run_all(some(one=(), two=(), three=()), tmp_path, 3, 16, on_gpu=True)
+
+
+def test_what_is_done_is_not_done_again(tmp_path, started):
+    run_all(some(first=(), last=("first",)), tmp_path, 1, 1, on_gpu=False)
+    (tmp_path / "last" / trainings.RECORD).unlink()
+    run_all(some(first=(), last=("first",)), tmp_path, 1, 1, on_gpu=False)
+    assert started == ["first", "last", "last"]
+
+
+def test_a_failure_stops_only_what_needs_it(tmp_path, started, capsys):
+    broken = some(first=(), last=("first",), latest=("last",), other=())
+    broken["first"] = Training(name="first", script="broken", options={})
+    with pytest.raises(RuntimeError, match="got errors in first"):
+        run_all(broken, tmp_path, 1, 1, on_gpu=False)
+    assert started == ["first", "other"]
+    assert "first: no memory" in capsys.readouterr().out
+
+
+def test_another_training_in_the_same_folder_is_refused(tmp_path, started):
+    run_all(some(first=()), tmp_path, 1, 1, on_gpu=False)
+    other = {"first": Training(name="first", script="train.py", options={"steps": 4})}
+    with pytest.raises(ValueError, match="Expected `steps` to be 3, as in the training first"):
+        run_all(other, tmp_path, 1, 1, on_gpu=False)
+
+
+def test_unknown_names_and_numbers_are_refused():
+    with pytest.raises(ValueError, match="Expected `names` to be among dtr, remix, dmp, patch, ppap, but got gpt"):
+        main(["dtr", "gpt"])
+    with pytest.raises(ValueError, match="Expected `jobs` to be at least 1, but got 0"):
+        main(["dtr", "--jobs", "0"])
+
+
+@pytest.mark.slow
+def test_the_command_makes_everything(tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        images, labels = rng.integers(256, size=(200, 28, 28), dtype=np.uint8), np.arange(200) % 10
+        write_labelled_images(tmp_path / "data" / split / "images.parquet", images, labels)
+    folders = {name: tmp_path / name for name in ("data", "work", "output")}
+    command = [sys.executable, REPOSITORY / "spaces/make_models.py", "--shorter", "10000"]
+    command += [str(part) for name, folder in folders.items() for part in (f"--{name}", folder)]
+    subprocess.run(command, check=True, cwd=REPOSITORY)
+    report = json.loads((folders["output"] / "models.json").read_text())
+    assert set(report) == set(SHIPPED)
+    assert all(0 <= system["recognised"] <= 1 and 1 < system["megabytes"] < 4 for system in report.values())
+    assert set(report["ppap"]["training_seconds"]) == {"unconditional", "guide", "drawn", "ppap_experts"}
+    assert Image.open(folders["output"] / "pictures/systems.png").size == (4 * (10 * 29 + 1), 4 * (5 * 29 + 1))
+    assert Image.open(folders["output"] / "pictures/compare_all_4.png").size == (4 * (5 * 29 + 1), 4 * (4 * 29 + 1))
+    again = subprocess.run(command, check=True, cwd=REPOSITORY, capture_output=True, text=True)
+    assert "begins" not in again.stdout
