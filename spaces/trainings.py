@@ -77,19 +77,19 @@ def plan(data: Path, work: Path, shorter: int = 1) -> dict[str, Training]:
 
     patch = {"output_dir": str(work / "patch")} | FIXED_VARIANCE
     trainings = [
-        training("dit", "dit", "dit_fashion", 24_000, **new, **WEIGHTING),
-        training("unconditional", "dit", "dit_fashion_unconditional", 24_000, **new),
-        training("patch_0", "patch_diffusion", "patch_fashion", 8000, expert=0, **patch),
-        training("patch_1", "patch_diffusion", "patch_fashion", 8000, expert=1, **patch),
-        training("dtr", "dtr", "dtr_fashion", 24_000, **new),
+        training("dit", "dit", "dit_fashion", 7000, **new, **WEIGHTING),
+        training("unconditional", "dit", "dit_fashion_unconditional", 7000, **new),
+        training("patch_0", "patch_diffusion", "patch_fashion", 1500, expert=0, **patch),
+        training("patch_1", "patch_diffusion", "patch_fashion", 1500, expert=1, **patch),
+        training("dtr", "dtr", "dtr_fashion", 7000, **new),
         Training(
             name="guide",
             script="spaces/fit_guide.py",
             options=images | {"output_dir": str(work / "guide"), "max_train_steps": max(1, 1500 // shorter)},
         ),
-        training("remix", "remix", "remix_fashion", 4000, ("dit",), **tuned, num_bases=NUM_BASES),
+        training("remix", "remix", "remix_fashion", 1000, ("dit",), **tuned, num_bases=NUM_BASES),
         # with a larger weight of that loss all prompts are used equally, and the figure shows nothing
-        training("dmp", "dmp", "dmp_fashion", 3000, ("dit",), **tuned, importance_loss_weight=0.001),
+        training("dmp", "dmp", "dmp_fashion", 1000, ("dit",), **tuned, importance_loss_weight=0.001),
         Training(
             name="drawn",
             script="training/generate_guidance_data.py",
@@ -106,7 +106,7 @@ def plan(data: Path, work: Path, shorter: int = 1) -> dict[str, Training]:
             base_model=str(work / "guide"), dataset=str(work / "drawn"),
         ),
         # trains nothing: puts both together
-        training("patch", "patch_diffusion", "patch_fashion", 8000, ("patch_0", "patch_1"), expert="all", **patch),
+        training("patch", "patch_diffusion", "patch_fashion", 1500, ("patch_0", "patch_1"), expert="all", **patch),
     ]  # fmt: skip
     return {each.name: each for each in trainings}
 
