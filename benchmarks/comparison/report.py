@@ -132,13 +132,12 @@ def bounds_cells(bounds: dict[str, dict[str, Any]]) -> Cells:
 
 def metrics_cells(table: Table) -> Cells:
     """Return the table of metrics at the end of training, and of costs."""
-    costs = ["seeds", "parameters", "10⁹ operations per image", "ms per training step"]
+    costs = ["seeds", "parameters", "10⁹ operations per image"]
     rows = [
         [row.title]
         + [spread(row.values(metric), places) for metric, places in METRICS.items()]
         + [f"{len(row.results)} of {len(row.runs)}" if len(row.results) < len(row.runs) else str(len(row.runs))]
         + [spread(row.values("parameters")[:1], 0), spread(row.values("gigaflops_per_image")[:1], 3)]  # of every seed
-        + [spread(row.values("milliseconds_per_step"), 1)]
         for row in table.rows
     ]
     return [_header() + costs, *rows]

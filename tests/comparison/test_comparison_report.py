@@ -131,11 +131,10 @@ def expect_figures(page: str, plan: Plan, results: Path) -> None:
             ends = [each["points"][-1] for each in own]
             for cell, metric, places in zip(shown[title], METRICS, PLACES):
                 expect_cell(cell, [end[metric] for end in ends if end[metric] is not None], places)
-            seeds, parameters, operations, step = shown[title][len(METRICS) :]
+            seeds, parameters, operations = shown[title][len(METRICS) :]
             assert seeds == (f"{of}" if len(own) == of else f"{len(own)} of {of}")
             assert parameters == f"{own[0]['parameters']:,}"
             expect_cell(operations, [own[0]["gigaflops_per_image"]], 3)
-            expect_cell(step, [time for each in own if (time := each.get("milliseconds_per_step")) is not None], 1)
         expect_differences(page, comparison, rows)
 
 
