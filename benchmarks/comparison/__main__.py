@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
         expect_commits(stored, args.accept_commits)
         with only_one(plan.output_dir), one_line_after_an_interruption(execution):
             expect_extractor(plan, stored, args.results)
-            prepare(plan, args.results)
+            prepare(plan, args.results, schedule)
             execution.perform()
     write_report(plan, results, report)
     print(f"{report} is written; {execution.left()}")
@@ -101,9 +101,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def prepare(plan: Plan, results: Path) -> None:
-    """Make the data sets and measure their bounds, unless that is done."""
-    for name in plan.data:
+def prepare(plan: Plan, results: Path, schedule: Schedule) -> None:
+    """Make the data sets that what is left needs, and measure their bounds, unless that is done."""
+    for name in sorted({schedule.runs[job.key].data for job in schedule.left}):
         make_data(plan, name, results)
         path = results / plan.name / BOUNDS / f"{name}.json"
         if not path.exists():
