@@ -72,7 +72,7 @@ def load_shipped(models: Path) -> dict[str, ShownPipeline]:
     return {name: ShownPipeline.load(name, models / name, "cpu") for name in TITLES if (models / name).is_dir()}
 
 
-def describe(name: str, shown: ShownPipeline, work: Path, folder: Path, per_class: int) -> dict[str, Any]:
+def describe(name: str, shown: ShownPipeline, work: Path, folder: Path, per_class: int, code: str) -> dict[str, Any]:
     """
     Describe a pipeline that was just trained.
 
@@ -81,6 +81,7 @@ def describe(name: str, shown: ShownPipeline, work: Path, folder: Path, per_clas
         work (`Path`): The folder of what was trained.
         folder (`Path`): Where the pipeline is shipped.
         per_class (`int`): Images of each class that a judge looks at.
+        code (`str`): The commit.
 
     Returns:
         The share of images that is `recognised`, the size of the files, how long it was trained, on what, and the commit.
@@ -95,7 +96,7 @@ def describe(name: str, shown: ShownPipeline, work: Path, folder: Path, per_clas
         "megabytes": round(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6, 2),
         "training_seconds": seconds_of(needed(plan(Path(), work), TRAINED[name]), work),
         "device": hardware(device),
-        "commit": os.environ.get("COMMIT") or commit(),  # for a copy that is no repository
+        "commit": code,
     }
 
 
@@ -172,6 +173,8 @@ def main(argv: list[str]) -> None:
     )
     run_all(trainings, args.work, args.jobs or (len(trainings) if on_gpu else cores), cores, on_gpu)
 
+    # before the shipped files, which are in the repository, change; the variable is for a copy that is none
+    code = os.environ.get("COMMIT") or commit()
     for name in names:
         ship(name, args.work, models / name)
     say("Pictures")
@@ -179,7 +182,7 @@ def main(argv: list[str]) -> None:
     make_pictures(shown, pictures)
     described = read_json(report) if report.exists() else {}
     per_class = max(1, SAMPLES_PER_CLASS // args.shorter)
-    described |= {name: describe(name, shown[name], args.work, models / name, per_class) for name in names}
+    described |= {name: describe(name, shown[name], args.work, models / name, per_class, code) for name in names}
     with written_whole(report) as unfinished:
         unfinished.write_text(json.dumps(described, indent=2) + "\n")
     print(json.dumps(described, indent=2))
