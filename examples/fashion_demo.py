@@ -13,7 +13,7 @@ from digits_demo import write_results
 
 import diffusers_dmp  # noqa: F401  registers the pipeline with Diffusers
 from diffusers_dmp.evaluation.fashion import CLASSES, write_fashion
-from diffusers_dmp.evaluation.judge import as_pixels, in_parts, load_judge
+from diffusers_dmp.evaluation.judge import load_judge, share_recognised
 from diffusers_dmp.plots import sample_grid, specialisation_figures
 from diffusers_dmp.terminal import OneLineParser, run_command
 
@@ -40,8 +40,8 @@ def report(folder: Path) -> None:
     for name, figure in specialisation_figures(pipeline, num_inference_steps=steps, training_summary=training).items():
         figure.savefig(folder / f"{name}.png", dpi=120)
 
-    _, logits = in_parts(load_judge(JUDGE), as_pixels(np.stack([np.asarray(image) for image in images])))
-    recognised = round(float((logits.argmax(1).numpy() == labels).mean()), 4)
+    pictures = np.stack([np.asarray(image) for image in images])
+    recognised = share_recognised(load_judge(JUDGE), pictures, np.array(labels))
     settings = {"samples": len(images)} | SETTINGS
     summary = {"recognised": recognised} | settings
     summary |= {"parameters": pipeline.transformer.num_parameters()}

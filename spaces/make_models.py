@@ -25,7 +25,7 @@ from trainings import RUN_FILES, needed, plan, run_all, say, seconds_of
 
 from diffusers_dmp import GuidanceExperts
 from diffusers_dmp.evaluation.fashion import CLASSES, write_fashion
-from diffusers_dmp.evaluation.judge import as_pixels, in_parts, load_judge
+from diffusers_dmp.evaluation.judge import load_judge, share_recognised
 from diffusers_dmp.plots import sample_grid
 from diffusers_dmp.saving.reading import read_json
 from diffusers_dmp.saving.whole import written_whole
@@ -102,13 +102,13 @@ def describe(name: str, shown: ShownPipeline, work: Path, folder: Path, per_clas
 
 def recognised(shown: ShownPipeline, per_class: int) -> float:
     """Return the share of images whose class a judge recognises, a network of another kind than the one that guides."""
-    judge, hits = load_judge(JUDGE), 0
+    images: list[Image.Image] = []
+    labels: list[int] = []
     for seed, first in enumerate(range(0, per_class, BATCH_PER_CLASS)):
         count = min(BATCH_PER_CLASS, per_class - first) * len(CLASSES)
-        images = shown.generate(ALL_CLASSES, count, scale=shown.default_scale, seed=seed, **SAMPLING)
-        _, logits = in_parts(judge, as_pixels(np.stack([np.asarray(image) for image in images])))
-        hits += int((logits.argmax(1).numpy() == shown.labels(ALL_CLASSES, count)).sum())
-    return round(hits / (per_class * len(CLASSES)), 4)
+        images += shown.generate(ALL_CLASSES, count, scale=shown.default_scale, seed=seed, **SAMPLING)
+        labels += shown.labels(ALL_CLASSES, count)
+    return share_recognised(load_judge(JUDGE), np.stack([np.asarray(image) for image in images]), np.array(labels))
 
 
 def make_pictures(shown: dict[str, ShownPipeline], folder: Path) -> None:

@@ -105,6 +105,13 @@ def digits(tmp_path_factory) -> Path:
     return write_image_folder(tmp_path_factory.mktemp("digits"), range(0, NUM_IMAGES, 9))
 
 
+@pytest.fixture
+def in_the_repository(monkeypatch):
+    """The repository's root is the working directory, and the training scripts can be imported."""
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.syspath_prepend(str(REPOSITORY / "training"))
+
+
 @pytest.fixture(autouse=True)
 def same_random_numbers():
     """Every test starts with the same random numbers, independent of the tests before it."""

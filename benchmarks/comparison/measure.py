@@ -12,7 +12,7 @@ from transformers import AutoModelForImageClassification
 
 from diffusers_dmp.evaluation.evaluate import EvaluationArguments, evaluate
 from diffusers_dmp.evaluation.images import open_images
-from diffusers_dmp.evaluation.judge import as_pixels, in_parts, load_judge
+from diffusers_dmp.evaluation.judge import load_judge, share_recognised
 from diffusers_dmp.evaluation.npz import NpzImages, write_npz
 from diffusers_dmp.evaluation.sample import NPZ_NAME
 from diffusers_dmp.models.vision import ImagePreprocessor, processor_settings
@@ -86,8 +86,7 @@ def recognised(judge: Path, source: Path) -> float | None:
     images, labels = read_images(source)
     if labels is None:
         return None
-    _, logits = in_parts(load_judge(judge), as_pixels(images[..., 0]))
-    return round(float((logits.argmax(1).numpy() == labels).mean()), 4)
+    return share_recognised(load_judge(judge), images[..., 0], labels)
 
 
 @torch.no_grad()
@@ -97,8 +96,7 @@ def accuracy_of_extractor(folder: Path) -> float:
     settings = processor_settings(str(folder / EXTRACTOR))
     preprocess = ImagePreprocessor(**{name.removeprefix("image_"): value for name, value in settings.items()})
     images, labels = read_images(folder / REFERENCE)
-    (logits,) = in_parts(lambda pixels: (network(preprocess(pixels)).logits,), as_pixels(images[..., 0]))
-    return round(float((logits.argmax(1).numpy() == labels).mean()), 4)
+    return share_recognised(lambda pixels: (network(preprocess(pixels)).logits,), images[..., 0], labels)
 
 
 def read_images(source: "str | Path") -> tuple[np.ndarray, np.ndarray | None]:

@@ -198,9 +198,8 @@ def _expect_measured_alike(table: Table, bounds: dict[str, dict[str, Any]], resu
     ]
     for run, fingerprint in every:
         try:
-            expect_comparable(
-                every[0][1], fingerprint, may_differ=("guidance_scale",)
-            )  # a classifier's is what is compared
+            # the scale of a classifier's guidance is what is compared
+            expect_comparable(every[0][1], fingerprint, may_differ=("guidance_scale",))
             if run.data in bounds:
                 expect_comparable(bounds[run.data]["real"]["fingerprint"], fingerprint, may_differ=SAMPLING)
         except ValueError as error:

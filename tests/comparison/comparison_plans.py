@@ -1,11 +1,33 @@
-"""The comparison at four steps, for the tests of its parts."""
+"""The comparison's plans as tests read them: at four steps, and with the arguments that its scripts parse."""
 
+import importlib
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import yaml
-from benchmarks.comparison.plan import Plan, load_plan
+from benchmarks.comparison.plan import Plan, Run, load_plan
 from conftest import FIXTURES
+
+from diffusers_dmp.training.parsing import parse_arguments
+
+ARGUMENTS = {
+    "train_dit.py": "DiTExpertTrainingArguments",
+    "generate_guidance_data.py": "GenerationArguments",
+    "train_dtr.py": "DTRTrainingArguments",
+    "train_remix.py": "RemixTrainingArguments",
+    "train_dmp.py": "DMPTrainingArguments",
+    "train_patch_diffusion.py": "PatchDiffusionTrainingArguments",
+    "train_ppap.py": "PPAPTrainingArguments",
+    "train_text_to_image.py": "TextToImageArguments",
+}
+
+
+def arguments_of(plan: Plan, run: Run) -> Any:
+    """The arguments of a run's script, as the script parses them; for a test that is `in_the_repository`."""
+    module = importlib.import_module(run.script.removesuffix(".py"))
+    with patch("diffusers_dmp.saving.sources.is_local", return_value=False):  # the folders of data are not made yet
+        return parse_arguments(getattr(module, ARGUMENTS[run.script]), plan.script(run)[1:])
 
 
 def write_preset(folder: Path, seeds: tuple[int, ...] = (0,), **groups: dict[str, Any]) -> Path:

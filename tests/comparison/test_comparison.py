@@ -1,26 +1,12 @@
 """The comparison's plan: all runs of a table are on equal terms, and what one needs comes before it."""
 
-import importlib
-from unittest.mock import patch
-
 import pytest
-from benchmarks.comparison.plan import Plan, Run, load_plan
-from comparison_plans import write_preset
-from conftest import REPOSITORY
+from benchmarks.comparison.plan import Plan, load_plan
+from comparison_plans import arguments_of, write_preset
 
 from diffusers_dmp import DiTModel, DTRTransformer2DModel
-from diffusers_dmp.training.parsing import parse_arguments
 
-ARGUMENTS = {
-    "train_dit.py": "DiTExpertTrainingArguments",
-    "generate_guidance_data.py": "GenerationArguments",
-    "train_dtr.py": "DTRTrainingArguments",
-    "train_remix.py": "RemixTrainingArguments",
-    "train_dmp.py": "DMPTrainingArguments",
-    "train_patch_diffusion.py": "PatchDiffusionTrainingArguments",
-    "train_ppap.py": "PPAPTrainingArguments",
-    "train_text_to_image.py": "TextToImageArguments",
-}
+pytestmark = pytest.mark.usefixtures("in_the_repository")
 # what all others of a table start from, and what has more steps than they, as its title says
 UNEQUAL = (
     "base/longer",
@@ -31,19 +17,6 @@ UNEQUAL = (
     "snr_split/one_longer",
 )
 INDEPENDENT = ("train_dit.py", "train_ppap.py")  # scripts that train each of `num_experts` for as many steps
-
-
-@pytest.fixture(autouse=True)
-def in_the_repository(monkeypatch):
-    monkeypatch.chdir(REPOSITORY)
-    monkeypatch.syspath_prepend(str(REPOSITORY / "training"))
-
-
-def arguments_of(plan: Plan, run: Run):
-    """The arguments as the script parses them."""
-    module = importlib.import_module(run.script.removesuffix(".py"))
-    with patch("diffusers_dmp.saving.sources.is_local", return_value=False):  # the folders of data are not made yet
-        return parse_arguments(getattr(module, ARGUMENTS[run.script]), plan.script(run)[1:])
 
 
 @pytest.fixture(scope="module")

@@ -21,13 +21,9 @@ PAGES = {
     for path in PRESETS.glob("*.yaml")
 }
 PUBLISHED = [name for name, page in PAGES.items() if page.exists() and (DOCS / "results" / name).is_dir()]
+pytestmark = pytest.mark.usefixtures("in_the_repository")
 SEEDS = (0, 1, 2)
 PLACES = (2, 3, 3, 3, 3)
-
-
-@pytest.fixture(autouse=True)
-def in_the_repository(monkeypatch):
-    monkeypatch.chdir(REPOSITORY)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,6 @@
 """The comparison of LoRA experts: equal terms, and measurements of what the LoRAs and the prompts make of the model."""
 
 import dataclasses
-import importlib
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -15,6 +13,7 @@ from benchmarks.comparison.measure import accuracy_of_extractor, read_images, re
 from benchmarks.comparison.plan import PRESETS, Plan, Run, load_plan
 from benchmarks.comparison.run import perform
 from benchmarks.comparison.sampling import call, load_pipeline, num_parameters
+from comparison_plans import arguments_of
 from conftest import REPOSITORY
 from peft import LoraConfig
 from tiny_sentences import sentence_pipe, transformer
@@ -26,20 +25,8 @@ from diffusers_dmp.evaluation.digits import DIGIT_PHRASES, DIGITS, ENLARGED_SIZE
 from diffusers_dmp.evaluation.fashion import captions_of, write_labelled_images
 from diffusers_dmp.evaluation.judge import as_pixels
 from diffusers_dmp.training.data.encoded_source import load_encoded
-from diffusers_dmp.training.parsing import parse_arguments
 
-
-@pytest.fixture(autouse=True)
-def in_the_repository(monkeypatch):
-    monkeypatch.chdir(REPOSITORY)
-    monkeypatch.syspath_prepend(str(REPOSITORY / "training"))
-
-
-def arguments_of(plan: Plan, run: Run):
-    """The arguments as the script parses them."""
-    module = importlib.import_module(run.script.removesuffix(".py"))
-    with patch("diffusers_dmp.saving.sources.is_local", return_value=False):  # the folders of data are not made yet
-        return parse_arguments(module.TextToImageArguments, plan.script(run)[1:])
+pytestmark = pytest.mark.usefixtures("in_the_repository")
 
 
 def test_the_adaptations_are_on_equal_terms():

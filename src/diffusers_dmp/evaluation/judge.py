@@ -71,6 +71,21 @@ def in_parts(function: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], pixel
     return [torch.cat(parts) for parts in zip(*(function(part) for part in pixels.split(500)), strict=True)]
 
 
+def share_recognised(
+    network: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], images: np.ndarray, labels: np.ndarray
+) -> float:
+    """
+    The share of pictures whose class a classifier recognises, to four places.
+
+    Args:
+        network (`Callable`): A [`Judge`], or what else returns logits (N, K) last, of pixels (N, 1, 28, 28) in [-1, 1].
+        images (`np.ndarray` of shape (N, 28, 28)): uint8.
+        labels (`np.ndarray` of shape (N,)): The classes that are right, or that were asked for.
+    """
+    *_, logits = in_parts(network, as_pixels(images))
+    return round(float((logits.argmax(1).numpy() == labels).mean()), 4)
+
+
 def as_pixels(images: np.ndarray) -> torch.Tensor:
     """uint8 (N, 28, 28) as (N, 1, 28, 28) in [-1, 1]."""
     return torch.from_numpy(images.copy()).float()[:, None] / 127.5 - 1
