@@ -11,7 +11,7 @@ import fcntl
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from types import FrameType
 
@@ -34,6 +34,7 @@ from .workers import hide_progress
 
 OWN_PRESET = "cpu"
 LOCK = "lock"  # in the output folder: held by the comparison that works there
+BOUNDS_LOG = "bounds.log"  # in a data set's folder
 GPU_WORKERS = 4  # small trainings wait for the CPU more than for the GPU
 
 
@@ -107,7 +108,9 @@ def prepare(plan: Plan, results: Path, schedule: Schedule) -> None:
         make_data(plan, name, results)
         path = results / plan.name / BOUNDS / f"{name}.json"
         if not path.exists():
-            write_json(path, measure_bounds(plan, name))
+            # as of workers, what measuring says of each file that it reads goes to a log
+            with open(plan.data_folder(name) / BOUNDS_LOG, "a") as log, redirect_stderr(log):
+                write_json(path, measure_bounds(plan, name))
 
 
 @contextmanager
