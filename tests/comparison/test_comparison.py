@@ -25,24 +25,36 @@ def cpu() -> Plan:
 
 
 def test_every_run_is_on_equal_terms(cpu):
-    """All runs of a table that are trained take equally many steps in total, on equal batches, with their own seed."""
+    """All runs that are trained take as many steps in total as what they are compared with, on equal batches, with their own seed."""
     for comparison in cpu.comparisons:
         if comparison.name == "lora":  # see test_comparison_text.py
             continue
-        budgets = {}
+        budgets: dict[str, dict[str, tuple[int, int]]] = {}  # by what is compared with each other, and by run
         for run in (run for run in comparison.runs if run.script and run.seed == 0):
             args = arguments_of(cpu, run)
             if run.key.removesuffix("-0") in UNEQUAL:
                 continue
             assert args.seed == run.seed
             num_trained = (args.num_experts or 1) if run.script in INDEPENDENT else 1
-            budgets[run.key] = (args.max_train_steps * num_trained, args.batch_size)
-        assert len(set(budgets.values())) == 1, budgets
+            group = run.name if run.name in comparison.against.values() else comparison.against.get(run.name, "")
+            budgets.setdefault(group, {})[run.key] = (args.max_train_steps * num_trained, args.batch_size)
+        for group in budgets.values():
+            assert len(set(group.values())) == 1, group
 
 
 def test_every_run_has_every_seed_but_those_that_others_start_from_and_further_settings(cpu):
     once = {"base/dit", "base/longer", "guidance/dit", "guidance/drawn", "lora/base"}
     once |= {f"guidance/{name}" for name in ("ppap_more", "ppap_slow", "ppap_more_7.5", "ppap_slow_7.5")}
+    further = (
+        "further_faster",
+        "remix_8_faster",
+        "dmp_slower",
+        "further_longer",
+        "remix_8_longer",
+        "remix_20_longer",
+        "dmp_longer",
+    )
+    once |= {f"tuning/{name}" for name in further}
     for comparison in cpu.comparisons:
         names = {run.name for run in comparison.runs}
         for name in names:

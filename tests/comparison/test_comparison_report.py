@@ -193,17 +193,20 @@ def test_the_same_results_make_the_same_page_and_plots(plan, results):
 
 
 def test_what_is_missing_is_named(plan, results):
-    for key in ("dtr/dtr-1", "dtr/dtr-2", "dtr/dit_uw-2", "snr_split/rough_1-0"):
+    for key in ("dtr/dtr-1", "dtr/dtr-2", "dtr/dit_uw-2", "guidance/unguided-0"):
         (results / f"{key}.json").unlink()
-    for path in (results / "tuning").glob("*.json"):
+    for path in [*(results / "tuning").glob("*.json"), *(results / "snr_split").glob("*-2.json")]:
         path.unlink()
     page = page_of(plan, results)
     number = sum(run.comparison == "tuning" for run in plan.runs)
-    summary = f"**Unfinished: {number + 4} of {len(plan.runs)} runs are missing: 3 of 24 in “DiT and DTR, from scratch”, {number} of"
+    second = sum(run.comparison == "snr_split" and run.seed == 2 for run in plan.runs)
+    summary = f"**Unfinished: {number + second + 4} of {len(plan.runs)} runs are missing: 3 of 24 in “DiT and DTR, from scratch”, {number} of"
     assert summary in page
     assert "**Missing with seeds 1, 2: DTR. Missing with seed 2: DiT, uncertainty.**" in page
-    assert "**Missing with seed 0: P4 below 1.**" in page
-    assert "**There is no result yet. Missing with seeds 0, 1, 2: all 7 runs.**" in page
+    assert f"**Missing with seed 2: all {second} runs.**" in page
+    assert "**Missing with seed 0: Unguided.**" in page
+    assert "**There is no result yet. Missing with seeds 0, 1, 2: As it was;" in page
+    assert "Missing with seed 0: Plain further training, larger steps;" in page
     (tuning,) = (each for each in plan.comparisons if each.name == "tuning")
     assert tuning.text.strip() in page
     expect_figures(page, plan, results)  # among others, 1 of 3 seeds
