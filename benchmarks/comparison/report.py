@@ -61,6 +61,7 @@ def make_page(plan: Plan, tables: list[Table], bounds: dict[str, dict[str, Any]]
         {
             "comparison": table.comparison,
             "missing": missing(table),
+            "trained_again": table.trained_again,
             "metrics": metrics_cells(table),
             "differences": difference_cells(table) if table.compared else [],
             "has_baseline": any(row.name == table.comparison.baseline for row in table.rows),

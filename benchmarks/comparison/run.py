@@ -20,6 +20,7 @@ from diffusers_dmp import SNRSplitPipeline
 from diffusers_dmp.evaluation.costs import gigaflops_of
 from diffusers_dmp.evaluation.npz import NpzImages
 from diffusers_dmp.plots import sample_grid
+from diffusers_dmp.saving.weight_files import folder_sha256
 from diffusers_dmp.saving.whole import written_whole
 from diffusers_dmp.training.data.shards import remember_settings
 
@@ -38,6 +39,7 @@ SECONDS_RECORD = "seconds.json"  # how long all parts of an interrupted run took
 LOCK = "lock"  # held while a run is trained
 TRAINING_LOG = "training.log"
 TRAINED_RECORD = "trained.json"  # written when the training is complete: how long a step took
+SAVED = ("pipeline", "expert_*/pipeline", "experts")  # in a run's folder: what others start from
 
 
 def train(plan: Plan, run: Run, num_threads: int) -> None:
@@ -66,8 +68,8 @@ def perform(plan: Plan, run: Run, num_threads: int) -> dict[str, Any]:
         num_threads (`int`): Threads of the training.
 
     Returns:
-        The content of the result's file: settings, a command for the same training, metrics at each step at which there is a
-        pipeline, losses by noise level, number of parameters, floating-point operations per image, milliseconds per training
+        The content of the result's file: settings, what it started from, a command for the same training, metrics at each step
+        at which there is a pipeline, losses by noise level, number of parameters, floating-point operations per image, milliseconds per training
         step and per image, seconds, hardware and commit.
 
     Raises:
@@ -75,6 +77,7 @@ def perform(plan: Plan, run: Run, num_threads: int) -> dict[str, Any]:
     """
     settings = plan.settings(run)
     result = {"comparison": run.comparison, "name": run.name, "seed": run.seed, "settings": settings}
+    result |= {"started_from": starts(plan, run)}
     if run.script:
         train(plan, run, num_threads)
         record = json.loads((plan.folder(run) / TRAINED_RECORD).read_text())
@@ -84,6 +87,24 @@ def perform(plan: Plan, run: Run, num_threads: int) -> dict[str, Any]:
         with _counted_seconds(plan, run):
             result |= _measurement(plan, run)
     return result | {"seconds": round(seconds_spent(plan, run)), "commit": code_commit()}
+
+
+def starts(plan: Plan, run: Run) -> dict[str, str]:
+    """
+    Hash what a run starts from: a table whose results started from two trainings of the same thing says so.
+
+    Args:
+        plan ([`Plan`]), run ([`Run`]): Which; the runs before it are trained.
+
+    Returns:
+        A hash for each folder of weights, by its place in the output folder. Images have none: it is that of what sampled them.
+    """
+    found: dict[str, str] = {}
+    for needed in plan.before(run):
+        saved = [path for pattern in SAVED for path in sorted(plan.folder(needed).glob(pattern))]
+        own = {path.relative_to(plan.output_dir).as_posix(): folder_sha256(path) for path in saved}
+        found |= own or starts(plan, needed)
+    return found
 
 
 @contextmanager

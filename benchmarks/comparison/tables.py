@@ -1,6 +1,7 @@
 """The figures of a comparison's page, computed from the results' JSON files: rows, differences, and what is missing."""
 
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,11 +88,13 @@ class Table:
         comparison ([`Comparison`]): The comparison.
         rows (`list[Row]`): The measured runs that have results.
         missing (`list[Run]`): All runs that have none.
+        trained_again (`list[str]`): What some of the results started from before it was trained again, and others after.
     """
 
     comparison: Comparison
     rows: list[Row]
     missing: list[Run]
+    trained_again: list[str]
 
     def baseline_of(self, row: Row) -> Row | None:
         """Return what a row is compared with, if it has a result with a seed of the row's."""
@@ -171,10 +174,20 @@ def read_tables(plan: Plan, results: Path) -> list[Table]:
             grid = results / f"{runs[0].key}.png"
             if own:
                 rows.append(Row(runs, own, grid if grid.exists() else None))
-        table = Table(comparison, rows, [run for run in comparison.runs if run.key not in found])
+        missing = [run for run in comparison.runs if run.key not in found]
+        table = Table(comparison, rows, missing, _trained_again(found.values()))
         _expect_measured_alike(table, bounds, results)
         tables.append(table)
     return tables
+
+
+def _trained_again(results: Iterable[dict[str, Any]]) -> list[str]:
+    """Return the places of which results that started from there have different hashes; older results have no hashes."""
+    hashes: dict[str, set[str]] = {}
+    for result in results:
+        for place, sha256 in result.get("started_from", {}).items():
+            hashes.setdefault(place, set()).add(sha256)
+    return sorted(place for place, own in hashes.items() if len(own) > 1)
 
 
 def read_all_bounds(plan: Plan, results: Path) -> dict[str, dict[str, Any]]:

@@ -212,6 +212,22 @@ def test_what_is_missing_is_named(plan, results):
     expect_figures(page, plan, results)  # among others, 1 of 3 seeds
 
 
+def test_a_table_says_if_what_its_rows_start_from_was_trained_again(plan, results):
+    place = "base/longer-0/pipeline"
+
+    def page_with(hashes: dict[str, str]) -> str:
+        for key, sha256 in hashes.items():
+            write(results / f"{key}.json", result_of(plan, key) | {"started_from": {place: sha256}})
+        return page_of(plan, results)
+
+    assert "Trained again" not in page_with({"tuning/dit-0": "a1", "tuning/dmp-0": "a1"})  # the others have no hash
+    page = page_with({"tuning/dmp-1": "b2"})
+    warning = f"**Trained again while this table was made, so that some rows started from one training and some from another: {place}.**"
+    tuning = plan.run("tuning/dmp-1").comparison
+    (title,) = (each.title for each in plan.comparisons if each.name == tuning)
+    assert page.count(warning) == 1 and warning in page.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
 def test_without_a_result_the_page_says_so(plan, tmp_path):
     page = page_of(plan, tmp_path / "results" / "tiny")
     assert f"**There are no results yet: all {len(plan.runs)} runs are missing.**" in page

@@ -24,6 +24,7 @@ from ..models.vision import network_sha256
 from ..plugins.lora_experts import LoraExperts
 from ..saving.finite import expect_finite_files
 from ..saving.sources import check_source
+from ..saving.weight_files import folder_sha256
 from ..saving.whole import written_whole
 from ..training.arguments import option
 from ..training.data.encoded_images import EncodedImages
@@ -106,7 +107,7 @@ def sample_images(args: SamplingArguments) -> Path | None:
         if prompts is not None:
             settings |= {"num_prompts": len(prompts), "prompts_sha256": prompts_sha256(prompts)}
         if experts is not None:
-            settings["lora_experts_sha256"] = _folder_sha256(experts)
+            settings["lora_experts_sha256"] = folder_sha256(experts)
         remember_settings(folder / SETTINGS_NAME, settings, "images")
         if prompts is not None and not (folder / PROMPTS_NAME).exists():
             with written_whole(folder / PROMPTS_NAME) as unfinished:
@@ -218,17 +219,7 @@ def sampling_settings(args: SamplingArguments, pipeline: DiffusionPipeline, fold
         default = getattr(inspect.signature(pipeline.__call__).parameters.get("guidance_scale"), "default", None)
         # an `SNRSplitPipeline` has a scale for each denoiser in its config
         settings["guidance_scale"] = pipeline.config.get("guidance_scales") or default
-    return settings | {"pipeline_sha256": _folder_sha256(folder)}
-
-
-def _folder_sha256(folder: Path) -> str:
-    """Hash weights and configurations, to notice when another model is saved in the same folder."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors")):
-        digest.update(path.relative_to(folder).as_posix().encode())
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    return settings | {"pipeline_sha256": folder_sha256(folder)}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Safetensors (https://github.com/huggingface/safetensors): 8 bytes with the heade
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -116,6 +117,16 @@ def saved_files(folder: "str | os.PathLike", pattern: str, components: bool = Tr
     found = [*Path(folder).glob(pattern), *(Path(folder).glob(f"*/{pattern}") if components else ())]
     named = {path: path.relative_to(folder).parts for path in found}
     return sorted(path for path, parts in named.items() if not any(_is_private(part) for part in parts))
+
+
+def folder_sha256(folder: Path) -> str:
+    """Hash weights and configurations, to notice when another model is saved in the same folder."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors")):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def check_saved_folder(folder: "str | os.PathLike", components: bool = True) -> None:
