@@ -39,7 +39,6 @@ SECONDS_RECORD = "seconds.json"  # how long all parts of an interrupted run took
 LOCK = "lock"  # held while a run is trained
 TRAINING_LOG = "training.log"
 TRAINED_RECORD = "trained.json"  # written when the training is complete: how long a step took
-SAVED = ("pipeline", "expert_*/pipeline", "experts")  # in a run's folder: what others start from
 
 
 def train(plan: Plan, run: Run, num_threads: int) -> None:
@@ -97,13 +96,15 @@ def starts(plan: Plan, run: Run) -> dict[str, str]:
         plan ([`Plan`]), run ([`Run`]): Which; the runs before it are trained.
 
     Returns:
-        A hash for each folder of weights, by its place in the output folder. Images have none: it is that of what sampled them.
+        A hash for each folder with weights that the run names, by its place in the output folder. For images, it is that of what
+        sampled them.
     """
-    found: dict[str, str] = {}
-    for needed in plan.before(run):
-        saved = [path for pattern in SAVED for path in sorted(plan.folder(needed).glob(pattern))]
-        own = {path.relative_to(plan.output_dir).as_posix(): folder_sha256(path) for path in saved}
-        found |= own or starts(plan, needed)
+    named = [run.base, run.guide, *run.parts, *run.arguments.values()]
+    folders = [plan.place(run, name) for name in named if isinstance(name, str) and name.startswith("{")]
+    with_weights = [folder for folder in folders if any(folder.rglob("*.safetensors"))]
+    found = {folder.relative_to(plan.output_dir).as_posix(): folder_sha256(folder) for folder in with_weights}
+    for sampled in (needed for needed in plan.before(run) if plan.folder(needed) in folders):
+        found |= starts(plan, sampled)
     return found
 
 

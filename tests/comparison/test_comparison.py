@@ -109,7 +109,8 @@ def test_what_a_run_starts_from_has_a_hash_that_changes_when_that_is_trained_aga
     places = {
         "tuning/dmp-1": ["base/longer-0/pipeline"],
         "snr_split/mixed_1-1": ["snr_split/clean_1-1/expert_0/pipeline", "snr_split/rough_1-1/expert_1/pipeline"],
-        "guidance/ppap-1": ["guidance/dit-0/pipeline"],  # which sampled its images
+        "guidance/ppap-1": ["data/fashion/guide", "guidance/dit-0/pipeline"],  # which sampled its images
+        "guidance/classifier_15-1": ["data/fashion/guide", "guidance/dit-0/pipeline"],
         "guidance/ppap_7.5-1": ["guidance/dit-0/pipeline", "guidance/ppap-1/experts"],
     }
     for place in {place for some in places.values() for place in some}:
@@ -119,5 +120,5 @@ def test_what_a_run_starts_from_has_a_hash_that_changes_when_that_is_trained_aga
     assert {key: sorted(found) for key, found in before.items()} == places
     save("guidance/dit-0/pipeline", b"second")
     changed = {key for key in places if starts(plan, plan.run(key)) != before[key]}
-    assert changed == {"guidance/ppap-1", "guidance/ppap_7.5-1"}
+    assert changed == {"guidance/ppap-1", "guidance/classifier_15-1", "guidance/ppap_7.5-1"}
     assert starts(plan, plan.run("dtr/dit-0")) == {}

@@ -112,8 +112,8 @@ def fit_resnet(
         The network in eval mode.
     """
     torch.manual_seed(seed)
-    pixels = torch.from_numpy(images).float().permute(0, 3, 1, 2) / 127.5 - 1  # (N, C, H, W)
-    classes = torch.from_numpy(labels).long()
+    pixels = torch.tensor(images).float().permute(0, 3, 1, 2) / 127.5 - 1  # (N, C, H, W)
+    classes = torch.tensor(labels).long()
     channels, size = pixels.shape[1], max(pixels.shape[2], CLASSIFIER_SIZE)
     config = ResNetConfig(
         num_channels=channels,
