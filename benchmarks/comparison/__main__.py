@@ -12,22 +12,24 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
 import psutil
 import torch
 
+from diffusers_dmp.evaluation.features import INCEPTION
 from diffusers_dmp.terminal import INTERRUPTED, OneLineParser, run_command, write_line
 from diffusers_dmp.training.launching import num_cores
 
-from .checks import expect_commits, expect_extractor, stored_results
+from .checks import expect_commits, expect_enough_images, expect_extractor, stored_results
 from .data import make_data
 from .execution import Execution, Limits, write_json
 from .measure import measure_bounds
 from .plan import Plan, load_plan
 from .report import write_report
-from .results import BOUNDS
+from .results import BOUNDS, INCEPTION_FINGERPRINT, read_bounds
 from .run import is_trained
 from .schedule import Durations, Schedule
 from .workers import hide_progress
@@ -42,7 +44,7 @@ def main(argv: list[str]) -> None:
     started = time.monotonic() - (time.time() - psutil.Process().create_time())  # before the imports
     args = parse(argv)
     hide_progress()
-    plan = load_plan(args.preset)
+    plan = replace(load_plan(args.preset), inception=args.inception)
     results = args.results / plan.name
     report = args.report or Path("docs", "results.md" if plan.name == OWN_PRESET else f"results_{plan.name}.md")
     stored = stored_results(plan, results)
@@ -54,6 +56,7 @@ def main(argv: list[str]) -> None:
         expect_commits(stored, args.accept_commits)
         with only_one(plan.output_dir), one_line_after_an_interruption(execution):
             expect_extractor(plan, stored, args.results)
+            expect_enough_images(plan)
             prepare(plan, args.results, schedule)
             execution.perform()
     write_report(plan, results, report)
@@ -94,6 +97,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--accept_commits", nargs="+", default=[], metavar="COMMIT",
         help="go on with results of these commits: nothing that the figures depend on has changed since",
     )  # fmt: skip
+    parser.add_argument(
+        "--inception", nargs="?", const=INCEPTION, default="", metavar="FILE",
+        help="measure FID by Inception, too, at the end of each run: its weights are downloaded, or read from this file",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f"Expected `workers` to be at least 1, but got {args.workers}.")
@@ -107,7 +114,7 @@ def prepare(plan: Plan, results: Path, schedule: Schedule) -> None:
     for name in sorted({schedule.runs[job.key].data for job in schedule.left}):
         make_data(plan, name, results)
         path = results / plan.name / BOUNDS / f"{name}.json"
-        if not path.exists():
+        if not path.exists() or plan.inception and INCEPTION_FINGERPRINT not in read_bounds(path)["real"]:
             # as of workers, what measuring says of each file that it reads goes to a log
             with open(plan.data_folder(name) / BOUNDS_LOG, "a") as log, redirect_stderr(log):
                 write_json(path, measure_bounds(plan, name))

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.timing import commit
 from diffusers_dmp.evaluation.features import FeatureExtractor
 
@@ -131,6 +133,27 @@ def expect_extractor(plan: Plan, stored: dict[Path, dict[str, Any]], results: Pa
                 f"Expected {copy} to have copies of the networks that {kept} has, but got others. Delete {copy}; it is made "
                 "again."
             )
+
+
+def expect_enough_images(plan: Plan) -> None:
+    """
+    Check that FID by the plan's further extractor can be measured, and load its weights before they are needed.
+
+    Args:
+        plan ([`Plan`]): For the extractor and the number of images.
+
+    Raises:
+        ValueError: if there are no such weights, or fewer images than features.
+    """
+    if not plan.inception:
+        return
+    image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    dim = FeatureExtractor(plan.inception)(image).pooled.shape[1]
+    if plan.num_images <= dim:
+        raise ValueError(
+            f"Expected a preset that samples more than {dim} images, as many as the network of `--inception` has features, but "
+            f"{plan.name!r} samples {plan.num_images}."
+        )
 
 
 def _expect_measured_with(path: Path, result: dict[str, Any], hashes: dict[Path, str], kept: Path) -> None:

@@ -20,6 +20,7 @@ from diffusers_dmp.models.vision import ImagePreprocessor, processor_settings
 from .checks import code_commit
 from .data import EXTRACTOR, JUDGE, REFERENCE, TRAIN, noise_images
 from .plan import Plan
+from .results import BY_INCEPTION, INCEPTION_FINGERPRINT
 
 METRICS = ("FID", "KID", "precision", "recall")  # of the evaluation
 RECOGNISED = "recognised"
@@ -38,16 +39,37 @@ def measure(plan: Plan, data: str, source: Path) -> tuple[dict[str, Any], dict[s
         The metrics by name, and their fingerprint.
     """
     folder = plan.data_folder(data)
+    values, fingerprint = _evaluate(plan, data, source, folder / EXTRACTOR)
+    metrics: dict[str, Any] = {name: values[name] for name in METRICS}
+    return metrics | {RECOGNISED: recognised(folder / JUDGE, source)}, fingerprint
+
+
+def measure_by_inception(plan: Plan, data: str, source: Path) -> tuple[dict[str, float], dict[str, Any]]:
+    """
+    Compare images with real ones by the network of published FIDs, if the plan names its weights.
+
+    Args:
+        plan ([`Plan`]), data (`str`), source (`Path`): As of [`measure`].
+
+    Returns:
+        The metric and its fingerprint, each by its name in a result; nothing without weights.
+    """
+    if not plan.inception:
+        return {}, {}
+    values, fingerprint = _evaluate(plan, data, source, plan.inception)
+    return {BY_INCEPTION: values["FID"]}, {INCEPTION_FINGERPRINT: fingerprint}
+
+
+def _evaluate(plan: Plan, data: str, source: Path, extractor: "str | Path") -> tuple[dict[str, float], dict[str, Any]]:
+    """Compute all metrics of an extractor, by name, and their fingerprint."""
     arguments = EvaluationArguments(
         generated=str(source),
-        reference=str(folder / REFERENCE),
-        extractor=str(folder / EXTRACTOR),
+        reference=str(plan.data_folder(data) / REFERENCE),
+        extractor=str(extractor),
         output=str(source.with_suffix(".evaluation.json")),
     )
     results = evaluate(arguments)
-    metrics = {result["metric"]: result["value"] for result in results if result["metric"] in METRICS}
-    metrics[RECOGNISED] = recognised(folder / JUDGE, source)
-    return metrics, results[0]["settings"]
+    return {result["metric"]: result["value"] for result in results}, results[0]["settings"]
 
 
 def measure_bounds(plan: Plan, name: str) -> dict[str, Any]:
@@ -59,7 +81,7 @@ def measure_bounds(plan: Plan, name: str) -> dict[str, Any]:
         name (`str`): The data set's name.
 
     Returns:
-        The metrics and fingerprints of `real` and `noise`, the share of test images that the extractor and the judge classify
+        The metrics and fingerprints of `real` and `noise`, with FID by Inception if the plan names its weights; the share of test images that the extractor and the judge classify
         rightly (`accuracy`), the data set's settings, the number of images and the commit.
     """
     folder = plan.data_folder(name)
@@ -72,7 +94,8 @@ def measure_bounds(plan: Plan, name: str) -> dict[str, Any]:
         source.parent.mkdir(exist_ok=True)
         write_npz(source, [pixels], pixels.shape, classes)
         metrics, fingerprint = measure(plan, name, source)
-        bounds[bound] = metrics | {"fingerprint": fingerprint}
+        further, further_fingerprint = measure_by_inception(plan, name, source)
+        bounds[bound] = metrics | {"fingerprint": fingerprint} | further | further_fingerprint
     accuracy = {"extractor": accuracy_of_extractor(folder), "judge": recognised(folder / JUDGE, folder / REFERENCE)}
     return bounds | {"accuracy": accuracy, "settings": plan.data[name], "number": len(images), "commit": code_commit()}
 

@@ -114,6 +114,7 @@ class Plan:
         num_inference_steps (`int`): Denoising steps of all sampling.
         data (`dict[str, dict]`): Arguments of each data set's maker.
         comparisons (`list[Comparison]`): In the order of the report.
+        inception (`str`): An extractor by which FID is measured, too, at the end of each run; empty for none.
     """
 
     name: str
@@ -123,6 +124,7 @@ class Plan:
     num_inference_steps: int
     data: dict[str, dict[str, Any]]
     comparisons: list[Comparison]
+    inception: str = ""
 
     @property
     def runs(self) -> list[Run]:

@@ -2,6 +2,7 @@
 
 import os
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from diffusers_dmp.saving.whole import written_whole
 
 from . import pictures
 from .plan import Plan
+from .results import BY_INCEPTION
 from .tables import LOWER_IS_BETTER, Table, num_better, read_all_bounds, read_tables
 
 TEMPLATE = "results.md.jinja"
 PLOTS = "plots"  # the folder of the plots, beside the results
-METRICS = {"FID": 2, "KID": 3, "precision": 3, "recall": 3, "recognised": 3}  # decimal places
+METRICS = {"FID": 2, "KID": 3, "precision": 3, "recall": 3, "recognised": 3, BY_INCEPTION: 2}  # decimal places
+HEADERS = {BY_INCEPTION: "FID, Inception"}  # where they are not the metrics' names
 DATA = {"fashion": "Fashion-MNIST", "digits": "scikit-learn's digits"}
 BOUNDS = {"real": "as many training images", "noise": "as many images of uniform noise"}
 IMAGES_IN_A_ROW = 3
@@ -82,6 +85,7 @@ def make_page(plan: Plan, tables: list[Table], bounds: dict[str, dict[str, Any]]
         bounds=bounds,
         bounds_cells=bounds_cells(bounds),
         folder=folder,
+        by_inception=any(result["points"][-1].get(BY_INCEPTION) is not None for result in results),
         commits=sorted({result["commit"] for result in [*results, *bounds.values()]}),
         hardware=sorted({result["hardware"] for result in results}),
     )
@@ -119,42 +123,48 @@ def missing(table: Table) -> str:
 
 def bounds_cells(bounds: dict[str, dict[str, Any]]) -> Cells:
     """Return the table of the best and the worst that can be expected."""
+    measured = {
+        f"{DATA.get(data, data)}, {title}": own[kind] for data, own in bounds.items() for kind, title in BOUNDS.items()
+    }
+    shown = _shown(any(BY_INCEPTION in bound for bound in measured.values()))
     rows = [
-        [f"{DATA.get(data, data)}, {title}"]
-        + [
-            NOTHING if own[kind][metric] is None else spread([own[kind][metric]], METRICS[metric])
-            for metric in METRICS
+        [
+            title,
+            *(
+                spread([value for value in [bound.get(metric)] if value is not None], shown[metric])
+                for metric in shown
+            ),
         ]
-        for data, own in bounds.items()
-        for kind, title in BOUNDS.items()
+        for title, bound in measured.items()
     ]
-    return [_header(), *rows]
+    return [_header(shown), *rows]
 
 
 def metrics_cells(table: Table) -> Cells:
     """Return the table of metrics at the end of training, and of costs."""
     costs = ["seeds", "parameters", "10⁹ operations per image"]
+    shown = _shown_in(table)
     rows = [
         [row.title]
-        + [spread(row.values(metric), places) for metric, places in METRICS.items()]
+        + [spread(row.values(metric), places) for metric, places in shown.items()]
         + [f"{len(row.results)} of {len(row.runs)}" if len(row.results) < len(row.runs) else str(len(row.runs))]
         + [spread(row.values("parameters")[:1], 0), spread(row.values("gigaflops_per_image")[:1], 3)]  # of every seed
         for row in table.rows
     ]
-    return [_header() + costs, *rows]
+    return [_header(shown) + costs, *rows]
 
 
 def difference_cells(table: Table) -> Cells:
     """Return the table of differences to the baseline, with the number of seeds for which they are for the better."""
-    rows = []
+    rows, shown = [], _shown_in(table)
     for row in table.compared:
         cells = [table.label(row)]
-        for metric, places in METRICS.items():
+        for metric, places in shown.items():
             values = table.differences(row, metric)
             better = f" ({num_better(metric, values)} of {len(values)})" if values else ""
             cells.append(spread(values, places, sign="+") + better)
         rows.append(cells)
-    return [_header(), *rows]
+    return [_header(shown), *rows]
 
 
 def steps_cells(table: Table) -> Cells:
@@ -197,5 +207,15 @@ def spread(values: list[float], places: int, sign: str = "") -> str:
     return f"{mean} ± {statistics.stdev(values):,.{places}f}" if len(values) > 1 else mean
 
 
-def _header() -> list[str]:
-    return ["", *(f"{metric} {'↓' if metric in LOWER_IS_BETTER else '↑'}" for metric in METRICS)]
+def _shown_in(table: Table) -> dict[str, int]:
+    """Return the metrics of a table and their decimal places."""
+    return _shown(any(row.values(BY_INCEPTION) for row in table.rows))
+
+
+def _shown(by_inception: bool) -> dict[str, int]:
+    """Return all metrics, or all but that by Inception, and their decimal places."""
+    return {metric: places for metric, places in METRICS.items() if by_inception or metric != BY_INCEPTION}
+
+
+def _header(metrics: Iterable[str]) -> list[str]:
+    return ["", *(f"{HEADERS.get(metric, metric)} {'↓' if metric in LOWER_IS_BETTER else '↑'}" for metric in metrics)]

@@ -8,6 +8,10 @@ from diffusers_dmp.saving.reading import parsed_json
 
 BOUNDS = "bounds"  # the folder of the metrics of real images and of noise
 METRICS = ("FID", "KID", "precision", "recall", "recognised")
+BY_INCEPTION, INCEPTION_FINGERPRINT = (
+    "FID_inception",
+    "inception_fingerprint",
+)  # where Inception's weights were at hand
 OF_EVERY_RUN = ("comparison", "name", "seed", "settings", "seconds", "commit")
 OF_MEASURED_RUNS = (
     *("points", "fingerprint", "losses", "parameters", "gigaflops_per_image", "milliseconds_per_image", "hardware"),

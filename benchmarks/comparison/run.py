@@ -27,7 +27,7 @@ from diffusers_dmp.training.data.shards import remember_settings
 from . import watched
 from .checks import code_commit
 from .losses import measure_losses
-from .measure import measure
+from .measure import measure, measure_by_inception
 from .plan import Plan, Run
 from .sampling import NUM_CLASSES, call, load_pipeline, num_parameters, sample
 
@@ -133,12 +133,15 @@ def _measurement(plan: Plan, run: Run) -> dict[str, Any]:
         images, milliseconds_per_image = sample(plan, run, source, folder / "samples" / str(step))
         metrics, fingerprint = measure(plan, run.data, images)
         points.append({"step": step, **metrics})
+    by_inception, inception_fingerprint = measure_by_inception(plan, run.data, images)
+    points[-1] |= by_inception
     write_grid(images, folder / GRID)
     labels = [index % NUM_CLASSES for index in range(COST_BATCH)]
     pipeline = load_pipeline(plan, run, source, labels)
     return {
         "points": points,
         "fingerprint": fingerprint,  # of the last point
+        **inception_fingerprint,
         "losses": None if run.guide else measure_losses(plan, run, pipeline),
         "parameters": num_parameters(pipeline),
         "gigaflops_per_image": round(gigaflops_of(lambda: call(plan, run, pipeline, labels)) / COST_BATCH, 5),

@@ -9,9 +9,9 @@ from typing import Any
 from diffusers_dmp.evaluation.fingerprint import expect_comparable
 
 from .plan import Comparison, Plan, Run
-from .results import BOUNDS, read_bounds, read_result
+from .results import BOUNDS, BY_INCEPTION, INCEPTION_FINGERPRINT, read_bounds, read_result
 
-LOWER_IS_BETTER = ("FID", "KID")
+LOWER_IS_BETTER = ("FID", "KID", BY_INCEPTION)
 # entries of a fingerprint that only sampled images have; and of a small data set there are fewer real images than sampled ones
 SAMPLING = ("num_inference_steps", "scheduler", "scheduler_sha256", "vae_sha256", "guidance_scale", "guidance_channels",
             "pipeline_arguments", "dtype", "tf32", "prompts_sha256", "num_samples")  # fmt: skip
@@ -117,7 +117,7 @@ class Table:
     def differences(self, row: Row, metric: str) -> list[float]:
         """Return how much higher a metric is at the end of training than the baseline's, seed by seed."""
         baseline = self.baseline_of(row)
-        ends = [[result["points"][-1][metric] for result in pair] for pair in row.pairs(baseline)] if baseline else []
+        ends = [[each["points"][-1].get(metric) for each in pair] for pair in row.pairs(baseline)] if baseline else []
         return [own - other for own, other in ends if own is not None and other is not None]
 
     def loss_changes(self, row: Row) -> list[list[float]]:
@@ -203,17 +203,19 @@ def _expect_measured_alike(table: Table, bounds: dict[str, dict[str, Any]], resu
     Raises:
         ValueError: if they were not; the error names the file.
     """
-    every = [
-        (run, row.results[run.seed]["fingerprint"])
-        for row in table.rows
-        for run in row.runs
-        if run.seed in row.results
-    ]
-    for run, fingerprint in every:
-        try:
-            # the scale of a classifier's guidance is what is compared
-            expect_comparable(every[0][1], fingerprint, may_differ=("guidance_scale",))
-            if run.data in bounds:
-                expect_comparable(bounds[run.data]["real"]["fingerprint"], fingerprint, may_differ=SAMPLING)
-        except ValueError as error:
-            raise ValueError(f"{results / run.key}.json: {error}") from error
+    for name in ("fingerprint", INCEPTION_FINGERPRINT):
+        every = [
+            (run, row.results[run.seed][name])
+            for row in table.rows
+            for run in row.runs
+            if name in row.results.get(run.seed, {})
+        ]
+        for run, fingerprint in every:
+            real = bounds.get(run.data, {}).get("real", {}).get(name)
+            try:
+                # the scale of a classifier's guidance is what is compared
+                expect_comparable(every[0][1], fingerprint, may_differ=("guidance_scale",))
+                if real:
+                    expect_comparable(real, fingerprint, may_differ=SAMPLING)
+            except ValueError as error:
+                raise ValueError(f"{results / run.key}.json: {error}") from error

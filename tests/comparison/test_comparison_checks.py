@@ -208,6 +208,23 @@ def test_options_out_of_range(refused):
     assert "`only` to be some of dtr, base" in refused("--only", "digits")
 
 
+def test_a_further_extractor_that_cannot_measure(refused, tmp_path):
+    """Before the first step of work: weights that are not there, and more features than images."""
+    assert f"{str(tmp_path / 'missing.pth')!r}" in refused("--inception", str(tmp_path / "missing.pth"))
+    write_extractor(tmp_path / "wide", width=100)
+    assert "samples more than 100 images" in refused("--inception", str(tmp_path / "wide"))
+
+
+def test_bounds_are_measured_again_by_a_further_extractor_that_can(comparison, tmp_path, monkeypatch):
+    write_extractor(tmp_path / "narrow", width=99)
+    bounds = {"real": {"inception_fingerprint": {}}}
+    monkeypatch.setattr(command_line, "measure_bounds", lambda plan, name: bounds)
+    assert comparison.run("--inception", str(tmp_path / "narrow")) == 0
+    (work,) = comparison.performed
+    assert work.plan.inception == str(tmp_path / "narrow")
+    assert json.loads((comparison.results / "tiny" / "bounds" / "fashion.json").read_text()) == bounds
+
+
 def test_two_comparisons_in_one_folder(comparison, refused):
     with command_line.only_one(comparison.plan.output_dir):
         assert f"no other comparison to work in {comparison.plan.output_dir}" in refused()

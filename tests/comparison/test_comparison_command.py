@@ -134,13 +134,14 @@ def test_every_run_at_four_steps(tmp_path, monkeypatch, only):
     small_data(plan, tmp_path / "results", monkeypatch)
     comparison = Comparison(tmp_path)
     runs = [run for run in plan.runs if run.comparison == only]
-    status, lines = comparison.run("--only", only)
+    options = ["--only", only, "--inception", tmp_path / "results" / "extractors" / "fashion" / "extractor"]
+    status, lines = comparison.run(*options)
     assert status == 0, lines
     assert len(lines) == len(runs) + 1  # and no progress bars
     assert {line.partition(": done in ")[0] for line in lines[:-1]} == {run.key for run in runs}
     assert lines[-1] == f"{tmp_path / 'page.md'} is written; all {len(runs)} runs are done"
     page = (tmp_path / "page.md").read_text()
-    assert all(run.title in page for run in runs if run.measured)
+    assert all(run.title in page for run in runs if run.measured) and "FID, Inception" in page
     results = tmp_path / "results" / "tiny" / only
     assert {path.stem for path in results.glob("*.json")} == {f"{run.name}-0" for run in runs}
     assert {path.stem for path in results.glob("*.png")} == {f"{run.name}-0" for run in runs if run.measured}
@@ -148,7 +149,8 @@ def test_every_run_at_four_steps(tmp_path, monkeypatch, only):
     last = [run for run in runs if run.measured][-1]
     before = json.loads((results / f"{last.name}-0.json").read_text())
     (results / f"{last.name}-0.json").unlink()
-    status, lines = comparison.run("--only", only)
+    assert before["points"][-1]["FID_inception"] == before["points"][-1]["FID"]  # here, by the same network
+    status, lines = comparison.run(*options)
     assert status == 0 and len(lines) == 2 and lines[0].startswith(f"{last.key}: done in "), lines
     after = json.loads((results / f"{last.name}-0.json").read_text())
     assert after == before | {"seconds": after["seconds"]}

@@ -228,6 +228,33 @@ def test_a_table_says_if_what_its_rows_start_from_was_trained_again(plan, result
     assert page.count(warning) == 1 and warning in page.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
+def test_fid_by_inception_has_a_column_where_it_was_measured(plan, results):
+    assert "Inception" not in page_of(plan, results)
+    values = {"dtr/dit-0": 20.0, "dtr/dit-1": 22.0, "dtr/dtr-0": 19.0}
+    for key, value in values.items():
+        result = result_of(plan, key)
+        result["points"][-1] |= {"FID_inception": value}
+        write(results / f"{key}.json", result | {"inception_fingerprint": {"num_samples": plan.num_images}})
+    page = page_of(plan, results)
+    header = "|  | FID ↓ | KID ↓ | precision ↑ | recall ↑ | recognised ↑ | FID, Inception ↓ |"
+    assert page.count(header) == 2  # of metrics, and of differences
+    (dtr,) = (comparison for comparison in plan.comparisons if comparison.name == "dtr")
+    metrics, differences = cells(page, dtr, 0), cells(page, dtr, 1)
+    last = len(METRICS)
+    assert (
+        metrics["DiT"][last] == "21.00 ± 1.41"
+        and metrics["DTR"][last] == "19.00"
+        and metrics["DTR, 60 % shared"][last] == "–"
+    )
+    assert differences["DTR"][last] == "-1.00 (1 of 1)"
+    write(
+        results / "dtr/dtr-0.json",
+        json.loads((results / "dtr/dtr-0.json").read_text()) | {"inception_fingerprint": {"num_samples": 7}},
+    )
+    with pytest.raises(ValueError, match=r"dtr/dtr-0\.json: .*num_samples"):
+        page_of(plan, results)
+
+
 def test_without_a_result_the_page_says_so(plan, tmp_path):
     page = page_of(plan, tmp_path / "results" / "tiny")
     assert f"**There are no results yet: all {len(plan.runs)} runs are missing.**" in page
