@@ -73,6 +73,7 @@ def make_page(plan: Plan, tables: list[Table], bounds: dict[str, dict[str, Any]]
             "steps": steps_cells(table),
             "losses": losses_cells(table) if table.with_losses else [],
             "plots": pictures.plots(table),
+            "noises": table.noises,
             "images": images_cells(table, folder),
         }
         for table in tables

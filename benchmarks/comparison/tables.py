@@ -75,8 +75,14 @@ class Row:
         return ends | {"change": change, "is_flat": abs(change) < FLAT}
 
     def pairs(self, baseline: "Row") -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """Return the results together with the baseline's, for each seed that both have."""
-        return [(self.results[seed], baseline.results[seed]) for seed in self.results if seed in baseline.results]
+        """Return the results together with the baseline's, for each seed with which both were sampled from the same noise."""
+        both = [(self.results[seed], baseline.results[seed]) for seed in self.results if seed in baseline.results]
+        return [(own, other) for own, other in both if noise_of(own) == noise_of(other)]
+
+
+def noise_of(result: dict[str, Any]) -> tuple[str | None, ...]:
+    """Return what decides the noise beside the seed: devices have different random numbers."""
+    return tuple(result["fingerprint"].get(name) for name in ("device", "noise"))
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,14 @@ class Table:
     def with_losses(self) -> list[Row]:
         """The rows whose losses can be compared with a baseline's."""
         return [row for row in self.rows if self.loss_changes(row)]
+
+    @property
+    def noises(self) -> dict[tuple[str | None, ...], list[Row]]:
+        """The rows that have images, by the noise that these were sampled from."""
+        noises: dict[tuple[str | None, ...], list[Row]] = {}
+        for row in (row for row in self.rows if row.grid):
+            noises.setdefault(noise_of(row.results[row.runs[0].seed]), []).append(row)
+        return noises
 
     def verdicts(self) -> dict[str, list[Row]]:
         """Return the rows whose FID is lower than the baseline's with every seed, with some, with none; of several seeds."""
