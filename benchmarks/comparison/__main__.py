@@ -23,13 +23,13 @@ from diffusers_dmp.evaluation.features import INCEPTION
 from diffusers_dmp.terminal import INTERRUPTED, OneLineParser, run_command, write_line
 from diffusers_dmp.training.launching import num_cores
 
-from .checks import expect_commits, expect_enough_images, expect_extractor, stored_results
+from .checks import begun_work, expect_commits, expect_extractor, expect_inception, stored_results
 from .data import make_data
-from .execution import Execution, Limits, write_json
+from .execution import Execution, Limits
 from .measure import measure_bounds
 from .plan import Plan, load_plan
 from .report import write_report
-from .results import BOUNDS, INCEPTION_FINGERPRINT, read_bounds
+from .results import BOUNDS, INCEPTION_FINGERPRINT, read_bounds, write_json
 from .run import is_trained
 from .schedule import Durations, Schedule
 from .workers import hide_progress
@@ -53,10 +53,10 @@ def main(argv: list[str]) -> None:
     durations = Durations([(run, finished[run.key]["seconds"]) for run in plan.runs if run.key in finished])
     execution = Execution(plan, results, schedule, durations, args.workers, Limits.of(started, args.minutes))
     if schedule.left and args.minutes != 0:
-        expect_commits(stored, args.accept_commits)
+        expect_commits(stored | begun_work(plan), args.accept_commits)
         with only_one(plan.output_dir), one_line_after_an_interruption(execution):
             expect_extractor(plan, stored, args.results)
-            expect_enough_images(plan)
+            expect_inception(plan, stored)
             prepare(plan, args.results, schedule)
             execution.perform()
     write_report(plan, results, report)

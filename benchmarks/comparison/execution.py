@@ -1,6 +1,5 @@
 """Do the jobs of a schedule with several processes at once, until all are done or the time is over."""
 
-import json
 import shutil
 import sys
 import time
@@ -12,6 +11,7 @@ from diffusers_dmp.saving.whole import written_whole
 from diffusers_dmp.training.launching import num_cores
 
 from .plan import Plan
+from .results import write_json
 from .run import GRID, seconds_spent
 from .schedule import Durations, Job, Schedule, time_text
 from .workers import Worker, answering, stop
@@ -50,17 +50,17 @@ class Limits:
         Return whether a job should be started.
 
         A training is worth it with less time than it needs, because the next part goes on with it. The rest of a run is not,
-        unless no part is long enough for it.
+        unless no part is long enough for it, which begins with the imports.
 
         Args:
             job ([`Job`]): Which.
             estimate (`float`, *optional*): Its seconds; None if nothing is known.
             now (`float`): As `time.monotonic` counts.
         """
-        left = self.stop_at - now
+        left, part = self.stop_at - now, self.stop_at - self.started
         if job.is_training:
-            return left >= min(SECONDS_TO_BEGIN, (self.stop_at - self.started) / 2)
-        return left > 0 and (estimate is None or estimate <= left or estimate > self.stop_at - self.started)
+            return left >= min(SECONDS_TO_BEGIN, part / 2)
+        return left > 0 and (estimate is None or estimate <= left or estimate > part - SECONDS_TO_BEGIN)
 
 
 @dataclass
@@ -104,7 +104,8 @@ class Execution:
         for job in self.schedule.ready():
             if not self.limits.allow(job, self._estimate(job), time.monotonic()):
                 continue
-            self.workers = [worker for worker in self.workers if worker.is_alive]
+            # one that died with a job still has to answer for it
+            self.workers = [worker for worker in self.workers if worker.is_alive or worker.job is not None]
             idle = [worker for worker in self.workers if worker.job is None]
             if not idle and len(self.workers) == self.num_workers:
                 break
@@ -145,7 +146,7 @@ class Execution:
         number, of = len(self.schedule.unfinished), self.schedule.num_runs
         if not number:
             return f"all {of} runs are done"
-        spent = {key: self._spent(key) for key in self.schedule.unfinished}
+        spent = {job.key: self._spent(job.key) for job in self.schedule.missing}
         seconds = self.durations.left(self.schedule, spent, self.num_workers)
         return f"{number} of {of} runs left, {'no estimate yet' if seconds is None else f'about {time_text(seconds)}'}"
 
@@ -156,9 +157,3 @@ def _keep_grid(plan: Plan, key: str, results: Path) -> None:
     if run.measured and run.seed == plan.seeds[0]:
         with written_whole(results / f"{key}.png") as unfinished:
             shutil.copy(plan.folder(run) / GRID, unfinished)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file, which is never left incomplete."""
-    with written_whole(path) as unfinished:
-        unfinished.write_text(json.dumps(content, indent=2) + "\n")

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from diffusers_dmp.saving.reading import read_yaml
+
 PRESETS = Path(__file__).parent
 COMPARISONS = PRESETS / "comparisons.yaml"
 # arguments of a script that do not change what it trains
@@ -53,6 +55,11 @@ class Run:
     guide: str = ""
     sampling: dict[str, Any] = field(default_factory=dict)
     measured: bool = True
+
+    @property
+    def uses_others(self) -> bool:
+        """Whether pipelines or experts of other runs sample its images."""
+        return bool(self.base or self.parts or self.guide)
 
     @property
     def key(self) -> str:
@@ -221,19 +228,25 @@ def load_plan(preset: str) -> Plan:
         preset (`str`): Name of a preset in this folder, or the path of a YAML file.
 
     Raises:
-        ValueError: if there is no such preset.
+        ValueError: if there is no such preset, or it lacks a part.
     """
-    path = Path(preset) if preset.endswith(".yaml") else PRESETS / f"{preset}.yaml"
+    path = Path(preset).resolve() if preset.endswith(".yaml") else PRESETS / f"{preset}.yaml"
     if not path.is_file() or path == COMPARISONS:
         names = ", ".join(sorted(known.stem for known in PRESETS.glob("*.yaml") if known != COMPARISONS))
         raise ValueError(f"Expected `preset` to be a YAML file or one of {names}, but got {preset!r}.")
-    sizes = yaml.safe_load(path.read_text())
+    sizes = read_yaml(path)
+    _expect_keys(path, sizes)
     groups, readings = sizes.pop("settings"), sizes.pop("readings", {})
     comparisons = []
     for name, content in yaml.safe_load(COMPARISONS.read_text()).items():
         if content["data"] not in sizes["data"]:
             continue
         rows = content.pop("runs")
+        for group in (group for own in rows.values() for group in own.get("like", [])):
+            if group not in groups:
+                raise ValueError(
+                    f"Expected {path} to have `{group}` among its `settings`, for {name!r}, but it has not."
+                )
         runs = [
             _make_run(name, run_name, seed, content["data"], own, groups)
             for run_name, own in rows.items()
@@ -242,6 +255,17 @@ def load_plan(preset: str) -> Plan:
         own = {"baseline": runs[0].name, "reading": readings.get(name, "")} | content
         comparisons.append(Comparison(name=name, runs=runs, **own))
     return Plan(name=path.stem, comparisons=comparisons, **sizes | {"output_dir": Path(sizes["output_dir"])})
+
+
+def _expect_keys(path: Path, sizes: dict[str, Any]) -> None:
+    """Check that a preset has all that a plan needs, and nothing else."""
+    needed = {"output_dir", "seeds", "num_images", "num_inference_steps", "data", "settings"}
+    if missing := sorted(needed - set(sizes)):
+        raise ValueError(f"Expected {path} to have {', '.join(f'`{name}`' for name in missing)}, but it has not.")
+    if unknown := sorted(set(sizes) - needed - {"readings"}):
+        raise ValueError(
+            f"Expected {path} to have {', '.join(sorted(needed))} and readings, but got `{unknown[0]}`, too."
+        )
 
 
 def _make_run(comparison: str, name: str, seed: int, data: str, own: dict[str, Any], groups: dict[str, dict]) -> Run:

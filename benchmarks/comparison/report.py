@@ -20,7 +20,7 @@ PLOTS = "plots"  # the folder of the plots, beside the results
 METRICS = {"FID": 2, "KID": 3, "precision": 3, "recall": 3, "recognised": 3, BY_INCEPTION: 2}  # decimal places
 HEADERS = {BY_INCEPTION: "FID, Inception"}  # where they are not the metrics' names
 DATA = {"fashion": "Fashion-MNIST", "digits": "scikit-learn's digits"}
-BOUNDS = {"real": "as many training images", "noise": "as many images of uniform noise"}
+KINDS = {"real": "training images", "noise": "images of uniform noise"}  # of bounds
 IMAGES_IN_A_ROW = 3
 NOTHING = "–"
 
@@ -40,11 +40,15 @@ def write_report(plan: Plan, results: Path, report: Path) -> None:
         ValueError: if a result is not complete, or results of one table were not measured in the same way.
     """
     tables = read_tables(plan, results)
-    for old in (results / PLOTS).glob("*.svg"):
+    drawn = {
+        results / PLOTS / f"{table.comparison.name}_{kind}.svg": draw(table)
+        for table in tables
+        for kind, draw in pictures.plots(table).items()
+    }
+    for path, figure in drawn.items():
+        pictures.save(figure, path)
+    for old in set((results / PLOTS).glob("*.svg")) - set(drawn):
         old.unlink()
-    for table in tables:
-        for kind, draw in pictures.plots(table).items():
-            pictures.save(draw(table), results / PLOTS / f"{table.comparison.name}_{kind}.svg")
     page = make_page(plan, tables, read_all_bounds(plan, results), os.path.relpath(results, report.parent))
     with written_whole(report) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
@@ -68,7 +72,7 @@ def make_page(plan: Plan, tables: list[Table], bounds: dict[str, dict[str, Any]]
             "metrics": metrics_cells(table),
             "differences": difference_cells(table) if table.compared else [],
             "has_baseline": any(row.name == table.comparison.baseline for row in table.rows),
-            "verdicts": table.verdicts(),
+            "verdicts": {seeds: [table.label(row) for row in rows] for seeds, rows in table.verdicts().items()},
             "curves": table.curves,
             "steps": steps_cells(table),
             "losses": losses_cells(table) if table.with_losses else [],
@@ -125,7 +129,9 @@ def missing(table: Table) -> str:
 def bounds_cells(bounds: dict[str, dict[str, Any]]) -> Cells:
     """Return the table of the best and the worst that can be expected."""
     measured = {
-        f"{DATA.get(data, data)}, {title}": own[kind] for data, own in bounds.items() for kind, title in BOUNDS.items()
+        f"{DATA.get(data, data)}, {own['number']:,} {title}": own[kind]
+        for data, own in bounds.items()
+        for kind, title in KINDS.items()
     }
     shown = _shown(any(BY_INCEPTION in bound for bound in measured.values()))
     rows = [

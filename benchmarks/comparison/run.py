@@ -20,21 +20,22 @@ from diffusers_dmp import SNRSplitPipeline
 from diffusers_dmp.evaluation.costs import gigaflops_of
 from diffusers_dmp.evaluation.npz import NpzImages
 from diffusers_dmp.plots import sample_grid
+from diffusers_dmp.saving.reading import read_json
 from diffusers_dmp.saving.weight_files import folder_sha256
 from diffusers_dmp.saving.whole import written_whole
 from diffusers_dmp.training.data.shards import remember_settings
 
 from . import watched
-from .checks import code_commit
+from .checks import BEGUN_RECORD, RUN_RECORD, code_commit
 from .losses import measure_losses
 from .measure import measure, measure_by_inception
 from .plan import Plan, Run
+from .results import write_json
 from .sampling import NUM_CLASSES, call, load_pipeline, num_parameters, sample
 
 SUMMARY = "training_summary.json"
 GRID, GRID_ROWS = "samples.png", 4
 COST_BATCH = 10  # images that are sampled to count operations
-RUN_RECORD = "run.json"  # the settings of what is in a run's folder
 SECONDS_RECORD = "seconds.json"  # how long all parts of an interrupted run took
 LOCK = "lock"  # held while a run is trained
 TRAINING_LOG = "training.log"
@@ -51,9 +52,11 @@ def train(plan: Plan, run: Run, num_threads: int) -> None:
 
     Raises:
         RuntimeError: if the training fails.
-        ValueError: if the run's folder contains a run with other settings.
+        ValueError: if the run's folder contains a run with other settings, or what it starts from was trained again.
     """
     remember_settings(plan.folder(run) / RUN_RECORD, plan.settings(run), "run")
+    if not is_trained(plan, run):
+        _expect_the_same_start(plan, run)
     with _counted_seconds(plan, run):
         _train(plan, run, num_threads)
 
@@ -76,16 +79,41 @@ def perform(plan: Plan, run: Run, num_threads: int) -> dict[str, Any]:
     """
     settings = plan.settings(run)
     result = {"comparison": run.comparison, "name": run.name, "seed": run.seed, "settings": settings}
-    result |= {"started_from": starts(plan, run)}
     if run.script:
         train(plan, run, num_threads)
         record = json.loads((plan.folder(run) / TRAINED_RECORD).read_text())
         result |= {"command": " ".join(plan.command(run, num_threads)), **record}
     if run.measured:
         remember_settings(plan.folder(run) / RUN_RECORD, settings, "run")
+        if not run.script:
+            _expect_the_same_start(plan, run)
         with _counted_seconds(plan, run):
             result |= _measurement(plan, run)
-    return result | {"seconds": round(seconds_spent(plan, run)), "commit": code_commit()}
+    return result | {"seconds": round(seconds_spent(plan, run)), **_begun(plan, run)}
+
+
+def _begun(plan: Plan, run: Run) -> dict[str, Any]:
+    """Return of which commit, and from which weights, the work in a run's folder was begun; it may be measured much later."""
+    record = plan.folder(run) / BEGUN_RECORD
+    if not record.exists():
+        write_json(record, {"commit": code_commit(), "started_from": starts(plan, run)})
+    return read_json(record)
+
+
+def _expect_the_same_start(plan: Plan, run: Run) -> None:
+    """
+    Check that what a run goes on with is what it was begun with.
+
+    Raises:
+        ValueError: if it was trained again since.
+    """
+    before, now = _begun(plan, run)["started_from"], starts(plan, run)
+    if now != before:
+        changed = sorted(place for place in before | now if before.get(place) != now.get(place))
+        raise ValueError(
+            f"Expected {plan.folder(run)} to go on with what it was begun with, but {', '.join(changed)} changed since. Delete "
+            "the folder; the run is repeated."
+        )
 
 
 def starts(plan: Plan, run: Run) -> dict[str, str]:
@@ -115,8 +143,7 @@ def _counted_seconds(plan: Plan, run: Run) -> Iterator[None]:
     try:
         yield
     finally:
-        with written_whole(plan.folder(run) / SECONDS_RECORD) as unfinished:
-            unfinished.write_text(json.dumps({"seconds": round(before + time.monotonic() - started, 1)}) + "\n")
+        write_json(plan.folder(run) / SECONDS_RECORD, {"seconds": round(before + time.monotonic() - started, 1)})
 
 
 def seconds_spent(plan: Plan, run: Run) -> float:
@@ -174,8 +201,7 @@ def _train(plan: Plan, run: Run, num_threads: int) -> None:
         training = json.loads((folder / SUMMARY).read_text())
         if training["steps"]:
             milliseconds = round(1000 * training["train_seconds"] / training["steps"], 1)
-    with written_whole(folder / TRAINED_RECORD) as unfinished:
-        unfinished.write_text(json.dumps({"milliseconds_per_step": milliseconds}) + "\n")
+    write_json(folder / TRAINED_RECORD, {"milliseconds_per_step": milliseconds})
 
 
 def _run_script(script: list[str], folder: Path, num_threads: int) -> None:

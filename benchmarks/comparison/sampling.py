@@ -31,6 +31,7 @@ from diffusers_dmp.training.data.shards import remember_settings
 
 from .data import device
 from .plan import Plan, Run
+from .results import write_json
 from .text import PROMPTS, attach_loras, is_of_text, loras_of, write_labels
 
 BATCH_SIZE = 250
@@ -66,7 +67,7 @@ def sample(plan: Plan, run: Run, source: Path, folder: Path) -> tuple[Path, floa
     if is_of_text(run):
         write_labels(path, NUM_CLASSES)
     milliseconds = round(1000 * (time.perf_counter() - started) / arguments.num_images, 2)
-    record.write_text(json.dumps({"milliseconds_per_image": milliseconds}) + "\n")
+    write_json(record, {"milliseconds_per_image": milliseconds})
     return path, milliseconds
 
 

@@ -25,8 +25,8 @@ class Schedule:
     """
     What is left of a comparison, in the order in which it is to be done.
 
-    A job is ready when what it needs is done: measuring needs its own run's training, or if the run trains nothing, those of the
-    runs before it. Whatever is ready may be started, so that no process waits as long as something is: seed by seed; what a long
+    A job is ready when what it needs is done: measuring needs its own run's training, and if others' pipelines sample or guide,
+    those of the runs before it. Whatever is ready may be started, so that no process waits as long as something is: seed by seed; what a long
     chain of other runs waits for comes first; and a run that is trained is measured before another one is begun.
 
     Args:
@@ -55,6 +55,9 @@ class Schedule:
         for key in self.unfinished:
             self.missing.add(Job(key, is_training=False))
             self._require(key)
+            if self.runs[key].uses_others:
+                for needed in self._before[key]:
+                    self._require(needed)
         self.needs = {job: self._needs(job) for job in self.missing}
         ranks = {key: rank for rank, key in enumerate(self.runs)}
         followers = self._followers()
@@ -75,9 +78,10 @@ class Schedule:
 
     def _needs(self, job: Job) -> list[Job]:
         """Return the jobs that must be done before one."""
-        if self.runs[job.key].script and not job.is_training:
-            return [Job(job.key, is_training=True)]
-        return [other for key in self._before[job.key] for other in self._outputs(key)]
+        run = self.runs[job.key]
+        own = [Job(job.key, is_training=True)] if run.script and not job.is_training else []
+        others = self._before[job.key] if job.is_training or run.uses_others else []
+        return own + [other for key in others for other in self._outputs(key)]
 
     def _outputs(self, key: str) -> list[Job]:
         """Return the jobs after which a run's output is there."""
@@ -132,9 +136,16 @@ class Durations:
     known: list[tuple[Run, float]] = field(default_factory=list)
 
     def of(self, run: Run) -> float | None:
-        """Estimate the seconds of a run: the mean of its kind, else of its script, else of all; None if none is finished."""
+        """
+        Estimate the seconds of a run: the mean of its kind, else of its script, in proportion to the steps, else of all.
+
+        Returns:
+            None if no run is finished.
+        """
         same_kind = [seconds for other, seconds in self.known if kind(other) == kind(run)]
-        same_script = [seconds for other, seconds in self.known if other.script == run.script]
+        same_script = [
+            seconds * num_steps(run) / num_steps(other) for other, seconds in self.known if other.script == run.script
+        ]
         seconds = same_kind or same_script or [seconds for _, seconds in self.known]
         return statistics.mean(seconds) if seconds else None
 
@@ -152,16 +163,22 @@ class Durations:
             spent (`dict[str, float]`): The seconds that went into unfinished runs, by key.
             num_workers (`int`): How many jobs are done at a time.
         """
-        rests = [self.rest_of(schedule.runs[key], spent.get(key, 0.0)) for key in schedule.unfinished]
+        keys = {job.key for job in schedule.missing}  # also of finished runs, whose output is gone and needed
+        rests = [self.rest_of(schedule.runs[key], spent.get(key, 0.0)) for key in keys]
         known = [rest for rest in rests if rest is not None]
         return sum(known) / num_workers if len(known) == len(rests) else None
 
 
 def kind(run: Run) -> Hashable:
     """What runs that take equally long have in common."""
-    names = ("config", "max_train_steps", "pipeline_steps", "num_experts", "num_images", "patch_size")
+    names = ("config", "max_train_steps", "num_experts", "num_images", "patch_size")
     sizes = tuple(run.arguments.get(name) for name in names)
     return run.script, sizes, run.measured, bool(run.guide), len(run.parts)
+
+
+def num_steps(run: Run) -> int:
+    """Return how many steps a run is trained, or 1 if it is not."""
+    return run.arguments.get("max_train_steps", 1)
 
 
 def time_text(seconds: float) -> str:

@@ -1,7 +1,6 @@
 """The figures of a comparison's page, computed from the results' JSON files: rows, differences, and what is missing."""
 
 import statistics
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +93,7 @@ class Table:
         comparison ([`Comparison`]): The comparison.
         rows (`list[Row]`): The measured runs that have results.
         missing (`list[Run]`): All runs that have none.
-        trained_again (`list[str]`): What some of the results started from before it was trained again, and others after.
+        trained_again (`list[str]`): What results started from that is trained again: others started from another training.
     """
 
     comparison: Comparison
@@ -152,13 +151,19 @@ class Table:
         return noises
 
     def verdicts(self) -> dict[str, list[Row]]:
-        """Return the rows whose FID is lower than the baseline's with every seed, with some, with none; of several seeds."""
-        verdicts: dict[str, list[Row]] = {"every seed": [], "some seeds only": [], "no seed": []}
+        """Return the rows whose FID is lower than the baseline's with every seed that both have, with some, with none; of several."""
+        verdicts: dict[str, list[Row]] = {"every seed that both have": [], "some seeds only": [], "no seed": []}
         for row in self.compared:
             differences = self.differences(row, "FID")
             better = num_better("FID", differences)
             if len(differences) > 1:
-                which = "every seed" if better == len(differences) else "some seeds only" if better else "no seed"
+                which = (
+                    "every seed that both have"
+                    if better == len(differences)
+                    else "some seeds only"
+                    if better
+                    else "no seed"
+                )
                 verdicts[which].append(row)
         return {seeds: rows for seeds, rows in verdicts.items() if rows}
 
@@ -175,33 +180,39 @@ def read_tables(plan: Plan, results: Path) -> list[Table]:
     Raises:
         ValueError: if a result is not complete, or results of one table were not measured in the same way.
     """
-    tables, bounds = [], read_all_bounds(plan, results)
+    bounds = read_all_bounds(plan, results)
+    found: dict[str, dict[str, Any]] = {}
+    hashes: dict[str, set[str]] = {}  # of weights, by their places
+    for run in plan.runs:
+        path = results / f"{run.key}.json"
+        if path.exists():
+            found[run.key] = read_result(path, run.measured)
+            for place, sha256 in _weights(plan, run, found[run.key]).items():
+                hashes.setdefault(place, set()).add(sha256)
+    trained_again = {place for place, some in hashes.items() if len(some) > 1}
+    tables = []
     for comparison in plan.comparisons:
-        found = {}
-        for run in comparison.runs:
-            path = results / f"{run.key}.json"
-            if path.exists():
-                found[run.key] = read_result(path, run.measured)
         rows = []
         for runs in comparison.measured.values():
             own = {run.seed: found[run.key] for run in runs if run.key in found}
             grid = results / f"{runs[0].key}.png"
             if own:
-                rows.append(Row(runs, own, grid if grid.exists() else None))
-        missing = [run for run in comparison.runs if run.key not in found]
-        table = Table(comparison, rows, missing, _trained_again(found.values()))
+                rows.append(Row(runs, own, grid if grid.exists() and runs[0].seed in own else None))
+        finished = [run for run in comparison.runs if run.key in found]
+        used = {place for run in finished for place in _weights(plan, run, found[run.key])}
+        missing = [run for run in comparison.runs if run not in finished]
+        table = Table(comparison, rows, missing, sorted(trained_again & used))
         _expect_measured_alike(table, bounds, results)
         tables.append(table)
     return tables
 
 
-def _trained_again(results: Iterable[dict[str, Any]]) -> list[str]:
-    """Return the places of which results that started from there have different hashes; older results have no hashes."""
-    hashes: dict[str, set[str]] = {}
-    for result in results:
-        for place, sha256 in result.get("started_from", {}).items():
-            hashes.setdefault(place, set()).add(sha256)
-    return sorted(place for place, own in hashes.items() if len(own) > 1)
+def _weights(plan: Plan, run: Run, result: dict[str, Any]) -> dict[str, str]:
+    """Return hashes of the weights that a run started from, and of those that its images were sampled with, by their places."""
+    place = plan.place(run, run.base) if run.base else plan.folder(run) / "pipeline"
+    sampled_with = result.get("fingerprint", {}).get("pipeline_sha256")
+    own = {place.relative_to(plan.output_dir).as_posix(): sampled_with} if sampled_with else {}
+    return own | result.get("started_from", {})
 
 
 def read_all_bounds(plan: Plan, results: Path) -> dict[str, dict[str, Any]]:

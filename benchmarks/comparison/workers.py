@@ -81,6 +81,7 @@ def answering(workers: list[Worker], deadline: float) -> list[Worker]:
 def stop(workers: list[Worker], deadline: float) -> None:
     """End the workers and their trainings, which write a checkpoint; those that still are busy at the deadline are killed."""
     for worker in workers:
+        worker.job = None
         worker.process.terminate()
     for worker in workers:
         worker.process.join(None if deadline == float("inf") else max(0.0, deadline - time.monotonic()))
@@ -105,7 +106,7 @@ def _new_processes(**variables: str) -> Iterator[None]:
 
 def _work(connection: Connection, plan: Plan, num_threads: int, parent: int) -> None:
     """Do jobs, until this process is told to end, or its parent is gone."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    signal.signal(signal.SIGTERM, _end)
     end_with(parent)
     hide_progress()
     while True:
@@ -118,6 +119,12 @@ def _work(connection: Connection, plan: Plan, num_threads: int, parent: int) -> 
         except Exception as error:
             traceback.print_exc()
             connection.send((None, f"{' '.join(str(error).split()) or type(error).__name__}"))
+
+
+def _end(*_: object) -> None:
+    """End, and wait for the training's last checkpoint, also if a second signal comes: to the whole group, and by [`stop`]."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(TERMINATED)
 
 
 def _do(plan: Plan, job: Job, num_threads: int) -> dict[str, Any] | None:

@@ -2,8 +2,7 @@
 
 import pytest
 from benchmarks.comparison.plan import Plan, load_plan
-from benchmarks.comparison.run import starts
-from comparison_plans import arguments_of, tiny_plan, write_preset
+from comparison_plans import arguments_of, write_preset
 
 from diffusers_dmp import DiTModel, DTRTransformer2DModel
 
@@ -96,29 +95,3 @@ def test_unknown_names_are_refused(cpu, tmp_path):
     with pytest.raises(ValueError, match="a YAML file or one of cpu, gpu, but got 'tpu'"):
         load_plan("tpu")
     assert load_plan(str(write_preset(tmp_path))).name == "tiny"
-
-
-def test_what_a_run_starts_from_has_a_hash_that_changes_when_that_is_trained_again(tmp_path):
-    plan = tiny_plan(tmp_path, seeds=(0, 1))
-
-    def save(place: str, weights: bytes) -> None:
-        path = plan.output_dir / place / "model.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(weights)
-
-    places = {
-        "tuning/dmp-1": ["base/longer-0/pipeline"],
-        "snr_split/mixed_1-1": ["snr_split/clean_1-1/expert_0/pipeline", "snr_split/rough_1-1/expert_1/pipeline"],
-        "guidance/ppap-1": ["data/fashion/guide", "guidance/dit-0/pipeline"],  # which sampled its images
-        "guidance/classifier_15-1": ["data/fashion/guide", "guidance/dit-0/pipeline"],
-        "guidance/ppap_7.5-1": ["guidance/dit-0/pipeline", "guidance/ppap-1/experts"],
-    }
-    for place in {place for some in places.values() for place in some}:
-        save(place, b"first")
-    save("base/longer-0/checkpoint-2", b"not what others start from")
-    before = {key: starts(plan, plan.run(key)) for key in places}
-    assert {key: sorted(found) for key, found in before.items()} == places
-    save("guidance/dit-0/pipeline", b"second")
-    changed = {key for key in places if starts(plan, plan.run(key)) != before[key]}
-    assert changed == {"guidance/ppap-1", "guidance/classifier_15-1", "guidance/ppap_7.5-1"}
-    assert starts(plan, plan.run("dtr/dit-0")) == {}

@@ -164,6 +164,23 @@ def test_a_result_of_another_commit(comparison, refused):
     assert len(comparison.performed) == 1  # without time, only the page is written
 
 
+def test_what_is_in_the_folder_of_a_run(comparison, refused):
+    """Others may start from it, and it is measured later: so it is of the run's settings, and of an accepted commit."""
+    run = comparison.plan.run("base/longer-0")
+    folder = comparison.plan.folder(run)
+    settings = comparison.plan.settings(run)
+    write(folder / "run.json", settings)
+    write(folder / "begun.json", {"commit": "0ld", "started_from": {}})
+    assert f"all results to be of the commit {COMMIT}, but {folder} is of 0ld. Move it away" in refused()
+    assert comparison.run("--accept_commits", "0ld") == 0
+    comparison.performed.clear()
+    write(folder / "run.json", settings | {"arguments": settings["arguments"] | {"max_train_steps": 9}})
+    assert (
+        f"{folder} to be a result of these settings, but it has `arguments.max_train_steps` 9 instead of 4. Delete it"
+        in refused()
+    )
+
+
 def test_where_nothing_is_left_no_commit_is_refused(comparison, monkeypatch):
     write(comparison.path, comparison.result | {"commit": "e135a72"})
     monkeypatch.setattr(
@@ -201,6 +218,15 @@ def test_networks_that_are_not_those_beside_the_results(comparison, refused, tmp
     assert line in refused()
 
 
+def test_an_unfinished_copy_of_the_networks_is_made_again(comparison, monkeypatch):
+    copy = comparison.plan.data_folder("fashion")
+    (copy / "made.json").unlink()
+    (copy / "extractor" / "model.safetensors").write_bytes(b"half")
+    made = []
+    monkeypatch.setattr(command_line, "make_data", lambda plan, name, results: made.append(name))
+    assert comparison.run() == 0 and made == ["fashion"]
+
+
 def test_options_out_of_range(refused):
     assert "`workers` to be at least 1, but got 0" in refused("--workers", "0")
     assert "`minutes` to be at least 0, but got -1" in refused("--minutes", "-1")
@@ -213,6 +239,13 @@ def test_a_further_extractor_that_cannot_measure(refused, tmp_path):
     assert f"{str(tmp_path / 'missing.pth')!r}" in refused("--inception", str(tmp_path / "missing.pth"))
     write_extractor(tmp_path / "wide", width=100)
     assert "samples more than 100 images" in refused("--inception", str(tmp_path / "wide"))
+
+
+def test_other_weights_than_those_of_the_results(comparison, refused, tmp_path):
+    write(comparison.path, comparison.result | {"inception_fingerprint": {"extractor_sha256": "0" * 64}})
+    write_extractor(tmp_path / "narrow", width=99)
+    line = f"Expected {tmp_path / 'narrow'} to be the extractor that {comparison.path} was measured with (000000000000…), but got"
+    assert line in refused("--inception", str(tmp_path / "narrow"))
 
 
 def test_bounds_are_measured_again_by_a_further_extractor_that_can(comparison, tmp_path, monkeypatch):

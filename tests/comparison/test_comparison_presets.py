@@ -25,6 +25,31 @@ def test_nothing_is_said_twice(path):
     assert repeated(yaml.compose(path.read_text())) == []
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds": None}, "to have `seeds`, but it has not"),
+        (
+            {"number": 5},
+            "to have data, num_images, num_inference_steps, output_dir, seeds, settings and readings, but got `number`, too",
+        ),
+        ({"settings": {"dit": {}}}, "to have `dtr` among its `settings`, for 'dtr', but it has not"),
+    ],
+)
+def test_a_preset_that_lacks_a_part_is_refused_by_name(tmp_path, change, message):
+    preset = yaml.safe_load((PRESETS / "gpu.yaml").read_text()) | change
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({name: value for name, value in preset.items() if value is not None}))
+    with pytest.raises(ValueError, match=f"^Expected {path} {message}"):
+        load_plan(str(path))
+
+
+def test_what_is_compared_is_no_preset(monkeypatch):
+    monkeypatch.chdir(PRESETS)
+    with pytest.raises(ValueError, match="`preset` to be a YAML file or one of cpu, gpu, but got 'comparisons.yaml'"):
+        load_plan("comparisons.yaml")
+
+
 @pytest.mark.parametrize("preset", ["cpu", "gpu"])
 def test_every_baseline_is_a_measured_run(preset):
     for comparison in load_plan(preset).comparisons:

@@ -134,12 +134,18 @@ def expect_figures(page: str, plan: Plan, results: Path) -> None:
         expect_differences(page, comparison, rows)
 
 
+def noise(result: dict) -> tuple:
+    """What decides the noise of images with one seed."""
+    return result["fingerprint"].get("device"), result["fingerprint"].get("noise")
+
+
 def expect_differences(page: str, comparison, rows: dict[str, dict[int, dict]]) -> None:
     """Compare the table of differences with the results, by name and seed."""
     wanted = {}
     for name, own in rows.items():
         other = comparison.against.get(name, comparison.baseline)
-        pairs = [(own[seed]["points"][-1], rows[other][seed]["points"][-1]) for seed in own if seed in rows[other]]
+        both = [(own[seed], rows[other][seed]) for seed in own if seed in rows[other]]
+        pairs = [[each["points"][-1] for each in pair] for pair in both if len({noise(each) for each in pair}) == 1]
         if name != other and pairs:
             title, against = (comparison.measured[each][0].title for each in (name, other))
             wanted[title if other == comparison.baseline else f"{title} (against “{against}”)"] = pairs
@@ -173,7 +179,7 @@ def test_every_figure_is_that_of_the_results(plan, results):
     assert "issing" not in page and "Unfinished" not in page and "\n\n\n" not in page and not page.endswith("\n\n")
     assert "classifies 91.2 % of these others rightly, the judge 93.4 %.\n" in page
     assert "- Commits abc, abd, on a machine.\n" in page
-    assert "| Fashion-MNIST, as many images of uniform noise | 88.25 | 0.100 |" in page
+    assert "| Fashion-MNIST, 9 images of uniform noise | 88.25 | 0.100 |" in page
 
 
 def test_the_same_results_make_the_same_page_and_plots(plan, results):
@@ -212,20 +218,48 @@ def test_what_is_missing_is_named(plan, results):
     expect_figures(page, plan, results)  # among others, 1 of 3 seeds
 
 
-def test_a_table_says_if_what_its_rows_start_from_was_trained_again(plan, results):
+@pytest.mark.parametrize("again", ["what it started from", "what sampled its images"])
+def test_tables_say_if_what_their_rows_start_from_was_trained_again(plan, results, again):
     place = "base/longer-0/pipeline"
 
-    def page_with(hashes: dict[str, str]) -> str:
-        for key, sha256 in hashes.items():
-            write(results / f"{key}.json", result_of(plan, key) | {"started_from": {place: sha256}})
-        return page_of(plan, results)
+    def write_with(key: str, sha256: str) -> None:
+        result = result_of(plan, key)
+        if plan.run(key).base or key == "base/longer-0":
+            result["fingerprint"] |= {"pipeline_sha256": sha256}
+        else:
+            result |= {"started_from": {place: sha256}}
+        write(results / f"{key}.json", result)
 
-    assert "Trained again" not in page_with({"tuning/dit-0": "a1", "tuning/dmp-0": "a1"})  # the others have no hash
-    page = page_with({"tuning/dmp-1": "b2"})
-    warning = f"**Trained again while this table was made, so that some rows started from one training and some from another: {place}.**"
-    tuning = plan.run("tuning/dmp-1").comparison
-    (title,) = (each.title for each in plan.comparisons if each.name == tuning)
-    assert page.count(warning) == 1 and warning in page.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    for key in ("base/longer-0", "tuning/dit-0", "tuning/dmp-0"):
+        write_with(key, "a1")
+    assert "Trained again" not in page_of(plan, results)  # the others have no hash
+    write_with("tuning/dmp-1" if again == "what it started from" else "tuning/dit-1", "b2")
+    page = page_of(plan, results)
+    titles = {each.name: each.title for each in plan.comparisons}
+    for name in ("base", "tuning"):
+        part = page.split(f"\n## {titles[name]}\n")[1].split("\n## ")[0]
+        assert re.search(rf"\*\*Trained again between runs, .* start from the same: {place}\.\*\*", part)
+    assert page.count("Trained again") == 2
+
+
+def test_differences_are_between_images_of_the_same_noise(plan, results):
+    def write_from(key: str, device: str) -> None:
+        result = result_of(plan, key)
+        result["fingerprint"] |= {"device": device}
+        write(results / f"{key}.json", result)
+
+    for name in ("dit", "dtr"):
+        for seed in SEEDS:
+            write_from(f"dtr/{name}-{seed}", "cuda")
+    write_from("dtr/dtr-2", "cpu")
+    page = page_of(plan, results)
+    (dtr,) = (comparison for comparison in plan.comparisons if comparison.name == "dtr")
+    assert cells(page, dtr, 1)["DTR"][0].endswith("of 2)")
+    part = page.split(f"\n## {dtr.title}\n")[1].split("\n## ")[0]
+    noises = part.split("From the same noise are, each for themselves:\n")[1].splitlines()[0]
+    assert noises.startswith("DiT, DTR; DiT, Min-SNR, ") and noises.endswith(".")
+    (tuning,) = (comparison for comparison in plan.comparisons if comparison.name == "tuning")
+    assert "All from the same noise, " in page.split(f"\n## {tuning.title}\n")[1].split("\n## ")[0]
 
 
 def test_fid_by_inception_has_a_column_where_it_was_measured(plan, results):

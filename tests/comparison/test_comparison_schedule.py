@@ -2,6 +2,7 @@
 
 import random
 import time
+from dataclasses import replace
 
 import pytest
 from benchmarks.comparison import execution
@@ -142,8 +143,38 @@ def test_what_needs_a_failed_run_is_left_out(plan, perform, capsys):
     printed = capsys.readouterr()
     assert printed.err == "guidance/ppap-0: failed, there is no room\n"
     number = schedule.num_runs
-    assert printed.out.splitlines()[0].endswith(f"done in 1 min 0 s; {number - 1} of {number} runs left, "
-                                                f"about {time_text((number - 1) * 60 / 3)}")  # fmt: skip
+    assert f"done in 1 min 0 s; {number - 1} of {number} runs left, about " in printed.out.splitlines()[0]
+
+
+def test_a_worker_that_died_is_asked_what_became_of_its_job(plan, perform, monkeypatch):
+    """Also if it died while the answer of another one was taken down."""
+
+    class Mortal(FakeWorker):
+        @property
+        def is_alive(self):
+            return self.job != training("guidance/ppap-0")
+
+        def answer(self):
+            died, job = not self.is_alive, self.job
+            answer = super().answer()
+            return (job, None, "its process ended with -9") if died else answer
+
+    monkeypatch.setattr(execution, "Worker", Mortal)
+    schedule = Schedule(plan, finished=[], trained=[])
+    perform(schedule)
+    assert schedule.failures == {"guidance/ppap-0": "its process ended with -9"}
+    assert [key for key in schedule.unfinished if "ppap-0" not in key] == [
+        f"guidance/ppap_{n}-0" for n in ("2.5", "7.5", "15")
+    ]
+
+
+def test_a_run_is_measured_when_all_that_samples_its_images_is_there(plan):
+    """Also one that is trained itself, as LoRAs are, for a pipeline of another run."""
+    run = plan.run("dtr/dtr-0")
+    lora = replace(run, name="lora", base="{outputs}/dtr/dit-0/pipeline", after=["dtr/dit"])
+    comparison = replace(plan.comparisons[0], runs=[*plan.comparisons[0].runs, lora])
+    schedule = Schedule(replace(plan, comparisons=[comparison]), {run.key for run in plan.runs}, trained=[lora.key])
+    assert schedule.left == [training("dtr/dit-0"), rest(lora.key)] and schedule.ready() == [training("dtr/dit-0")]
 
 
 def test_estimates_are_of_runs_of_the_same_kind(plan, tmp_path):
@@ -155,12 +186,18 @@ def test_estimates_are_of_runs_of_the_same_kind(plan, tmp_path):
     assert durations.of(second) == 100 and durations.of(plan.run("guidance/classifier_2.5-1")) == 15
     assert durations.of(plan.run("tuning/further-0")) == 100  # the same script
     assert durations.of(experts) == 130 / 3  # of all
+    longer, one = plan.run("snr_split/one_longer-0"), plan.run("snr_split/one-0")
+    assert Durations([(one, 70)]).of(longer) == 140  # the same script, with twice the steps
     assert durations.rest_of(second, spent=40) == 60 and durations.rest_of(second, spent=99.5) == 10
 
     everything = {run.key for run in plan.runs}
     schedule = Schedule(plan, everything - {first.key, guided.key}, trained=everything)
     assert durations.left(schedule, {first.key: 50}, num_workers=2) == (50 + 15) / 2
     assert Durations().left(schedule, {}, num_workers=2) is None
+    # a finished run whose weights others need is trained again
+    schedule = Schedule(plan, everything - {guided.key}, trained=everything - {"guidance/ppap-0"})
+    assert durations.left(schedule, {}, num_workers=1) == 15 + 130 / 3
+    schedule = Schedule(plan, everything - {first.key, guided.key}, trained=everything)
 
     seconds = plan.folder(first) / SECONDS_RECORD
     seconds.parent.mkdir(parents=True)
@@ -185,7 +222,7 @@ def test_a_part_starts_what_fits_and_trainings_that_the_next_part_goes_on_with()
     job, train = rest("dtr/dit-0"), training("dtr/dit-0")
     assert limits.allow(job, 100, now=1399) and not limits.allow(job, 100, now=1401)
     assert limits.allow(job, None, now=1499) and not limits.allow(job, None, now=1500)
-    assert limits.allow(job, 501, now=1499)  # longer than any part
+    assert limits.allow(job, 471, now=1499)  # longer than any part, which has half a minute of imports
     assert limits.allow(train, 1e6, now=1470) and not limits.allow(train, 1, now=1471)  # too late for its first step
     assert Limits.of(0.0, None).allow(job, 1e6, now=1e9)
     short = Limits.of(0.0, 0.5)
