@@ -106,7 +106,7 @@ def _new_processes(**variables: str) -> Iterator[None]:
 
 def _work(connection: Connection, plan: Plan, num_threads: int, parent: int) -> None:
     """Do jobs, until this process is told to end, or its parent is gone."""
-    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGTERM, end_in_order)
     end_with(parent)
     hide_progress()
     while True:
@@ -121,8 +121,8 @@ def _work(connection: Connection, plan: Plan, num_threads: int, parent: int) -> 
             connection.send((None, f"{' '.join(str(error).split()) or type(error).__name__}"))
 
 
-def _end(*_: object) -> None:
-    """End, and wait for the training's last checkpoint, also if a second signal comes: to the whole group, and by [`stop`]."""
+def end_in_order(*_: object) -> None:
+    """End this process, which waits for its training's last checkpoint, also if it is told a second time."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(TERMINATED)
 
