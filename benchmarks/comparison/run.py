@@ -1,13 +1,6 @@
 """One run of a plan: trained by the training script that a user would call, sampled and measured by the package's evaluation."""
 
-import fcntl
 import json
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +8,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from benchmarks.scripts import counted_seconds, run_script, seconds_spent
 from benchmarks.timing import hardware
 from diffusers_dmp import SNRSplitPipeline
 from diffusers_dmp.evaluation.costs import gigaflops_of
@@ -24,7 +18,6 @@ from diffusers_dmp.saving.weight_files import folder_sha256
 from diffusers_dmp.saving.whole import written_whole
 from diffusers_dmp.training.data.shards import remember_settings
 
-from . import watched
 from .checks import code_commit
 from .losses import measure_losses
 from .measure import measure, measure_by_inception
@@ -35,9 +28,6 @@ SUMMARY = "training_summary.json"
 GRID, GRID_ROWS = "samples.png", 4
 COST_BATCH = 10  # images that are sampled to count operations
 RUN_RECORD = "run.json"  # the settings of what is in a run's folder
-SECONDS_RECORD = "seconds.json"  # how long all parts of an interrupted run took
-LOCK = "lock"  # held while a run is trained
-TRAINING_LOG = "training.log"
 TRAINED_RECORD = "trained.json"  # written when the training is complete: how long a step took
 
 
@@ -54,7 +44,7 @@ def train(plan: Plan, run: Run, num_threads: int) -> None:
         ValueError: if the run's folder contains a run with other settings.
     """
     remember_settings(plan.folder(run) / RUN_RECORD, plan.settings(run), "run")
-    with _counted_seconds(plan, run):
+    with counted_seconds(plan.folder(run)):
         _train(plan, run, num_threads)
 
 
@@ -83,9 +73,9 @@ def perform(plan: Plan, run: Run, num_threads: int) -> dict[str, Any]:
         result |= {"command": " ".join(plan.command(run, num_threads)), **record}
     if run.measured:
         remember_settings(plan.folder(run) / RUN_RECORD, settings, "run")
-        with _counted_seconds(plan, run):
+        with counted_seconds(plan.folder(run)):
             result |= _measurement(plan, run)
-    return result | {"seconds": round(seconds_spent(plan, run)), "commit": code_commit()}
+    return result | {"seconds": round(seconds_spent(plan.folder(run))), "commit": code_commit()}
 
 
 def starts(plan: Plan, run: Run) -> dict[str, str]:
@@ -106,23 +96,6 @@ def starts(plan: Plan, run: Run) -> dict[str, str]:
     for sampled in (needed for needed in plan.before(run) if plan.folder(needed) in folders):
         found |= starts(plan, sampled)
     return found
-
-
-@contextmanager
-def _counted_seconds(plan: Plan, run: Run) -> Iterator[None]:
-    """Add the time within the context to that of the run, also if it is interrupted."""
-    started, before = time.monotonic(), seconds_spent(plan, run)
-    try:
-        yield
-    finally:
-        with written_whole(plan.folder(run) / SECONDS_RECORD) as unfinished:
-            unfinished.write_text(json.dumps({"seconds": round(before + time.monotonic() - started, 1)}) + "\n")
-
-
-def seconds_spent(plan: Plan, run: Run) -> float:
-    """Return how long the parts of a run took that have ended, apart from those that were killed."""
-    record = plan.folder(run) / SECONDS_RECORD
-    return json.loads(record.read_text())["seconds"] if record.exists() else 0.0
 
 
 def _measurement(plan: Plan, run: Run) -> dict[str, Any]:
@@ -168,7 +141,7 @@ def _train(plan: Plan, run: Run, num_threads: int) -> None:
     if is_trained(plan, run):
         return
     folder = plan.folder(run)
-    _run_script(plan.script(run), folder, num_threads)
+    run_script(plan.script(run), folder, num_threads)
     milliseconds = None
     if (folder / SUMMARY).exists():  # a script that only samples images writes none
         training = json.loads((folder / SUMMARY).read_text())
@@ -176,39 +149,6 @@ def _train(plan: Plan, run: Run, num_threads: int) -> None:
             milliseconds = round(1000 * training["train_seconds"] / training["steps"], 1)
     with written_whole(folder / TRAINED_RECORD) as unfinished:
         unfinished.write_text(json.dumps({"milliseconds_per_step": milliseconds}) + "\n")
-
-
-def _run_script(script: list[str], folder: Path, num_threads: int) -> None:
-    """
-    Run a training script, which ends in order, with a checkpoint, if this process is told to end or is killed.
-
-    Not by `accelerate launch`: that would be one more process, which notices no end.
-    """
-    command = [sys.executable, "-m", watched.__name__, str(os.getpid()), *script]
-    environment = os.environ | {"OMP_NUM_THREADS": str(num_threads)}
-    with open(folder / LOCK, "w") as lock, open(folder / TRAINING_LOG, "ab") as log:
-        # The training has the lock, too: that of a killed comparison may still be writing its last checkpoint.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        start = log.tell()
-        training = subprocess.Popen(
-            command, stdout=log, stderr=log, env=environment, pass_fds=[lock.fileno()], start_new_session=True
-        )
-        try:
-            status = training.wait()
-        except BaseException:
-            training.terminate()
-            training.wait()
-            raise
-    if status:
-        raise RuntimeError(f"Expected the training to succeed, but got {status}: {_last_line(Path(log.name), start)}")
-
-
-def _last_line(log: Path, start: int) -> str:
-    """Return the last line of a log's part, which is what a script says of an error, and where the others are."""
-    with open(log, "rb") as file:
-        file.seek(start)
-        lines = file.read().decode(errors="replace").splitlines()
-    return f"{lines[-1] if lines else 'it wrote nothing'} (see {log})"
 
 
 def _pipelines(plan: Plan, run: Run) -> dict[int, Path]:
