@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from examples import EXAMPLES
 from PIL import Image
 from showcase import ALL_CLASSES, TITLES, ShownPipeline
 from studio import Studio
-from trainings import RUN_FILES, needed, plan, run_all, say, seconds_of
+from trainings import RUN_FILES, needed, plan, records_of, run_all, say
 
 from diffusers_dmp import GuidanceExperts
 from diffusers_dmp.evaluation.fashion import CLASSES, write_fashion
@@ -33,9 +34,10 @@ from diffusers_dmp.terminal import OneLineParser, run_command
 
 sys.path.append(str(Path(__file__).parents[1]))  # for `benchmarks`
 
-from benchmarks.timing import commit, hardware
+from benchmarks.scripts import only_one
+from benchmarks.timing import hardware
 
-SPACE = Path(__file__).parent
+SPACE = Path(__file__).resolve().parent
 EXAMPLES_ONLY = "examples"
 # by system, the training whose pipeline it shows, and what else it shows
 TRAINED = {
@@ -72,7 +74,7 @@ def load_shipped(models: Path) -> dict[str, ShownPipeline]:
     return {name: ShownPipeline.load(name, models / name, "cpu") for name in TITLES if (models / name).is_dir()}
 
 
-def describe(name: str, shown: ShownPipeline, work: Path, folder: Path, per_class: int, code: str) -> dict[str, Any]:
+def describe(name: str, shown: ShownPipeline, work: Path, folder: Path, per_class: int) -> dict[str, Any]:
     """
     Describe a pipeline that was just trained.
 
@@ -81,11 +83,11 @@ def describe(name: str, shown: ShownPipeline, work: Path, folder: Path, per_clas
         work (`Path`): The folder of what was trained.
         folder (`Path`): Where the pipeline is shipped.
         per_class (`int`): Images of each class that a judge looks at.
-        code (`str`): The commit.
 
     Returns:
-        The share of images that is `recognised`, the size of the files, how long it was trained, on what, and the commit.
+        The share of images that is `recognised`, the size of the files, how long it was trained, on what, and by which commit.
     """
+    records = records_of(needed(plan(Path(), work), TRAINED[name]), work)
     say(f"{name}: recognising {per_class * len(CLASSES):,} images")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
@@ -94,9 +96,9 @@ def describe(name: str, shown: ShownPipeline, work: Path, folder: Path, per_clas
         "scale": shown.default_scale,
         **SAMPLING,
         "megabytes": round(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6, 2),
-        "training_seconds": seconds_of(needed(plan(Path(), work), TRAINED[name]), work),
+        "training_seconds": {training: record["seconds"] for training, record in records.items()},
         "device": hardware(device),
-        "commit": code,
+        "commit": ", ".join(sorted({record["commit"] for record in records.values()})),
     }
 
 
@@ -165,27 +167,30 @@ def main(argv: list[str]) -> None:
             parser.error(f"Expected `{option}` to be at least 1, but got {getattr(args, option)}.")
 
     logging.disable_progress_bar()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the trainings end in order
+    with only_one(args.work, "`make_models.py`"):
+        train(names, args)
+        for name in names:
+            ship(name, args.work, models / name)
+        say("Pictures")
+        shown = load_shipped(models)
+        make_pictures(shown, pictures)
+        described = read_json(report) if report.exists() else {}
+        per_class = max(1, SAMPLES_PER_CLASS // args.shorter)
+        described |= {name: describe(name, shown[name], args.work, models / name, per_class) for name in names}
+        with written_whole(report) as unfinished:
+            unfinished.write_text(json.dumps(described, indent=2) + "\n")
+    print(json.dumps(described, indent=2))
+
+
+def train(names: list[str], args: argparse.Namespace) -> None:
+    """Train what these pipelines need, unless that is done."""
     on_gpu, cores = torch.cuda.is_available(), int(os.environ.get("CPU_THREADS") or os.cpu_count() or 1)
+    everything = plan(args.data / "train", args.work, args.shorter)
+    trainings = needed(everything, [each for name in names for each in TRAINED[name]])
     say(f"Fashion-MNIST: {args.data}")
     write_fashion(args.data)
-    trainings = needed(
-        plan(args.data / "train", args.work, args.shorter), [each for name in names for each in TRAINED[name]]
-    )
     run_all(trainings, args.work, args.jobs or (len(trainings) if on_gpu else cores), cores, on_gpu)
-
-    # before the shipped files, which are in the repository, change; the variable is for a copy that is none
-    code = os.environ.get("COMMIT") or commit()
-    for name in names:
-        ship(name, args.work, models / name)
-    say("Pictures")
-    shown = load_shipped(models)
-    make_pictures(shown, pictures)
-    described = read_json(report) if report.exists() else {}
-    per_class = max(1, SAMPLES_PER_CLASS // args.shorter)
-    described |= {name: describe(name, shown[name], args.work, models / name, per_class, code) for name in names}
-    with written_whole(report) as unfinished:
-        unfinished.write_text(json.dumps(described, indent=2) + "\n")
-    print(json.dumps(described, indent=2))
 
 
 if __name__ == "__main__":
