@@ -57,21 +57,30 @@ NUM_GREYS = 64
 
 
 def ship(name: str, work: Path, folder: Path) -> None:
-    """Copy a trained pipeline to the Space's folder, in float16."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Copy a trained pipeline to the Space's folder, in float16, over what was there before."""
     trained = work / TRAINED[name][0] / "pipeline"
-    DiffusionPipeline.from_pretrained(trained, dtype=torch.float16).save_pretrained(folder)
-    if name == "ppap":
-        # in float32 as trained: the experts check their network's checksum
-        shutil.copytree(work / "guide", folder / "base_model", ignore=shutil.ignore_patterns(*RUN_FILES))
-        experts = GuidanceExperts.from_pretrained(work / "ppap_experts/experts", base_model=folder / "base_model")
-        experts.register_to_config(base_model_name_or_path="base_model")
-        experts.save_pretrained(folder / "experts")
+    with written_whole(folder) as unfinished:
+        DiffusionPipeline.from_pretrained(trained, dtype=torch.float16).save_pretrained(unfinished)
+        if name == "ppap":
+            # in float32 as trained: the experts check their network's checksum
+            base_model = unfinished / "base_model"
+            shutil.copytree(work / "guide", base_model, ignore=shutil.ignore_patterns(*RUN_FILES))
+            experts = GuidanceExperts.from_pretrained(work / "ppap_experts/experts", base_model=base_model)
+            experts.register_to_config(base_model_name_or_path="base_model")
+            experts.save_pretrained(unfinished / "experts")
 
 
 def load_shipped(models: Path) -> dict[str, ShownPipeline]:
-    """Load the pipelines that are there. On the CPU, so that pictures are those of a Space without a GPU."""
-    return {name: ShownPipeline.load(name, models / name, "cpu") for name in TITLES if (models / name).is_dir()}
+    """
+    Load the pipelines that are there. On the CPU, so that pictures are those of a Space without a GPU.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    names = [name for name in TITLES if (models / name).is_dir()]
+    if not names:
+        raise ValueError(f"Expected {models} to hold pipelines, at least one of {', '.join(TITLES)}, but got none.")
+    return {name: ShownPipeline.load(name, models / name, "cpu") for name in names}
 
 
 def describe(name: str, shown: ShownPipeline, work: Path, folder: Path, per_class: int) -> dict[str, Any]:
@@ -115,24 +124,25 @@ def recognised(shown: ShownPipeline, per_class: int) -> float:
 
 def make_pictures(shown: dict[str, ShownPipeline], folder: Path) -> None:
     """Generate the pictures that the Space shows at once, and one of all systems, a row of each, from the same noise."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     studio = Studio(shown)
-    for request, examples in EXAMPLES.items():
-        for example in examples:
-            if not set(example.systems) <= set(shown):
-                continue
-            answer = getattr(studio, request)(*example.values)
-            first = answer[0]  # a picture, or the pictures of a comparison with their captions
-            pictures = [picture for picture, _ in first] if isinstance(first, list) else answer[:2]
-            pictures = [picture for picture in pictures if isinstance(picture, Image.Image)]
-            for picture, path in zip(pictures, example.paths(len(pictures))):
-                save(picture, folder / path.name)
     rows = [
         each.generate(ALL_CLASSES, len(CLASSES), scale=each.default_scale, seed=0, **SAMPLING)
         for each in shown.values()
     ]
-    save(sample_grid([list(column) for column in zip(*rows, strict=True)], PIXEL_SIZE), folder / SYSTEMS_PICTURE)
+    with written_whole(folder) as unfinished:
+        unfinished.mkdir()
+        for request, examples in EXAMPLES.items():
+            for example in examples:
+                if not set(example.systems) <= set(shown):
+                    continue
+                answer = getattr(studio, request)(*example.values)
+                first = answer[0]  # a picture, or the pictures of a comparison with their captions
+                pictures = [picture for picture, _ in first] if isinstance(first, list) else answer[:2]
+                pictures = [picture for picture in pictures if isinstance(picture, Image.Image)]
+                for picture, path in zip(pictures, example.paths(len(pictures))):
+                    save(picture, unfinished / path.name)
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        save(sample_grid(columns, PIXEL_SIZE), unfinished / SYSTEMS_PICTURE)
 
 
 def save(picture: Image.Image, path: Path) -> None:
@@ -165,6 +175,9 @@ def main(argv: list[str]) -> None:
     for option in ("jobs", "shorter"):
         if getattr(args, option) is not None and getattr(args, option) < 1:
             parser.error(f"Expected `{option}` to be at least 1, but got {getattr(args, option)}.")
+
+    if args.shorter > 1 and args.output.resolve() == SPACE:
+        parser.error(f"Expected `output` to be a folder of its own with `shorter`, but got the repository's, {SPACE}.")
 
     logging.disable_progress_bar()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the trainings end in order

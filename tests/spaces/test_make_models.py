@@ -18,7 +18,7 @@ from PIL import Image
 sys.path.insert(0, str(REPOSITORY / "spaces"))
 
 import trainings
-from make_models import TRAINED, main
+from make_models import TRAINED, main, ship
 from showcase import SHIPPED
 from trainings import Training, needed, plan, run_all
 
@@ -190,6 +190,28 @@ run_command(make_models.main, ["dtr", "--work", {str(work)!r}], name="make_model
         assert (process.returncode, lines) == (130, "make_models: interrupted\n")
         assert (work / "dtr" / "seconds.json").exists()
     assert not (work / "dtr" / trainings.RECORD).exists()
+
+
+def test_a_quick_trial_leaves_the_shipped_pipelines_alone(tmp_path):
+    with pytest.raises(ValueError, match="Expected `output` to be a folder of its own with `shorter`"):
+        main(["--shorter", "2", "--work", str(tmp_path / "work")])
+    assert not (tmp_path / "work").exists()
+
+
+def test_pictures_of_no_pipelines_are_refused(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "old.png").write_text("old")
+    with pytest.raises(ValueError, match=f"Expected {tmp_path / 'models'} to hold pipelines"):
+        main(["examples", "--output", str(tmp_path)])
+    assert (tmp_path / "pictures" / "old.png").read_text() == "old"
+
+
+def test_what_is_shipped_stays_until_the_new_pipeline_is_whole(tmp_path):
+    for folder in ("models/dtr", "work/dtr/pipeline"):
+        (tmp_path / folder).mkdir(parents=True)
+    with pytest.raises(OSError):  # nothing is trained there
+        ship("dtr", tmp_path / "work", tmp_path / "models" / "dtr")
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["dtr"]
 
 
 def test_unknown_names_and_numbers_are_refused():
