@@ -30,6 +30,7 @@ from diffusers_dmp.plots import (
     sample_grid,
     specialisation_figures,
 )
+from diffusers_dmp.saving.reading import read_json
 from diffusers_dmp.terminal import OneLineParser, run_command
 
 OUTPUT = Path("outputs/demo")
@@ -43,6 +44,7 @@ NUM_INFERENCE_STEPS = 25
 
 def report(folder: Path) -> None:
     """Sample from a trained pipeline, and write figures, samples and the share of digits that a classifier recognises."""
+    training = read_json(folder / "training_summary.json")  # first, as it is written last
     pipeline = DiffusionPipeline.from_pretrained(folder / "pipeline")
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -54,7 +56,6 @@ def report(folder: Path) -> None:
 
     columns = [images[label * SAMPLES_PER_CLASS :][: min(8, SAMPLES_PER_CLASS)] for label in range(NUM_CLASSES)]
     sample_grid(columns, pixel_size=6).save(folder / "samples.png")
-    training = json.loads((folder / "training_summary.json").read_text())
     pictures = specialisation_figures(pipeline, num_inference_steps=NUM_INFERENCE_STEPS, training_summary=training)
     for name, figure in pictures.items():
         figure.savefig(folder / f"{name}.png", dpi=120)
@@ -84,6 +85,7 @@ def report(folder: Path) -> None:
 
 def guidance_report(folder: Path) -> None:
     """Compare an unconditional pipeline without guidance, guided by a classifier, and guided by experts made of it."""
+    training = read_json(folder / "training_summary.json")  # first, as it is written last
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = DiffusionPipeline.from_pretrained(UNCONDITIONAL / "pipeline").to(device)
     experts = GuidanceExperts.from_pretrained(folder / "experts")
@@ -116,7 +118,6 @@ def guidance_report(folder: Path) -> None:
         titles = {f"{guide}: {summary[name][guide]:.1%} recognised": grid for guide, grid in grids.items()}
         comparison_figure(titles).savefig(folder / f"{name}.png", dpi=100)
     summary["expert_bytes"] = (folder / "experts" / "guidance_experts.safetensors").stat().st_size
-    training = json.loads((folder / "training_summary.json").read_text())
     summary |= {name: training[name] for name in ("steps", "train_seconds")}
     write_results(folder, summary, results)
     print(f"Look at ddim25.png and ddpm50.png in {folder}: unguided, by the classifier as it is, and by the experts.")

@@ -3,7 +3,6 @@
 `python examples/fashion_demo.py data` writes Fashion-MNIST, `… report FOLDER` samples from what was trained on it.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import diffusers_dmp  # noqa: F401  registers the pipeline with Diffusers
 from diffusers_dmp.evaluation.fashion import CLASSES, write_fashion
 from diffusers_dmp.evaluation.judge import load_judge, share_recognised
 from diffusers_dmp.plots import sample_grid, specialisation_figures
+from diffusers_dmp.saving.reading import read_json
 from diffusers_dmp.terminal import OneLineParser, run_command
 
 DATA, OUTPUT = Path("outputs/fashion"), Path("outputs/dtr_fashion")
@@ -26,6 +26,7 @@ PIXEL_SIZE = 4  # enlarged with nearest neighbour
 
 def report(folder: Path) -> None:
     """Sample from a trained pipeline, and write samples, figures and the share that a classifier of clothes recognises."""
+    training = read_json(folder / "training_summary.json")  # first, as it is written last
     pipeline = DiffusionPipeline.from_pretrained(folder / "pipeline")
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     labels = [label for label in range(len(CLASSES)) for _ in range(SAMPLES_PER_CLASS)]
@@ -35,7 +36,6 @@ def report(folder: Path) -> None:
         images[label * SAMPLES_PER_CLASS :][: min(SHOWN_PER_CLASS, SAMPLES_PER_CLASS)] for label in range(len(CLASSES))
     ]
     sample_grid(columns, PIXEL_SIZE).save(folder / "samples.png")
-    training = json.loads((folder / "training_summary.json").read_text())
     steps = SETTINGS["num_inference_steps"]
     for name, figure in specialisation_figures(pipeline, num_inference_steps=steps, training_summary=training).items():
         figure.savefig(folder / f"{name}.png", dpi=120)

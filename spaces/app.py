@@ -12,8 +12,9 @@ from showcase import ALL_CLASSES, CLASSIFIER_FREE_SCALE, EXPERTS_SCALE, load_pip
 from studio import COMPARED_IMAGES, MAX_IMAGES, MAX_SCALE, MAX_SEED, MAX_STEPS, Studio
 
 from diffusers_dmp.diffusion.schedulers import SCHEDULERS
+from diffusers_dmp.terminal import run_command
 
-PIPELINES, PROBLEMS = load_pipelines()
+PIPELINES, PROBLEMS = run_command(lambda _: load_pipelines())  # a wrong `DMP_PIPELINES` is told in one line
 STUDIO = Studio(PIPELINES)
 SERVICE = Service(STUDIO)
 MAX_QUEUE = 40

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from examples import EXAMPLES
 from PIL import Image
 from showcase import ALL_CLASSES, TITLES, ShownPipeline
 from studio import Studio
-from trainings import RUN_FILES, needed, plan, run_all, say, seconds_of
+from trainings import RUN_FILES, needed, plan, records_of, run_all, say
 
 from diffusers_dmp import GuidanceExperts
 from diffusers_dmp.evaluation.fashion import CLASSES, write_fashion
@@ -33,9 +34,10 @@ from diffusers_dmp.terminal import OneLineParser, run_command
 
 sys.path.append(str(Path(__file__).parents[1]))  # for `benchmarks`
 
-from benchmarks.timing import commit, hardware
+from benchmarks.scripts import only_one
+from benchmarks.timing import hardware
 
-SPACE = Path(__file__).parent
+SPACE = Path(__file__).resolve().parent
 EXAMPLES_ONLY = "examples"
 # by system, the training whose pipeline it shows, and what else it shows
 TRAINED = {
@@ -55,24 +57,33 @@ NUM_GREYS = 64
 
 
 def ship(name: str, work: Path, folder: Path) -> None:
-    """Copy a trained pipeline to the Space's folder, in float16."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Copy a trained pipeline to the Space's folder, in float16, over what was there before."""
     trained = work / TRAINED[name][0] / "pipeline"
-    DiffusionPipeline.from_pretrained(trained, dtype=torch.float16).save_pretrained(folder)
-    if name == "ppap":
-        # in float32 as trained: the experts check their network's checksum
-        shutil.copytree(work / "guide", folder / "base_model", ignore=shutil.ignore_patterns(*RUN_FILES))
-        experts = GuidanceExperts.from_pretrained(work / "ppap_experts/experts", base_model=folder / "base_model")
-        experts.register_to_config(base_model_name_or_path="base_model")
-        experts.save_pretrained(folder / "experts")
+    with written_whole(folder) as unfinished:
+        DiffusionPipeline.from_pretrained(trained, dtype=torch.float16).save_pretrained(unfinished)
+        if name == "ppap":
+            # in float32 as trained: the experts check their network's checksum
+            base_model = unfinished / "base_model"
+            shutil.copytree(work / "guide", base_model, ignore=shutil.ignore_patterns(*RUN_FILES))
+            experts = GuidanceExperts.from_pretrained(work / "ppap_experts/experts", base_model=base_model)
+            experts.register_to_config(base_model_name_or_path="base_model")
+            experts.save_pretrained(unfinished / "experts")
 
 
 def load_shipped(models: Path) -> dict[str, ShownPipeline]:
-    """Load the pipelines that are there. On the CPU, so that pictures are those of a Space without a GPU."""
-    return {name: ShownPipeline.load(name, models / name, "cpu") for name in TITLES if (models / name).is_dir()}
+    """
+    Load the pipelines that are there. On the CPU, so that pictures are those of a Space without a GPU.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    names = [name for name in TITLES if (models / name).is_dir()]
+    if not names:
+        raise ValueError(f"Expected {models} to hold pipelines, at least one of {', '.join(TITLES)}, but got none.")
+    return {name: ShownPipeline.load(name, models / name, "cpu") for name in names}
 
 
-def describe(name: str, shown: ShownPipeline, work: Path, folder: Path, per_class: int, code: str) -> dict[str, Any]:
+def describe(name: str, shown: ShownPipeline, work: Path, folder: Path, per_class: int) -> dict[str, Any]:
     """
     Describe a pipeline that was just trained.
 
@@ -81,11 +92,11 @@ def describe(name: str, shown: ShownPipeline, work: Path, folder: Path, per_clas
         work (`Path`): The folder of what was trained.
         folder (`Path`): Where the pipeline is shipped.
         per_class (`int`): Images of each class that a judge looks at.
-        code (`str`): The commit.
 
     Returns:
-        The share of images that is `recognised`, the size of the files, how long it was trained, on what, and the commit.
+        The share of images that is `recognised`, the size of the files, how long it was trained, on what, and by which commit.
     """
+    records = records_of(needed(plan(Path(), work), TRAINED[name]), work)
     say(f"{name}: recognising {per_class * len(CLASSES):,} images")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
@@ -94,9 +105,9 @@ def describe(name: str, shown: ShownPipeline, work: Path, folder: Path, per_clas
         "scale": shown.default_scale,
         **SAMPLING,
         "megabytes": round(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6, 2),
-        "training_seconds": seconds_of(needed(plan(Path(), work), TRAINED[name]), work),
+        "training_seconds": {training: record["seconds"] for training, record in records.items()},
         "device": hardware(device),
-        "commit": code,
+        "commit": ", ".join(sorted({record["commit"] for record in records.values()})),
     }
 
 
@@ -113,24 +124,25 @@ def recognised(shown: ShownPipeline, per_class: int) -> float:
 
 def make_pictures(shown: dict[str, ShownPipeline], folder: Path) -> None:
     """Generate the pictures that the Space shows at once, and one of all systems, a row of each, from the same noise."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     studio = Studio(shown)
-    for request, examples in EXAMPLES.items():
-        for example in examples:
-            if not set(example.systems) <= set(shown):
-                continue
-            answer = getattr(studio, request)(*example.values)
-            first = answer[0]  # a picture, or the pictures of a comparison with their captions
-            pictures = [picture for picture, _ in first] if isinstance(first, list) else answer[:2]
-            pictures = [picture for picture in pictures if isinstance(picture, Image.Image)]
-            for picture, path in zip(pictures, example.paths(len(pictures))):
-                save(picture, folder / path.name)
     rows = [
         each.generate(ALL_CLASSES, len(CLASSES), scale=each.default_scale, seed=0, **SAMPLING)
         for each in shown.values()
     ]
-    save(sample_grid([list(column) for column in zip(*rows, strict=True)], PIXEL_SIZE), folder / SYSTEMS_PICTURE)
+    with written_whole(folder) as unfinished:
+        unfinished.mkdir()
+        for request, examples in EXAMPLES.items():
+            for example in examples:
+                if not set(example.systems) <= set(shown):
+                    continue
+                answer = getattr(studio, request)(*example.values)
+                first = answer[0]  # a picture, or the pictures of a comparison with their captions
+                pictures = [picture for picture, _ in first] if isinstance(first, list) else answer[:2]
+                pictures = [picture for picture in pictures if isinstance(picture, Image.Image)]
+                for picture, path in zip(pictures, example.paths(len(pictures))):
+                    save(picture, unfinished / path.name)
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        save(sample_grid(columns, PIXEL_SIZE), unfinished / SYSTEMS_PICTURE)
 
 
 def save(picture: Image.Image, path: Path) -> None:
@@ -164,28 +176,34 @@ def main(argv: list[str]) -> None:
         if getattr(args, option) is not None and getattr(args, option) < 1:
             parser.error(f"Expected `{option}` to be at least 1, but got {getattr(args, option)}.")
 
+    if args.shorter > 1 and args.output.resolve() == SPACE:
+        parser.error(f"Expected `output` to be a folder of its own with `shorter`, but got the repository's, {SPACE}.")
+
     logging.disable_progress_bar()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the trainings end in order
+    with only_one(args.work, "`make_models.py`"):
+        train(names, args)
+        for name in names:
+            ship(name, args.work, models / name)
+        say("Pictures")
+        shown = load_shipped(models)
+        make_pictures(shown, pictures)
+        described = read_json(report) if report.exists() else {}
+        per_class = max(1, SAMPLES_PER_CLASS // args.shorter)
+        described |= {name: describe(name, shown[name], args.work, models / name, per_class) for name in names}
+        with written_whole(report) as unfinished:
+            unfinished.write_text(json.dumps(described, indent=2) + "\n")
+    print(json.dumps(described, indent=2))
+
+
+def train(names: list[str], args: argparse.Namespace) -> None:
+    """Train what these pipelines need, unless that is done."""
     on_gpu, cores = torch.cuda.is_available(), int(os.environ.get("CPU_THREADS") or os.cpu_count() or 1)
+    everything = plan(args.data / "train", args.work, args.shorter)
+    trainings = needed(everything, [each for name in names for each in TRAINED[name]])
     say(f"Fashion-MNIST: {args.data}")
     write_fashion(args.data)
-    trainings = needed(
-        plan(args.data / "train", args.work, args.shorter), [each for name in names for each in TRAINED[name]]
-    )
     run_all(trainings, args.work, args.jobs or (len(trainings) if on_gpu else cores), cores, on_gpu)
-
-    # before the shipped files, which are in the repository, change; the variable is for a copy that is none
-    code = os.environ.get("COMMIT") or commit()
-    for name in names:
-        ship(name, args.work, models / name)
-    say("Pictures")
-    shown = load_shipped(models)
-    make_pictures(shown, pictures)
-    described = read_json(report) if report.exists() else {}
-    per_class = max(1, SAMPLES_PER_CLASS // args.shorter)
-    described |= {name: describe(name, shown[name], args.work, models / name, per_class, code) for name in names}
-    with written_whole(report) as unfinished:
-        unfinished.write_text(json.dumps(described, indent=2) + "\n")
-    print(json.dumps(described, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,35 @@
 """The trainings of the Space's pipelines: what each runs, which other it needs, and how several run at a time."""
 
 import json
-import subprocess
+import os
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from diffusers_dmp.saving.reading import read_json, read_yaml
 from diffusers_dmp.saving.whole import written_whole
 from diffusers_dmp.training.data.shards import remember_settings
+
+sys.path.append(str(Path(__file__).parents[1]))  # for `benchmarks`
+
+from benchmarks.scripts import (
+    LOCK,
+    LOG,
+    SECONDS_RECORD,
+    TRAINING_CODE,
+    counted_seconds,
+    last_line,
+    run_script,
+    seconds_spent,
+)
+from benchmarks.timing import commit
 
 # smaller than the presets, so that all five together are a quick download
 DIT_SIZE = {"num_attention_heads": 3}
@@ -22,7 +41,9 @@ NUM_DRAWN = 5000  # images of the unconditional pipeline, from which the experts
 NUM_CHECKPOINTS = 10  # of a training, from which it goes on after an interruption
 GPU_WORKERS = 2  # processes that read images, of each training
 REPORTED_EVERY = 30.0  # seconds
-LOG, SETTINGS, RECORD = RUN_FILES = "training.log", "run.json", "trained.json"  # in a training's folder
+SETTINGS, RECORD = "run.json", "trained.json"  # in a training's folder
+RUN_FILES = (SETTINGS, RECORD, LOG, LOCK, SECONDS_RECORD)
+CODE = [*TRAINING_CODE, "spaces/fit_guide.py"]  # of all trainings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +64,14 @@ class Training:
     options: dict[str, Any]
     free: dict[str, Any] = field(default_factory=dict)
     after: tuple[str, ...] = ()
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides what is trained: the options, and the content of their preset, as JSON can store it."""
+        if "config" not in self.options:
+            return self.options
+        preset = read_yaml(self.options["config"])
+        content = {f"preset.{name}": value for name, value in preset.items()}
+        return self.options | content | {"preset": sorted(preset)}  # the names, too: one may be gone
 
 
 def plan(data: Path, work: Path, shorter: int = 1) -> dict[str, Training]:
@@ -134,15 +163,15 @@ def run_all(trainings: dict[str, Training], work: Path, at_once: int, cores: int
 
     Raises:
         ValueError: if a folder holds a training with other settings.
-        RuntimeError: if trainings fail, after those that do not need them are done.
+        SystemExit: if trainings fail, after those that do not need them are done.
     """
     for each in trainings.values():
-        remember_settings(work / each.name / SETTINGS, each.options, f"training {each.name}")
+        remember_settings(work / each.name / SETTINGS, each.settings(), f"training {each.name}")
     threads = max(1, cores // at_once)
     waiting = {name: each for name, each in trainings.items() if not (work / name / RECORD).exists()}
     running: dict[Future, str] = {}
     failures: dict[str, BaseException] = {}
-    with ThreadPoolExecutor(at_once) as pool:
+    with ThreadPoolExecutor(at_once) as pool, _told_to_end():
         while True:
             ready = [
                 each for each in waiting.values() if not set(each.after) & {*waiting, *running.values(), *failures}
@@ -165,40 +194,37 @@ def run_all(trainings: dict[str, Training], work: Path, at_once: int, cores: int
                 for name in running.values():
                     say(f"{name}: {last_line(work / name / LOG)}")
     if failures:
-        raise RuntimeError(f"Expected all trainings to succeed, but got errors in {', '.join(failures)}.")
+        raise SystemExit(f"Expected all trainings to succeed, but {len(failures)} failed: {', '.join(failures)}.")
 
 
-def seconds_of(trainings: dict[str, Training], work: Path) -> dict[str, float]:
-    """Return how many seconds each training took, by name."""
-    return {name: json.loads((work / name / RECORD).read_text())["seconds"] for name in trainings}
+@contextmanager
+def _told_to_end() -> Iterator[None]:
+    """Tell the trainings to end if this process is interrupted, which waits for their last checkpoints."""
+    try:
+        yield
+    except BaseException:
+        for training in psutil.Process().children():
+            training.terminate()
+        raise
+
+
+def records_of(trainings: dict[str, Training], work: Path) -> dict[str, dict[str, Any]]:
+    """Return of each training that is done, by name, how many `seconds` it took, and the `commit` of its code."""
+    return {name: read_json(work / name / RECORD) for name in trainings}
 
 
 def _run(training: Training, folder: Path, threads: int, on_gpu: bool) -> float:
-    """Run a training script by `accelerate launch`, in one process, and return the seconds that it took."""
+    """Run a training script in a process of its own, and return the seconds that it took, in all its parts."""
     options = training.options | training.free
     if on_gpu and training.free.get("report_to"):  # of those that train on images
         options |= {"dataloader_num_workers": GPU_WORKERS}
-    accelerate = f"--num_machines 1 --num_processes 1 --dynamo_backend no --mixed_precision no --num_cpu_threads_per_process {threads}"
-    command = [sys.executable, "-m", "accelerate.commands.launch", *accelerate.split(), training.script]
-    for name, value in options.items():
-        command += [f"--{name}", str(value)]
-    begun = time.monotonic()
-    with (folder / LOG).open("a") as log:
-        done = subprocess.run(command, stdout=log, stderr=log)
-    if done.returncode:
-        raise RuntimeError(
-            f"Expected the training to succeed, but got {last_line(folder / LOG)!r}; see {folder / LOG}."
-        )
-    seconds = round(time.monotonic() - begun, 1)  # since the last interruption
+    with counted_seconds(folder):
+        run_script([training.script, *(f"--{name}={value}" for name, value in options.items())], folder, threads)
+    # the variable is for a copy that is no repository
+    record = {"seconds": seconds_spent(folder), "commit": os.environ.get("COMMIT") or commit(CODE)}
     with written_whole(folder / RECORD) as unfinished:
-        unfinished.write_text(json.dumps({"seconds": seconds}) + "\n")
-    return seconds
-
-
-def last_line(path: Path) -> str:
-    """Return the last line of a log that says anything."""
-    lines = path.read_text(errors="replace").split("\n") if path.exists() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+        unfinished.write_text(json.dumps(record) + "\n")
+    return record["seconds"]
 
 
 def say(line: str) -> None:

@@ -1,5 +1,6 @@
 """What the README says runs, runs."""
 
+import importlib
 import json
 import re
 
@@ -8,6 +9,7 @@ import pytest
 from conftest import REPOSITORY, TINY_CONFIG, randomised
 
 from diffusers_dmp import ClassConditionalPipeline, DTRTransformer2DModel, PromptPatch
+from diffusers_dmp.terminal import run_command
 from diffusers_dmp.training.arguments import TrainingArguments
 from diffusers_dmp.training.objectives.from_arguments import make_scheduler
 
@@ -80,6 +82,18 @@ def test_the_demo_of_clothes_reports(tmp_path, monkeypatch):
     # ten columns and two rows of 28 x 28 pixels, four times enlarged, with gaps of one pixel
     assert PIL.Image.open(tmp_path / "samples.png").size == (4 * (10 * 29 + 1), 4 * (2 * 29 + 1))
     assert PIL.Image.open(tmp_path / "routing.png").size[0] > 500
+
+
+@pytest.mark.parametrize(
+    ("demo", "part"), [("fashion_demo", "report"), ("digits_demo", "report"), ("digits_demo", "guidance")]
+)
+def test_the_demos_refuse_a_folder_without_a_training(tmp_path, monkeypatch, capsys, demo, part):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "examples"))
+    with pytest.raises(SystemExit) as stopped:
+        run_command(importlib.import_module(demo).main, [part, str(tmp_path / "nowhere")], name=demo)
+    assert stopped.value.code == 2
+    summary = str(tmp_path / "nowhere" / "training_summary.json")
+    assert capsys.readouterr().err == f"{demo}: Expected {summary!r} to be JSON, but there is no such file.\n"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from conftest import REPOSITORY, randomised
 from diffusers import DDIMScheduler, DDPMScheduler
@@ -162,6 +163,24 @@ def test_sentences():
     )
     assert "prompt" in responsibility(PIPELINES["dmp"](), 0) and "the whole model" in responsibility(
         PIPELINES["dit"](), 0
+    )
+
+
+def test_the_sentence_about_prompts_says_how_far_they_depend_on_the_timestep():
+    pipeline = PIPELINES["dmp"]()
+    gates = torch.full((1000, 2, 4), 0.25)  # (T, L, M)
+    gates[300, 1, 2] = 0.5
+    gates[300:, 0, 3] = 0.375
+    pipeline.prompt_patch.gate_weights = lambda timesteps: gates[timesteps]
+    assert responsibility(pipeline, 300) == (
+        "At timestep 300 prompt 2 of 4 has the largest weight, in block 1: 2.00 times an equal share. Over all timesteps some "
+        "weights change by up to 1.00 of an equal share."
+    )
+    gates[:] = 0.25
+    gates[500:, 0, 3] = 0.26
+    assert responsibility(pipeline, 999) == (
+        "At timestep 999 prompt 3 of 4 has the largest weight, in block 0: 1.04 times an equal share. Over all timesteps the "
+        "weights hardly change, by at most 0.04 of an equal share."
     )
 
 

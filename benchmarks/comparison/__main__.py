@@ -7,7 +7,6 @@ command goes on, with trainings from their last checkpoint.
 """
 
 import argparse
-import fcntl
 import signal
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from types import FrameType
 import psutil
 import torch
 
+from benchmarks.scripts import only_one
 from diffusers_dmp.evaluation.features import INCEPTION
 from diffusers_dmp.terminal import INTERRUPTED, OneLineParser, run_command, write_line
 from diffusers_dmp.training.launching import num_cores
@@ -35,7 +35,6 @@ from .schedule import Durations, Schedule
 from .workers import hide_progress
 
 OWN_PRESET = "cpu"
-LOCK = "lock"  # in the output folder: held by the comparison that works there
 BOUNDS_LOG = "bounds.log"  # in a data set's folder
 GPU_WORKERS = 4  # small trainings wait for the CPU more than for the GPU
 
@@ -54,7 +53,7 @@ def main(argv: list[str]) -> None:
     execution = Execution(plan, results, schedule, durations, args.workers, Limits.of(started, args.minutes))
     if schedule.left and args.minutes != 0:
         expect_commits(stored | begun_work(plan), args.accept_commits)
-        with only_one(plan.output_dir), one_line_after_an_interruption(execution):
+        with only_one(plan.output_dir, "comparison"), one_line_after_an_interruption(execution):
             expect_extractor(plan, stored, args.results)
             expect_inception(plan, stored)
             prepare(plan, args.results, schedule)
@@ -118,25 +117,6 @@ def prepare(plan: Plan, results: Path, schedule: Schedule) -> None:
             # as of workers, what measuring says of each file that it reads goes to a log
             with open(plan.data_folder(name) / BOUNDS_LOG, "a") as log, redirect_stderr(log):
                 write_json(path, measure_bounds(plan, name))
-
-
-@contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """
-    Work in a folder where no other comparison does.
-
-    Raises:
-        ValueError: if another one works there.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"Expected no other comparison to work in {folder}, but one does; wait for it, or end it."
-            ) from error
-        yield
 
 
 @contextmanager

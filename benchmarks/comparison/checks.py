@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.scripts import TRAINING_CODE
 from benchmarks.timing import commit
 from diffusers_dmp.evaluation.features import FeatureExtractor
 from diffusers_dmp.saving.reading import read_json
@@ -17,7 +18,7 @@ from .results import BOUNDS, INCEPTION_FINGERPRINT, read_bounds, read_result
 
 # What the figures depend on; a changed preset is noticed by its settings.
 CODE = [
-    *("src/diffusers_dmp", ":(glob)training/*.py"),
+    *TRAINING_CODE,
     *(f"benchmarks/comparison/{name}.py" for name in ("data", "losses", "measure", "plan", "run", "sampling", "text")),
 ]
 SHORT = 12  # characters of a hash

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.scripts import seconds_spent
 from diffusers_dmp.saving.whole import written_whole
 from diffusers_dmp.training.launching import num_cores
 
 from .plan import Plan
 from .results import write_json
-from .run import GRID, seconds_spent
+from .run import GRID
 from .schedule import Durations, Job, Schedule, time_text
 from .workers import Worker, answering, stop
 
@@ -123,7 +124,7 @@ class Execution:
         """Return the seconds that went into a run, in all parts and until now."""
         now = time.monotonic()
         own = [now - worker.started for worker in self.workers if worker.job is not None and worker.job.key == key]
-        return seconds_spent(self.plan, self.schedule.runs[key]) + sum(own)
+        return seconds_spent(self.plan.folder(self.schedule.runs[key])) + sum(own)
 
     def _note(self, job: Job, result: dict[str, Any] | None, failure: str) -> None:
         """Write the result of a job, and say what is left."""

@@ -1,13 +1,6 @@
 """One run of a plan: trained by the training script that a user would call, sampled and measured by the package's evaluation."""
 
-import fcntl
 import json
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +8,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from benchmarks.scripts import counted_seconds, run_script, seconds_spent
 from benchmarks.timing import hardware
 from diffusers_dmp import SNRSplitPipeline
 from diffusers_dmp.evaluation.costs import gigaflops_of
@@ -25,7 +19,6 @@ from diffusers_dmp.saving.weight_files import folder_sha256
 from diffusers_dmp.saving.whole import written_whole
 from diffusers_dmp.training.data.shards import remember_settings
 
-from . import watched
 from .checks import BEGUN_RECORD, RUN_RECORD, code_commit
 from .losses import measure_losses
 from .measure import measure, measure_by_inception
@@ -36,9 +29,6 @@ from .sampling import NUM_CLASSES, call, load_pipeline, num_parameters, sample
 SUMMARY = "training_summary.json"
 GRID, GRID_ROWS = "samples.png", 4
 COST_BATCH = 10  # images that are sampled to count operations
-SECONDS_RECORD = "seconds.json"  # how long all parts of an interrupted run took
-LOCK = "lock"  # held while a run is trained
-TRAINING_LOG = "training.log"
 TRAINED_RECORD = "trained.json"  # written when the training is complete: how long a step took
 
 
@@ -57,7 +47,7 @@ def train(plan: Plan, run: Run, num_threads: int) -> None:
     remember_settings(plan.folder(run) / RUN_RECORD, plan.settings(run), "run")
     if not is_trained(plan, run):
         _expect_the_same_start(plan, run)
-    with _counted_seconds(plan, run):
+    with counted_seconds(plan.folder(run)):
         _train(plan, run, num_threads)
 
 
@@ -87,9 +77,9 @@ def perform(plan: Plan, run: Run, num_threads: int) -> dict[str, Any]:
         remember_settings(plan.folder(run) / RUN_RECORD, settings, "run")
         if not run.script:
             _expect_the_same_start(plan, run)
-        with _counted_seconds(plan, run):
+        with counted_seconds(plan.folder(run)):
             result |= _measurement(plan, run)
-    return result | {"seconds": round(seconds_spent(plan, run)), **_begun(plan, run)}
+    return result | {"seconds": round(seconds_spent(plan.folder(run))), **_begun(plan, run)}
 
 
 def _begun(plan: Plan, run: Run) -> dict[str, Any]:
@@ -136,22 +126,6 @@ def starts(plan: Plan, run: Run) -> dict[str, str]:
     return found
 
 
-@contextmanager
-def _counted_seconds(plan: Plan, run: Run) -> Iterator[None]:
-    """Add the time within the context to that of the run, also if it is interrupted."""
-    started, before = time.monotonic(), seconds_spent(plan, run)
-    try:
-        yield
-    finally:
-        write_json(plan.folder(run) / SECONDS_RECORD, {"seconds": round(before + time.monotonic() - started, 1)})
-
-
-def seconds_spent(plan: Plan, run: Run) -> float:
-    """Return how long the parts of a run took that have ended, apart from those that were killed."""
-    record = plan.folder(run) / SECONDS_RECORD
-    return json.loads(record.read_text())["seconds"] if record.exists() else 0.0
-
-
 def _measurement(plan: Plan, run: Run) -> dict[str, Any]:
     """Sample with each pipeline of a run, and measure the images and the last pipeline."""
     folder = plan.folder(run)
@@ -195,46 +169,13 @@ def _train(plan: Plan, run: Run, num_threads: int) -> None:
     if is_trained(plan, run):
         return
     folder = plan.folder(run)
-    _run_script(plan.script(run), folder, num_threads)
+    run_script(plan.script(run), folder, num_threads)
     milliseconds = None
     if (folder / SUMMARY).exists():  # a script that only samples images writes none
         training = json.loads((folder / SUMMARY).read_text())
         if training["steps"]:
             milliseconds = round(1000 * training["train_seconds"] / training["steps"], 1)
     write_json(folder / TRAINED_RECORD, {"milliseconds_per_step": milliseconds})
-
-
-def _run_script(script: list[str], folder: Path, num_threads: int) -> None:
-    """
-    Run a training script, which ends in order, with a checkpoint, if this process is told to end or is killed.
-
-    Not by `accelerate launch`: that would be one more process, which notices no end.
-    """
-    command = [sys.executable, "-m", watched.__name__, str(os.getpid()), *script]
-    environment = os.environ | {"OMP_NUM_THREADS": str(num_threads)}
-    with open(folder / LOCK, "w") as lock, open(folder / TRAINING_LOG, "ab") as log:
-        # The training has the lock, too: that of a killed comparison may still be writing its last checkpoint.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        start = log.tell()
-        training = subprocess.Popen(
-            command, stdout=log, stderr=log, env=environment, pass_fds=[lock.fileno()], start_new_session=True
-        )
-        try:
-            status = training.wait()
-        except BaseException:
-            training.terminate()
-            training.wait()
-            raise
-    if status:
-        raise RuntimeError(f"Expected the training to succeed, but got {status}: {_last_line(Path(log.name), start)}")
-
-
-def _last_line(log: Path, start: int) -> str:
-    """Return the last line of a log's part, which is what a script says of an error, and where the others are."""
-    with open(log, "rb") as file:
-        file.seek(start)
-        lines = file.read().decode(errors="replace").splitlines()
-    return f"{lines[-1] if lines else 'it wrote nothing'} (see {log})"
 
 
 def _pipelines(plan: Plan, run: Run) -> dict[int, Path]:

@@ -15,10 +15,11 @@ import datasets
 import diffusers
 import transformers
 
+from benchmarks.watched import end_with
+
 from .plan import Plan
 from .run import perform, train
 from .schedule import Job
-from .watched import end_with
 
 LOG = "worker.log"  # in a run's folder: what sampling and measuring wrote
 TERMINATED = 128 + signal.SIGTERM  # exit status

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from .intervals import NoiseIntervals
 
+SMALL_CHANGE = 0.1  # of a prompt's weight over all timesteps, in equal shares
+
 
 def denoisers_of(pipeline: "DiffusionPipeline") -> "list[ModelMixin]":
     """
@@ -120,7 +122,7 @@ def systems_in(pipeline: "DiffusionPipeline") -> "list[tuple[System, Any]]":
 
 def responsibility(pipeline: "DiffusionPipeline", timestep: int) -> str:
     """
-    Say in one sentence which part of a pipeline is at work at a timestep.
+    Say in a sentence or two which part of a pipeline is at work at a timestep.
 
     Args:
         pipeline: Any pipeline with a `transformer` or `unet`, or a [`SNRSplitPipeline`]; for guidance experts with a
@@ -261,13 +263,17 @@ def _remix_sentence(pipeline: Any, model: Any, timestep: int) -> str:
 def _dmp_sentence(pipeline: Any, prompts: Any, timestep: int) -> str:
     import torch
 
-    gates = prompts.gate_weights(torch.tensor([timestep]))[0]  # (L, M)
-    num_prompts = gates.shape[1]
-    block, prompt = divmod(int(gates.argmax()), num_prompts)
-    share = float(gates.max()) * num_prompts
+    # some timesteps are enough for gates, which are smooth functions of the timestep
+    others = torch.linspace(0, pipeline.scheduler.config.num_train_timesteps - 1, 11).long()
+    gates = prompts.gate_weights(torch.cat([torch.tensor([timestep]), others]))  # (S, L, M)
+    num_prompts = gates.shape[2]
+    shares = gates * num_prompts  # of an equal one
+    block, prompt = divmod(int(shares[0].argmax()), num_prompts)
+    change = float((shares.amax(0) - shares.amin(0)).max())
+    how = "the weights hardly change, by at most" if change < SMALL_CHANGE else "some weights change by up to"
     return (
         f"At timestep {timestep} prompt {prompt} of {num_prompts} has the largest weight, in block {block}: "
-        f"{share:.2f} times an equal share."
+        f"{float(shares[0].max()):.2f} times an equal share. Over all timesteps {how} {change:.2f} of an equal share."
     )
 
 

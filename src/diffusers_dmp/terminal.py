@@ -26,9 +26,7 @@ _USERS_ERRORS = {
 }
 
 
-def run_command(
-    command: Callable[[list[str]], object], argv: list[str] | None = None, name: str | None = None
-) -> None:
+def run_command(command: Callable[[list[str]], Any], argv: list[str] | None = None, name: str | None = None) -> Any:
     """
     Run a command; a user's error is written as one line, and ends the process with the exit status 2.
 
@@ -36,9 +34,12 @@ def run_command(
     all other errors, there is a traceback. Of several processes the first one writes the line.
 
     Args:
-        command (`Callable[[list[str]], object]`): Takes the command line without `--debug`.
+        command (`Callable[[list[str]], Any]`): Takes the command line without `--debug`.
         argv (`list[str]`, *optional*): The command line; the process's own by default.
         name (`str`, *optional*): The name that begins the line; by default the script's.
+
+    Returns:
+        What the command returns.
 
     Raises:
         SystemExit: after an error of a user, or an interrupt.
@@ -46,7 +47,7 @@ def run_command(
     arguments = sys.argv[1:] if argv is None else argv
     name = name or Path(sys.argv[0]).stem
     try:
-        command([argument for argument in arguments if argument != DEBUG])
+        return command([argument for argument in arguments if argument != DEBUG])
     except (Exception, KeyboardInterrupt) as error:
         if DEBUG in arguments or not (is_users_error(error) or isinstance(error, KeyboardInterrupt)):
             raise

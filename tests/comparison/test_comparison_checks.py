@@ -11,6 +11,7 @@ import yaml
 from benchmarks import timing
 from benchmarks.comparison import __main__ as command_line
 from benchmarks.comparison import checks, data
+from benchmarks.scripts import only_one
 from comparison_plans import tiny_plan
 from conftest import REPOSITORY
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
@@ -259,7 +260,7 @@ def test_bounds_are_measured_again_by_a_further_extractor_that_can(comparison, t
 
 
 def test_two_comparisons_in_one_folder(comparison, refused):
-    with command_line.only_one(comparison.plan.output_dir):
+    with only_one(comparison.plan.output_dir, "comparison"):
         assert f"no other comparison to work in {comparison.plan.output_dir}" in refused()
 
 

@@ -48,7 +48,7 @@ def test_a_run_goes_on_with_what_it_was_begun_with(tmp_path, monkeypatch):
         trained.append(folder)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "_run_script", interrupted)
+    monkeypatch.setattr(run, "run_script", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run.train(plan, own, 1)
     monkeypatch.setattr(run, "code_commit", lambda: "second")

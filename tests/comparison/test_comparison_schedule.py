@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from benchmarks.comparison import execution
 from benchmarks.comparison.execution import Execution, Limits
-from benchmarks.comparison.run import SECONDS_RECORD
 from benchmarks.comparison.schedule import Durations, Job, Schedule, time_text
+from benchmarks.scripts import SECONDS_RECORD
 from comparison_plans import tiny_plan
 
 

@@ -1,24 +1,30 @@
 """How the Space's pipelines are trained: in which order, several at a time, and not again what is done."""
 
 import json
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+import yaml
 from conftest import REPOSITORY
 from PIL import Image
 
 sys.path.insert(0, str(REPOSITORY / "spaces"))
 
 import trainings
-from make_models import TRAINED, main
+from make_models import TRAINED, main, ship
 from showcase import SHIPPED
 from trainings import Training, needed, plan, run_all
 
 from diffusers_dmp.evaluation.fashion import write_labelled_images
+
+PATIENCE = 120  # seconds that anything may take
 
 
 @pytest.fixture
@@ -91,7 +97,7 @@ def test_what_is_done_is_not_done_again(tmp_path, started):
 def test_a_failure_stops_only_what_needs_it(tmp_path, started, capsys):
     broken = some(first=(), last=("first",), latest=("last",), other=())
     broken["first"] = Training(name="first", script="broken", options={})
-    with pytest.raises(RuntimeError, match="got errors in first"):
+    with pytest.raises(SystemExit, match="Expected all trainings to succeed, but 1 failed: first"):
         run_all(broken, tmp_path, 1, 1, on_gpu=False)
     assert started == ["first", "other"]
     assert "first: no memory" in capsys.readouterr().out
@@ -102,6 +108,110 @@ def test_another_training_in_the_same_folder_is_refused(tmp_path, started):
     other = {"first": Training(name="first", script="train.py", options={"steps": 4})}
     with pytest.raises(ValueError, match="Expected `steps` to be 3, as in the training first"):
         run_all(other, tmp_path, 1, 1, on_gpu=False)
+
+
+@pytest.mark.parametrize(
+    ("changed", "refused"),
+    [
+        ({"learning_rate": 0.5, "lr_scheduler": "cosine"}, "Expected `preset.learning_rate` to be 0.25, as in"),
+        ({"learning_rate": 0.25}, "Expected `preset` to be .'learning_rate', 'lr_scheduler'., as in"),
+    ],
+)
+def test_another_preset_of_the_same_name_is_refused(tmp_path, started, changed, refused):
+    preset = tmp_path / "preset.yaml"
+    first = {"first": Training(name="first", script="train.py", options={"config": str(preset)})}
+    preset.write_text(yaml.safe_dump({"learning_rate": 0.25, "lr_scheduler": "cosine"}))
+    run_all(first, tmp_path, 1, 1, on_gpu=False)
+    preset.write_text(yaml.safe_dump(changed))
+    with pytest.raises(ValueError, match=f"{refused} the training first that .* write into another folder"):
+        run_all(first, tmp_path, 1, 1, on_gpu=False)
+    assert started == ["first"]
+
+
+def test_a_failure_is_told_by_its_own_words(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    script = tmp_path / "broken.py"
+    script.write_text("import sys; sys.exit('Expected `steps` to be 3.')")
+    with pytest.raises(SystemExit):
+        run_all({"first": Training(name="first", script=str(script), options={})}, tmp_path, 1, 1, on_gpu=False)
+    log = tmp_path / "first" / "training.log"
+    assert capsys.readouterr().out.endswith(f"but got 1: Expected `steps` to be 3. (see {log})\n")
+
+
+def test_what_is_done_says_of_which_code_it_is_and_how_long_all_its_parts_took(tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("COMMIT", "abc1234")
+    script = tmp_path / "first.py"
+    script.write_text("")
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "seconds.json").write_text('{"seconds": 1000}')  # until it was interrupted
+    first = {"first": Training(name="first", script=str(script), options={})}
+    run_all(first, tmp_path, 1, 1, on_gpu=False)
+    record = trainings.records_of(first, tmp_path)["first"]
+    assert record["commit"] == "abc1234" and 1000 < record["seconds"] < 1600
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_trainings_end_with_what_started_them(tmp_path, number):
+    """And until then, the command is refused where it works already."""
+    script, written = tmp_path / "sleeps.py", tmp_path / "process_id"
+    script.write_text(f"import os, time; open({str(written)!r}, 'w').write(str(os.getpid())); time.sleep({PATIENCE})")
+    work = tmp_path / "work"
+    code = f"""
+import sys
+sys.path.insert(0, "spaces")
+import make_models
+from diffusers_dmp.terminal import run_command
+
+sleeping = make_models.plan(make_models.Path(), make_models.Path())["dtr"]
+sleeping = type(sleeping)(name="dtr", script={str(script)!r}, options={{}})
+make_models.plan = lambda *_: {{"dtr": sleeping}}
+make_models.write_fashion = lambda folder: None
+run_command(make_models.main, ["dtr", "--work", {str(work)!r}], name="make_models")
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: written.exists() and written.read_text() or process.poll() is not None)
+    training = psutil.Process(int(written.read_text()))
+    with pytest.raises(ValueError, match=f"Expected no other `make_models.py` to work in {work}, but one does"):
+        main(["dtr", "--work", str(work)])
+    process.send_signal(number)
+    _, lines = process.communicate(timeout=PATIENCE)
+    assert psutil.wait_procs([training], timeout=PATIENCE)[1] == []
+    if number == signal.SIGKILL:
+        assert process.returncode == -number
+    else:
+        assert (process.returncode, lines) == (130, "make_models: interrupted\n")
+        assert (work / "dtr" / "seconds.json").exists()
+    assert not (work / "dtr" / trainings.RECORD).exists()
+
+
+def test_a_quick_trial_leaves_the_shipped_pipelines_alone(tmp_path):
+    with pytest.raises(ValueError, match="Expected `output` to be a folder of its own with `shorter`"):
+        main(["--shorter", "2", "--work", str(tmp_path / "work")])
+    assert not (tmp_path / "work").exists()
+
+
+def test_pictures_of_no_pipelines_are_refused(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "old.png").write_text("old")
+    with pytest.raises(ValueError, match=f"Expected {tmp_path / 'models'} to hold pipelines"):
+        main(["examples", "--output", str(tmp_path)])
+    assert (tmp_path / "pictures" / "old.png").read_text() == "old"
+
+
+def test_what_is_shipped_stays_until_the_new_pipeline_is_whole(tmp_path):
+    for folder in ("models/dtr", "work/dtr/pipeline"):
+        (tmp_path / folder).mkdir(parents=True)
+    with pytest.raises(OSError):  # nothing is trained there
+        ship("dtr", tmp_path / "work", tmp_path / "models" / "dtr")
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["dtr"]
 
 
 def test_unknown_names_and_numbers_are_refused():

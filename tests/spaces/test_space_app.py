@@ -1,6 +1,8 @@
 """The Space: its checks, its pipelines, and the app in a process of its own, called through its API."""
 
 import json
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -256,8 +258,30 @@ def test_a_call_leaves_the_pipeline_as_it_was(pipelines):
 def test_specialisation_of_every_system(pipelines, name):
     picture, sentence = Studio({name: pipelines[name]}).specialise(name, 999)
     assert np.asarray(picture).std() > 5
-    assert sentence.startswith("At timestep 999 ") and sentence.endswith(".")
-    assert responsibility(pipelines[name], 0) != sentence.replace("999", "0")
+    first, last = (
+        responsibility(pipelines[name], timestep).removeprefix(f"At timestep {timestep} ") for timestep in (0, 999)
+    )
+    assert sentence == f"At timestep 999 {last}" and sentence.endswith(".")
+    assert first != last
+    assert ("hardly change" in sentence) == (name == "dmp")
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("", "Expected each of `DMP_PIPELINES` to have a name of its own, but got 'x' twice; 'name=id' sets a name."),
+        ("import os, pathlib, showcase; os.environ['DMP_PIPELINES'] = ''; showcase.MODELS = pathlib.Path('/nowhere')",
+         "Expected at least one pipeline that loads, but got none."),
+    ],
+)  # fmt: skip
+def test_a_space_of_no_pipelines_ends_with_one_line(code, said):
+    """Two pipelines of one name, and none at all."""
+    environment = os.environ | {"DMP_PIPELINES": "a/x,b/x", "PYTHONPATH": os.pathsep.join([*sys.path, str(SPACE)])}
+    command = [sys.executable, "-c", f"{code}\nimport runpy; runpy.run_path('spaces/app.py', run_name='__main__')"]
+    result = subprocess.run(command, cwd=SPACE.parent, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.endswith(f": {said}")
 
 
 def test_pipelines_that_do_not_load_are_left_out(tmp_path):

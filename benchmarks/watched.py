@@ -1,6 +1,6 @@
-"""A process that ends with the one that started it: no training goes on writing after the comparison was killed.
+"""A process that ends with the one that started it: no training goes on writing after what started it was killed.
 
-`python -m benchmarks.comparison.watched PID SCRIPT [ARGUMENT …]` runs a script for the process PID.
+`python -m benchmarks.watched PID SCRIPT [ARGUMENT …]` runs a script for the process PID.
 """
 
 import os
