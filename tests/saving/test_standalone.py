@@ -90,7 +90,7 @@ SAVED = {
 
 
 @pytest.mark.parametrize("kind", SAVED)
-@pytest.mark.parametrize("version, refused", [("0.1.7", False), ("0.0.9", False), ("0.4.0", True), ("1.0", True)])
+@pytest.mark.parametrize("version, refused", [("0.1.7", False), ("0.0.9", False), ("0.5.0.dev0", True), ("1.0", True)])
 def test_versions(tmp_path, kind, version, refused):
     make, loader, config_name = SAVED[kind]
     make(tmp_path).save_pretrained(tmp_path)

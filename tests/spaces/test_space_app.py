@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from packaging.requirements import Requirement
+from packaging.version import Version
 from PIL import Image
 from space_process import SPACE, running_space
 
@@ -28,8 +30,10 @@ from showcase import MODELS, TITLES, load_pipelines
 from specialisation import responsibility
 from studio import COMPARED_IMAGES, Studio
 
+from diffusers_dmp import __version__
 from diffusers_dmp.diffusion.schedulers import SCHEDULERS
 from diffusers_dmp.evaluation.fashion import CLASSES
+from diffusers_dmp.saving.mixins import VERSION_KEY
 
 SAMPLING = {"scale": 1.5, "steps": 4, "scheduler": "DDIM", "seed": 0, "randomise": False}
 GOOD = {
@@ -199,6 +203,16 @@ def test_twenty_users_at_once(space):
 def test_shipped_pipelines_are_small():
     assert {path.name for path in MODELS.iterdir()} == set(TITLES)
     assert sum(path.stat().st_size for path in MODELS.rglob("*") if path.is_file()) < 12e6
+
+
+def test_the_required_version_reads_all_shipped_pipelines():
+    """And the package that is tested here is one of those that the requirement accepts."""
+    required = Requirement(SPACE.joinpath("requirements.txt").read_text().strip())
+    assert required.name == "diffusers-dmp" and required.specifier.contains(__version__)
+    configs = [json.loads(path.read_text()) for path in MODELS.rglob("*.json")]
+    newest = max(Version(config[VERSION_KEY]) for config in configs if VERSION_KEY in config)
+    (bound,) = required.specifier
+    assert bound.operator == ">=" and Version(bound.version) >= newest
 
 
 def test_shipped_pipelines_are_of_clothes(pipelines):
