@@ -20,6 +20,10 @@ PLOTS = "plots"  # the folder of the plots, beside the results
 METRICS = {"FID": 2, "KID": 3, "precision": 3, "recall": 3, "recognised": 3, BY_INCEPTION: 2}  # decimal places
 HEADERS = {BY_INCEPTION: "FID, Inception"}  # where they are not the metrics' names
 DATA = {"fashion": "Fashion-MNIST", "digits": "scikit-learn's digits"}
+SOURCES = {
+    "fashion": "https://github.com/zalandoresearch/fashion-mnist",
+    "digits": "https://archive.ics.uci.edu/dataset/80",
+}
 KINDS = {"real": "training images", "noise": "images of uniform noise"}  # of bounds
 IMAGES_IN_A_ROW = 3
 NOTHING = "–"
@@ -87,6 +91,7 @@ def make_page(plan: Plan, tables: list[Table], bounds: dict[str, dict[str, Any]]
         parts=parts,
         unfinished=unfinished(tables),
         data=DATA,
+        sources=SOURCES,
         bounds=bounds,
         bounds_cells=bounds_cells(bounds),
         folder=folder,
