@@ -13,6 +13,8 @@ from .tables import Row, Table
 SIZE = (8.5, 4.2)  # inches
 COSTS_DIFFER = 1.05  # by this factor or more, costs are worth a plot
 LOGARITHMIC = 4  # an axis whose values differ by this factor or more
+LONG = 50  # characters of a title that needs the whole width
+LINE = 0.18  # inches of a line of the legend
 BASELINE_COLOUR = "black"
 MARKERS = "os^vDPX*"
 COLOURS = [f"C{index}" for index in (0, 1, 2, 3, 4, 6, 8, 9, 5, 7)]
@@ -147,4 +149,9 @@ def _deviation(values: list[float]) -> float:
 
 
 def _legend(figure: Figure) -> None:
-    figure.legend(loc="outside right upper", fontsize=8)
+    """Write the legend below, in a figure that is higher by as much: titles may be as long as it is wide."""
+    labels = [label for axes in figure.axes for label in axes.get_legend_handles_labels()[1]]
+    columns = 1 if max(map(len, labels), default=0) > LONG else 2
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + LINE * -(-len(labels) // columns))
+    figure.legend(loc="outside lower left", fontsize=8, ncols=columns)
