@@ -14,6 +14,7 @@ from benchmarks.comparison.results import METRICS
 from benchmarks.comparison.tables import read_all_bounds, read_tables
 from comparison_plans import tiny_plan
 from conftest import REPOSITORY
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 DOCS = REPOSITORY / "docs"
 PAGES = {
@@ -374,3 +375,15 @@ def test_plots_show_means_and_deviations(plan, results):
     mean, deviation = np.mean(fids), np.std(fids, ddof=1)
     (segment,) = bars[2][0].get_segments()
     assert segment[:, 1] == pytest.approx([mean - deviation, mean + deviation]) and segment[0, 0] == pytest.approx(0.8)
+
+
+def test_long_titles_leave_room_for_the_axes(plan, results):
+    tuning = next(table for table in read_tables(plan, results) if table.comparison.name == "tuning")
+    for draw in (steps_figure, losses_figure, cost_figure):
+        figure = draw(tuning)
+        FigureCanvasAgg(figure).draw()
+        position, height = figure.axes[0].get_position(), figure.get_figheight()
+        assert position.width > 0.8 and position.height * height > 3, draw  # inches
+        (legend,) = figure.legends
+        box = legend.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0, draw
