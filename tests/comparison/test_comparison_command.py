@@ -109,14 +109,14 @@ def test_a_kill_loses_nothing_beyond_the_last_checkpoint(comparison):
     assert lines[-1] == "Expected all runs to succeed, but 1 failed: base/dit-0."
     for signal_sent in (signal.SIGTERM, signal.SIGINT):
         lines = life(lambda main, worker, number=signal_sent: main.send_signal(number), status=130)
-        line = "benchmarks.comparison: interrupted; the same command goes on: 1 of 1 runs left, no estimate yet"
+        line = "benchmarks.comparison: interrupted; the same command goes on: 2 of 2 runs left, no estimate yet"
         assert lines == [line]
     assert json.loads((folder / "seconds.json").read_text())["seconds"] > 0
 
     before, started = max(steps(folder)), time.monotonic()
     status, lines = comparison.run("--only", "base", "--workers", "1", "--minutes", "1.5")
     assert time.monotonic() - started < 90 and status == 0
-    assert lines == [f"{comparison.folder / 'page.md'} is written; 1 of 1 runs left, no estimate yet"]
+    assert lines == [f"{comparison.folder / 'page.md'} is written; 2 of 2 runs left, no estimate yet"]
     assert max(steps(folder)) > before
 
 

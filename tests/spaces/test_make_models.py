@@ -142,7 +142,7 @@ def test_what_is_done_says_of_which_code_it_is_and_how_long_all_its_parts_took(t
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setenv("COMMIT", "abc1234")
     script = tmp_path / "first.py"
-    script.write_text("")
+    script.write_text("import time; time.sleep(0.2)")  # tenths of a second are counted
     (tmp_path / "first").mkdir()
     (tmp_path / "first" / "seconds.json").write_text('{"seconds": 1000}')  # until it was interrupted
     first = {"first": Training(name="first", script=str(script), options={})}
