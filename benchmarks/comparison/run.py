@@ -1,6 +1,5 @@
 """One run of a plan: trained by the training script that a user would call, sampled and measured by the package's evaluation."""
 
-import json
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -61,8 +60,8 @@ def perform(plan: Plan, run: Run, num_threads: int) -> dict[str, Any]:
 
     Returns:
         The content of the result's file: settings, what it started from, a command for the same training, metrics at each step
-        at which there is a pipeline, losses by noise level, number of parameters, floating-point operations per image, milliseconds per training
-        step and per image, seconds, hardware and commit.
+        at which there is a pipeline, losses by noise level, number of parameters, floating-point operations per image,
+        milliseconds per training step and per image, seconds, hardware, and the commit that it was begun with.
 
     Raises:
         RuntimeError, ValueError: see [`train`].
@@ -71,7 +70,7 @@ def perform(plan: Plan, run: Run, num_threads: int) -> dict[str, Any]:
     result = {"comparison": run.comparison, "name": run.name, "seed": run.seed, "settings": settings}
     if run.script:
         train(plan, run, num_threads)
-        record = json.loads((plan.folder(run) / TRAINED_RECORD).read_text())
+        record = read_json(plan.folder(run) / TRAINED_RECORD)
         result |= {"command": " ".join(plan.command(run, num_threads)), **record}
     if run.measured:
         remember_settings(plan.folder(run) / RUN_RECORD, settings, "run")
@@ -172,7 +171,7 @@ def _train(plan: Plan, run: Run, num_threads: int) -> None:
     run_script(plan.script(run), folder, num_threads)
     milliseconds = None
     if (folder / SUMMARY).exists():  # a script that only samples images writes none
-        training = json.loads((folder / SUMMARY).read_text())
+        training = read_json(folder / SUMMARY)
         if training["steps"]:
             milliseconds = round(1000 * training["train_seconds"] / training["steps"], 1)
     write_json(folder / TRAINED_RECORD, {"milliseconds_per_step": milliseconds})

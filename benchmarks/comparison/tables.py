@@ -152,19 +152,13 @@ class Table:
 
     def verdicts(self) -> dict[str, list[Row]]:
         """Return the rows whose FID is lower than the baseline's with every seed that both have, with some, with none; of several."""
-        verdicts: dict[str, list[Row]] = {"every seed that both have": [], "some seeds only": [], "no seed": []}
+        every, some, none = "every seed that both have", "some seeds only", "no seed"
+        verdicts: dict[str, list[Row]] = {every: [], some: [], none: []}
         for row in self.compared:
             differences = self.differences(row, "FID")
             better = num_better("FID", differences)
             if len(differences) > 1:
-                which = (
-                    "every seed that both have"
-                    if better == len(differences)
-                    else "some seeds only"
-                    if better
-                    else "no seed"
-                )
-                verdicts[which].append(row)
+                verdicts[every if better == len(differences) else some if better else none].append(row)
         return {seeds: rows for seeds, rows in verdicts.items() if rows}
 
 
