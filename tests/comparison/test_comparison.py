@@ -10,6 +10,7 @@ pytestmark = pytest.mark.usefixtures("in_the_repository")
 # what all others of a table start from, and what has more steps than they, as its title says
 UNEQUAL = (
     "base/longer",
+    "base/longest",
     "guidance/dit",
     "guidance/drawn",
     "guidance/ppap_more",
@@ -43,7 +44,7 @@ def test_every_run_is_on_equal_terms(cpu):
 
 
 def test_every_run_has_every_seed_but_those_that_others_start_from_and_further_settings(cpu):
-    once = {"base/dit", "base/longer", "guidance/dit", "guidance/drawn", "lora/base"}
+    once = {"base/dit", "base/longer", "base/longest", "guidance/dit", "guidance/drawn", "lora/base"}
     once |= {f"guidance/{name}" for name in ("ppap_more", "ppap_slow", "ppap_more_7.5", "ppap_slow_7.5")}
     further = (
         "further_faster",
