@@ -1,7 +1,6 @@
 """Scripts that work for long, each in a folder of its own: they end with what started them, and their time is counted."""
 
 import fcntl
-import json
 import os
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from diffusers_dmp.saving.reading import read_json
-from diffusers_dmp.saving.whole import written_whole
+from diffusers_dmp.saving.whole import write_json
 
 from . import watched
 
@@ -96,8 +95,7 @@ def counted_seconds(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with written_whole(folder / SECONDS_RECORD) as unfinished:
-            unfinished.write_text(json.dumps({"seconds": round(before + time.monotonic() - started, 1)}) + "\n")
+        write_json(folder / SECONDS_RECORD, {"seconds": round(before + time.monotonic() - started, 1)})
 
 
 def seconds_spent(folder: Path) -> float:

@@ -29,7 +29,7 @@ from diffusers_dmp.evaluation.fashion import CLASSES, write_fashion
 from diffusers_dmp.evaluation.judge import load_judge, share_recognised
 from diffusers_dmp.plots import sample_grid
 from diffusers_dmp.saving.reading import read_json
-from diffusers_dmp.saving.whole import written_whole
+from diffusers_dmp.saving.whole import write_json, written_whole
 from diffusers_dmp.terminal import OneLineParser, run_command
 
 sys.path.append(str(Path(__file__).parents[1]))  # for `benchmarks`
@@ -191,8 +191,7 @@ def main(argv: list[str]) -> None:
         described = read_json(report) if report.exists() else {}
         per_class = max(1, SAMPLES_PER_CLASS // args.shorter)
         described |= {name: describe(name, shown[name], args.work, models / name, per_class) for name in names}
-        with written_whole(report) as unfinished:
-            unfinished.write_text(json.dumps(described, indent=2) + "\n")
+        write_json(report, described)
     print(json.dumps(described, indent=2))
 
 

@@ -1,6 +1,5 @@
 """The trainings of the Space's pipelines: what each runs, which other it needs, and how several run at a time."""
 
-import json
 import os
 import sys
 import time
@@ -14,7 +13,7 @@ from typing import Any
 import psutil
 
 from diffusers_dmp.saving.reading import read_json, read_yaml
-from diffusers_dmp.saving.whole import written_whole
+from diffusers_dmp.saving.whole import write_json
 from diffusers_dmp.training.data.shards import remember_settings
 
 sys.path.append(str(Path(__file__).parents[1]))  # for `benchmarks`
@@ -222,8 +221,7 @@ def _run(training: Training, folder: Path, threads: int, on_gpu: bool) -> float:
         run_script([training.script, *(f"--{name}={value}" for name, value in options.items())], folder, threads)
     # the variable is for a copy that is no repository
     record = {"seconds": seconds_spent(folder), "commit": os.environ.get("COMMIT") or commit(CODE)}
-    with written_whole(folder / RECORD) as unfinished:
-        unfinished.write_text(json.dumps(record) + "\n")
+    write_json(folder / RECORD, record)
     return record["seconds"]
 
 

@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.scripts import only_one
 from diffusers_dmp.evaluation.features import INCEPTION
+from diffusers_dmp.saving.whole import write_json
 from diffusers_dmp.terminal import INTERRUPTED, OneLineParser, run_command, write_line
 from diffusers_dmp.training.launching import num_cores
 
@@ -29,7 +30,7 @@ from .execution import Execution, Limits
 from .measure import measure_bounds
 from .plan import Plan, load_plan
 from .report import write_report
-from .results import BOUNDS, INCEPTION_FINGERPRINT, read_bounds, write_json
+from .results import BOUNDS, INCEPTION_FINGERPRINT, read_bounds
 from .run import is_trained
 from .schedule import Durations, Schedule
 from .workers import hide_progress

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.scripts import seconds_spent
-from diffusers_dmp.saving.whole import written_whole
+from diffusers_dmp.saving.whole import write_json, written_whole
 from diffusers_dmp.training.launching import num_cores
 
 from .plan import Plan
-from .results import write_json
 from .run import GRID
 from .schedule import Durations, Job, Schedule, time_text
 from .workers import Worker, answering, stop

@@ -1,30 +1,20 @@
-"""Read and write the results of a comparison: what is half-written, or not a result, is refused by the name of its file."""
+"""Read the results of a comparison: what is half-written, or not a result, is refused by the name of its file."""
 
-import json
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from diffusers_dmp.saving.reading import parsed_json
-from diffusers_dmp.saving.whole import written_whole
 
 BOUNDS = "bounds"  # the folder of the metrics of real images and of noise
 METRICS = ("FID", "KID", "precision", "recall", "recognised")
-BY_INCEPTION, INCEPTION_FINGERPRINT = (
-    "FID_inception",
-    "inception_fingerprint",
-)  # where Inception's weights were at hand
+# where Inception's weights were at hand
+BY_INCEPTION, INCEPTION_FINGERPRINT = "FID_inception", "inception_fingerprint"
 OF_EVERY_RUN = ("comparison", "name", "seed", "settings", "seconds", "commit")
 OF_MEASURED_RUNS = (
     *("points", "fingerprint", "losses", "parameters", "gigaflops_per_image", "milliseconds_per_image", "hardware"),
 )
 OF_BOUNDS = ("real", "noise", "accuracy", "settings", "number", "commit")
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file, which is never left incomplete."""
-    with written_whole(path) as unfinished:
-        unfinished.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def read_result(path: Path, measured: bool = False) -> dict[str, Any]:

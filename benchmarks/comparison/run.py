@@ -15,14 +15,13 @@ from diffusers_dmp.evaluation.npz import NpzImages
 from diffusers_dmp.plots import sample_grid
 from diffusers_dmp.saving.reading import read_json
 from diffusers_dmp.saving.weight_files import folder_sha256
-from diffusers_dmp.saving.whole import written_whole
+from diffusers_dmp.saving.whole import write_json, written_whole
 from diffusers_dmp.training.data.shards import remember_settings
 
 from .checks import BEGUN_RECORD, RUN_RECORD, code_commit
 from .losses import measure_losses
 from .measure import measure, measure_by_inception
 from .plan import Plan, Run
-from .results import write_json
 from .sampling import NUM_CLASSES, call, load_pipeline, num_parameters, sample
 
 SUMMARY = "training_summary.json"

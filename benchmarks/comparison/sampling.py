@@ -25,13 +25,13 @@ from diffusers_dmp.evaluation.sample import (
 )
 from diffusers_dmp.guidance.bundle import WEIGHTS_NAME
 from diffusers_dmp.models.inputs import has_classes
+from diffusers_dmp.saving.whole import write_json
 from diffusers_dmp.training.data.prompts import prompts_of, read_prompts
 from diffusers_dmp.training.data.seeded_sampling import load_sampling_pipeline, sample_seeded
 from diffusers_dmp.training.data.shards import remember_settings
 
 from .data import device
 from .plan import Plan, Run
-from .results import write_json
 from .text import PROMPTS, attach_loras, is_of_text, loras_of, write_labels
 
 BATCH_SIZE = 250

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_dmp.saving.whole import finish, unfinished_path, written_whole
+from diffusers_dmp.saving.reading import read_json
+from diffusers_dmp.saving.whole import finish, unfinished_path, write_json, written_whole
 
 
 def make_folder(path: Path, **files: str) -> None:
@@ -25,6 +26,14 @@ def test_a_file_keeps_its_old_content_until_the_new_one_is_complete(tmp_path):
     with written_whole(path) as unfinished:
         unfinished.write_text("new")
     assert path.read_text() == "new" and os.listdir(path.parent) == ["model.json"]
+
+
+def test_json_keeps_its_old_content_if_the_new_one_cannot_be_written(tmp_path):
+    path = tmp_path / "record.json"
+    write_json(path, {"step": 10})
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        write_json(path, {"step": 20, "loss": object()})
+    assert read_json(path) == {"step": 10} and os.listdir(tmp_path) == ["record.json"]
 
 
 def test_a_folder_replaces_another_one_and_nothing_of_either_is_mixed(tmp_path):

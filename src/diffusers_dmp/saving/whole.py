@@ -1,10 +1,12 @@
 """Write files and folders completely or not at all."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -33,6 +35,12 @@ def written_whole(path: "str | os.PathLike") -> Iterator[Path]:
         remove(unfinished_path(path))
         raise
     _rename(path)
+
+
+def write_json(path: "str | os.PathLike", content: dict[str, Any]) -> None:
+    """Write a JSON file, completely or not at all."""
+    with written_whole(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def unfinished_path(path: Path) -> Path:

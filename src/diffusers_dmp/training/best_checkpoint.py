@@ -1,13 +1,12 @@
 """The checkpoint of a training with the lowest validation loss: one like the others, named by `best_checkpoint.json`."""
 
-import json
 import logging
 import math
 import os
 from pathlib import Path
 from typing import Any
 
-from ..saving.whole import written_whole
+from ..saving.whole import write_json
 from .checkpoints import BEST_NAME, PREFIX, recorded_best
 
 logger = logging.getLogger(__name__)
@@ -62,5 +61,4 @@ class BestCheckpoint:
             "validation_loss": self.loss,
             "validation": self.validation,
         }
-        with written_whole(self.path) as unfinished:
-            unfinished.write_text(json.dumps(record) + "\n")
+        write_json(self.path, record)

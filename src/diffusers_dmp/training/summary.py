@@ -1,7 +1,6 @@
 """`training_summary.json`: what a finished training reports."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..saving.reading import read_json
-from ..saving.whole import written_whole
+from ..saving.whole import write_json
 
 SUMMARY_NAME = "training_summary.json"
 
@@ -48,5 +47,4 @@ class TrainingSummary:
     def save(self, folder: "str | os.PathLike") -> None:
         """Write `training_summary.json` into a folder."""
         values = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        with written_whole(Path(folder, SUMMARY_NAME)) as unfinished:
-            unfinished.write_text(json.dumps(values) + "\n")
+        write_json(Path(folder, SUMMARY_NAME), values)

@@ -1,6 +1,5 @@
 """Data sets written as parquet shards, by any number of processes; an interrupted run goes on with the missing shards."""
 
-import json
 import logging
 import math
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
 from ...saving.reading import beginning_of, expect_binary, read_json
-from ...saving.whole import written_whole
+from ...saving.whole import write_json, written_whole
 from ..progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -45,8 +44,7 @@ def remember_settings(path: Path, settings: dict[str, Any], of: str) -> None:
         ValueError: if a setting differs from the one recorded.
     """
     if not path.exists():
-        with written_whole(path) as unfinished:
-            unfinished.write_text(json.dumps(settings, indent=2) + "\n")
+        write_json(path, settings)
         return
     recorded = read_json(path)
     for name, value in settings.items():
