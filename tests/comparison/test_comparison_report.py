@@ -221,17 +221,17 @@ def test_what_is_missing_is_named(plan, results):
 
 @pytest.mark.parametrize("again", ["what it started from", "what sampled its images"])
 def test_tables_say_if_what_their_rows_start_from_was_trained_again(plan, results, again):
-    place = "base/longer-0/pipeline"
+    place = "base/longest-0/pipeline"
 
     def write_with(key: str, sha256: str) -> None:
         result = result_of(plan, key)
-        if plan.run(key).base or key == "base/longer-0":
+        if plan.run(key).base or key == "base/longest-0":
             result["fingerprint"] |= {"pipeline_sha256": sha256}
         else:
             result |= {"started_from": {place: sha256}}
         write(results / f"{key}.json", result)
 
-    for key in ("base/longer-0", "tuning/dit-0", "tuning/dmp-0"):
+    for key in ("base/longest-0", "tuning/dit-0", "tuning/dmp-0"):
         write_with(key, "a1")
     assert "Trained again" not in page_of(plan, results)  # the others have no hash
     write_with("tuning/dmp-1" if again == "what it started from" else "tuning/dit-1", "b2")

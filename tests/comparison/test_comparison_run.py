@@ -17,7 +17,7 @@ def test_what_a_run_starts_from_has_a_hash_that_changes_when_that_is_trained_aga
         path.write_bytes(weights)
 
     places = {
-        "tuning/dmp-1": ["base/longer-0/pipeline"],
+        "tuning/dmp-1": ["base/longest-0/pipeline"],
         "snr_split/mixed_1-1": ["snr_split/clean_1-1/expert_0/pipeline", "snr_split/rough_1-1/expert_1/pipeline"],
         "guidance/ppap-1": ["data/fashion/guide", "guidance/dit-0/pipeline"],  # which sampled its images
         "guidance/classifier_15-1": ["data/fashion/guide", "guidance/dit-0/pipeline"],
@@ -25,7 +25,7 @@ def test_what_a_run_starts_from_has_a_hash_that_changes_when_that_is_trained_aga
     }
     for place in {place for some in places.values() for place in some}:
         save(place, b"first")
-    save("base/longer-0/checkpoint-2", b"not what others start from")
+    save("base/longest-0/checkpoint-2", b"not what others start from")
     before = {key: starts(plan, plan.run(key)) for key in places}
     assert {key: sorted(found) for key, found in before.items()} == places
     save("guidance/dit-0/pipeline", b"second")
@@ -37,7 +37,7 @@ def test_what_a_run_starts_from_has_a_hash_that_changes_when_that_is_trained_aga
 def test_a_run_goes_on_with_what_it_was_begun_with(tmp_path, monkeypatch):
     """Its result names the commit and the weights of its beginning, however much later it is measured."""
     plan = tiny_plan(tmp_path)
-    needed, own = plan.run("base/longer-0"), plan.run("tuning/further-0")
+    needed, own = plan.run("base/longest-0"), plan.run("tuning/further-0")
     weights = plan.folder(needed) / "pipeline" / "model.safetensors"
     weights.parent.mkdir(parents=True)
     weights.write_bytes(b"first")
@@ -54,7 +54,7 @@ def test_a_run_goes_on_with_what_it_was_begun_with(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "code_commit", lambda: "second")
     weights.write_bytes(b"second")
     with pytest.raises(
-        ValueError, match=f"Expected {plan.folder(own)} .* but base/longer-0/pipeline changed since. Delete"
+        ValueError, match=f"Expected {plan.folder(own)} .* but base/longest-0/pipeline changed since. Delete"
     ):
         run.train(plan, own, 1)
     weights.write_bytes(b"first")
@@ -66,4 +66,4 @@ def test_a_run_goes_on_with_what_it_was_begun_with(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_measurement", lambda plan, run: {"points": []})
     weights.unlink()  # measuring does not need it
     result = run.perform(plan, own, 1)
-    assert result["commit"] == "first" and list(result["started_from"]) == ["base/longer-0/pipeline"]
+    assert result["commit"] == "first" and list(result["started_from"]) == ["base/longest-0/pipeline"]

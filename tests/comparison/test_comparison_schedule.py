@@ -42,9 +42,9 @@ def test_what_others_wait_for_comes_first_seed_by_seed(plan):
         training("guidance/ppap-0"),
         rest("guidance/ppap_15-0"),
     ]
-    assert left[0] == chain[0] and sorted(chain, key=left.index) == chain
+    assert sorted(chain, key=left.index) == chain and set(left[:2]) == {chain[0], training("base/dit-0")}
     assert [plan.run(job.key).seed for job in left] == sorted(plan.run(job.key).seed for job in left)
-    assert left.index(training("base/dit-0")) < left.index(training("dtr/dit-0"))
+    assert left.index(training("base/longest-0")) < left.index(training("dtr/dit-0"))
     assert left.index(training("guidance/ppap-1")) < left.index(training("dtr/dit-1"))
 
 
@@ -55,8 +55,8 @@ def test_a_trained_run_is_measured_before_another_is_begun(plan):
 
 
 def test_runs_wait_for_the_training_of_others_and_not_for_their_measuring(plan):
-    schedule = Schedule(plan, finished=[], trained=["base/dit-0", "base/longer-0"])
-    assert training("tuning/dmp-0") in schedule.ready() and rest("base/longer-0") in schedule.ready()
+    schedule = Schedule(plan, finished=[], trained=["base/dit-0", "base/longer-0", "base/longest-0"])
+    assert training("tuning/dmp-0") in schedule.ready() and rest("base/longest-0") in schedule.ready()
     # the images of two parts
     schedule = Schedule(plan, finished=[], trained=["snr_split/clean_1-0"])
     assert rest("snr_split/mixed_1-0") not in schedule.ready()
@@ -74,7 +74,10 @@ def test_a_run_is_trained_again_only_if_others_need_its_missing_weights(plan):
 
 def test_chosen_comparisons_have_what_they_need_trained(plan):
     schedule = Schedule(plan, finished=[], trained=[], only=["tuning"])
-    own, needed = {run.key for run in plan.runs if run.comparison == "tuning"}, {"base/dit-0", "base/longer-0"}
+    own, needed = (
+        {run.key for run in plan.runs if run.comparison == "tuning"},
+        {"base/dit-0", "base/longer-0", "base/longest-0"},
+    )
     assert {job.key for job in schedule.left} == own | needed and schedule.num_runs == len(own)
     assert all(job.is_training for job in schedule.left if job.key in needed)
     with pytest.raises(ValueError, match="`only` to be some of dtr, base, .*, but got 'ddpm'"):
@@ -246,8 +249,8 @@ def test_nothing_is_started_when_the_time_is_over(plan, perform, tmp_path, monke
 
     monkeypatch.setattr(execution, "answering", answering)
     FakeWorker.fails = None
-    durations = Durations([(plan.run("guidance/dit-0"), 10)])
+    durations = Durations([(plan.run("base/dit-0"), 10)])
     Execution(plan, tmp_path, schedule, durations, 1, limits).perform()
     assert stopped == [([None], 55.0)]
     started = [job for job in Schedule(plan, [], []).left if job not in schedule.left]
-    assert len(started) == 2 and started[0] == training("guidance/dit-0")  # a third would have had two seconds
+    assert len(started) == 2 and started[0] == training("base/dit-0")  # a third would have had two seconds
