@@ -15,8 +15,8 @@ def test_a_second_signal_does_not_interrupt_the_end():
         import signal, time
         from benchmarks.comparison.workers import end_in_order
         signal.signal(signal.SIGTERM, end_in_order)
-        print("begun", flush=True)
         try:
+            print("begun", flush=True)
             time.sleep(600)
         except BaseException:
             print("ending", flush=True)

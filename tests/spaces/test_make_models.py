@@ -165,6 +165,7 @@ def test_trainings_end_with_what_started_them(tmp_path, number):
     script.write_text(f"import os, time; open({str(written)!r}, 'w').write(str(os.getpid())); time.sleep({PATIENCE})")
     work = tmp_path / "work"
     code = f"""
+import signal
 import sys
 sys.path.insert(0, "spaces")
 import make_models
@@ -174,6 +175,7 @@ sleeping = make_models.plan(make_models.Path(), make_models.Path())["dtr"]
 sleeping = type(sleeping)(name="dtr", script={str(script)!r}, options={{}})
 make_models.plan = lambda *_: {{"dtr": sleeping}}
 make_models.write_fashion = lambda folder: None
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 run_command(make_models.main, ["dtr", "--work", {str(work)!r}], name="make_models")
 """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
